@@ -1,0 +1,31 @@
+# `make demo` and `make test` are all the set-up there is: both make .venv and install this project into it first.
+PYTHON ?= python3
+DEMO_FOLDER := build/demo
+# Without a GPU, memory for some of the demo model's experts; with one, more than its driver takes.
+DEMO_GPU_MEM ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 2GB || echo 10MB)
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/fiddler-opt profile --model examples/tiny-mixtral --profiles $(DEMO_FOLDER)
+	$(BIN)/fiddler-opt plan --model examples/tiny-mixtral --profiles $(DEMO_FOLDER) --gpu-mem $(DEMO_GPU_MEM) \
+		--prompt-tokens 16 --output-tokens 112 --max-seq-len 512 -o $(DEMO_FOLDER)/plan.yaml
+	$(BIN)/fiddler-run --plan $(DEMO_FOLDER)/plan.yaml "Once upon a time"
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+
+# constraints.txt holds the versions that were tested. PyTorch first: the others would otherwise choose its version.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

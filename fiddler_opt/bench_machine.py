@@ -1,0 +1,247 @@
+"""Measures a MachineProfile. Rule: it times the functions that the runtime calls, on weights of the model's own shape.
+
+Experts are visited in turn over more memory than the last-level cache holds, as the runtime does; every figure is a median.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import MixtralConfig
+
+from fiddler_opt.machine import Cpu, Device, MachineProfile, Made, MeasuredShape
+from fiddler_opt.model import ModelSpec
+from fiddler_run.arena import TORCH_DTYPES, Arena
+from fiddler_run.dispatch import LayerDispatch, StagingRing, Traffic
+from fiddler_run.model import DispatchedMixtral
+from fiddler_run.plan import streamed_part
+
+WORKING_SET_BYTES = 1_500_000_000  # several times any last-level cache
+CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+GPU_TOKENS = (*CPU_TOKENS, 256, 1024)
+PREFILL_TOKENS = (16, 128, 512)
+SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+WARM_UP, REPETITIONS, SECONDS_PER_FIGURE = 2, 5, 0.3
+
+
+def measure_machine(model: ModelSpec, command: str, on_step: Callable[[str], None]) -> MachineProfile:
+    """Times this machine on weights of `model`'s shape; `on_step` hears what is about to be timed."""
+    bench = Bench(model)
+    on_step("CPU threads")
+    threads = bench.choose_threads()
+    torch.set_num_threads(threads)
+    on_step("experts on the CPU")
+    cpu_us = {tokens: bench.expert_us(tokens, resident=0, share=0.0) for tokens in CPU_TOKENS}
+    if bench.on_gpu:
+        on_step("experts on the GPU")
+        blocks = bench.blocks_per_expert
+        device_us = {tokens: bench.expert_us(tokens, resident=blocks, share=0.0) for tokens in GPU_TOKENS}
+        on_step("CPU and link together")
+        absent_us, stream_share = bench.best_shares()
+        h2d = bench.h2d_bytes_per_s()
+    else:  # the same cores would compute a "resident" block at the same speed, and there is no link
+        device_us, absent_us, stream_share, h2d = cpu_us, cpu_us, {1: 0.0}, None
+    on_step("layers without experts")
+    dispatch_us = {tokens: bench.dispatch_us(tokens, model.shape.num_experts_per_tok) for tokens in bench.tokens}
+    dense_layer_us, head_us = time_dense(model, bench.device)
+    return MachineProfile(
+        version=1,
+        source="measured",
+        cpu=Cpu(name=cpu_name(), cores=len(os.sched_getaffinity(0)), threads=threads),
+        device=describe_device(bench.device),
+        shape=MeasuredShape(
+            hidden_size=model.shape.hidden_size,
+            intermediate_size=model.shape.intermediate_size,
+            dtype=model.shape.dtype,
+            block_neurons=bench.block_neurons,
+            expert_bytes=bench.expert_bytes,
+            dense_layer_bytes=model.dense_layer_bytes,
+            head_bytes=model.head_bytes,
+        ),
+        h2d_bytes_per_s=h2d,
+        cpu_expert_us=cpu_us,
+        device_expert_us=device_us,
+        absent_expert_us=absent_us,
+        stream_share=stream_share,
+        dispatch_us=dispatch_us,
+        dense_layer_us=dense_layer_us,
+        head_us=head_us,
+        provenance=Made(command=command, created=date.today().isoformat(), software=f"PyTorch {torch.__version__}"),
+    )
+
+
+class Bench:
+    """Random experts of a model's shape, in host memory and (a few) on the device, and timed dispatches over them."""
+
+    def __init__(self, model: ModelSpec):
+        self.on_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda" if self.on_gpu else "cpu")
+        self.tokens = GPU_TOKENS if self.on_gpu else CPU_TOKENS
+        self.hidden_size, self.dtype = model.shape.hidden_size, TORCH_DTYPES[model.shape.dtype]
+        self.block_neurons = model.block_neurons
+        self.blocks_per_expert = model.shape.blocks_per_expert(self.block_neurons)
+        self.expert_bytes = model.shape.expert_bytes(self.block_neurons)
+        self.num_experts = min(model.shape.num_layers * model.shape.num_experts, max(3, WORKING_SET_BYTES // self.expert_bytes))
+        elements = 3 * self.block_neurons * self.hidden_size
+        count = self.num_experts * self.blocks_per_expert
+        self.host = Arena(count, elements, self.dtype, torch.device("cpu"), pinned=self.on_gpu)
+        torch.manual_seed(0)
+        self.host.blocks.normal_(std=0.02)
+        self.absent = list(self.host.blocks.split(self.blocks_per_expert))
+        if self.on_gpu:
+            self.resident = list(self.host.blocks.to(self.device).split(self.blocks_per_expert))
+            self.ring = StagingRing(2 * self.blocks_per_expert, elements, self.dtype, self.device)
+        else:
+            self.resident, self.ring = self.absent, None
+        self._next = 0
+
+    def expert_us(self, tokens: int, resident: int, share: float) -> float:
+        """Microseconds that one expert adds to a dispatch of `tokens` tokens, `resident` of its blocks on the device."""
+        whole = self._dispatch(self._rows(resident, self.blocks_per_expert), tokens, 1, share)
+        empty = self._dispatch(self._rows(0, 0), tokens, 1, share)
+        with_expert, without = medians_us([whole, empty], self.device)
+        return positive_us(with_expert - without)
+
+    def dispatch_us(self, tokens: int, top_k: int) -> float:
+        """Microseconds of a dispatch whose experts have no blocks: grouping tokens, waiting for the router, adding up."""
+        (median,) = medians_us([self._dispatch(self._rows(0, 0), tokens, top_k, 0.0)], self.device)
+        return positive_us(median)
+
+    def best_shares(self) -> tuple[dict[int, float], dict[int, float]]:
+        """For each token count: microseconds of one absent expert at the best share, and that share."""
+        times, shares = {}, {}
+        for tokens in self.tokens:
+            by_share = {share: self.expert_us(tokens, 0, share) for share in SHARES}
+            shares[tokens] = min(by_share, key=by_share.get)
+            times[tokens] = by_share[shares[tokens]]
+        return times, shares
+
+    def choose_threads(self) -> int:
+        """The thread count with the fastest expert for one token, among one, half the cores and all: the fewest within 5 %."""
+        cores = len(os.sched_getaffinity(0))
+        times = {}
+        for threads in sorted({1, max(1, cores // 2), cores}):
+            torch.set_num_threads(threads)
+            times[threads] = self.expert_us(1, resident=0, share=0.0)
+        return min(threads for threads, us in times.items() if us <= 1.05 * min(times.values()))
+
+    def h2d_bytes_per_s(self) -> float:
+        """Rate of copies from page-locked host memory, block by block as the runtime makes them."""
+        target = torch.empty_like(self.host.blocks[: self.blocks_per_expert], device=self.device)
+
+        def copy():
+            for slot, block in zip(target, self._next_of(self.absent), strict=True):
+                slot.copy_(block, non_blocking=True)
+
+        (median,) = medians_us([copy], self.device)
+        return round(self.expert_bytes / (median * 1e-6))
+
+    def _rows(self, resident: int, stop: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(on[:resident], off[resident:stop]) for on, off in zip(self.resident, self.absent, strict=True)]
+
+    def _dispatch(self, rows: list, tokens: int, top_k: int, share: float) -> Callable[[], object]:
+        """A call that dispatches `tokens` tokens to `top_k` experts, to other experts each time."""
+        resident, absent = zip(*rows, strict=True)
+        streamed_blocks = partial(streamed_part, share)
+        dispatch = LayerDispatch(list(resident), list(absent), streamed_blocks, self.ring, Traffic())
+        states = torch.randn(tokens, self.hidden_size, dtype=self.dtype, device=self.device)
+        weights = torch.full((tokens, top_k), 1 / top_k, device=self.device)
+        choices = [
+            torch.tensor([[(first + k) % self.num_experts for k in range(top_k)]] * tokens, device=self.device)
+            for first in range(self.num_experts)
+        ]
+        return lambda: dispatch(states, self._next_of(choices), weights)
+
+    def _next_of(self, items: list):
+        self._next += 1
+        return items[self._next % len(items)]
+
+
+@torch.inference_mode()
+def medians_us(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
+    """Median microseconds of each call, the device's work included; at least REPETITIONS of each and SECONDS_PER_FIGURE.
+
+    The calls take turns, so that a drift of the machine's speed meets all alike and differences between them hold.
+    """
+    samples, stop = [[] for _ in calls], time.perf_counter() + SECONDS_PER_FIGURE
+    while len(samples[0]) < WARM_UP + REPETITIONS or time.perf_counter() < stop:
+        for call, taken in zip(calls, samples, strict=True):
+            _synchronize(device)
+            started = time.perf_counter()
+            call()
+            _synchronize(device)
+            taken.append((time.perf_counter() - started) * 1e6)
+    return [statistics.median(taken[WARM_UP:]) for taken in samples]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def positive_us(difference: float) -> float:
+    """A difference of two timings, to 0.1 us; noise must not make it vanish or negative."""
+    return max(0.1, round(difference, 1))
+
+
+@torch.inference_mode()
+def time_dense(model: ModelSpec, device: torch.device) -> tuple[dict[int, float], dict[int, float]]:
+    """Microseconds by tokens of one layer without its experts, and of a step outside the layers, through `generate()`.
+
+    Two models, of one layer and of more, whose experts return their input: the difference is the layers'. 1 token is a
+    decode step, more are a prompt.
+    """
+    more, steps, prompt = 5, 16, PREFILL_TOKENS[0]
+    models = [_model_without_experts(model, layers, device) for layers in (1, more)]
+    layer_us, head_us = {}, {}
+    for tokens in (1, *PREFILL_TOKENS):
+        if tokens == 1:
+            calls = [_generation(each, prompt, new) for each in models for new in (1, 1 + steps)]
+            times = medians_us(calls, device)
+            small, large = (times[1] - times[0]) / steps, (times[3] - times[2]) / steps
+        else:
+            small, large = medians_us([_generation(each, tokens, 1) for each in models], device)
+        layer_us[tokens] = positive_us((large - small) / (more - 1))
+        head_us[tokens] = positive_us(small - layer_us[tokens])
+    return layer_us, head_us
+
+
+def _model_without_experts(spec: ModelSpec, num_layers: int, device: torch.device) -> DispatchedMixtral:
+    config = MixtralConfig(**{**spec.config, "num_hidden_layers": num_layers})
+    with torch.device("meta"):
+        model = DispatchedMixtral(config)
+    model = model.to(TORCH_DTYPES[spec.shape.dtype]).to_empty(device=device).eval().requires_grad_(False)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.uniform_(-0.02, 0.02)
+    for experts in model.experts_modules():
+        experts.dispatch = lambda hidden_states, top_k_index, top_k_weights: hidden_states
+    return model
+
+
+def _generation(model: DispatchedMixtral, prompt_tokens: int, new_tokens: int) -> Callable[[], object]:
+    ids = torch.zeros((1, prompt_tokens), dtype=torch.long, device=model.device)
+    arguments = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+
+
+def describe_device(device: torch.device) -> Device:
+    if device.type == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Device(kind="host", name="the CPU (no CUDA device)", memory_bytes=memory, unavailable_bytes=0)
+    free, total = torch.cuda.mem_get_info(device)
+    taken = total - free - torch.cuda.memory_reserved(device)
+    return Device(kind="cuda", name=torch.cuda.get_device_name(device), memory_bytes=total, unavailable_bytes=taken)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

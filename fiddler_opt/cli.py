@@ -1,0 +1,198 @@
+"""fiddler-opt: flags in, stages called, result printed. Files' paths go to stdout, everything else to stderr."""
+
+import argparse
+import hashlib
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fiddler_opt.machine import MachineProfile
+from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
+from fiddler_opt.report import plan_notes, print_machine, print_plan, print_routing
+from fiddler_opt.routing import Routing, RoutingProfile
+from fiddler_opt.units import parse_bytes
+from fiddler_run.cli import exit_status, positive
+from fiddler_run.errors import FiddlerError
+from fiddler_run.locate import name_in_plan, shipped_file
+from fiddler_run.plan import Workload
+from fiddler_run.yaml_file import require_writable
+
+WORKLOAD = {"prompt_tokens": 512, "output_tokens": 128, "num_beams": 1, "max_seq_len": 4096}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fiddler-opt", description="Plan how to run a Mixture-of-Experts model on this machine.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    profile = commands.add_parser("profile", help="time this machine, and record how a model routes tokens")
+    profile.set_defaults(command=run_profile)
+    _add_common(profile)
+    profile.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="prompts to record routing on: one a line, or .jsonl (default: prompts.jsonl in the model's folder)",
+    )
+
+    plan = commands.add_parser("plan", help="solve for the best placement within a GPU memory budget")
+    plan.set_defaults(command=run_plan)
+    _add_common(plan)
+    plan.add_argument(
+        "--gpu-mem", metavar="SIZE", required=True, help="GPU memory to use, such as 24GB; 0GB plans for the CPU alone"
+    )
+    plan.add_argument("--machine", metavar="FILE", help="machine profile (default: local.machine.yaml in --profiles)")
+    plan.add_argument(
+        "--routing", metavar="FILE", help="routing profile (default: the model's in --profiles, else uniform routing)"
+    )
+    plan.add_argument("-o", "--output", metavar="FILE", help="plan to write (default: plans/MODEL-SIZE.yaml)")
+    for key, default in WORKLOAD.items():
+        words = key.replace("_", " ").replace("max seq len", "longest prompt + output, in tokens,")
+        plan.add_argument(
+            f"--{key.replace('_', '-')}", type=positive, metavar="N", help=f"{words} to plan for (default: {default})"
+        )
+    return parser.parse_args(arguments)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or Hugging Face id (default: %(default)s)")
+    parser.add_argument("--profiles", default="profiles", metavar="DIR", help="folder of profiles (default: %(default)s)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    def command():
+        flags = parse_arguments(arguments)
+        flags.command(flags, Console(stderr=True, highlight=False))
+
+    return exit_status(command, "fiddler-opt")
+
+
+def run_profile(flags: argparse.Namespace, console: Console) -> None:
+    model = ModelSpec.load(flags.model)
+    machine_path, routing_path = machine_file(flags), routing_file(flags, model)
+    prompts_path = prompts_file(flags)
+    with console.status("importing torch and transformers"):
+        from fiddler_opt.bench_machine import measure_machine
+        from fiddler_opt.trace_routing import read_prompts
+
+    prompts = read_prompts(prompts_path) if prompts_path else []
+    for path in (machine_path, routing_path) if prompts else (machine_path,):
+        require_writable(path)
+
+    with console.status("timing") as status:
+        machine = measure_machine(model, command_line(), lambda step: status.update(f"timing {step}"))
+    machine.save(machine_path)
+    print_machine(console, machine)
+    print(machine_path)
+    if not prompts:
+        console.print("note: no --prompts: routing was not recorded, plans will assume it is uniform", style="yellow")
+        return
+    routing = record(flags, model, machine, prompts, str(prompts_path), console)
+    routing.save(routing_path)
+    print_routing(console, routing)
+    print(routing_path)
+
+
+def record(flags, model: ModelSpec, machine: MachineProfile, prompts: list[str], origin: str, console: Console) -> RoutingProfile:
+    """Runs the prompts through the model, on the CPU alone: a plan that fits every machine whose RAM holds the model."""
+    from fiddler_opt.compiler import compile_plan
+    from fiddler_opt.trace_routing import record_routing
+    from fiddler_run.model import load_model
+
+    context = model.max_position_embeddings
+    workload = Workload(prompt_tokens=context - 1, output_tokens=1, num_beams=1, max_seq_len=context)
+    made = provenance(str(machine_file(flags)), machine, "uniform (assumed)")
+    plan = compile_plan(model, machine, Routing.uniform(model), workload, 0, made)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+        loading = progress.add_task("loading experts", total=None)
+        loaded, tokenizer = load_model(
+            plan,
+            flags.model,
+            on_start=lambda total: progress.update(loading, total=total),
+            on_bytes=lambda count: progress.advance(loading, count),
+        )
+        task = progress.add_task("prompts", total=len(prompts))
+        return record_routing(loaded, tokenizer, model.shape, prompts, origin, command_line(), lambda: progress.advance(task))
+
+
+def run_plan(flags: argparse.Namespace, console: Console) -> None:
+    from fiddler_opt.compiler import compile_plan
+
+    total = parse_bytes(flags.gpu_mem, "--gpu-mem")
+    model = ModelSpec.load(flags.model)
+    output = Path(flags.output or f"plans/{model.short_name}-{flags.gpu_mem}.yaml")
+    workload = plan_workload(flags, model)
+    machine_path = machine_file(flags)
+    if not machine_path.is_file():
+        raise FiddlerError(f"{machine_path}: no such machine profile; run `fiddler-opt profile` first, or name one with --machine")
+    machine = MachineProfile.load(machine_path)
+    routing = load_routing(flags, model)
+    require_writable(output)
+    with console.status("solving"):
+        plan = compile_plan(model, machine, routing, workload, total, provenance(str(machine_path), machine, routing.origin))
+    named = plan.model.model_copy(update={"name": name_in_plan(flags.model, output)})
+    plan = plan.model_copy(update={"model": named})
+    plan.save(output)
+    print_plan(console, plan, machine, plan_notes(plan, machine, str(machine_path)))
+    print(output)
+
+
+def plan_workload(flags: argparse.Namespace, model: ModelSpec) -> Workload:
+    """The flags' workload. What is not given adapts to the model's context; what is given must fit."""
+    given = {key: getattr(flags, key) for key in WORKLOAD if getattr(flags, key) is not None}
+    context = min(given.get("max_seq_len", WORKLOAD["max_seq_len"]), model.max_position_embeddings)
+    if given.get("max_seq_len", 0) > model.max_position_embeddings:
+        raise FiddlerError(f"--max-seq-len {given['max_seq_len']} is more than the model's {model.max_position_embeddings}")
+    prompt = given.get("prompt_tokens", min(WORKLOAD["prompt_tokens"], context // 2))
+    output = given.get("output_tokens", min(WORKLOAD["output_tokens"], context // 2))
+    if prompt + output > context:
+        raise FiddlerError(
+            f"--prompt-tokens {prompt} and --output-tokens {output} exceed --max-seq-len {context}; lower them or raise it"
+        )
+    beams = given.get("num_beams", WORKLOAD["num_beams"])
+    return Workload(prompt_tokens=prompt, output_tokens=output, num_beams=beams, max_seq_len=context)
+
+
+def load_routing(flags: argparse.Namespace, model: ModelSpec) -> Routing:
+    path = routing_file(flags, model) if flags.routing is None else shipped_file(flags.routing)
+    if flags.routing is None and not path.is_file():
+        return Routing.uniform(model)
+    return Routing.from_profile(RoutingProfile.load(path), model, str(path))
+
+
+def machine_file(flags: argparse.Namespace) -> Path:
+    named = getattr(flags, "machine", None)
+    return shipped_file(named) if named else Path(flags.profiles) / "local.machine.yaml"
+
+
+def routing_file(flags: argparse.Namespace, model: ModelSpec) -> Path:
+    return Path(flags.profiles) / f"{model.short_name}.routing.yaml"
+
+
+def prompts_file(flags: argparse.Namespace) -> Path | None:
+    if flags.prompts:
+        return Path(flags.prompts)
+    beside_model = Path(flags.model) / "prompts.jsonl"
+    return beside_model if beside_model.is_file() else None
+
+
+def provenance(machine_path: str, machine: MachineProfile, routing: str) -> dict[str, str]:
+    return {
+        "command": command_line(),
+        "machine": machine_path,
+        "machine_sha256": hashlib.sha256(machine.dump().encode()).hexdigest(),
+        "machine_source": machine.source,
+        "routing": routing,
+        "created": date.today().isoformat(),
+    }
+
+
+def command_line() -> str:
+    return shlex.join(["fiddler-opt", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

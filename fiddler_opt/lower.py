@@ -1,0 +1,60 @@
+"""Solution -> Plan: turns what the solver chose into the plain numbers that the runtime executes."""
+
+from fiddler_opt.cost import CostModel
+from fiddler_opt.ilp import Solution
+from fiddler_opt.machine import MachineProfile
+from fiddler_opt.memory import prefill_chunk_tokens
+from fiddler_opt.model import ModelSpec
+from fiddler_run.plan import GpuMemory, HostMemory, Plan, Predicted, Provenance, Workload
+
+
+def lower(
+    model: ModelSpec,
+    machine: MachineProfile,
+    cost: CostModel,
+    solution: Solution,
+    memory: GpuMemory,
+    workload: Workload,
+    provenance: Provenance,
+) -> Plan:
+    shape, block_neurons = model.shape, model.block_neurons
+    block_bytes = shape.block_bytes(block_neurons)
+    resident = sum(map(sum, solution.placement)) * block_bytes
+    everything = shape.num_layers * shape.num_experts * shape.expert_bytes(block_neurons)
+    return Plan(
+        version=1,
+        model=shape,
+        workload=workload,
+        gpu_memory_bytes=memory.model_copy(update={"experts": resident}),
+        host_memory_bytes=HostMemory(experts=everything - resident),
+        cpu_threads=machine.cpu.threads,
+        prefill_chunk_tokens=prefill_chunk_tokens(workload),
+        block_neurons=block_neurons,
+        stream_share=without_repetition(machine.stream_share) if memory.staging else {1: 0.0},
+        resident_blocks=dict(enumerate(solution.placement)),
+        predicted=predict(cost, solution),
+        provenance=provenance,
+    )
+
+
+def without_repetition(share: dict[int, float]) -> dict[int, float]:
+    """The same step function with an entry only where it changes."""
+    kept: dict[int, float] = {}
+    for tokens in sorted(share):
+        if not kept or share[tokens] != list(kept.values())[-1]:
+            kept[tokens] = share[tokens]
+    return kept
+
+
+def predict(cost: CostModel, solution: Solution) -> Predicted:
+    """The bound on decode supposes that the whole gap, which is on the workload's total, could be won in decode."""
+    step_s, floor_s = cost.decode_step_s(solution.placement), cost.fixed_s[cost.decode.name]
+    winnable_s = solution.objective_s - solution.bound_s
+    bound_step_s = max(floor_s, step_s - winnable_s / cost.decode.steps) if cost.decode.steps else floor_s
+    return Predicted(
+        decode_tokens_per_s=round(1 / step_s, 3),
+        ttft_s=round(cost.ttft_s(solution.placement), 4),
+        gpu_hit_rate=round(cost.hit_rate(solution.placement), 4),
+        bound_tokens_per_s=round(1 / bound_step_s, 3),
+        gap=round(solution.gap, 6),
+    )

@@ -1,0 +1,107 @@
+"""MachineProfile: how fast a machine does each thing that the runtime does. It knows no prompts and no placement."""
+
+from bisect import bisect_left
+from typing import ClassVar, Literal, Self
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from fiddler_run.plan import Dtype
+from fiddler_run.yaml_file import Section, YamlFile
+
+Times = dict[PositiveInt, PositiveFloat]  # microseconds by number of tokens
+
+
+class Cpu(Section):
+    name: str
+    cores: PositiveInt
+    threads: PositiveInt
+
+
+class Device(Section):
+    """`cuda` is a GPU; `host` is the CPU standing in for one, where there is none: the same memory and the same cores.
+
+    `unavailable_bytes` is what driver, libraries and other programs hold of `memory_bytes`.
+    """
+
+    kind: Literal["cuda", "host"]
+    name: str
+    memory_bytes: NonNegativeInt
+    unavailable_bytes: NonNegativeInt
+
+
+class MeasuredShape(Section):
+    """The weights whose handling was timed. For other sizes, times are taken to grow with bytes."""
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    dtype: Dtype
+    block_neurons: PositiveInt
+    expert_bytes: PositiveInt
+    dense_layer_bytes: PositiveInt
+    head_bytes: PositiveInt
+
+
+class Made(Section):
+    command: str
+    created: str
+    software: str
+
+
+class MachineProfile(YamlFile):
+    version: Literal[1]
+    source: Literal["measured", "data sheet"]
+    cpu: Cpu
+    device: Device
+    shape: MeasuredShape
+    h2d_bytes_per_s: PositiveFloat | None
+    cpu_expert_us: Times
+    device_expert_us: Times
+    absent_expert_us: Times
+    stream_share: dict[PositiveInt, float]
+    dispatch_us: Times
+    dense_layer_us: Times
+    head_us: Times
+    provenance: Made
+
+    header: ClassVar[str] = "A machine's speed, as `fiddler-opt profile` writes it. Times are microseconds by number of tokens."
+    key_comments: ClassVar[dict[str, str]] = {
+        "h2d_bytes_per_s": "copies from page-locked host memory to the GPU",
+        "cpu_expert_us": "one expert in host memory, computed by the CPU alone",
+        "device_expert_us": "one expert in GPU memory",
+        "absent_expert_us": "one expert in host memory, by CPU and link together at the best share",
+        "stream_share": "that share: the part of the expert sent over the link",
+        "dispatch_us": "one layer's dispatch besides its experts",
+        "dense_layer_us": "one layer without its experts",
+        "head_us": "once a step: embedding, output head, choice of the token",
+    }
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        for name in (
+            "cpu_expert_us",
+            "device_expert_us",
+            "absent_expert_us",
+            "stream_share",
+            "dispatch_us",
+            "dense_layer_us",
+            "head_us",
+        ):
+            if 1 not in getattr(self, name):
+                raise ValueError(f"{name}: needs an entry for 1 token")
+        for tokens, share in self.stream_share.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"stream_share[{tokens}]: {share} is not between 0 and 1")
+        return self
+
+
+def seconds_at(times: Times, tokens: float) -> float:
+    """Seconds for `tokens` tokens: linear between measured points, and past the last one in proportion to tokens."""
+    points = sorted(times)
+    if tokens <= points[0]:
+        return times[points[0]] * 1e-6
+    if tokens >= points[-1]:
+        return times[points[-1]] * tokens / points[-1] * 1e-6
+    right = bisect_left(points, tokens)
+    low, high = points[right - 1], points[right]
+    part = (tokens - low) / (high - low)
+    return (times[low] * (1 - part) + times[high] * part) * 1e-6

@@ -1,0 +1,70 @@
+"""GPU memory by purpose: all that is not experts is counted here before anything is placed."""
+
+from fiddler_opt.machine import MachineProfile
+from fiddler_opt.model import ModelSpec
+from fiddler_opt.units import format_bytes
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan import DTYPE_BYTES, GpuMemory, Workload
+
+# cuBLAS keeps a workspace per stream, PyTorch's allocator rounds and splits: measured on an H100 with PyTorch 2.11.
+LIBRARY_WORKSPACE_BYTES = 2**26
+ALLOCATOR_SLACK = 1.1
+STAGED_EXPERTS = 2  # one being read by the GPU while the next arrives
+MAX_PREFILL_CHUNK_TOKENS = 2048
+
+
+def prefill_chunk_tokens(workload: Workload) -> int:
+    """Tokens of a prompt that pass the layers at once; bounds the activations, not the speed of short prompts."""
+    return min(MAX_PREFILL_CHUNK_TOKENS, workload.max_seq_len)
+
+
+def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, block_neurons: int, total: int) -> GpuMemory:
+    """The GPU bytes of a plan with no expert resident yet.
+
+    A total of zero is a plan without a GPU: nothing lies there. On a machine without CUDA the driver and the link, and so
+    reserve and staging, take nothing.
+
+    Raises:
+        FiddlerError: the total exceeds the device, or does not even hold what is not experts.
+    """
+    if total == 0:
+        return GpuMemory(total=0, non_expert_weights=0, kv_cache=0, staging=0, activations=0, reserve=0, experts=0)
+    device = machine.device
+    if total > device.memory_bytes:
+        raise FiddlerError(
+            f"--gpu-mem {format_bytes(total)} is more than the {format_bytes(device.memory_bytes)} that {device.name} has "
+            "by the machine profile"
+        )
+    on_gpu = device.kind == "cuda"
+    memory = GpuMemory(
+        total=total,
+        non_expert_weights=model.non_expert_bytes,
+        kv_cache=model.kv_bytes_per_token * workload.max_seq_len * workload.num_beams,
+        staging=STAGED_EXPERTS * model.shape.expert_bytes(block_neurons) if on_gpu else 0,
+        activations=activation_bytes(model, workload, block_neurons) + (LIBRARY_WORKSPACE_BYTES if on_gpu else 0),
+        reserve=device.unavailable_bytes if on_gpu else 0,
+        experts=0,
+    )
+    if memory.used > total:
+        needs = ", ".join(f"{purpose.replace('_', ' ')} {format_bytes(size)}" for purpose, size in memory.parts().items() if size)
+        raise FiddlerError(
+            f"--gpu-mem {format_bytes(total)} is too small: {format_bytes(memory.used)} are needed before any expert ({needs}); "
+            "give more, lower --max-seq-len or --num-beams, or plan for the CPU alone with --gpu-mem 0GB"
+        )
+    return memory
+
+
+def activation_bytes(model: ModelSpec, workload: Workload, block_neurons: int) -> int:
+    """Upper estimate of what one forward pass holds besides weights and cache, for a chunk of the prompt of every beam.
+
+    Per token: about ten vectors of hidden size in the model's dtype (residual, norm, q, k, v, attention's output, an
+    expert's input and output) and six in float32 (norm, sums of the dispatch), and one block's gate, up and product.
+    Per beam: the attention mask of the chunk, keys and values expanded to all heads, and the logits in float32 thrice.
+    """
+    shape, width = model.shape, DTYPE_BYTES[model.shape.dtype]
+    tokens = prefill_chunk_tokens(workload) * workload.num_beams
+    per_token = shape.hidden_size * (10 * width + 6 * 4) + 3 * block_neurons * width
+    mask = prefill_chunk_tokens(workload) * workload.max_seq_len * width
+    expanded = 2 * workload.max_seq_len * model.num_attention_heads * model.head_dim * width
+    logits = 3 * 4 * model.vocab_size
+    return int(ALLOCATOR_SLACK * (tokens * per_token + workload.num_beams * (mask + expanded + logits)))

@@ -1,0 +1,106 @@
+"""ModelSpec: what the planner knows of a model. Rule: the only place in the planner that knows Hugging Face's key names."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.locate import model_config_file
+from fiddler_run.plan import DTYPE_BYTES, ModelShape
+
+BLOCKS_PER_EXPERT = 16  # fine enough to split an expert to 3 % of a call, coarse enough to copy at the link's full speed
+DEFAULT_MODEL = "mistralai/Mixtral-8x7B-v0.1"
+_BUNDLED = dict.fromkeys((DEFAULT_MODEL, "mistralai/Mixtral-8x7B-Instruct-v0.1"), "Mixtral-8x7B.json")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Geometry of a Mixtral-style model. `config` is its config.json, for building a model of this shape."""
+
+    shape: ModelShape
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    config: dict
+
+    @classmethod
+    def load(cls, name: str) -> "ModelSpec":
+        """The model in folder `name`, or of that Hugging Face id. Mixtral-8x7B's own config.json is at hand without a download.
+
+        Raises:
+            FiddlerError: no such model, or not a Mixtral.
+        """
+        if name in _BUNDLED and not Path(name).is_dir():
+            config_file = Path(__file__).parent / "model_configs" / _BUNDLED[name]
+        else:
+            config_file = model_config_file(name)
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FiddlerError(f"{config_file}: cannot read: {error}") from None
+        return cls.from_config(config, name, str(config_file))
+
+    @classmethod
+    def from_config(cls, config: dict, name: str, origin: str) -> "ModelSpec":
+        if config.get("model_type") != "mixtral":
+            raise FiddlerError(f"{origin}: model_type is {config.get('model_type')!r}; only 'mixtral' is supported")
+        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+        if dtype not in DTYPE_BYTES:
+            raise FiddlerError(f"{origin}: dtype {dtype!r} is not supported; known are {', '.join(DTYPE_BYTES)}")
+        try:
+            shape = ModelShape(
+                name=name,
+                num_layers=config["num_hidden_layers"],
+                num_experts=config["num_local_experts"],
+                num_experts_per_tok=config["num_experts_per_tok"],
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                dtype=dtype,
+            )
+            heads = config["num_attention_heads"]
+            return cls(
+                shape=shape,
+                num_attention_heads=heads,
+                num_key_value_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or shape.hidden_size // heads,
+                vocab_size=config["vocab_size"],
+                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                max_position_embeddings=config.get("max_position_embeddings", 32768),
+                config=config,
+            )
+        except KeyError as error:
+            raise FiddlerError(f"{origin}: key {error.args[0]!r} is missing") from None
+
+    @property
+    def block_neurons(self) -> int:
+        """Neurons of a block: an expert in about BLOCKS_PER_EXPERT blocks of a multiple of 32 neurons."""
+        return max(32, -(-self.shape.intermediate_size // BLOCKS_PER_EXPERT // 32) * 32)
+
+    @property
+    def dense_layer_bytes(self) -> int:
+        """Attention, router and norms of one layer."""
+        hidden, kv = self.shape.hidden_size, self.num_key_value_heads * self.head_dim
+        attention = 2 * hidden * self.num_attention_heads * self.head_dim + 2 * hidden * kv
+        return (attention + self.shape.num_experts * hidden + 2 * hidden) * DTYPE_BYTES[self.shape.dtype]
+
+    @property
+    def head_bytes(self) -> int:
+        """Embedding table, final norm and output head."""
+        tables = 1 if self.tie_word_embeddings else 2
+        return (tables * self.vocab_size * self.shape.hidden_size + self.shape.hidden_size) * DTYPE_BYTES[self.shape.dtype]
+
+    @property
+    def non_expert_bytes(self) -> int:
+        return self.shape.num_layers * self.dense_layer_bytes + self.head_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.shape.num_layers * self.num_key_value_heads * self.head_dim * DTYPE_BYTES[self.shape.dtype]
+
+    @property
+    def short_name(self) -> str:
+        return Path(self.shape.name).name or "model"

@@ -1,0 +1,95 @@
+"""Tables for the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from fiddler_opt.machine import MachineProfile
+from fiddler_opt.routing import RoutingProfile
+from fiddler_opt.units import format_bytes
+from fiddler_run.plan import Plan
+
+
+def print_machine(console: Console, machine: MachineProfile) -> None:
+    table = _table("tokens", "CPU", "device", "CPU + link", "share sent")
+    for tokens, cpu_us in machine.cpu_expert_us.items():
+        table.add_row(
+            str(tokens),
+            _rate(machine, cpu_us),
+            _rate(machine, machine.device_expert_us.get(tokens)),
+            _rate(machine, machine.absent_expert_us.get(tokens)),
+            f"{machine.stream_share.get(tokens, 0):.0%}",
+        )
+    console.print(f"{machine.cpu.name}: {machine.cpu.threads} of {machine.cpu.cores} cores used; device: {machine.device.name}")
+    console.print("one expert, bytes of weights handled per second")
+    console.print(table)
+    if machine.h2d_bytes_per_s:
+        console.print(f"link: {format_bytes(machine.h2d_bytes_per_s)}/s from page-locked memory")
+
+
+def print_routing(console: Console, routing: RoutingProfile) -> None:
+    recorded, top = routing.recorded, max(1, routing.model.num_experts // 4)
+    table = _table("layer", "busiest experts, their part of all choices")
+    for layer, row in routing.activations.items():
+        order = sorted(range(len(row)), key=lambda e: -row[e])[:top]
+        table.add_row(str(layer), ", ".join(f"{e} ({row[e] / sum(row):.0%})" for e in order))
+    even = 1 / routing.model.num_experts
+    console.print(
+        f"{recorded.num_prompts} prompts of {recorded.prompts}, {recorded.tokens} tokens; even routing would be {even:.0%} each"
+    )
+    console.print(table)
+
+
+def print_plan(console: Console, plan: Plan, machine: MachineProfile, notes: list[str]) -> None:
+    gpu, predicted = plan.gpu_memory_bytes, plan.predicted
+    memory = _table("GPU memory", "bytes", "")
+    for purpose, size in gpu.parts().items():
+        memory.add_row(purpose.replace("_", " "), f"{size:,}", format_bytes(size))
+    memory.add_row("free", f"{gpu.total - gpu.used:,}", format_bytes(gpu.total - gpu.used))
+    memory.add_row("total", f"{gpu.total:,}", format_bytes(gpu.total), style="bold")
+    console.print(memory)
+
+    blocks = plan.num_resident_blocks + plan.num_absent_blocks
+    whole = plan.num_resident_blocks / plan.blocks_per_expert
+    console.print(
+        f"experts: {plan.num_resident_blocks} of {blocks} blocks on the GPU (as much as {whole:.1f} experts), "
+        f"{format_bytes(plan.host_memory_bytes.experts)} in host memory"
+    )
+    console.print(
+        f"predicted for {plan.workload.prompt_tokens} prompt + {plan.workload.output_tokens} output tokens: "
+        f"{predicted.decode_tokens_per_s:.2f} tokens/s, first token after {predicted.ttft_s:.2f} s, "
+        f"GPU hit rate {predicted.gpu_hit_rate:.1%}"
+    )
+    console.print(
+        f"solver: {plan.provenance.status} in {plan.provenance.solve_s:.1f} s; "
+        f"no placement can exceed {predicted.bound_tokens_per_s:.2f} tokens/s (gap {predicted.gap:.3%})"
+    )
+    for note in notes:
+        console.print(f"note: {note}", style="yellow")
+
+
+def plan_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> list[str]:
+    """What a reader of the predictions should know about their ground."""
+    notes = []
+    if plan.provenance.routing.startswith("uniform"):
+        notes.append("no routing profile for this model: uniform routing assumed; record one with `fiddler-opt profile --prompts`")
+    if machine.source != "measured":
+        notes.append(f"{machine_file} comes from data sheets, nothing was measured: run `fiddler-opt profile` on your machine")
+    shape = machine.shape
+    if (shape.hidden_size, shape.intermediate_size) != (plan.model.hidden_size, plan.model.intermediate_size):
+        notes.append(
+            f"{machine_file} was timed on experts of {shape.hidden_size} x {shape.intermediate_size}; times are scaled by bytes"
+        )
+    if machine.device.kind == "host" and plan.gpu_memory_bytes.total:
+        notes.append("the machine profile knows no GPU: the GPU part will be held in host memory, which gains nothing")
+    return notes
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def _rate(machine: MachineProfile, microseconds: float | None) -> str:
+    return "-" if microseconds is None else f"{machine.shape.expert_bytes / microseconds / 1e3:.1f} GB/s"

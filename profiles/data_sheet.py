@@ -1,0 +1,68 @@
+"""Writes rtx4090.machine.yaml from data sheets: what a machine could do at most, for planning before it is at hand.
+
+`python profiles/data_sheet.py` rewrites the file beside it. Each executor is a roofline: an expert takes the longer of reading
+its weights at full bandwidth and computing at full speed. The CPU and the link share the host memory's bandwidth.
+"""
+
+from pathlib import Path
+
+from fiddler_opt.machine import Cpu, Device, MachineProfile, Made, MeasuredShape
+from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
+
+GPU, GPU_MEMORY_BYTES, GPU_BYTES_PER_S, GPU_FLOPS = "NVIDIA GeForce RTX 4090", 24_564 * 2**20, 1008e9, 165.2e12
+LINK, LINK_BYTES_PER_S = "PCIe 4.0 x16", 31.5e9
+CPU, CPU_CORES, CPU_FLOPS = "AMD Ryzen 9 7950X", 16, 16 * 4.5e9 * 64  # AVX-512 bf16: 64 operations a cycle and core
+HOST_MEMORY, HOST_BYTES_PER_S = "2 channels of DDR5-5200", 83.2e9
+# No data sheet states these two; they are allowances.
+DRIVER_BYTES, DISPATCH_US = 600_000_000, 100.0
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+
+
+def roofline_us(weight_bytes: int, tokens: int, bytes_per_s: float, flops: float) -> float:
+    """bf16 weights: two bytes and two operations each, so a token costs as many operations as there are bytes."""
+    return round(1e6 * max(weight_bytes / bytes_per_s, tokens * weight_bytes / flops), 1)
+
+
+def absent_expert(expert_bytes: int, tokens: int) -> tuple[float, float]:
+    """Microseconds of an expert in host memory at the best share sent over the link, and that share."""
+    host_us = 1e6 * expert_bytes / HOST_BYTES_PER_S
+    cpu_us = roofline_us(expert_bytes, tokens, HOST_BYTES_PER_S, CPU_FLOPS)
+    link_us = 1e6 * expert_bytes / LINK_BYTES_PER_S
+    best_us = max(host_us, cpu_us * link_us / (cpu_us + link_us))
+    return round(best_us, 1), round(max(0.0, 1 - best_us / cpu_us), 3)
+
+
+def data_sheet_profile() -> MachineProfile:
+    model = ModelSpec.load(DEFAULT_MODEL)
+    expert_bytes, layer_bytes = model.shape.expert_bytes(model.block_neurons), model.dense_layer_bytes
+    output_head_bytes = model.head_bytes // 2  # of the embedding table, a step reads one row
+    absent = {tokens: absent_expert(expert_bytes, tokens) for tokens in TOKENS}
+    return MachineProfile(
+        version=1,
+        source="data sheet",
+        cpu=Cpu(name=f"{CPU}, {HOST_MEMORY}", cores=CPU_CORES, threads=CPU_CORES),
+        device=Device(kind="cuda", name=f"{GPU}, {LINK}", memory_bytes=GPU_MEMORY_BYTES, unavailable_bytes=DRIVER_BYTES),
+        shape=MeasuredShape(
+            hidden_size=model.shape.hidden_size,
+            intermediate_size=model.shape.intermediate_size,
+            dtype=model.shape.dtype,
+            block_neurons=model.block_neurons,
+            expert_bytes=expert_bytes,
+            dense_layer_bytes=layer_bytes,
+            head_bytes=model.head_bytes,
+        ),
+        h2d_bytes_per_s=LINK_BYTES_PER_S,
+        cpu_expert_us={tokens: roofline_us(expert_bytes, tokens, HOST_BYTES_PER_S, CPU_FLOPS) for tokens in TOKENS},
+        device_expert_us={tokens: roofline_us(expert_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) for tokens in TOKENS},
+        absent_expert_us={tokens: us for tokens, (us, _) in absent.items()},
+        stream_share={tokens: share for tokens, (_, share) in absent.items()},
+        dispatch_us=dict.fromkeys(TOKENS, DISPATCH_US),
+        dense_layer_us={tokens: roofline_us(layer_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) for tokens in TOKENS},
+        head_us=dict.fromkeys(TOKENS, roofline_us(output_head_bytes, 1, GPU_BYTES_PER_S, GPU_FLOPS)),
+        provenance=Made(command="python profiles/data_sheet.py", created="2026-11-23", software="none: not measured"),
+    )
+
+
+if __name__ == "__main__":
+    data_sheet_profile().save(Path(__file__).with_name("rtx4090.machine.yaml"))

@@ -1,0 +1,13 @@
+"""fiddler_run: executes a plan. It never imports the planner."""
+
+from fiddler_run.errors import FiddlerError
+
+__all__ = ["FiddlerError", "load_model"]
+
+
+def __getattr__(name: str):
+    if name == "load_model":  # imported on demand: torch and transformers take seconds, which plan files do not need
+        from fiddler_run.model import load_model
+
+        return load_model
+    raise AttributeError(f"module 'fiddler_run' has no attribute {name!r}")

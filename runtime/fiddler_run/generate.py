@@ -1,0 +1,131 @@
+"""One generation and what was measured during it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from fiddler_run.dispatch import Traffic
+from fiddler_run.errors import FiddlerError
+from fiddler_run.model import DispatchedMixtral
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to generate. `temperature` 0 is greedy."""
+
+    max_new_tokens: int
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`ttft_s` from the call to the first token; tokens/s and the GPU hit rate are those of decode, after the first token."""
+
+    prompt_tokens: int
+    output_tokens: int
+    ttft_s: float
+    decode_tokens_per_s: float
+    gpu_hit_rate: float
+    peak_gpu_bytes: int
+
+
+class StepClock(StoppingCriteria):
+    """Never stops; notes the time and the expert traffic after each step of any of transformers' decoding methods."""
+
+    def __init__(self, traffic: Traffic):
+        self.traffic = traffic
+        self.steps: list[tuple[float, Traffic]] = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.steps.append((time.perf_counter(), self.traffic - Traffic()))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _CallbackStreamer(TextStreamer):
+    """Hands each finished piece of text to a function instead of printing it."""
+
+    def __init__(self, tokenizer, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Options, max_seq_len: int) -> torch.Tensor:
+    """Token ids [1, n] of a prompt.
+
+    Raises:
+        FiddlerError: the prompt is empty, has no room in the plan's context, or `chat` is asked of a tokenizer without a template.
+    """
+    if not prompt.strip():
+        raise FiddlerError("the prompt is empty")
+    if options.chat:
+        if tokenizer.chat_template is None:
+            raise FiddlerError("--chat: this model's tokenizer has no chat template; leave the flag out")
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not options.chat)["input_ids"]
+    if ids.shape[1] + options.max_new_tokens > max_seq_len:
+        raise FiddlerError(
+            f"the prompt has {ids.shape[1]} tokens and --max-new-tokens is {options.max_new_tokens}, together more than "
+            f"the plan's context of {max_seq_len}; shorten them, or plan again with a larger --max-seq-len"
+        )
+    return ids
+
+
+@torch.inference_mode()
+def generate(
+    model: DispatchedMixtral,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: Options,
+    on_text: Callable[[str], None],
+) -> Measured:
+    """Generates from a prompt; hands the text to `on_text` as it comes (with beams: at the end).
+
+    Raises:
+        FiddlerError: the prompt does not fit, see `encode_prompt`.
+    """
+    ids = encode_prompt(tokenizer, prompt, options, model.plan.workload.max_seq_len).to(model.device)
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    clock = StepClock(model.traffic)
+    sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    streamer = _CallbackStreamer(tokenizer, on_text) if options.num_beams == 1 else None
+    before, started = model.traffic - Traffic(), time.perf_counter()
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=streamer,
+        stopping_criteria=StoppingCriteriaList([clock]),
+        **(sampling if options.temperature > 0 else {"do_sample": False}),
+    )
+    if streamer is None:
+        on_text(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    return _measure(clock, before, started, ids.shape[1], model.device)
+
+
+def _measure(clock: StepClock, before: Traffic, started: float, prompt_tokens: int, device: torch.device) -> Measured:
+    (first_s, first_traffic), (last_s, last_traffic) = clock.steps[0], clock.steps[-1]
+    steps = len(clock.steps)
+    # A single token has no decode phase: its prefill's traffic is all there is to report.
+    traffic = last_traffic - first_traffic if steps > 1 else last_traffic - before
+    return Measured(
+        prompt_tokens=prompt_tokens,
+        output_tokens=steps,
+        ttft_s=first_s - started,
+        decode_tokens_per_s=(steps - 1) / (last_s - first_s) if steps > 1 else 0.0,
+        gpu_hit_rate=traffic.hit_rate,
+        peak_gpu_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
+    )

@@ -1,0 +1,77 @@
+"""Finds what a user names: plans that ship with the package, and models by folder or by Hugging Face id. Imports no torch."""
+
+import os
+import sys
+from pathlib import Path
+
+from fiddler_run.errors import FiddlerError
+
+SHIPPED_FOLDERS = (Path(__file__).parents[2], Path(sys.prefix) / "share" / "fiddler-opt")  # a source checkout; an installation
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "tokenizer*"]
+
+
+def shipped_file(path: str | Path) -> Path:
+    """`path` itself if it exists, else the file of that name that comes with the package, such as plans/demo.yaml."""
+    if Path(path).exists():
+        return Path(path)
+    candidates = (folder / path for folder in SHIPPED_FOLDERS)
+    return next((candidate for candidate in candidates if candidate.is_file()), Path(path))
+
+
+def is_local_name(name: str) -> bool:
+    """Whether a model's name in a plan is a folder (it begins with `.` or `/`) rather than a Hugging Face id."""
+    return name.startswith((".", "/"))
+
+
+def model_folder(name: str | Path, relative_to: Path = Path()) -> Path:
+    """The folder with the checkpoint of model `name`: a folder (relative to `relative_to`), or an id on the Hugging Face hub.
+
+    Raises:
+        FiddlerError: there is no such folder, and the hub has no such model or cannot be reached.
+    """
+    folder = relative_to / name
+    if folder.is_dir():
+        return folder
+    if is_local_name(str(name)):
+        raise FiddlerError(f"{folder}: no such folder; name the checkpoint's folder with --model")
+    return _download(str(name), CHECKPOINT_FILES)
+
+
+def model_config_file(name: str | Path) -> Path:
+    """The config.json of model `name`, without its weights: from a folder, or from the Hugging Face hub."""
+    folder = Path(name) if Path(name).is_dir() else None
+    if folder is None:
+        if is_local_name(str(name)):
+            raise FiddlerError(f"{name}: no such folder; name the checkpoint's folder with --model")
+        folder = _download(str(name), ["config.json"])
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FiddlerError(f"{config_file}: missing; --model names a checkpoint folder in Hugging Face format")
+    return config_file
+
+
+def name_in_plan(model: str | Path, plan_path: str | Path) -> str:
+    """How a plan at `plan_path` names `model`: ids as they are, folders below the working directory relative, others absolute."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return str(model)
+    folder = folder.resolve()
+    if not folder.is_relative_to(Path.cwd()):
+        return str(folder)
+    relative = os.path.relpath(folder, Path(plan_path).resolve().parent)
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def _download(name: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError:
+        raise FiddlerError(f"{name}: neither a folder nor a Hugging Face model id; name the model with --model") from None
+    except Exception as error:  # the hub's client raises many unrelated types; all mean that the files are not here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FiddlerError(
+            f"{name}: not a folder, and not to be had from the Hugging Face hub ({reason}); name a local folder with --model"
+        ) from None

@@ -1,0 +1,191 @@
+"""The plan: the file that the planner writes and the runtime executes. Rule: a plan that loads can be executed.
+
+Every decision is a plain number. An expert's intermediate neurons are cut into blocks of `block_neurons`; for expert e of
+layer l the first `resident_blocks[l][e]` lie in GPU memory, the rest (the absent ones) in host memory, of which each call
+streams a share over the link and computes the remainder on the CPU.
+"""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from fiddler_run.yaml_file import Section, YamlFile
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class ModelShape(Section):
+    """The part of a model that decides an expert's geometry; names are Hugging Face's."""
+
+    name: str
+    num_layers: PositiveInt
+    num_experts: PositiveInt
+    num_experts_per_tok: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    dtype: Dtype
+
+    def blocks_per_expert(self, block_neurons: int) -> int:
+        return -(-self.intermediate_size // block_neurons)
+
+    def block_bytes(self, block_neurons: int) -> int:
+        """Bytes of one block: gate rows, up rows and down columns of `block_neurons` neurons."""
+        return 3 * block_neurons * self.hidden_size * DTYPE_BYTES[self.dtype]
+
+    def expert_bytes(self, block_neurons: int) -> int:
+        """Bytes of one expert as stored. The last block is padded with zeros where the block does not divide the expert."""
+        return self.blocks_per_expert(block_neurons) * self.block_bytes(block_neurons)
+
+
+class Workload(Section):
+    """What the plan was made for: one sequence of `prompt_tokens` then `output_tokens`, searched with `num_beams`."""
+
+    prompt_tokens: PositiveInt
+    output_tokens: PositiveInt
+    num_beams: PositiveInt
+    max_seq_len: PositiveInt
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.prompt_tokens + self.output_tokens > self.max_seq_len:
+            raise ValueError(
+                f"workload.max_seq_len: {self.max_seq_len} is less than "
+                f"{self.prompt_tokens} prompt + {self.output_tokens} output tokens"
+            )
+        return self
+
+
+class GpuMemory(Section):
+    """Bytes of GPU memory by purpose. `reserve` is what the driver and libraries take outside the runtime's allocator."""
+
+    total: NonNegativeInt
+    non_expert_weights: NonNegativeInt
+    kv_cache: NonNegativeInt
+    staging: NonNegativeInt
+    activations: NonNegativeInt
+    reserve: NonNegativeInt
+    experts: NonNegativeInt
+
+    @property
+    def used(self) -> int:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        return {purpose: size for purpose, size in self.model_dump().items() if purpose != "total"}
+
+
+class HostMemory(Section):
+    experts: NonNegativeInt
+
+
+class Predicted(Section):
+    """What the planner expects of this plan on the profiled machine. `gap` is relative: (found - bound) / found, in seconds."""
+
+    decode_tokens_per_s: PositiveFloat
+    ttft_s: PositiveFloat
+    gpu_hit_rate: float = Field(ge=0, le=1)
+    bound_tokens_per_s: PositiveFloat
+    gap: NonNegativeFloat
+
+
+class Provenance(Section):
+    """How the file was made. `routing` is a file, or "uniform (assumed)"."""
+
+    command: str
+    machine: str
+    machine_sha256: str
+    machine_source: str
+    routing: str
+    solver: str
+    status: str
+    solve_s: NonNegativeFloat
+    created: str
+
+
+class Plan(YamlFile):
+    version: Literal[1]
+    model: ModelShape
+    workload: Workload
+    gpu_memory_bytes: GpuMemory
+    host_memory_bytes: HostMemory
+    cpu_threads: PositiveInt
+    prefill_chunk_tokens: PositiveInt
+    block_neurons: PositiveInt
+    stream_share: dict[PositiveInt, float]
+    resident_blocks: dict[NonNegativeInt, list[NonNegativeInt]]
+    predicted: Predicted
+    provenance: Provenance
+
+    header: ClassVar[str] = 'Written by `fiddler-opt plan`; run it with `fiddler-run --plan <this file> "prompt"`.'
+    key_comments: ClassVar[dict[str, str]] = {
+        "block_neurons": "an expert is cut into blocks of this many neurons",
+        "stream_share": "from so many tokens of an expert on: share of its absent blocks sent over the link; the rest is the CPU's",
+        "resident_blocks": "per layer, for each expert: how many of its blocks are in GPU memory",
+    }
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self._check_shares()
+        self._check_placement()
+        self._check_memory()
+        return self
+
+    def _check_shares(self) -> None:
+        if 1 not in self.stream_share:
+            raise ValueError("stream_share: needs an entry for 1 token")
+        for tokens, share in self.stream_share.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"stream_share[{tokens}]: {share} is not between 0 and 1")
+
+    def _check_placement(self) -> None:
+        model, blocks = self.model, self.blocks_per_expert
+        if sorted(self.resident_blocks) != list(range(model.num_layers)):
+            raise ValueError(f"resident_blocks: needs exactly the layers 0 to {model.num_layers - 1}")
+        for layer, row in self.resident_blocks.items():
+            if len(row) != model.num_experts:
+                raise ValueError(f"resident_blocks[{layer}]: {len(row)} numbers for {model.num_experts} experts")
+            for expert, count in enumerate(row):
+                if count > blocks:
+                    raise ValueError(f"resident_blocks[{layer}][{expert}]: {count} is more than the {blocks} blocks of an expert")
+
+    def _check_memory(self) -> None:
+        gpu = self.gpu_memory_bytes
+        placed = self.num_resident_blocks * self.block_bytes
+        absent = self.num_absent_blocks * self.block_bytes
+        if placed != gpu.experts:
+            raise ValueError(f"gpu_memory_bytes.experts: {gpu.experts}, but resident_blocks hold {placed} bytes")
+        if absent != self.host_memory_bytes.experts:
+            raise ValueError(
+                f"host_memory_bytes.experts: {self.host_memory_bytes.experts}, but the absent blocks hold {absent} bytes"
+            )
+        if gpu.used > gpu.total:
+            raise ValueError(f"gpu_memory_bytes.total: {gpu.total} is less than the sum of its parts, {gpu.used}")
+        if absent and any(self.stream_share.values()) and gpu.staging < self.block_bytes:
+            raise ValueError(f"gpu_memory_bytes.staging: {gpu.staging} cannot hold one block of {self.block_bytes} bytes to stream")
+
+    @property
+    def blocks_per_expert(self) -> int:
+        return self.model.blocks_per_expert(self.block_neurons)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.model.block_bytes(self.block_neurons)
+
+    @property
+    def num_resident_blocks(self) -> int:
+        return sum(sum(row) for row in self.resident_blocks.values())
+
+    @property
+    def num_absent_blocks(self) -> int:
+        return self.model.num_layers * self.model.num_experts * self.blocks_per_expert - self.num_resident_blocks
+
+    def streamed_blocks(self, tokens: int, absent: int) -> int:
+        """How many of an expert's `absent` blocks are streamed when `tokens` tokens call it; the CPU computes the others."""
+        share = self.stream_share[max(t for t in self.stream_share if t <= tokens)]
+        return streamed_part(share, tokens, absent)
+
+
+def streamed_part(share: float, tokens: int, absent: int) -> int:
+    """`share` of `absent` blocks, to the nearest whole block; the same for any number of tokens."""
+    return int(share * absent + 0.5)

@@ -1,0 +1,139 @@
+"""A checkpoint is checked before anything is loaded; what is wrong is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import DEMO, demo_shape, make_plan
+from safetensors.torch import load_file, save_file
+
+from fiddler_run import load_model
+from fiddler_run.errors import FiddlerError
+
+SHARDS = sorted(path.name for path in DEMO.glob("*.safetensors"))
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(DEMO, tmp_path / "model")
+
+
+def plan(**overrides):
+    shape = demo_shape("bfloat16").model_copy(update=overrides)
+    return make_plan(shape, [[0] * shape.num_experts] * shape.num_layers)
+
+
+def assert_refused(folder, message, plan=plan()):  # noqa: B008 - a plan is immutable
+    with pytest.raises(FiddlerError, match=message) as refusal:
+        load_model(plan, folder)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_demo_is_sharded_and_small():
+    assert len(SHARDS) > 1
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 12_000_000
+    config = json.loads((DEMO / "config.json").read_text())
+    assert (config["num_local_experts"], config["num_experts_per_tok"], config["dtype"]) == (8, 2, "bfloat16")
+    assert config["num_hidden_layers"] >= 6
+    assert config["num_key_value_heads"] < config["num_attention_heads"]
+
+
+def test_missing_shard(copy):
+    (copy / SHARDS[1]).unlink()
+    assert_refused(copy, f"{SHARDS[1]}: missing, though model.safetensors.index.json names it; download")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, 500_000])
+def test_truncated_shard(copy, keep):
+    shard = copy / SHARDS[0]
+    shard.write_bytes(shard.read_bytes()[:keep])
+    assert_refused(copy, rf"{SHARDS[0]}: damaged or cut off .*; download it again")
+
+
+def test_no_weights(copy):
+    for path in copy.glob("model*"):
+        path.unlink()
+    assert_refused(copy, "holds neither model.safetensors.index.json nor model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_damaged_json(copy, name):
+    (copy / name).write_text("{")
+    assert_refused(copy, f"{name}: cannot read")
+
+
+def test_no_config(copy):
+    (copy / "config.json").unlink()
+    assert_refused(copy, "config.json: missing")
+
+
+def test_no_tokenizer(copy):
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    assert_refused(copy, "no tokenizer")
+
+
+def test_no_such_folder(tmp_path):
+    assert_refused(tmp_path / "none", "none: no such folder")
+
+
+@pytest.mark.parametrize("key", ["block_sparse_moe.experts.3.w2", "self_attn.q_proj"])
+def test_a_tensor_is_missing(copy, key):
+    index_file = copy / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    name = f"model.layers.2.{key}.weight"
+    file = index["weight_map"].pop(name)
+    index_file.write_text(json.dumps(index))
+    tensors = load_file(copy / file)
+    del tensors[name]
+    save_file(tensors, copy / file, metadata={"format": "pt"})
+    assert_refused(copy, f"tensor {name} is missing")
+
+
+def test_an_expert_of_another_shape(copy):
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    name = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
+    file = copy / index["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name] = torch.zeros(128, 255, dtype=torch.bfloat16)
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert_refused(copy, rf"{name} has shape \[128, 255\], expected \[128, 256\]")
+
+
+def test_a_single_file_checkpoint(copy):
+    tensors = {name: tensor for shard in SHARDS for name, tensor in load_file(copy / shard).items()}
+    for path in copy.glob("model*"):
+        path.unlink()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    model, tokenizer = load_model(plan(), copy)
+    assert model.generate(**tokenizer("Once", return_tensors="pt").to(model.device), max_new_tokens=3).shape[1] > 2
+
+
+def test_weights_are_never_rounded(random_checkpoint):
+    folder, shape = random_checkpoint()
+    narrow = shape.model_copy(update={"dtype": "bfloat16"})
+    assert_refused(folder, "is F32, which the plan's bfloat16 cannot hold without loss", make_plan(narrow, [[0] * 8] * 2))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_layers": 5}, "model.num_layers is 5, but num_hidden_layers is 6 in .*config.json; make a plan for this model"),
+        ({"num_experts": 4}, "model.num_experts is 4, but num_local_experts is 8"),
+        ({"intermediate_size": 512}, "model.intermediate_size is 512"),
+    ],
+)
+def test_a_plan_of_another_model(overrides, message):
+    assert_refused(DEMO, message, plan(**overrides))
+
+
+def test_another_architecture(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    assert_refused(copy, "model_type is 'llama'; only 'mixtral' is supported")
+
+
+def test_more_threads_than_cores():
+    shape = demo_shape("bfloat16")
+    assert_refused(DEMO, "cpu_threads is 4096, but .* cores are available", make_plan(shape, [[0] * 8] * 6, threads=4096))

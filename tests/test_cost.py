@@ -1,0 +1,81 @@
+"""The cost model against numbers computed by hand, and its monotony."""
+
+import random
+
+import pytest
+from planning import PAIRS, machine_profile, random_routing, small_model
+
+from fiddler_opt.cost import CostModel, chance_called, workload_phases
+from fiddler_opt.machine import seconds_at
+from fiddler_opt.routing import Routing
+from fiddler_run.plan import Workload
+
+WORKLOAD = Workload(prompt_tokens=10, output_tokens=5, num_beams=1, max_seq_len=64)
+
+
+def test_seconds_at():
+    times = {1: 10.0, 4: 40.0, 8: 48.0}
+    assert seconds_at(times, 1) == pytest.approx(10e-6)
+    assert seconds_at(times, 2) == pytest.approx(20e-6)
+    assert seconds_at(times, 6) == pytest.approx(44e-6)
+    assert seconds_at(times, 16) == pytest.approx(96e-6)  # in proportion past the last point
+    assert seconds_at(times, 0.5) == pytest.approx(10e-6)
+
+
+def test_phases():
+    long = Workload(prompt_tokens=5000, output_tokens=100, num_beams=4, max_seq_len=8192)
+    assert [(p.name, p.steps, p.tokens) for p in workload_phases(long)] == [
+        ("prefill", 2, 8192),
+        ("prefill of the rest", 1, 4 * 904),
+        ("decode", 99, 4),
+    ]
+
+
+def test_decode_step_by_hand():
+    """One layer, two of three experts: pairs (0,1) half, (0,2) a quarter, (1,2) a quarter of the time."""
+    model = small_model(num_layers=1, num_experts=3)
+    routing = Routing("by hand", [[0.75, 0.75, 0.5]], [dict(zip(PAIRS[3], (0.5, 0.25, 0.25), strict=True))])
+    machine = machine_profile(model, device=10.0, absent=80.0, dispatch=7.0, dense=5.0, head=3.0)
+    cost = CostModel.build(model, machine, routing, WORKLOAD, model.block_neurons)
+    assert cost.blocks_per_expert == 4
+    # resident: expert 0 whole, expert 1 half, expert 2 not at all
+    placement = [[4, 2, 0]]
+    pair_us = {(0, 1): max(10 + 5, 0 + 40), (0, 2): max(10 + 0, 0 + 80), (1, 2): max(5 + 0, 40 + 80)}
+    experts_us = 0.5 * pair_us[0, 1] + 0.25 * pair_us[0, 2] + 0.25 * pair_us[1, 2]
+    assert cost.decode_step_s(placement) == pytest.approx((3 + 5 + 7 + experts_us) * 1e-6)
+    assert cost.hit_rate(placement) == pytest.approx((0.75 * 4 + 0.75 * 2) / (4 * 2))
+
+
+def test_without_a_gpu_the_parts_add_up():
+    model = small_model(num_layers=1, num_experts=2)
+    machine = machine_profile(model, device=10.0, absent=80.0, kind="host", dispatch=1.0, dense=1.0, head=1.0)
+    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, model.block_neurons)
+    assert cost.decode_step_s([[4, 2]]) == pytest.approx((3 + 10 + 5 + 40) * 1e-6)
+
+
+def test_times_scale_with_bytes():
+    model, other = small_model(), small_model(intermediate_size=256)
+    machine = machine_profile(model, device=10.0, absent=80.0)
+    small, large = (CostModel.build(m, machine, Routing.uniform(m), WORKLOAD, m.block_neurons) for m in (model, other))
+    first, second = (next(iter(c.scenarios["decode"][0])).absent_s for c in (small, large))
+    assert second[0] == pytest.approx(2 * first[0])
+
+
+def test_chance_called():
+    assert chance_called(0.25, 1) == pytest.approx(0.25)
+    assert chance_called(0.25, 2) == pytest.approx(1 - 0.75**2)
+
+
+def test_total_is_the_sum_of_its_phases():
+    model = small_model()
+    routing = random_routing(model, random.Random(0))
+    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD, model.block_neurons)
+    placement = [[1, 2, 3, 0], [4, 4, 0, 0]]
+    assert cost.total_s(placement) == pytest.approx(cost.ttft_s(placement) + 4 * cost.decode_step_s(placement))
+
+
+def test_a_pair_never_seen_costs_nothing():
+    model = small_model(num_layers=1, num_experts=3)
+    routing = Routing("by hand", [[1.0, 1.0, 0.0]], [{(0, 1): 1.0, (0, 2): 0.0, (1, 2): 0.0}])
+    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD, model.block_neurons)
+    assert cost.total_s([[2, 2, 0]]) == cost.total_s([[2, 2, 4]])

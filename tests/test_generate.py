@@ -1,0 +1,171 @@
+"""transformers' `generate()` on a dispatched model: each way of decoding gives the stock model's tokens."""
+
+import random
+
+import pytest
+import torch
+from conftest import DEMO, demo_shape, random_plan
+from transformers import DynamicCache, MixtralForCausalLM, StaticCache, TextStreamer, pipeline
+
+from fiddler_run import load_model
+from fiddler_run.errors import FiddlerError
+from fiddler_run.generate import Options, generate
+
+TEXTS = ["Once upon a time there was a kind bear", "def count", "3 + 4 ="]
+
+
+@pytest.fixture(scope="module")
+def models(device):
+    dispatched, tokenizer = load_model(random_plan(demo_shape(), random.Random(7)), DEMO)
+    return dispatched, MixtralForCausalLM.from_pretrained(DEMO, dtype=torch.float32).to(device).eval(), tokenizer
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"num_beams": 4, "do_sample": True},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "num_beams": 4},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 4},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("padded", [False, True], ids=["single", "left-padded"])
+def test_ways_of_decoding(models, device, arguments, padded):
+    if padded and "prompt_lookup_num_tokens" in arguments:
+        pytest.skip("transformers offers prompt lookup for single sequences only")
+    dispatched, stock, tokenizer = models
+    encoded = tokenizer(TEXTS if padded else TEXTS[:1], return_tensors="pt", padding=True).to(device)
+    outputs = []
+    for model in (dispatched, stock):
+        torch.manual_seed(11)
+        outputs.append(model.generate(**encoded, max_new_tokens=32, pad_token_id=2, **arguments))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("cache_class", ["dynamic", "static"])
+def test_a_cache_of_the_callers(models, device, cache_class):
+    """Two turns over one cache."""
+    dispatched, stock, tokenizer = models
+    outputs = []
+    for model in (dispatched, stock):
+        cache = (
+            DynamicCache(config=model.config) if cache_class == "dynamic" else StaticCache(config=model.config, max_cache_len=128)
+        )
+        ids = tokenizer(TEXTS[0], return_tensors="pt").to(device)["input_ids"]
+        ids = model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
+        ids = torch.cat([ids, tokenizer(" Then", return_tensors="pt", add_special_tokens=False).to(device)["input_ids"]], dim=1)
+        outputs.append(model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False))
+    assert torch.equal(*outputs)
+
+
+def test_prompts_longer_than_a_prefill_chunk(models, device):
+    dispatched, stock, tokenizer = models
+    assert dispatched.generation_config.prefill_chunk_size == 128
+    ids = tokenizer("\n".join(TEXTS * 8), return_tensors="pt").to(device)["input_ids"]
+    assert ids.shape[1] > 128
+    assert torch.equal(*(model.generate(ids, max_new_tokens=16, do_sample=False) for model in (dispatched, stock)))
+
+
+def test_streamer(models, device, capsys):
+    dispatched, stock, tokenizer = models
+    encoded = tokenizer(TEXTS[0], return_tensors="pt").to(device)
+    printed = []
+    for model in (dispatched, stock):
+        model.generate(**encoded, max_new_tokens=20, do_sample=False, streamer=TextStreamer(tokenizer))
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert printed[0].startswith("<s>Once upon a time")
+
+
+def test_pipeline(models):
+    dispatched, stock, tokenizer = models
+    texts = [
+        pipeline("text-generation", model=model, tokenizer=tokenizer)(TEXTS, batch_size=3, max_new_tokens=12, do_sample=False)
+        for model in (dispatched, stock)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_experts_are_not_in_the_module(models):
+    dispatched, stock, _ = models
+    assert {name for name in stock.state_dict() if ".experts." not in name} == set(dispatched.state_dict())
+    with pytest.raises(NotImplementedError):
+        dispatched.save_pretrained("anywhere")
+
+
+def test_measured(models):
+    dispatched, _, tokenizer = models
+    pieces = []
+    measured = generate(dispatched, tokenizer, TEXTS[0], Options(max_new_tokens=24), pieces.append)
+    text = "".join(pieces)
+    assert len(text) > 20
+    assert measured.output_tokens == 24
+    assert measured.prompt_tokens == len(tokenizer(TEXTS[0])["input_ids"])
+    assert measured.ttft_s > 0
+    assert measured.decode_tokens_per_s > 0
+    beams = []
+    generate(dispatched, tokenizer, TEXTS[0], Options(max_new_tokens=24, num_beams=3), beams.append)
+    assert len(beams) == 1
+
+
+def test_the_hit_rate_is_that_of_decode(models):
+    """Counted by hand from the router's choices of the generated tokens."""
+    dispatched, _, tokenizer = models
+    plan = dispatched.plan
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"].to(dispatched.device)
+    measured = generate(dispatched, tokenizer, TEXTS[0], Options(max_new_tokens=6), lambda text: None)
+    output = dispatched.generate(ids, max_new_tokens=6, do_sample=False, output_router_logits=True)
+    with torch.no_grad():
+        routers = dispatched(output[:, :-1], output_router_logits=True).router_logits
+    decoded = range(ids.shape[1], output.shape[1] - 1)  # the tokens that went in after the prompt
+    found = [
+        plan.resident_blocks[layer][expert]
+        for layer, logits in enumerate(routers)
+        for token in decoded
+        for expert in logits[token].topk(2).indices.tolist()
+    ]
+    assert measured.gpu_hit_rate == pytest.approx(sum(found) / (len(found) * plan.blocks_per_expert))
+
+
+def test_seed(models):
+    dispatched, _, tokenizer = models
+
+    def sample(seed: int) -> str:
+        pieces = []
+        generate(dispatched, tokenizer, "3 + 4 =", Options(max_new_tokens=24, temperature=1.5, seed=seed), pieces.append)
+        return "".join(pieces)
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (" \n", Options(max_new_tokens=4), "the prompt is empty"),
+        ("Once " * 300, Options(max_new_tokens=4), "more than the plan's context of 256"),
+        ("Once", Options(max_new_tokens=256), "more than the plan's context of 256"),
+        ("Once", Options(max_new_tokens=4, chat=True), "no chat template"),
+    ],
+)
+def test_prompts_that_do_not_fit(models, prompt, options, message):
+    dispatched, _, tokenizer = models
+    with pytest.raises(FiddlerError, match=message):
+        generate(dispatched, tokenizer, prompt, options, lambda text: None)
+
+
+def test_chat_template(models):
+    dispatched, _, tokenizer = models
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} Once upon a time{% endfor %}"
+    try:
+        pieces = []
+        measured = generate(dispatched, tokenizer, "A story!", Options(max_new_tokens=8, chat=True), pieces.append)
+    finally:
+        tokenizer.chat_template = None
+    expected = len(tokenizer("A story! Once upon a time", add_special_tokens=False)["input_ids"])
+    assert measured.prompt_tokens == expected

@@ -1,0 +1,94 @@
+"""A plan of Mixtral-8x7B for 24 GB, its bytes against numbers written by hand."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+
+from fiddler_opt.compiler import compile_plan
+from fiddler_opt.machine import MachineProfile
+from fiddler_opt.memory import activation_bytes
+from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
+from fiddler_opt.routing import Routing
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan import Plan, Workload
+
+WORKLOAD = Workload(prompt_tokens=512, output_tokens=128, num_beams=1, max_seq_len=4096)
+MADE = {
+    "command": "test",
+    "machine": "rtx4090",
+    "machine_sha256": "",
+    "machine_source": "data sheet",
+    "routing": "uniform (assumed)",
+    "created": "2026-01-01",
+}
+EXPERT_BYTES, BLOCK_BYTES = 352_321_536, 22_020_096
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelSpec:
+    return ModelSpec.load(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="module")
+def machine() -> MachineProfile:
+    return MachineProfile.load(ROOT / "profiles" / "rtx4090.machine.yaml")
+
+
+def plan_for(model, machine, total, workload=WORKLOAD) -> Plan:
+    return compile_plan(model, machine, Routing.uniform(model), workload, total, MADE)
+
+
+def test_bytes_by_purpose(model, machine):
+    plan = plan_for(model, machine, 24_000_000_000)
+    gpu = plan.gpu_memory_bytes
+    assert gpu.total == 24_000_000_000
+    assert gpu.non_expert_weights == 3_211_272_192
+    assert gpu.kv_cache == 4096 * 131_072
+    assert gpu.staging == 2 * EXPERT_BYTES
+    assert gpu.reserve == 600_000_000
+    assert gpu.experts == plan.num_resident_blocks * BLOCK_BYTES
+    parts = gpu.non_expert_weights + gpu.kv_cache + gpu.staging + gpu.activations + gpu.reserve + gpu.experts
+    assert parts <= 24_000_000_000
+    assert 24_000_000_000 - parts < BLOCK_BYTES  # no room left for another block
+    assert gpu.experts + plan.host_memory_bytes.experts == 256 * EXPERT_BYTES
+
+
+def test_zero_bytes_is_a_plan_for_the_cpu_alone(model, machine):
+    plan = plan_for(model, machine, 0)
+    assert plan.gpu_memory_bytes.used == 0
+    assert plan.num_resident_blocks == 0
+    assert plan.stream_share == {1: 0.0}
+    assert plan.host_memory_bytes.experts == 256 * EXPERT_BYTES
+
+
+def test_more_memory_is_predicted_no_slower(model, machine):
+    rates = [plan_for(model, machine, gb * 10**9).predicted.decode_tokens_per_s for gb in (8, 12, 16, 20, 24)]
+    assert rates == sorted(rates)
+    assert rates[0] < rates[-1]
+
+
+def test_more_beams_take_more_memory(model):
+    beams = WORKLOAD.model_copy(update={"num_beams": 4})
+    assert activation_bytes(model, beams, 896) > 3 * activation_bytes(model, WORKLOAD, 896)
+
+
+def test_too_small_a_budget_says_what_is_needed(model, machine):
+    with pytest.raises(FiddlerError, match=r"--gpu-mem 5.00 GB is too small: 5.63 GB are needed before any expert \(non expert"):
+        plan_for(model, machine, 5 * 10**9)
+
+
+def test_shipped_plan(model, machine):
+    plan = Plan.load(ROOT / "plans" / "rtx4090.yaml")
+    assert plan.provenance.machine_source == "data sheet"
+    assert plan.model.name == "mistralai/Mixtral-8x7B-v0.1"
+    again = plan_for(model, machine, 24_000_000_000)
+    assert again.resident_blocks == plan.resident_blocks
+    assert again.predicted == plan.predicted
+
+
+def test_data_sheet_profile_is_what_its_script_gives(machine, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "profiles"), *sys.path])
+    from data_sheet import data_sheet_profile
+
+    assert data_sheet_profile() == machine

@@ -1,0 +1,63 @@
+"""Sizes of Mixtral-8x7B, computed by hand from its published config."""
+
+import pytest
+
+from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
+from fiddler_run.errors import FiddlerError
+
+
+@pytest.fixture(scope="module")
+def mixtral() -> ModelSpec:
+    return ModelSpec.load(DEFAULT_MODEL)
+
+
+def test_expert(mixtral):
+    # gate, up and down: 3 matrices of 4096 x 14336 in 2 bytes
+    assert mixtral.block_neurons == 896
+    assert mixtral.shape.blocks_per_expert(896) == 16
+    assert mixtral.shape.block_bytes(896) == 22_020_096
+    assert mixtral.shape.expert_bytes(896) == 352_321_536
+
+
+def test_whole_model(mixtral):
+    # 46,702,792,704 parameters, of which 256 experts of 176,160,768
+    assert mixtral.non_expert_bytes == 2 * (46_702_792_704 - 256 * 176_160_768)
+
+
+def test_dense_layer(mixtral):
+    # q and o 4096 x 4096, k and v 4096 x 1024, router 8 x 4096, two norms of 4096
+    assert mixtral.dense_layer_bytes == 2 * (2 * 16_777_216 + 2 * 4_194_304 + 32_768 + 8_192)
+
+
+def test_kv_cache(mixtral):
+    # 32 layers x (keys + values) x 8 heads x 128 x 2 bytes
+    assert mixtral.kv_bytes_per_token == 131_072
+
+
+def test_an_indivisible_expert_is_padded(mixtral):
+    shape = mixtral.shape.model_copy(update={"intermediate_size": 100})
+    assert shape.blocks_per_expert(32) == 4
+    assert shape.expert_bytes(32) == 4 * 3 * 32 * 4096 * 2
+
+
+def test_tied_embeddings_count_once(mixtral):
+    tied = ModelSpec.from_config({**mixtral.config, "tie_word_embeddings": True}, "tied", "here")
+    assert mixtral.head_bytes - tied.head_bytes == 32_000 * 4096 * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'; only 'mixtral' is supported"),
+        ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
+    ],
+)
+def test_refuses(mixtral, changes, message):
+    with pytest.raises(FiddlerError, match=message):
+        ModelSpec.from_config({**mixtral.config, **changes}, "m", "here")
+
+
+def test_a_missing_key_is_named(mixtral):
+    config = {key: value for key, value in mixtral.config.items() if key != "vocab_size"}
+    with pytest.raises(FiddlerError, match="here: key 'vocab_size' is missing"):
+        ModelSpec.from_config(config, "m", "here")

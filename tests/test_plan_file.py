@@ -1,0 +1,118 @@
+"""The plan file: what is written is what is read, and what cannot be executed does not load."""
+
+import random
+
+import pytest
+import yaml
+from conftest import demo_shape, make_plan, random_plan
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan import Plan
+from fiddler_run.yaml_file import require_writable, write_whole
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return random_plan(demo_shape(), random.Random(1))
+
+
+def test_round_trip():
+    rng = random.Random(0)
+    for _ in range(20):
+        plan = random_plan(demo_shape(rng.choice(["float32", "bfloat16"])), rng)
+        assert Plan.parse(plan.dump(), "here") == plan
+
+
+def test_one_layer_per_line(plan):
+    lines = plan.dump().splitlines()
+    for layer, row in plan.resident_blocks.items():
+        assert f"  {layer}: {row}" in lines
+
+
+def change(plan: Plan, path: str, value) -> str:
+    """The plan's text with one key set (or, for the value `...`, removed)."""
+    data = yaml.safe_load(plan.dump())
+    *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    target = data
+    for key in parents:
+        target = target[key]
+    if value is ...:
+        del target[last]
+    else:
+        target[last] = value
+    return yaml.safe_dump(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("colour", "red", "colour: unknown key"),
+        ("workload.colour", "red", "workload.colour: unknown key"),
+        ("cpu_threads", ..., "cpu_threads: missing"),
+        ("cpu_threads", "four", "cpu_threads: Input should be a valid integer"),
+        ("cpu_threads", 0, "cpu_threads: Input should be greater than 0"),
+        ("cpu_threads", True, "cpu_threads: Input should be a valid integer"),
+        ("version", 2, "version: this release reads version 1, the file says 2"),
+        ("version", ..., "version: this release reads version 1, the file says None"),
+        ("model.dtype", "int4", "model.dtype: "),
+        ("predicted.ttft_s", float("nan"), "predicted.ttft_s: Input should be a finite number"),
+        ("resident_blocks.3.1", 20, r"resident_blocks\[3\]\[1\]: 20 is more than the 8 blocks of an expert"),
+        ("resident_blocks.3.1", -1, r"resident_blocks\[3\]\[1\]: Input should be greater than or equal to 0"),
+        ("resident_blocks.3", [0, 0], r"resident_blocks\[3\]: 2 numbers for 8 experts"),
+        ("resident_blocks.3", ..., "resident_blocks: needs exactly the layers 0 to 5"),
+        ("stream_share.1", 1.5, r"stream_share\[1\]: 1.5 is not between 0 and 1"),
+        ("stream_share.1", ..., "stream_share: needs an entry for 1 token"),
+        ("gpu_memory_bytes.experts", 1, "gpu_memory_bytes.experts: 1, but resident_blocks hold"),
+        ("host_memory_bytes.experts", 1, "host_memory_bytes.experts: 1, but the absent blocks hold"),
+        ("gpu_memory_bytes.total", 5, "gpu_memory_bytes.total: 5 is less than the sum of its parts"),
+        ("gpu_memory_bytes.staging", 0, "gpu_memory_bytes.staging: 0 cannot hold one block"),
+        ("workload.max_seq_len", 70, "workload.max_seq_len: 70 is less than 16 prompt"),
+    ],
+)
+def test_names_the_key(plan, path, value, message):
+    with pytest.raises(FiddlerError, match=f"^here: {message}"):
+        Plan.parse(change(plan, path, value), "here")
+
+
+def test_duplicate_key(plan):
+    with pytest.raises(FiddlerError, match="here: not valid YAML: key 'cpu_threads' is given twice"):
+        Plan.parse(plan.dump() + "cpu_threads: 3\n", "here")
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "just words", "a: [1", "? [1, 2]\n: 3"])
+def test_not_a_plan(text):
+    with pytest.raises(FiddlerError, match="^here: "):
+        Plan.parse(text, "here")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FiddlerError, match=r"none.yaml: cannot read: No such file"):
+        Plan.load(tmp_path / "none.yaml")
+
+
+def test_streamed_blocks_follow_the_token_count():
+    plan = make_plan(demo_shape(), [[0] * 8] * 6, share={1: 0.25, 8: 0.5, 32: 1.0})
+    counts = {tokens: plan.streamed_blocks(tokens, 8) for tokens in (1, 7, 8, 31, 32, 500)}
+    assert counts == {1: 2, 7: 2, 8: 4, 31: 4, 32: 8, 500: 8}
+    assert plan.streamed_blocks(1, 2) == 1  # 0.5 rounds up
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    target = tmp_path / "plan.yaml"
+    write_whole(target, "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(FiddlerError, match="No space left on device"):
+        write_whole(target, "new")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_unwritable_places(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "plan.yaml"):
+        with pytest.raises(FiddlerError, match="cannot write"):
+            require_writable(place)
