@@ -4,18 +4,19 @@ import argparse
 import hashlib
 import shlex
 import sys
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 
 from fiddler_opt.machine import MachineProfile
 from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
 from fiddler_opt.report import plan_notes, print_machine, print_plan, print_routing
 from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.units import parse_bytes
-from fiddler_run.cli import exit_status, positive
+from fiddler_run.cli import byte_progress, exit_status, positive
 from fiddler_run.errors import FiddlerError
 from fiddler_run.locate import name_in_plan, shipped_file
 from fiddler_run.plan import Workload
@@ -64,7 +65,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     def command():
         flags = parse_arguments(arguments)
-        flags.command(flags, Console(stderr=True, highlight=False))
+        flags.command(flags, Console(stderr=True, highlight=False, soft_wrap=True))
 
     return exit_status(command, "fiddler-opt")
 
@@ -105,17 +106,17 @@ def record(flags, model: ModelSpec, machine: MachineProfile, prompts: list[str],
     workload = Workload(prompt_tokens=context - 1, output_tokens=1, num_beams=1, max_seq_len=context)
     made = provenance(str(machine_file(flags)), machine, "uniform (assumed)")
     plan = compile_plan(model, machine, Routing.uniform(model), workload, 0, made)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
-        loading = progress.add_task("loading experts", total=None)
-        loaded, tokenizer = load_model(
-            plan,
-            flags.model,
-            on_start=lambda total: progress.update(loading, total=total),
-            on_bytes=lambda count: progress.advance(loading, count),
-        )
-        task = progress.add_task("prompts", total=len(prompts))
-        return record_routing(loaded, tokenizer, model.shape, prompts, origin, command_line(), lambda: progress.advance(task))
+    loading, reading = byte_progress(console), Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)
+    experts, read = loading.add_task("loading experts"), reading.add_task("prompts", total=len(prompts))
+
+    def on_checked(_, total_bytes: int) -> None:
+        loading.update(experts, total=total_bytes)
+        shown.enter_context(loading)
+
+    with ExitStack() as shown:
+        loaded, tokenizer = load_model(plan, flags.model, on_checked, lambda count: loading.advance(experts, count))
+    with reading:
+        return record_routing(loaded, tokenizer, model.shape, prompts, origin, command_line(), lambda: reading.advance(read))
 
 
 def run_plan(flags: argparse.Namespace, console: Console) -> None:

@@ -10,17 +10,16 @@ from fiddler_run.plan import Plan
 
 
 def print_machine(console: Console, machine: MachineProfile) -> None:
-    table = _table("tokens", "CPU", "device", "CPU + link", "share sent")
-    for tokens, cpu_us in machine.cpu_expert_us.items():
-        table.add_row(
-            str(tokens),
-            _rate(machine, cpu_us),
-            _rate(machine, machine.device_expert_us.get(tokens)),
-            _rate(machine, machine.absent_expert_us.get(tokens)),
-            f"{machine.stream_share.get(tokens, 0):.0%}",
-        )
+    """Rates of one expert's weights, by tokens; without a GPU the CPU's are all there is."""
+    gpu = machine.device.kind == "cuda"
     console.print(f"{machine.cpu.name}: {machine.cpu.threads} of {machine.cpu.cores} cores used; device: {machine.device.name}")
-    console.print("one expert, bytes of weights handled per second")
+    table = _table("tokens of an expert", "CPU", *(("GPU", "CPU + link", "sent over the link") if gpu else ()))
+    for tokens in machine.absent_expert_us if gpu else machine.cpu_expert_us:
+        row = [str(tokens), _rate(machine, machine.cpu_expert_us.get(tokens))]
+        if gpu:
+            row += [_rate(machine, times.get(tokens)) for times in (machine.device_expert_us, machine.absent_expert_us)]
+            row.append(f"{machine.stream_share.get(tokens, 0):.0%}")
+        table.add_row(*row)
     console.print(table)
     if machine.h2d_bytes_per_s:
         console.print(f"link: {format_bytes(machine.h2d_bytes_per_s)}/s from page-locked memory")

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -95,22 +96,18 @@ def exit_status(command, name: str) -> int:
 
 
 def run(flags: argparse.Namespace) -> None:
-    stderr = Console(stderr=True, highlight=False)
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     plan_path = shipped_file(flags.plan)
     plan = Plan.load(plan_path)
     prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
-    if not prompt.strip():
-        raise FiddlerError("the prompt is empty")
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with stderr.status("importing torch and transformers"):
         import torch
 
-        from fiddler_run.generate import Options, generate
+        from fiddler_run.generate import Options, encode_prompt, generate
         from fiddler_run.model import load_model
 
-    if plan.gpu_memory_bytes.total > 0 and not torch.cuda.is_available():
-        stderr.print("no CUDA device here: the plan's GPU part is held in host memory and computed by the CPU")
     options = Options(
         max_new_tokens=flags.max_new_tokens or plan.workload.output_tokens,
         num_beams=flags.num_beams or plan.workload.num_beams,
@@ -119,27 +116,26 @@ def run(flags: argparse.Namespace) -> None:
         seed=flags.seed,
         chat=flags.chat,
     )
-    with loading_bar(stderr) as progress:
-        task = progress.add_task("loading experts", total=None)
-        model, tokenizer = load_model(
-            plan_path,
-            flags.model,
-            on_start=lambda total: progress.update(task, total=total),
-            on_bytes=lambda count: progress.advance(task, count),
-        )
+    progress = byte_progress(stderr)
+    loading = progress.add_task("loading experts")
+
+    def on_checked(tokenizer, total_bytes: int) -> None:
+        encode_prompt(tokenizer, prompt, options, plan.workload.max_seq_len)  # better refused now than after loading
+        if plan.gpu_memory_bytes.total > 0 and not torch.cuda.is_available():
+            stderr.print("no CUDA device here: the plan's GPU part is held in host memory and computed by the CPU")
+        progress.update(loading, total=total_bytes)
+        shown.enter_context(progress)
+
+    with ExitStack() as shown:
+        model, tokenizer = load_model(plan_path, flags.model, on_checked, lambda count: progress.advance(loading, count))
     measured = generate(model, tokenizer, prompt, options, on_text=lambda text: print(text, end="", flush=True))
     print(flush=True)
     stderr.print(figures(plan, measured))
 
 
-def loading_bar(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+def byte_progress(console: Console) -> Progress:
+    """A bar of bytes with their rate and the time left."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     return Progress(*columns, console=console)
 
 

@@ -99,6 +99,7 @@ def generate(
         torch.manual_seed(options.seed)
     clock = StepClock(model.traffic)
     sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    chunk = model.plan.prefill_chunk_tokens
     streamer = _CallbackStreamer(tokenizer, on_text) if options.num_beams == 1 else None
     before, started = model.traffic - Traffic(), time.perf_counter()
     output = model.generate(
@@ -107,6 +108,7 @@ def generate(
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
         pad_token_id=tokenizer.pad_token_id,
+        prefill_chunk_size=chunk if ids.shape[1] > chunk else None,
         streamer=streamer,
         stopping_criteria=StoppingCriteriaList([clock]),
         **(sampling if options.temperature > 0 else {"do_sample": False}),

@@ -72,15 +72,19 @@ class DispatchedMixtral(MixtralForCausalLM):
 def load_model(
     plan: Plan | str | Path,
     model: str | Path | None = None,
-    on_start: Callable[[int], None] = lambda _: None,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    on_checked: Callable[[PreTrainedTokenizerBase, int], None] = lambda tokenizer, total_bytes: None,
+    on_bytes: Callable[[int], None] = lambda count: None,
 ) -> tuple[DispatchedMixtral, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer as a plan says.
+
+    The plan's GPU memory has room for prompts of `plan.prefill_chunk_tokens` at once; give longer ones to `generate()` with
+    `prefill_chunk_size=plan.prefill_chunk_tokens`.
 
     Args:
         plan: a plan or its file.
         model: the checkpoint's folder or Hugging Face id; None takes the plan's, relative to the plan's file.
-        on_start: called once with the bytes of experts that will be placed, when everything has been checked.
+        on_checked: called once, when everything has been checked and before the long work, with the tokenizer and the bytes
+            of experts that will be placed. What it raises ends the loading.
         on_bytes: called with the bytes placed since its last call.
 
     Raises:
@@ -96,7 +100,7 @@ def load_model(
     device = prepare_device(plan, origin)
     tokenizer = load_tokenizer(folder)
 
-    on_start(plan.gpu_memory_bytes.experts + plan.host_memory_bytes.experts)
+    on_checked(tokenizer, plan.gpu_memory_bytes.experts + plan.host_memory_bytes.experts)
     dispatched = _load_dense(folder, plan, device)
     store = ExpertStore(plan, device)
     store.load(checkpoint, on_bytes)
@@ -162,7 +166,6 @@ def _load_dense(folder: Path, plan: Plan, device: torch.device) -> DispatchedMix
     missing = sorted(report["missing_keys"])
     if missing:
         raise FiddlerError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); download the checkpoint again")
-    model.generation_config.prefill_chunk_size = plan.prefill_chunk_tokens
     return model.to(device).eval().requires_grad_(False)
 
 
