@@ -21,7 +21,7 @@ def run(command: str, *arguments: object, cwd: Path, stdin: str | None = None) -
     module = {"fiddler-opt": "fiddler_opt.cli", "fiddler-run": "fiddler_run.cli"}[command]
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "runtime"), os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",

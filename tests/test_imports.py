@@ -29,4 +29,4 @@ def test_only_the_measuring_modules_import_torch(path):
 
 def test_planning_loads_no_torch():
     code = "import sys, fiddler_opt.cli, fiddler_opt.compiler; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}"}).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

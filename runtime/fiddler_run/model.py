@@ -64,6 +64,7 @@ class DispatchedMixtral(MixtralForCausalLM):
     def attach_experts(self, plan: Plan, store: ExpertStore) -> None:
         """Serves every layer's experts from `store`; the model must be where `store`'s device arena is."""
         self.plan, self.traffic = plan, Traffic()
+        self.store = store  # owns the arenas; the dispatches only hold views
         ring = _staging_ring(plan, store, self.device)
         for experts, resident, absent in zip(self.experts_modules(), store.resident, store.absent, strict=True):
             experts.dispatch = LayerDispatch(resident, absent, plan.streamed_blocks, ring, self.traffic)
