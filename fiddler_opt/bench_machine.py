@@ -6,10 +6,12 @@ Experts are visited in turn over more memory than the last-level cache holds, as
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -20,11 +22,11 @@ from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES, Arena
 from fiddler_run.dispatch import LayerDispatch, StagingRing, Traffic
 from fiddler_run.model import DispatchedMixtral
-from fiddler_run.plan import streamed_part
+from fiddler_run.plan import nearest_blocks
 
 WORKING_SET_BYTES = 1_500_000_000  # several times any last-level cache
 CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-GPU_TOKENS = (*CPU_TOKENS, 256, 1024)
+GPU_TOKENS = (*CPU_TOKENS, 128, 256, 512, 1024)
 PREFILL_TOKENS = (16, 128, 512)
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 WARM_UP, REPETITIONS, SECONDS_PER_FIGURE = 2, 5, 0.3
@@ -99,7 +101,6 @@ class Bench:
             self.ring = StagingRing(2 * self.blocks_per_expert, elements, self.dtype, self.device)
         else:
             self.resident, self.ring = self.absent, None
-        self._next = 0
 
     def expert_us(self, tokens: int, resident: int, share: float) -> float:
         """Microseconds that one expert adds to a dispatch of `tokens` tokens, `resident` of its blocks on the device."""
@@ -134,9 +135,10 @@ class Bench:
     def h2d_bytes_per_s(self) -> float:
         """Rate of copies from page-locked host memory, block by block as the runtime makes them."""
         target = torch.empty_like(self.host.blocks[: self.blocks_per_expert], device=self.device)
+        experts = cycle(self.absent)
 
         def copy():
-            for slot, block in zip(target, self._next_of(self.absent), strict=True):
+            for slot, block in zip(target, next(experts), strict=True):
                 slot.copy_(block, non_blocking=True)
 
         (median,) = medians_us([copy], self.device)
@@ -148,19 +150,15 @@ class Bench:
     def _dispatch(self, rows: list, tokens: int, top_k: int, share: float) -> Callable[[], object]:
         """A call that dispatches `tokens` tokens to `top_k` experts, to other experts each time."""
         resident, absent = zip(*rows, strict=True)
-        streamed_blocks = partial(streamed_part, share)
-        dispatch = LayerDispatch(list(resident), list(absent), streamed_blocks, self.ring, Traffic())
+        dispatch = LayerDispatch(list(resident), list(absent), lambda _, count: nearest_blocks(share, count), self.ring, Traffic())
         states = torch.randn(tokens, self.hidden_size, dtype=self.dtype, device=self.device)
         weights = torch.full((tokens, top_k), 1 / top_k, device=self.device)
         choices = [
             torch.tensor([[(first + k) % self.num_experts for k in range(top_k)]] * tokens, device=self.device)
             for first in range(self.num_experts)
         ]
-        return lambda: dispatch(states, self._next_of(choices), weights)
-
-    def _next_of(self, items: list):
-        self._next += 1
-        return items[self._next % len(items)]
+        in_turn = cycle(choices)
+        return lambda: dispatch(states, next(in_turn), weights)
 
 
 @torch.inference_mode()
@@ -233,10 +231,26 @@ def _generation(model: DispatchedMixtral, prompt_tokens: int, new_tokens: int) -
 def describe_device(device: torch.device) -> Device:
     if device.type == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Device(kind="host", name="the CPU (no CUDA device)", memory_bytes=memory, unavailable_bytes=0)
-    free, total = torch.cuda.mem_get_info(device)
-    taken = total - free - torch.cuda.memory_reserved(device)
-    return Device(kind="cuda", name=torch.cuda.get_device_name(device), memory_bytes=total, unavailable_bytes=taken)
+        return Device(kind="host", name="the CPU (no CUDA device)", memory_bytes=memory, context_bytes=0)
+    _, total = torch.cuda.mem_get_info(device)
+    return Device(kind="cuda", name=torch.cuda.get_device_name(device), memory_bytes=total, context_bytes=context_bytes(device))
+
+
+def context_bytes(device: torch.device) -> int:
+    """GPU memory that one process takes besides PyTorch's allocator: seen from here while another process starts to use it."""
+    program = (
+        "import sys, torch; torch.cuda.set_device(int(sys.argv[1])); x = torch.ones(64, 64, device='cuda', dtype=torch.bfloat16); "
+        "torch.nn.functional.silu(x @ x).sum().item(); print(torch.cuda.memory_reserved(), flush=True); sys.stdin.read()"
+    )
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    before, _ = torch.cuda.mem_get_info(device)
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(index)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        allocated = int(other.stdout.readline())
+        after, _ = torch.cuda.mem_get_info(device)
+        other.stdin.close()
+    return max(0, before - after - allocated)
 
 
 def cpu_name() -> str:

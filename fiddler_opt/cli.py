@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import shlex
 import sys
-from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.units import parse_bytes
 from fiddler_run.cli import byte_progress, exit_status, positive
 from fiddler_run.errors import FiddlerError
-from fiddler_run.locate import name_in_plan, shipped_file
+from fiddler_run.locate import model_folder, name_in_plan, shipped_file
 from fiddler_run.plan import Workload
 from fiddler_run.yaml_file import require_writable
 
@@ -65,58 +64,59 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     def command():
         flags = parse_arguments(arguments)
-        flags.command(flags, Console(stderr=True, highlight=False, soft_wrap=True))
+        flags.command(flags, Console(stderr=True, highlight=False, soft_wrap=True, markup=False))
 
     return exit_status(command, "fiddler-opt")
 
 
 def run_profile(flags: argparse.Namespace, console: Console) -> None:
     model = ModelSpec.load(flags.model)
-    machine_path, routing_path = machine_file(flags), routing_file(flags, model)
-    prompts_path = prompts_file(flags)
+    machine_path, routing_path, prompts_path = machine_file(flags), routing_file(flags, model), prompts_file(flags)
     with console.status("importing torch and transformers"):
         from fiddler_opt.bench_machine import measure_machine
-        from fiddler_opt.trace_routing import read_prompts
+        from fiddler_opt.trace_routing import encode_prompts, read_prompts
+        from fiddler_run.checkpoint import Checkpoint
+        from fiddler_run.model import load_tokenizer
 
-    prompts = read_prompts(prompts_path) if prompts_path else []
-    for path in (machine_path, routing_path) if prompts else (machine_path,):
+    encoded = []
+    if prompts_path:  # all that could be wrong with them is found before the minutes of timing
+        folder = model_folder(flags.model)
+        Checkpoint(folder, model.shape)
+        prompts = read_prompts(prompts_path)
+        encoded = encode_prompts(load_tokenizer(folder), prompts, model.max_position_embeddings, str(prompts_path))
+    for path in (machine_path, routing_path):
         require_writable(path)
 
     with console.status("timing") as status:
         machine = measure_machine(model, command_line(), lambda step: status.update(f"timing {step}"))
-    machine.save(machine_path)
     print_machine(console, machine)
+    routing = record(flags, model, machine, encoded, str(prompts_path), console) if encoded else None
+    machine.save(machine_path)
     print(machine_path)
-    if not prompts:
+    if routing is None:
         console.print("note: no --prompts: routing was not recorded, plans will assume it is uniform", style="yellow")
         return
-    routing = record(flags, model, machine, prompts, str(prompts_path), console)
     routing.save(routing_path)
     print_routing(console, routing)
     print(routing_path)
 
 
-def record(flags, model: ModelSpec, machine: MachineProfile, prompts: list[str], origin: str, console: Console) -> RoutingProfile:
+def record(flags, model: ModelSpec, machine: MachineProfile, encoded: list, origin: str, console: Console) -> RoutingProfile:
     """Runs the prompts through the model, on the CPU alone: a plan that fits every machine whose RAM holds the model."""
     from fiddler_opt.compiler import compile_plan
     from fiddler_opt.trace_routing import record_routing
-    from fiddler_run.model import load_model
+    from fiddler_run.model import ModelLoader
 
     context = model.max_position_embeddings
     workload = Workload(prompt_tokens=context - 1, output_tokens=1, num_beams=1, max_seq_len=context)
     made = provenance(str(machine_file(flags)), machine, "uniform (assumed)")
-    plan = compile_plan(model, machine, Routing.uniform(model), workload, 0, made)
-    loading, reading = byte_progress(console), Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)
-    experts, read = loading.add_task("loading experts"), reading.add_task("prompts", total=len(prompts))
-
-    def on_checked(_, total_bytes: int) -> None:
-        loading.update(experts, total=total_bytes)
-        shown.enter_context(loading)
-
-    with ExitStack() as shown:
-        loaded, tokenizer = load_model(plan, flags.model, on_checked, lambda count: loading.advance(experts, count))
-    with reading:
-        return record_routing(loaded, tokenizer, model.shape, prompts, origin, command_line(), lambda: reading.advance(read))
+    loader = ModelLoader(compile_plan(model, machine, Routing.uniform(model), workload, 0, made), flags.model)
+    with byte_progress(console) as progress:
+        task = progress.add_task("loading experts", total=loader.total_bytes)
+        loaded = loader.load(lambda count: progress.advance(task, count))
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
+        task = progress.add_task("prompts", total=len(encoded))
+        return record_routing(loaded, model.shape, encoded, origin, command_line(), lambda: progress.advance(task))
 
 
 def run_plan(flags: argparse.Namespace, console: Console) -> None:
@@ -147,8 +147,8 @@ def plan_workload(flags: argparse.Namespace, model: ModelSpec) -> Workload:
     context = min(given.get("max_seq_len", WORKLOAD["max_seq_len"]), model.max_position_embeddings)
     if given.get("max_seq_len", 0) > model.max_position_embeddings:
         raise FiddlerError(f"--max-seq-len {given['max_seq_len']} is more than the model's {model.max_position_embeddings}")
-    prompt = given.get("prompt_tokens", min(WORKLOAD["prompt_tokens"], context // 2))
-    output = given.get("output_tokens", min(WORKLOAD["output_tokens"], context // 2))
+    prompt = given.get("prompt_tokens", max(1, min(WORKLOAD["prompt_tokens"], context // 2)))
+    output = given.get("output_tokens", max(1, min(WORKLOAD["output_tokens"], context // 2)))
     if prompt + output > context:
         raise FiddlerError(
             f"--prompt-tokens {prompt} and --output-tokens {output} exceed --max-seq-len {context}; lower them or raise it"

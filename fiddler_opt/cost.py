@@ -53,8 +53,15 @@ class CostModel:
 
     @classmethod
     def build(
-        cls, model: ModelSpec, machine: MachineProfile, routing: Routing, workload: Workload, block_neurons: int
+        cls,
+        model: ModelSpec,
+        machine: MachineProfile,
+        routing: Routing,
+        workload: Workload,
+        block_neurons: int,
+        cpu_alone: bool = False,
     ) -> "CostModel":
+        """The costs on a machine, or, for `cpu_alone`, on its CPU without its GPU."""
         shape, timed = model.shape, machine.shape
         expert_scale = shape.expert_bytes(block_neurons) / timed.expert_bytes
         dense_scale = model.dense_layer_bytes / timed.dense_layer_bytes
@@ -67,13 +74,13 @@ class CostModel:
         def expert_times(tokens: float) -> tuple[float, float]:
             return (
                 seconds_at(machine.device_expert_us, tokens) * expert_scale,
-                seconds_at(machine.absent_expert_us, tokens) * expert_scale,
+                seconds_at(machine.cpu_expert_us if cpu_alone else machine.absent_expert_us, tokens) * expert_scale,
             )
 
         phases = workload_phases(workload)
         return cls(
             blocks_per_expert=shape.blocks_per_expert(block_neurons),
-            overlap=machine.device.kind == "cuda",
+            overlap=machine.device.kind == "cuda" and not cpu_alone,
             phases=phases,
             fixed_s={phase.name: fixed(phase.tokens) for phase in phases},
             scenarios={

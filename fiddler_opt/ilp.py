@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import pulp
 
-from fiddler_opt.cost import CostModel, Placement, Scenario
+from fiddler_opt.cost import CostModel, Phase, Placement, Scenario
 from fiddler_run.errors import FiddlerError
 
 RELATIVE_GAP = 1e-4
@@ -26,11 +26,15 @@ MS = 1e3  # the solver's tolerances suit numbers around 1: seconds become millis
 
 @dataclass(frozen=True)
 class Solution:
-    """`objective_s` and `bound_s`: seconds of the whole workload, for this placement and at best for any within the budget."""
+    """`objective_s` and `bound_s`: seconds of the whole workload, for this placement and at best for any within the budget.
+
+    `decode_bound_s`: seconds of one decode step at best, for a placement within the budget made for decode alone.
+    """
 
     placement: Placement
     objective_s: float
     bound_s: float
+    decode_bound_s: float
     status: str
     solve_s: float
 
@@ -49,29 +53,8 @@ def place(cost: CostModel, block_bytes: int, budget_bytes: int, time_limit_s: fl
     num_layers, num_experts, blocks = len(cost.called), len(cost.called[0]), cost.blocks_per_expert
     budget_blocks = min(budget_bytes // block_bytes, num_layers * num_experts * blocks)
 
-    program = pulp.LpProblem("placement", pulp.LpMinimize)
-    r = [
-        [pulp.LpVariable(f"r_{layer}_{expert}", 0, blocks, pulp.LpInteger) for expert in range(num_experts)]
-        for layer in range(num_layers)
-    ]
-    objective = []
-    for p, phase in enumerate(cost.phases):
-        for layer, scenarios in enumerate(cost.scenarios[phase.name]):
-            for s, scenario in enumerate(scenarios):
-                weight = phase.steps * scenario.probability
-                device, absent = _both_sides(scenario, r[layer], blocks)
-                if cost.overlap:
-                    t = pulp.LpVariable(f"t_{p}_{layer}_{s}", 0)
-                    program += t >= device  # (A)
-                    program += t >= absent  # (B)
-                    objective.append(weight * t)
-                else:
-                    objective.append(weight * (device + absent))
-    program += pulp.lpSum(objective)
-    program += pulp.lpSum(variable for row in r for variable in row) <= budget_blocks  # (C), in blocks
-
-    solver = pulp.HiGHS(msg=False, gapRel=RELATIVE_GAP, timeLimit=time_limit_s)
-    program.solve(solver)
+    program, r = _program(cost, {phase: phase.steps for phase in cost.phases}, budget_blocks, pulp.LpInteger)
+    program.solve(pulp.HiGHS(msg=False, gapRel=RELATIVE_GAP, timeLimit=time_limit_s))
     status = {pulp.LpSolutionOptimal: "optimal", pulp.LpSolutionIntegerFeasible: "time limit"}.get(program.sol_status)
     if status is None or any(variable.varValue is None for row in r for variable in row):
         raise FiddlerError(f"the solver found no placement in {time_limit_s:.0f} s (status: {pulp.LpSolution[program.sol_status]})")
@@ -83,9 +66,43 @@ def place(cost: CostModel, block_bytes: int, budget_bytes: int, time_limit_s: fl
         placement=placement,
         objective_s=objective_s,
         bound_s=min(objective_s, bound_ms / MS + fixed_s),
+        decode_bound_s=decode_bound_s(cost, budget_blocks),
         status=status,
         solve_s=time.perf_counter() - started,
     )
+
+
+def decode_bound_s(cost: CostModel, budget_blocks: int) -> float:
+    """Seconds below which no placement within the budget brings a decode step: the program's relaxation for that step alone."""
+    program, _ = _program(cost, {cost.decode: 1}, budget_blocks, pulp.LpContinuous)
+    program.solve(pulp.HiGHS(msg=False))
+    assert program.sol_status == pulp.LpSolutionOptimal, pulp.LpSolution[program.sol_status]  # all resident or none is feasible
+    return program.objective.value() / MS + cost.fixed_s[cost.decode.name]
+
+
+def _program(cost: CostModel, steps: dict[Phase, int], budget_blocks: int, category: str):
+    """The program over the given phases, and its variables r; in milliseconds, without the seconds that no placement changes."""
+    program = pulp.LpProblem("placement", pulp.LpMinimize)
+    r = [
+        [pulp.LpVariable(f"r_{layer}_{expert}", 0, cost.blocks_per_expert, category) for expert in range(len(row))]
+        for layer, row in enumerate(cost.called)
+    ]
+    objective = []
+    for p, phase in enumerate(steps):
+        for layer, scenarios in enumerate(cost.scenarios[phase.name]):
+            for s, scenario in enumerate(scenarios):
+                weight = steps[phase] * scenario.probability
+                device, absent = _both_sides(scenario, r[layer], cost.blocks_per_expert)
+                if cost.overlap:
+                    t = pulp.LpVariable(f"t_{p}_{layer}_{s}", 0)
+                    program += t >= device  # (A)
+                    program += t >= absent  # (B)
+                    objective.append(weight * t)
+                else:
+                    objective.append(weight * (device + absent))
+    program += pulp.lpSum(objective)
+    program += pulp.lpSum(variable for row in r for variable in row) <= budget_blocks  # (C), in blocks
+    return program, r
 
 
 def _both_sides(scenario: Scenario, r: list, blocks: int):

@@ -38,23 +38,17 @@ def lower(
 
 
 def without_repetition(share: dict[int, float]) -> dict[int, float]:
-    """The same step function with an entry only where it changes."""
-    kept: dict[int, float] = {}
-    for tokens in sorted(share):
-        if not kept or share[tokens] != list(kept.values())[-1]:
-            kept[tokens] = share[tokens]
-    return kept
+    """The same piecewise linear function without the entries inside its level stretches."""
+    points = sorted(share)
+    inside = [b for a, b, c in zip(points, points[1:], points[2:], strict=False) if share[a] == share[b] == share[c]]
+    return {tokens: share[tokens] for tokens in points if tokens not in inside}
 
 
 def predict(cost: CostModel, solution: Solution) -> Predicted:
-    """The bound on decode supposes that the whole gap, which is on the workload's total, could be won in decode."""
-    step_s, floor_s = cost.decode_step_s(solution.placement), cost.fixed_s[cost.decode.name]
-    winnable_s = solution.objective_s - solution.bound_s
-    bound_step_s = max(floor_s, step_s - winnable_s / cost.decode.steps) if cost.decode.steps else floor_s
     return Predicted(
-        decode_tokens_per_s=round(1 / step_s, 3),
+        decode_tokens_per_s=round(1 / cost.decode_step_s(solution.placement), 3),
         ttft_s=round(cost.ttft_s(solution.placement), 4),
         gpu_hit_rate=round(cost.hit_rate(solution.placement), 4),
-        bound_tokens_per_s=round(1 / bound_step_s, 3),
+        bound_tokens_per_s=round(1 / solution.decode_bound_s, 3),
         gap=round(solution.gap, 6),
     )

@@ -1,11 +1,10 @@
 """MachineProfile: how fast a machine does each thing that the runtime does. It knows no prompts and no placement."""
 
-from bisect import bisect_left
 from typing import ClassVar, Literal, Self
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fiddler_run.plan import Dtype
+from fiddler_run.plan import Dtype, interpolate
 from fiddler_run.yaml_file import Section, YamlFile
 
 Times = dict[PositiveInt, PositiveFloat]  # microseconds by number of tokens
@@ -20,13 +19,13 @@ class Cpu(Section):
 class Device(Section):
     """`cuda` is a GPU; `host` is the CPU standing in for one, where there is none: the same memory and the same cores.
 
-    `unavailable_bytes` is what driver, libraries and other programs hold of `memory_bytes`.
+    `context_bytes` is what driver and libraries take of `memory_bytes` for one process that uses the GPU.
     """
 
     kind: Literal["cuda", "host"]
     name: str
     memory_bytes: NonNegativeInt
-    unavailable_bytes: NonNegativeInt
+    context_bytes: NonNegativeInt
 
 
 class MeasuredShape(Section):
@@ -96,12 +95,5 @@ class MachineProfile(YamlFile):
 
 def seconds_at(times: Times, tokens: float) -> float:
     """Seconds for `tokens` tokens: linear between measured points, and past the last one in proportion to tokens."""
-    points = sorted(times)
-    if tokens <= points[0]:
-        return times[points[0]] * 1e-6
-    if tokens >= points[-1]:
-        return times[points[-1]] * tokens / points[-1] * 1e-6
-    right = bisect_left(points, tokens)
-    low, high = points[right - 1], points[right]
-    part = (tokens - low) / (high - low)
-    return (times[low] * (1 - part) + times[high] * part) * 1e-6
+    beyond = max(1.0, tokens / max(times))
+    return interpolate(times, tokens) * beyond * 1e-6

@@ -42,7 +42,7 @@ def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, 
         kv_cache=model.kv_bytes_per_token * workload.max_seq_len * workload.num_beams,
         staging=STAGED_EXPERTS * model.shape.expert_bytes(block_neurons) if on_gpu else 0,
         activations=activation_bytes(model, workload, block_neurons) + (LIBRARY_WORKSPACE_BYTES if on_gpu else 0),
-        reserve=device.unavailable_bytes if on_gpu else 0,
+        reserve=device.context_bytes if on_gpu else 0,
         experts=0,
     )
     if memory.used > total:

@@ -1,11 +1,10 @@
 """ModelSpec: what the planner knows of a model. Rule: the only place in the planner that knows Hugging Face's key names."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.locate import model_config_file
+from fiddler_run.locate import model_config_file, read_json
 from fiddler_run.plan import DTYPE_BYTES, ModelShape
 
 BLOCKS_PER_EXPERT = 16  # fine enough to split an expert to 3 % of a call, coarse enough to copy at the link's full speed
@@ -37,42 +36,44 @@ class ModelSpec:
             config_file = Path(__file__).parent / "model_configs" / _BUNDLED[name]
         else:
             config_file = model_config_file(name)
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FiddlerError(f"{config_file}: cannot read: {error}") from None
-        return cls.from_config(config, name, str(config_file))
+        return cls.from_config(read_json(config_file), name, str(config_file))
 
     @classmethod
     def from_config(cls, config: dict, name: str, origin: str) -> "ModelSpec":
         if config.get("model_type") != "mixtral":
             raise FiddlerError(f"{origin}: model_type is {config.get('model_type')!r}; only 'mixtral' is supported")
+        if config.get("hidden_act", "silu") != "silu":
+            raise FiddlerError(f"{origin}: hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
         if dtype not in DTYPE_BYTES:
             raise FiddlerError(f"{origin}: dtype {dtype!r} is not supported; known are {', '.join(DTYPE_BYTES)}")
-        try:
-            shape = ModelShape(
-                name=name,
-                num_layers=config["num_hidden_layers"],
-                num_experts=config["num_local_experts"],
-                num_experts_per_tok=config["num_experts_per_tok"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                dtype=dtype,
-            )
-            heads = config["num_attention_heads"]
-            return cls(
-                shape=shape,
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or shape.hidden_size // heads,
-                vocab_size=config["vocab_size"],
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-                max_position_embeddings=config.get("max_position_embeddings", 32768),
-                config=config,
-            )
-        except KeyError as error:
-            raise FiddlerError(f"{origin}: key {error.args[0]!r} is missing") from None
+
+        def count(key: str, default: int | None = None) -> int:
+            value = config.get(key) or default
+            if type(value) is not int or value < 1:
+                raise FiddlerError(f"{origin}: key {key!r} is {config.get(key)!r}, expected a positive whole number")
+            return value
+
+        heads = count("num_attention_heads")
+        shape = ModelShape(
+            name=name,
+            num_layers=count("num_hidden_layers"),
+            num_experts=count("num_local_experts"),
+            num_experts_per_tok=count("num_experts_per_tok"),
+            hidden_size=count("hidden_size"),
+            intermediate_size=count("intermediate_size"),
+            dtype=dtype,
+        )
+        return cls(
+            shape=shape,
+            num_attention_heads=heads,
+            num_key_value_heads=count("num_key_value_heads", heads),
+            head_dim=count("head_dim", shape.hidden_size // heads),
+            vocab_size=count("vocab_size"),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_position_embeddings=count("max_position_embeddings", 32768),
+            config=config,
+        )
 
     @property
     def block_neurons(self) -> int:

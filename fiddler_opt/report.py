@@ -59,8 +59,8 @@ def print_plan(console: Console, plan: Plan, machine: MachineProfile, notes: lis
         f"GPU hit rate {predicted.gpu_hit_rate:.1%}"
     )
     console.print(
-        f"solver: {plan.provenance.status} in {plan.provenance.solve_s:.1f} s; "
-        f"no placement can exceed {predicted.bound_tokens_per_s:.2f} tokens/s (gap {predicted.gap:.3%})"
+        f"solver: {plan.provenance.status} in {plan.provenance.solve_s:.1f} s, within {predicted.gap:.3%} of the best possible; "
+        f"by this profile no placement in this memory decodes faster than {predicted.bound_tokens_per_s:.2f} tokens/s"
     )
     for note in notes:
         console.print(f"note: {note}", style="yellow")
@@ -78,6 +78,10 @@ def plan_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> list[s
         notes.append(
             f"{machine_file} was timed on experts of {shape.hidden_size} x {shape.intermediate_size}; times are scaled by bytes"
         )
+    if shape.dtype != plan.model.dtype:
+        notes.append(f"{machine_file} was timed on {shape.dtype}, the model is {plan.model.dtype}; times are scaled by bytes")
+    if machine.device.kind == "cuda" and not plan.gpu_memory_bytes.total:
+        notes.append("attention was timed on the GPU, which this plan leaves out: expect less than predicted")
     if machine.device.kind == "host" and plan.gpu_memory_bytes.total:
         notes.append("the machine profile knows no GPU: the GPU part will be held in host memory, which gains nothing")
     return notes

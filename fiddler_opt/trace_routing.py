@@ -37,30 +37,34 @@ class RouterCounter:
             hook.remove()
 
 
-@torch.inference_mode()
-def record_routing(
-    model, tokenizer, shape: ModelShape, prompts: list[str], origin: str, command: str, on_prompt: Callable[[], None]
-) -> RoutingProfile:
-    """Runs each prompt by itself, so that there is no padding to count; `origin` names the prompts in the profile.
+def encode_prompts(tokenizer, prompts: list[str], context: int, origin: str) -> list[torch.Tensor]:
+    """Token ids [1, n] of each prompt by itself, so that there is no padding to count; `origin` names the prompts in messages.
 
     Raises:
-        FiddlerError: a prompt is longer than the plan's context.
+        FiddlerError: a prompt is longer than the model's `context`.
     """
+    encoded = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
+    for number, ids in enumerate(encoded, 1):
+        if ids.shape[1] > context:
+            raise FiddlerError(
+                f"{origin}: prompt {number} has {ids.shape[1]} tokens, more than the model's context of {context}; shorten it"
+            )
+    return encoded
+
+
+@torch.inference_mode()
+def record_routing(
+    model, shape: ModelShape, encoded: list[torch.Tensor], origin: str, command: str, on_prompt: Callable[[], None]
+) -> RoutingProfile:
+    """Runs each of `encode_prompts`' prompts through the model; calls `on_prompt` after each."""
     counter = RouterCounter(model.experts_modules(), shape.num_experts)
-    tokens = 0
     try:
-        for number, prompt in enumerate(prompts, 1):
-            ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-            if ids.shape[1] > model.plan.workload.max_seq_len:
-                raise FiddlerError(
-                    f"{origin}: prompt {number} has {ids.shape[1]} tokens, more than the {model.plan.workload.max_seq_len} "
-                    "there is room for; shorten it, or raise --max-seq-len"
-                )
-            model(ids, logits_to_keep=1)
-            tokens += ids.shape[1]
+        for ids in encoded:
+            model(ids.to(model.device), logits_to_keep=1)
             on_prompt()
     finally:
         counter.close()
+    tokens = sum(ids.shape[1] for ids in encoded)
     pairs = list(combinations(range(shape.num_experts), 2))
     return RoutingProfile(
         version=1,
@@ -71,7 +75,7 @@ def record_routing(
             num_experts_per_tok=shape.num_experts_per_tok,
         ),
         recorded=Recorded(
-            prompts=origin, num_prompts=len(prompts), tokens=tokens, command=command, created=date.today().isoformat()
+            prompts=origin, num_prompts=len(encoded), tokens=tokens, command=command, created=date.today().isoformat()
         ),
         activations={layer: row.tolist() for layer, row in enumerate(counter.activations)},
         pairs={layer: [int(matrix[e, f]) for e, f in pairs] for layer, matrix in enumerate(counter.pairs)},

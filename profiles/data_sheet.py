@@ -16,7 +16,7 @@ HOST_MEMORY, HOST_BYTES_PER_S = "2 channels of DDR5-5200", 83.2e9
 # No data sheet states these two; they are allowances.
 DRIVER_BYTES, DISPATCH_US = 600_000_000, 100.0
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def roofline_us(weight_bytes: int, tokens: int, bytes_per_s: float, flops: float) -> float:
@@ -42,7 +42,7 @@ def data_sheet_profile() -> MachineProfile:
         version=1,
         source="data sheet",
         cpu=Cpu(name=f"{CPU}, {HOST_MEMORY}", cores=CPU_CORES, threads=CPU_CORES),
-        device=Device(kind="cuda", name=f"{GPU}, {LINK}", memory_bytes=GPU_MEMORY_BYTES, unavailable_bytes=DRIVER_BYTES),
+        device=Device(kind="cuda", name=f"{GPU}, {LINK}", memory_bytes=GPU_MEMORY_BYTES, context_bytes=DRIVER_BYTES),
         shape=MeasuredShape(
             hidden_size=model.shape.hidden_size,
             intermediate_size=model.shape.intermediate_size,

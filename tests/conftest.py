@@ -52,7 +52,7 @@ def make_plan(
     return Plan(
         version=1,
         model=shape,
-        workload=Workload(prompt_tokens=16, output_tokens=64, num_beams=1, max_seq_len=256),
+        workload=Workload(prompt_tokens=16, output_tokens=64, num_beams=4, max_seq_len=256),
         gpu_memory_bytes=gpu,
         host_memory_bytes=HostMemory(experts=everything - placed),
         cpu_threads=threads,

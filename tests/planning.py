@@ -39,7 +39,7 @@ def machine_profile(
     head: float = 1.0,
     kind: str = "cuda",
     memory_bytes: int = 10**9,
-    unavailable_bytes: int = 0,
+    context_bytes: int = 0,
 ) -> MachineProfile:
     """Microseconds of a machine on `model`'s own shape: flat in tokens up to 8, then in proportion to them."""
 
@@ -50,7 +50,7 @@ def machine_profile(
         version=1,
         source="measured",
         cpu=Cpu(name="cpu", cores=2, threads=2),
-        device=Device(kind=kind, name="device", memory_bytes=memory_bytes, unavailable_bytes=unavailable_bytes),
+        device=Device(kind=kind, name="device", memory_bytes=memory_bytes, context_bytes=context_bytes),
         shape=MeasuredShape(
             hidden_size=model.shape.hidden_size,
             intermediate_size=model.shape.intermediate_size,

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
+from fiddler_run.plan import HostMemory
 
 SHARDS = sorted(path.name for path in DEMO.glob("*.safetensors"))
 
@@ -98,7 +99,35 @@ def test_an_expert_of_another_shape(copy):
     tensors = load_file(file)
     tensors[name] = torch.zeros(128, 255, dtype=torch.bfloat16)
     save_file(tensors, file, metadata={"format": "pt"})
-    assert_refused(copy, rf"{name} has shape \[128, 255\], expected \[128, 256\]")
+    assert_refused(copy, rf"{name} has shape \[128, 255\], by config.json it would be \[128, 256\]")
+
+
+def test_one_shard_copied_over_another(copy):
+    shutil.copy(copy / SHARDS[0], copy / SHARDS[1])
+    assert_refused(copy, f"{SHARDS[1]}: tensor .* is missing; download the checkpoint again")
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_key_value_heads", 4), ("vocab_size", 512)])
+def test_dense_tensors_of_another_shape(copy, key, value):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, key: value}))
+    assert_refused(copy, "has shape .*, by config.json it would be")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "[]", "expected a JSON object, found list"),
+        ("model.safetensors.index.json", '{"weight_map": []}', "holds no weight_map"),
+        ("config.json", None, "transformers cannot use it"),
+    ],
+)
+def test_json_that_is_something_else(copy, name, text, message):
+    if text is None:
+        config = json.loads((copy / name).read_text())
+        text = json.dumps({**config, "rms_norm_eps": "small"})
+    (copy / name).write_text(text)
+    assert_refused(copy, f"{name}: {message}")
 
 
 def test_a_single_file_checkpoint(copy):
@@ -132,6 +161,13 @@ def test_another_architecture(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     assert_refused(copy, "model_type is 'llama'; only 'mixtral' is supported")
+
+
+def test_more_host_memory_than_there_is():
+    shape = demo_shape("bfloat16")
+    plan = make_plan(shape, [[0] * 8] * 6)
+    huge = plan.model_copy(update={"host_memory_bytes": HostMemory(experts=10**15)})
+    assert_refused(DEMO, "its experts need 1000000.00 GB of host memory, but .* GB are available", huge)
 
 
 def test_more_threads_than_cores():

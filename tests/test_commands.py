@@ -93,7 +93,7 @@ def test_the_same_plan_from_the_same_profiles(demo):
 
 def test_the_shipped_plan_runs_from_any_folder(tmp_path):
     """Named as in the README, from a folder that has no plans; the prompt comes from stdin."""
-    result = run("fiddler-run", "--plan", "plans/demo.yaml", "-", "--max-new-tokens", 40, cwd=tmp_path, stdin="Once upon a time")
+    result = run("fiddler-run", "--plan", "plans/demo.yaml", "-", "--max-new-tokens", 40, cwd=tmp_path, stdin="Once upon a time\n")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(" there was a ")
 
@@ -103,22 +103,29 @@ def test_sampling_and_beams(demo):
     outputs = [
         run("fiddler-run", *arguments, "--temperature", 1.2, "--top-p", 0.9, "--seed", 3, cwd=demo),
         run("fiddler-run", *arguments, "--temperature", 1.2, "--top-p", 0.9, "--seed", 3, cwd=demo),
-        run("fiddler-run", *arguments, "--num-beams", 4, cwd=demo),
     ]
-    assert [result.returncode for result in outputs] == [0, 0, 0]
+    assert [result.returncode for result in outputs] == [0, 0]
     assert outputs[0].stdout == outputs[1].stdout
-    assert outputs[2].stdout.strip()
+    planned = run("fiddler-opt", "plan", "--model", DEMO, "--gpu-mem", "0GB", "--num-beams", 4, "-o", "beams.yaml", cwd=demo)
+    assert planned.returncode == 0, planned.stderr
+    beams = run("fiddler-run", "--plan", "beams.yaml", "def add", "--max-new-tokens", 12, cwd=demo)
+    assert beams.returncode == 0, beams.stderr
+    assert "(" in beams.stdout  # the parameters of some function
 
 
-def test_help_states_defaults():
-    for command, flags in (
-        ("fiddler-run", ["--help"]),
-        ("fiddler-opt", ["plan", "--help"]),
-        ("fiddler-opt", ["profile", "--help"]),
-    ):
-        result = run(command, *flags, cwd=ROOT)
-        assert result.returncode == 0
-        assert "default: " in result.stdout
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        (["fiddler-run"], ["temperature T", "0.0)", "top-p P", "1.0)", "the plan's)", "the one that the plan names)"]),
+        (["fiddler-opt", "plan"], ["512)", "128)", "4096)", "mistralai/Mixtral-8x7B-v0.1)", "(default: profiles)"]),
+        (["fiddler-opt", "profile"], ["prompts.jsonl in the model's folder)"]),
+    ],
+)
+def test_help_states_defaults(command, defaults):
+    result = run(*command, "--help", cwd=ROOT)
+    assert result.returncode == 0
+    for words in defaults:
+        assert words in " ".join(result.stdout.split())
 
 
 PLAN = ("plan", "--model", DEMO, "--machine", MACHINE, "--routing", ROUTING)
@@ -224,6 +231,7 @@ def test_run_refuses_prompts(tmp_path):
         (["Once", "--max-new-tokens", "5000"], ["more than the plan's context of"]),
         (["  "], ["the prompt is empty"]),
         (["Once", "--chat"], ["no chat template"]),
+        (["Once", "--num-beams", "4"], ["plan again with --num-beams 4"]),
     ):
         assert_refused(run("fiddler-run", "--plan", plan, *arguments, cwd=tmp_path), *words)
     assert_refused(run("fiddler-run", "--plan", "none.yaml", "Once", cwd=tmp_path), "none.yaml: cannot read: No such file")

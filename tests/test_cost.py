@@ -6,9 +6,10 @@ import pytest
 from planning import PAIRS, machine_profile, random_routing, small_model
 
 from fiddler_opt.cost import CostModel, chance_called, workload_phases
+from fiddler_opt.lower import without_repetition
 from fiddler_opt.machine import seconds_at
 from fiddler_opt.routing import Routing
-from fiddler_run.plan import Workload
+from fiddler_run.plan import Workload, interpolate
 
 WORKLOAD = Workload(prompt_tokens=10, output_tokens=5, num_beams=1, max_seq_len=64)
 
@@ -59,6 +60,24 @@ def test_times_scale_with_bytes():
     small, large = (CostModel.build(m, machine, Routing.uniform(m), WORKLOAD, m.block_neurons) for m in (model, other))
     first, second = (next(iter(c.scenarios["decode"][0])).absent_s for c in (small, large))
     assert second[0] == pytest.approx(2 * first[0])
+
+
+def test_the_cpu_alone():
+    """A machine with a GPU, of which a plan of no GPU memory makes no use: the CPU's own times, nothing at once."""
+    model = small_model(num_layers=1, num_experts=2)
+    machine = machine_profile(model, device=10.0, absent=80.0, dispatch=1.0, dense=1.0, head=1.0)
+    machine = machine.model_copy(update={"cpu_expert_us": {1: 120.0, 8: 120.0}})
+    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, model.block_neurons, cpu_alone=True)
+    assert cost.decode_step_s([[0, 0]]) == pytest.approx((3 + 240) * 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 24, 100])
+def test_the_runtime_streams_the_share_that_was_costed(tokens):
+    """Between the profile's token counts the plan's share is interpolated like its times; levels lose no information."""
+    share = {1: 0.0, 4: 0.0, 8: 0.0, 32: 0.5, 64: 1.0, 128: 1.0, 256: 1.0}
+    kept = without_repetition(share)
+    assert kept == {1: 0.0, 8: 0.0, 32: 0.5, 64: 1.0, 256: 1.0}
+    assert interpolate(kept, tokens) == pytest.approx(interpolate(share, tokens))
 
 
 def test_chance_called():

@@ -7,7 +7,6 @@ from itself by as much between its own implementations.
 """
 
 import random
-from functools import partial
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from fiddler_run import load_model
 from fiddler_run.arena import ExpertStore
 from fiddler_run.checkpoint import Checkpoint
 from fiddler_run.dispatch import LayerDispatch, StagingRing, Traffic, expert_calls
-from fiddler_run.plan import streamed_part
+from fiddler_run.plan import nearest_blocks
 
 LOGITS_TOLERANCE, BF16_TOLERANCE = 1e-4, 5e-3
 TEXTS = [
@@ -141,7 +140,9 @@ def test_bfloat16_layer_against_float64(tokens, device):
         expected = exact_layer(states, index, weights, [checkpoint.expert(layer, e) for e in range(8)])
         for _ in range(4):  # shares of none to all of the absent blocks
             share = rng.choice([0.0, rng.random(), 1.0])
-            dispatch = LayerDispatch(store.resident[layer], store.absent[layer], partial(streamed_part, share), ring, Traffic())
+            dispatch = LayerDispatch(
+                store.resident[layer], store.absent[layer], lambda _, absent, s=share: nearest_blocks(s, absent), ring, Traffic()
+            )
             output = dispatch(states.to(device), index.to(device), weights.to(device))
             assert output.dtype == torch.bfloat16
             error = (output.double().cpu() - expected).norm() / expected.norm()

@@ -154,6 +154,12 @@ def test_seed(models):
         ("Once " * 300, Options(max_new_tokens=4), "more than the plan's context of 256"),
         ("Once", Options(max_new_tokens=256), "more than the plan's context of 256"),
         ("Once", Options(max_new_tokens=4, chat=True), "no chat template"),
+        (
+            "Once",
+            Options(max_new_tokens=4, num_beams=9),
+            "--num-beams 9 needs more GPU memory than the plan gives to 4; plan again",
+        ),
+        ("caf\udce9", Options(max_new_tokens=4), "not UTF-8 text"),
     ],
 )
 def test_prompts_that_do_not_fit(models, prompt, options, message):

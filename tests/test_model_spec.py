@@ -50,6 +50,8 @@ def test_tied_embeddings_count_once(mixtral):
     [
         ({"model_type": "llama"}, "model_type is 'llama'; only 'mixtral' is supported"),
         ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
+        ({"num_hidden_layers": "6"}, "key 'num_hidden_layers' is '6', expected a positive whole number"),
     ],
 )
 def test_refuses(mixtral, changes, message):
@@ -59,5 +61,5 @@ def test_refuses(mixtral, changes, message):
 
 def test_a_missing_key_is_named(mixtral):
     config = {key: value for key, value in mixtral.config.items() if key != "vocab_size"}
-    with pytest.raises(FiddlerError, match="here: key 'vocab_size' is missing"):
+    with pytest.raises(FiddlerError, match="here: key 'vocab_size' is None, expected a positive whole number"):
         ModelSpec.from_config(config, "m", "here")

@@ -79,7 +79,7 @@ def test_duplicate_key(plan):
         Plan.parse(plan.dump() + "cpu_threads: 3\n", "here")
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "just words", "a: [1", "? [1, 2]\n: 3"])
+@pytest.mark.parametrize("text", ["", "- 1", "just words", "a: [1", "? [1, 2]\n: 3", "a: 2026-13-45"])
 def test_not_a_plan(text):
     with pytest.raises(FiddlerError, match="^here: "):
         Plan.parse(text, "here")
@@ -91,9 +91,9 @@ def test_missing_file(tmp_path):
 
 
 def test_streamed_blocks_follow_the_token_count():
-    plan = make_plan(demo_shape(), [[0] * 8] * 6, share={1: 0.25, 8: 0.5, 32: 1.0})
-    counts = {tokens: plan.streamed_blocks(tokens, 8) for tokens in (1, 7, 8, 31, 32, 500)}
-    assert counts == {1: 2, 7: 2, 8: 4, 31: 4, 32: 8, 500: 8}
+    plan = make_plan(demo_shape(), [[0] * 8] * 6, share={1: 0.25, 9: 0.5, 33: 1.0})
+    counts = {tokens: plan.streamed_blocks(tokens, 8) for tokens in (1, 5, 9, 21, 33, 500)}
+    assert counts == {1: 2, 5: 3, 9: 4, 21: 6, 33: 8, 500: 8}
     assert plan.streamed_blocks(1, 2) == 1  # 0.5 rounds up
 
 
@@ -113,6 +113,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_unwritable_places(tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path, tmp_path / "file" / "plan.yaml"):
-        with pytest.raises(FiddlerError, match="cannot write"):
-            require_writable(place)
+    for place in (tmp_path, tmp_path / "file" / "plan.yaml", "/dev/null"):
+        for write in (require_writable, lambda path: write_whole(path, "text")):
+            with pytest.raises(FiddlerError, match="cannot write"):
+                write(place)
+
+
+def test_looking_whether_a_place_is_writable_leaves_nothing(tmp_path):
+    require_writable(tmp_path / "new" / "folder" / "plan.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"

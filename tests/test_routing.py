@@ -9,7 +9,7 @@ from planning import small_model
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 from fiddler_opt.routing import Routing, RoutingProfile
-from fiddler_opt.trace_routing import read_prompts, record_routing
+from fiddler_opt.trace_routing import encode_prompts, read_prompts, record_routing
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
 
@@ -20,7 +20,8 @@ PROMPTS = ["Once upon a time there was a fox.", "12 + 30 = 42", "def add(a, b):\
 def profile() -> RoutingProfile:
     shape = demo_shape()
     model, tokenizer = load_model(make_plan(shape, [[3] * 8] * 6), DEMO)
-    profile = record_routing(model, tokenizer, shape, PROMPTS, "prompts", "test", lambda: None)
+    encoded = encode_prompts(tokenizer, PROMPTS, 1024, "prompts")
+    profile = record_routing(model, shape, encoded, "prompts", "test", lambda: None)
     assert not any(module._forward_pre_hooks for module in model.experts_modules())
     return profile
 
@@ -87,11 +88,10 @@ def test_a_profile_of_another_model_is_refused(profile):
         Routing.from_profile(profile, small_model(), "file")
 
 
-def test_a_prompt_longer_than_the_context(tmp_path):
-    shape = demo_shape()
-    model, tokenizer = load_model(make_plan(shape, [[0] * 8] * 6), DEMO)
-    with pytest.raises(FiddlerError, match="prompt 2 has .* tokens, more than the 256"):
-        record_routing(model, tokenizer, shape, ["short", "1" * 300], "file", "test", lambda: None)
+def test_a_prompt_longer_than_the_context():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    with pytest.raises(FiddlerError, match="file: prompt 2 has 301 tokens, more than the model's context of 256; shorten it"):
+        encode_prompts(tokenizer, ["short", "1" * 300], 256, "file")
 
 
 def test_read_prompts(tmp_path):

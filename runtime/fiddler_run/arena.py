@@ -43,6 +43,7 @@ class Arena:
 
     def __del__(self):
         if getattr(self, "_pinned", False):
+            torch.cuda.synchronize()  # copies from it may still be under way
             torch.cuda.cudart().cudaHostUnregister(self.blocks.data_ptr())
 
 

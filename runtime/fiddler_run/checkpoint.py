@@ -1,12 +1,12 @@
 """A Mixtral checkpoint in Hugging Face format: which file holds which expert, checked before anything is loaded."""
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from fiddler_run.errors import FiddlerError
+from fiddler_run.locate import read_json
 from fiddler_run.plan import ModelShape, Plan
 
 EXPERT_TENSOR = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
@@ -15,7 +15,7 @@ LOSSLESS = {"bfloat16": {"BF16"}, "float16": {"F16"}, "float32": {"BF16", "F16",
 
 
 class Checkpoint:
-    """The expert tensors of the checkpoint in `folder`, memory-mapped.
+    """The tensors of the checkpoint in `folder`, memory-mapped.
 
     Raises:
         FiddlerError: a file is missing or cut off, or lacks an expert of `shape`, or holds it in another shape or a wider dtype.
@@ -25,31 +25,30 @@ class Checkpoint:
         self.folder = folder
         self._file_of = _tensor_files(folder)
         self._open = {path: _open_shard(path) for path in sorted(set(self._file_of.values()))}
-        self._check(shape)
-
-    def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gate [intermediate, hidden], up [intermediate, hidden] and down [hidden, intermediate]; views of the mapped files."""
-        return tuple(self._tensor(EXPERT_TENSOR.format(layer=layer, expert=expert, matrix=m)) for m in MATRICES)
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        return self._open[self._file_of[name]].get_tensor(name)
-
-    def _check(self, shape: ModelShape) -> None:
+        self._held = {path: set(shard.keys()) for path, shard in self._open.items()}
         row, column = [shape.intermediate_size, shape.hidden_size], [shape.hidden_size, shape.intermediate_size]
         for layer in range(shape.num_layers):
             for expert in range(shape.num_experts):
                 for matrix, expected in zip(MATRICES, (row, row, column), strict=True):
-                    self._check_tensor(EXPERT_TENSOR.format(layer=layer, expert=expert, matrix=matrix), expected, shape.dtype)
+                    self.check(EXPERT_TENSOR.format(layer=layer, expert=expert, matrix=matrix), expected, shape.dtype)
 
-    def _check_tensor(self, name: str, expected: list[int], dtype: str) -> None:
+    def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gate [intermediate, hidden], up [intermediate, hidden] and down [hidden, intermediate]; views of the mapped files."""
+        names = (EXPERT_TENSOR.format(layer=layer, expert=expert, matrix=matrix) for matrix in MATRICES)
+        return tuple(self._open[self._file_of[name]].get_tensor(name) for name in names)
+
+    def check(self, name: str, shape: list[int], dtype: str) -> None:
+        """Whether tensor `name` is there, of that shape, and fits `dtype` without loss.
+
+        Raises:
+            FiddlerError: it is not.
+        """
         path = self._file_of.get(name)
-        if path is None:
-            raise FiddlerError(
-                f"{self.folder}: tensor {name} is missing; is this the checkpoint of a Mixtral with unfused experts?"
-            )
+        if path is None or name not in self._held[path]:
+            raise FiddlerError(f"{path or self.folder}: tensor {name} is missing; download the checkpoint again")
         entry = self._open[path].get_slice(name)
-        if entry.get_shape() != expected:
-            raise FiddlerError(f"{path}: tensor {name} has shape {entry.get_shape()}, expected {expected}")
+        if entry.get_shape() != shape:
+            raise FiddlerError(f"{path}: tensor {name} has shape {entry.get_shape()}, by config.json it would be {shape}")
         if entry.get_dtype() not in LOSSLESS[dtype]:
             raise FiddlerError(f"{path}: tensor {name} is {entry.get_dtype()}, which the plan's {dtype} cannot hold without loss")
 
@@ -78,25 +77,14 @@ def check_model(plan: Plan, config: dict, origin: str, config_file: Path) -> Non
             raise FiddlerError(f"{origin}: model.{ours} is {planned}, but {theirs} is {found} in {config_file}; {remedy}")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file of a checkpoint.
-
-    Raises:
-        FiddlerError: it is missing or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FiddlerError(f"{path}: missing; --model names a checkpoint folder in Hugging Face format") from None
-    except (OSError, ValueError) as error:
-        raise FiddlerError(f"{path}: cannot read: {error}") from None
-
-
 def _tensor_files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
-        files = {name: folder / file for name, file in read_json(index).get("weight_map", {}).items()}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise FiddlerError(f"{index}: holds no weight_map; download the checkpoint again")
+        files = {name: folder / file for name, file in weight_map.items()}
         for path in sorted(set(files.values())):
             if not path.is_file():
                 raise FiddlerError(f"{path}: missing, though {index.name} names it; download the checkpoint again")

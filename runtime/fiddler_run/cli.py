@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from contextlib import ExitStack
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -49,7 +48,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="P",
         help="sample from the likeliest tokens of this total probability (default: %(default)s)",
     )
-    add("--seed", type=int, metavar="N", help="seed of sampling (default: another one each time)")
+    add("--seed", type=seed, metavar="N", help="seed of sampling (default: another one each time)")
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
     return parser.parse_args(arguments)
 
@@ -65,6 +64,13 @@ def non_negative(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError("must be from 0 to 2^63 - 1")
     return value
 
 
@@ -96,17 +102,17 @@ def exit_status(command, name: str) -> int:
 
 
 def run(flags: argparse.Namespace) -> None:
-    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     plan_path = shipped_file(flags.plan)
     plan = Plan.load(plan_path)
-    prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
+    prompt = read_stdin() if flags.prompt == "-" else flags.prompt
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with stderr.status("importing torch and transformers"):
         import torch
 
         from fiddler_run.generate import Options, encode_prompt, generate
-        from fiddler_run.model import load_model
+        from fiddler_run.model import ModelLoader
 
     options = Options(
         max_new_tokens=flags.max_new_tokens or plan.workload.output_tokens,
@@ -116,21 +122,24 @@ def run(flags: argparse.Namespace) -> None:
         seed=flags.seed,
         chat=flags.chat,
     )
-    progress = byte_progress(stderr)
-    loading = progress.add_task("loading experts")
-
-    def on_checked(tokenizer, total_bytes: int) -> None:
-        encode_prompt(tokenizer, prompt, options, plan.workload.max_seq_len)  # better refused now than after loading
-        if plan.gpu_memory_bytes.total > 0 and not torch.cuda.is_available():
-            stderr.print("no CUDA device here: the plan's GPU part is held in host memory and computed by the CPU")
-        progress.update(loading, total=total_bytes)
-        shown.enter_context(progress)
-
-    with ExitStack() as shown:
-        model, tokenizer = load_model(plan_path, flags.model, on_checked, lambda count: progress.advance(loading, count))
-    measured = generate(model, tokenizer, prompt, options, on_text=lambda text: print(text, end="", flush=True))
+    loader = ModelLoader(plan_path, flags.model)
+    encode_prompt(loader.tokenizer, prompt, options, plan)  # better refused now than after loading
+    if plan.gpu_memory_bytes.total > 0 and not torch.cuda.is_available():
+        stderr.print("no CUDA device here: the plan's GPU part is held in host memory and computed by the CPU")
+    with byte_progress(stderr) as progress:
+        task = progress.add_task("loading experts", total=loader.total_bytes)
+        model = loader.load(lambda count: progress.advance(task, count))
+    measured = generate(model, loader.tokenizer, prompt, options, on_text=lambda text: print(text, end="", flush=True))
     print(flush=True)
     stderr.print(figures(plan, measured))
+
+
+def read_stdin() -> str:
+    """All of stdin, without the newline that ends its last line."""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise FiddlerError("the prompt on stdin is not UTF-8 text") from None
 
 
 def byte_progress(console: Console) -> Progress:
@@ -149,7 +158,8 @@ def figures(plan: Plan, measured) -> Table:
     table.add_row("decode", f"{measured.decode_tokens_per_s:.2f} tokens/s", f"{predicted.decode_tokens_per_s:.2f} tokens/s")
     table.add_row("GPU hit rate", f"{measured.gpu_hit_rate:.1%}", f"{predicted.gpu_hit_rate:.1%}")
     if measured.peak_gpu_bytes:
-        table.add_row("GPU memory", f"{measured.peak_gpu_bytes / 1e9:.2f} GB", f"{plan.gpu_memory_bytes.total / 1e9:.2f} GB")
+        allowed = plan.gpu_memory_bytes.total - plan.gpu_memory_bytes.reserve
+        table.add_row("GPU memory, peak", f"{measured.peak_gpu_bytes / 1e9:.2f} GB", f"{allowed / 1e9:.2f} GB")
     return table
 
 

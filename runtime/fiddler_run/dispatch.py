@@ -3,7 +3,7 @@
     [0 ... resident) device, in place  |  [resident ... streamed) over the link, then device  |  [streamed ... end) CPU, in place
 
 Any split gives the same result up to the order of addition, because an expert is a sum over its neurons. Device work and
-copies are queued first and run while the CPU computes its share; the host waits for the device once, for the router's result.
+copies are queued first and run while the CPU computes its share; the host waits only for the router's result and its input.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,10 @@ class StagingRing:
     def __init__(self, num_slots: int, block_elements: int, dtype: torch.dtype, device: torch.device):
         self.slots = torch.empty((num_slots, block_elements), dtype=dtype, device=device)
         self._next = 0
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copy_stream = None
+        if device.type == "cuda":
+            self._copy_stream = torch.cuda.Stream(device)
+            self._copy_stream.wait_stream(torch.cuda.current_stream(device))  # earlier users of the slots' memory
         self._free = [None] * num_slots  # event: the last computation that read the slot is done
 
     def stream(self, block: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -58,7 +61,7 @@ class StagingRing:
         if self._copy_stream is None:
             staged[0].copy_(block)
             return apply_blocks(staged, hidden_states)
-        compute_stream = torch.cuda.current_stream()
+        compute_stream = torch.cuda.current_stream(self.slots.device)
         with torch.cuda.stream(self._copy_stream):
             if self._free[slot] is not None:
                 self._copy_stream.wait_event(self._free[slot])
@@ -96,13 +99,13 @@ class LayerDispatch:
         """hidden_states [tokens, hidden], top_k_index [tokens, k] and top_k_weights [tokens, k] on the device: [tokens, hidden]."""
         calls = expert_calls(top_k_index.cpu(), top_k_weights.cpu(), len(self.resident))
         self._count(calls)
-        host_states = hidden_states.cpu()
+        for_cpu = [call for call in calls if self._num_streamed(call) < len(self.absent[call.expert])]
+        host_states = hidden_states.cpu() if for_cpu else None
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for call in calls:
             self._run_on_device(call, hidden_states, output)
-        from_cpu = self._run_on_cpu(calls, host_states)
-        if from_cpu is not None:
-            output += from_cpu.to(output.device)
+        if for_cpu:
+            output += _to_device(self._run_on_cpu(for_cpu, host_states), output.device)
         return output.to(hidden_states.dtype)
 
     def _count(self, calls: list[ExpertCall]) -> None:
@@ -119,24 +122,25 @@ class LayerDispatch:
         resident, streamed = self.resident[call.expert], self.absent[call.expert][: self._num_streamed(call)]
         if len(resident) == 0 and len(streamed) == 0:
             return
-        rows = call.rows.to(output.device, non_blocking=True)
+        rows = _to_device(call.rows, output.device)
         states = hidden_states[rows]
         partial = apply_blocks(resident, states)
         for block in streamed:
             partial += self.ring.stream(block, states)
-        output.index_add_(0, rows, partial * call.weights.to(output.device, non_blocking=True))
+        output.index_add_(0, rows, partial * _to_device(call.weights, output.device))
 
-    def _run_on_cpu(self, calls: list[ExpertCall], host_states: torch.Tensor) -> torch.Tensor | None:
-        """Computes the remaining blocks of all calls: [tokens, hidden] float32 in host memory, or None if there are none."""
-        output = None
+    def _run_on_cpu(self, calls: list[ExpertCall], host_states: torch.Tensor) -> torch.Tensor:
+        """Computes the remaining blocks of `calls`: [tokens, hidden] float32 in host memory."""
+        output = torch.zeros_like(host_states, dtype=torch.float32)
         for call in calls:
             blocks = self.absent[call.expert][self._num_streamed(call) :]
-            if len(blocks) == 0:
-                continue
-            if output is None:
-                output = torch.zeros_like(host_states, dtype=torch.float32)
             output.index_add_(0, call.rows, apply_blocks(blocks, host_states[call.rows]) * call.weights)
         return output
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that does not make the host wait for the work queued on the device: only page-locked memory allows that."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def expert_calls(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> list[ExpertCall]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 from fiddler_run.dispatch import Traffic
 from fiddler_run.errors import FiddlerError
 from fiddler_run.model import DispatchedMixtral
+from fiddler_run.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Measured:
-    """`ttft_s` from the call to the first token; tokens/s and the GPU hit rate are those of decode, after the first token."""
+    """`ttft_s` from the call to the first token; tokens/s and the GPU hit rate are those of decode, after the first token.
+
+    `peak_gpu_bytes` is what PyTorch's allocator held at most; driver and libraries hold the plan's reserve besides.
+    """
 
     prompt_tokens: int
     output_tokens: int
@@ -59,24 +63,33 @@ class _CallbackStreamer(TextStreamer):
         self._on_text(text)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Options, max_seq_len: int) -> torch.Tensor:
-    """Token ids [1, n] of a prompt.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Options, plan: Plan) -> torch.Tensor:
+    """Token ids [1, n] of a prompt that the plan has room for.
 
     Raises:
-        FiddlerError: the prompt is empty, has no room in the plan's context, or `chat` is asked of a tokenizer without a template.
+        FiddlerError: the prompt is empty or no text; it or the beams exceed the plan; `chat` without a chat template.
     """
     if not prompt.strip():
         raise FiddlerError("the prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of another encoding, which Python carries as lone surrogates
+        raise FiddlerError("the prompt is not UTF-8 text") from None
+    if options.num_beams > plan.workload.num_beams and plan.gpu_memory_bytes.total > 0:
+        raise FiddlerError(
+            f"--num-beams {options.num_beams} needs more GPU memory than the plan gives to {plan.workload.num_beams}; "
+            f"plan again with --num-beams {options.num_beams}"
+        )
     if options.chat:
         if tokenizer.chat_template is None:
             raise FiddlerError("--chat: this model's tokenizer has no chat template; leave the flag out")
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not options.chat)["input_ids"]
-    if ids.shape[1] + options.max_new_tokens > max_seq_len:
+    if ids.shape[1] + options.max_new_tokens > plan.workload.max_seq_len:
         raise FiddlerError(
             f"the prompt has {ids.shape[1]} tokens and --max-new-tokens is {options.max_new_tokens}, together more than "
-            f"the plan's context of {max_seq_len}; shorten them, or plan again with a larger --max-seq-len"
+            f"the plan's context of {plan.workload.max_seq_len}; shorten them, or plan again with a larger --max-seq-len"
         )
     return ids
 
@@ -94,7 +107,7 @@ def generate(
     Raises:
         FiddlerError: the prompt does not fit, see `encode_prompt`.
     """
-    ids = encode_prompt(tokenizer, prompt, options, model.plan.workload.max_seq_len).to(model.device)
+    ids = encode_prompt(tokenizer, prompt, options, model.plan).to(model.device)
     if options.seed is not None:
         torch.manual_seed(options.seed)
     clock = StepClock(model.traffic)

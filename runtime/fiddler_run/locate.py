@@ -1,13 +1,16 @@
 """Finds what a user names: plans that ship with the package, and models by folder or by Hugging Face id. Imports no torch."""
 
+import json
 import os
+import site
 import sys
 from pathlib import Path
 
 from fiddler_run.errors import FiddlerError
 
-SHIPPED_FOLDERS = (Path(__file__).parents[2], Path(sys.prefix) / "share" / "fiddler-opt")  # a source checkout; an installation
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "tokenizer*"]
+_INSTALLED = [Path(prefix) / "share" / "fiddler-opt" for prefix in (sys.prefix, site.getuserbase())]
+SHIPPED_FOLDERS = [Path(__file__).parents[2], *_INSTALLED]  # the first is the root of a source checkout
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 
 
 def shipped_file(path: str | Path) -> Path:
@@ -48,6 +51,23 @@ def model_config_file(name: str | Path) -> Path:
     if not config_file.is_file():
         raise FiddlerError(f"{config_file}: missing; --model names a checkpoint folder in Hugging Face format")
     return config_file
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object in a file of a checkpoint.
+
+    Raises:
+        FiddlerError: the file is missing or holds no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FiddlerError(f"{path}: missing; --model names a checkpoint folder in Hugging Face format") from None
+    except (OSError, ValueError) as error:
+        raise FiddlerError(f"{path}: cannot read: {error}") from None
+    if not isinstance(data, dict):
+        raise FiddlerError(f"{path}: expected a JSON object, found {type(data).__name__}; download the checkpoint again")
+    return data
 
 
 def name_in_plan(model: str | Path, plan_path: str | Path) -> str:

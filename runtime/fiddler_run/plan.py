@@ -5,6 +5,7 @@ layer l the first `resident_blocks[l][e]` lie in GPU memory, the rest (the absen
 streams a share over the link and computes the remainder on the CPU.
 """
 
+from bisect import bisect_right
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -120,7 +121,7 @@ class Plan(YamlFile):
     header: ClassVar[str] = 'Written by `fiddler-opt plan`; run it with `fiddler-run --plan <this file> "prompt"`.'
     key_comments: ClassVar[dict[str, str]] = {
         "block_neurons": "an expert is cut into blocks of this many neurons",
-        "stream_share": "from so many tokens of an expert on: share of its absent blocks sent over the link; the rest is the CPU's",
+        "stream_share": "by tokens of an expert, linear in between: share of its absent blocks sent over the link",
         "resident_blocks": "per layer, for each expert: how many of its blocks are in GPU memory",
     }
 
@@ -181,11 +182,26 @@ class Plan(YamlFile):
         return self.model.num_layers * self.model.num_experts * self.blocks_per_expert - self.num_resident_blocks
 
     def streamed_blocks(self, tokens: int, absent: int) -> int:
-        """How many of an expert's `absent` blocks are streamed when `tokens` tokens call it; the CPU computes the others."""
-        share = self.stream_share[max(t for t in self.stream_share if t <= tokens)]
-        return streamed_part(share, tokens, absent)
+        """How many of an expert's `absent` blocks are streamed when `tokens` tokens call it; the CPU computes the others.
+
+        The share is linear between the plan's entries, as the measured times are in the planner, and constant outside them.
+        """
+        return nearest_blocks(interpolate(self.stream_share, tokens), absent)
 
 
-def streamed_part(share: float, tokens: int, absent: int) -> int:
-    """`share` of `absent` blocks, to the nearest whole block; the same for any number of tokens."""
-    return int(share * absent + 0.5)
+def nearest_blocks(share: float, blocks: int) -> int:
+    """`share` of `blocks`, to the nearest whole block."""
+    return int(share * blocks + 0.5)
+
+
+def interpolate(values: dict[int, float], tokens: float) -> float:
+    """The value at `tokens`: linear between the entries of `values`, that of the nearest entry outside them."""
+    points = sorted(values)
+    if tokens <= points[0]:
+        return values[points[0]]
+    if tokens >= points[-1]:
+        return values[points[-1]]
+    right = bisect_right(points, tokens)
+    low, high = points[right - 1], points[right]
+    part = (tokens - low) / (high - low)
+    return values[low] * (1 - part) + values[high] * part

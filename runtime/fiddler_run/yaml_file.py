@@ -44,7 +44,7 @@ class YamlFile(Section):
         """The same for text that came from `origin` (a name for messages)."""
         try:
             data = yaml.load(text, Loader=_UniqueKeyLoader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
             raise FiddlerError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
             raise FiddlerError(f"{origin}: expected a mapping of keys, found {type(data).__name__}")
@@ -79,22 +79,28 @@ class YamlFile(Section):
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Writes to a temporary file beside `path`, then renames it, so that `path` never holds half a file."""
-    path = Path(path)
+    """Writes to a temporary file beside `path`, then renames it, so that `path` never holds half a file.
+
+    Raises:
+        FiddlerError: the place cannot be written.
+    """
+    require_writable(path)
+    target = Path(path).resolve()  # a link stays one, and what it points to is replaced
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as file:
-            temporary = file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8") as file:
+            temporary = Path(file.name)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise FiddlerError(f"{path}: cannot write: {_reason(error)}") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def require_writable(path: str | Path) -> None:
@@ -103,12 +109,14 @@ def require_writable(path: str | Path) -> None:
     Raises:
         FiddlerError: the place cannot be written.
     """
-    path = Path(path)
-    if path.is_dir():
+    target = Path(path).resolve()
+    if target.is_dir():
         raise FiddlerError(f"{path}: cannot write: it is a folder; name a file")
+    if target.exists() and not target.is_file():
+        raise FiddlerError(f"{path}: cannot write: it is not a regular file")
+    folder = next(parent for parent in target.parents if parent.exists())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise FiddlerError(f"{path}: cannot write: {_reason(error)}") from None
