@@ -20,13 +20,13 @@ def lower(
     shape, block_neurons = model.shape, model.block_neurons
     block_bytes = shape.block_bytes(block_neurons)
     resident = sum(map(sum, solution.placement)) * block_bytes
-    everything = shape.num_layers * shape.num_experts * shape.expert_bytes(block_neurons)
     return Plan(
         version=1,
         model=shape,
         workload=workload,
         gpu_memory_bytes=memory.model_copy(update={"experts": resident}),
-        host_memory_bytes=HostMemory(experts=everything - resident),
+        host_memory_bytes=HostMemory(experts=model.all_expert_bytes - resident),
+        device=machine.device.kind,
         cpu_threads=machine.cpu.threads,
         prefill_chunk_tokens=prefill_chunk_tokens(workload),
         block_neurons=block_neurons,

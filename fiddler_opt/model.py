@@ -98,6 +98,11 @@ class ModelSpec:
         return self.shape.num_layers * self.dense_layer_bytes + self.head_bytes
 
     @property
+    def all_expert_bytes(self) -> int:
+        """All experts as stored, in blocks."""
+        return self.shape.num_layers * self.shape.num_experts * self.shape.expert_bytes(self.block_neurons)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.shape.num_layers * self.num_key_value_heads * self.head_dim * DTYPE_BYTES[self.shape.dtype]

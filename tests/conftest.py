@@ -55,6 +55,7 @@ def make_plan(
         workload=Workload(prompt_tokens=16, output_tokens=64, num_beams=4, max_seq_len=256),
         gpu_memory_bytes=gpu,
         host_memory_bytes=HostMemory(experts=everything - placed),
+        device="cuda",
         cpu_threads=threads,
         prefill_chunk_tokens=128,
         block_neurons=block_neurons,

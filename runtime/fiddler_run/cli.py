@@ -109,8 +109,6 @@ def run(flags: argparse.Namespace) -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with stderr.status("importing torch and transformers"):
-        import torch
-
         from fiddler_run.generate import Options, encode_prompt, generate
         from fiddler_run.model import ModelLoader
 
@@ -124,8 +122,9 @@ def run(flags: argparse.Namespace) -> None:
     )
     loader = ModelLoader(plan_path, flags.model)
     encode_prompt(loader.tokenizer, prompt, options, plan)  # better refused now than after loading
-    if plan.gpu_memory_bytes.total > 0 and not torch.cuda.is_available():
-        stderr.print("no CUDA device here: the plan's GPU part is held in host memory and computed by the CPU")
+    if plan.gpu_memory_bytes.total > 0 and loader.device.type == "cpu":
+        reason = "the plan is for a machine without CUDA" if plan.device == "host" else "no CUDA device here"
+        stderr.print(f"{reason}: its GPU part is held in host memory and computed by the CPU")
     with byte_progress(stderr) as progress:
         task = progress.add_task("loading experts", total=loader.total_bytes)
         model = loader.load(lambda count: progress.advance(task, count))

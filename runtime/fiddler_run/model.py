@@ -24,6 +24,9 @@ from fiddler_run.plan import Plan
 
 EXPERTS_IMPLEMENTATION = "fiddler"
 
+# cuDNN's attention, which PyTorch may prefer, is planned anew for every length of the cache: some 0.1 s for each new token.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def _dispatch_experts(module, hidden_states, top_k_index, top_k_weights):
     return module.dispatch(hidden_states, top_k_index, top_k_weights)
@@ -133,7 +136,7 @@ class ModelLoader:
 def prepare_device(plan: Plan, origin: str = "plan") -> torch.device:
     """The device for the plan's GPU part, with the plan's thread count set and its GPU memory capped.
 
-    Without CUDA that is host memory, in which a plan's three ranges run the same way.
+    That is host memory, in which a plan's three ranges run the same way, where there is no CUDA device or the plan is for none.
 
     Raises:
         FiddlerError: the machine has fewer cores than the plan's threads, or less free memory of either kind than the plan needs.
@@ -146,7 +149,7 @@ def prepare_device(plan: Plan, origin: str = "plan") -> torch.device:
         )
     torch.set_num_threads(plan.cpu_threads)
     gpu = plan.gpu_memory_bytes
-    if gpu.total == 0 or not torch.cuda.is_available():
+    if plan.device == "host" or gpu.total == 0 or not torch.cuda.is_available():
         _check_host_memory(plan.host_memory_bytes.experts + gpu.experts, origin)
         return torch.device("cpu")
     _check_host_memory(plan.host_memory_bytes.experts, origin)

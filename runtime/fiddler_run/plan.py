@@ -110,6 +110,7 @@ class Plan(YamlFile):
     workload: Workload
     gpu_memory_bytes: GpuMemory
     host_memory_bytes: HostMemory
+    device: Literal["cuda", "host"]
     cpu_threads: PositiveInt
     prefill_chunk_tokens: PositiveInt
     block_neurons: PositiveInt
@@ -120,6 +121,7 @@ class Plan(YamlFile):
 
     header: ClassVar[str] = 'Written by `fiddler-opt plan`; run it with `fiddler-run --plan <this file> "prompt"`.'
     key_comments: ClassVar[dict[str, str]] = {
+        "device": "where the GPU part lies: in GPU memory, or, planned for a machine without CUDA, in host memory",
         "block_neurons": "an expert is cut into blocks of this many neurons",
         "stream_share": "by tokens of an expert, linear in between: share of its absent blocks sent over the link",
         "resident_blocks": "per layer, for each expert: how many of its blocks are in GPU memory",
