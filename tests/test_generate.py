@@ -43,7 +43,8 @@ def test_ways_of_decoding(models, device, arguments, padded):
     outputs = []
     for model in (dispatched, stock):
         torch.manual_seed(11)
-        outputs.append(model.generate(**encoded, max_new_tokens=32, pad_token_id=2, **arguments))
+        # On a GPU the stock model would compile itself for a static cache, and then round otherwise.
+        outputs.append(model.generate(**encoded, max_new_tokens=32, pad_token_id=2, disable_compile=True, **arguments))
     assert torch.equal(*outputs)
 
 
@@ -57,9 +58,9 @@ def test_a_cache_of_the_callers(models, device, cache_class):
             DynamicCache(config=model.config) if cache_class == "dynamic" else StaticCache(config=model.config, max_cache_len=128)
         )
         ids = tokenizer(TEXTS[0], return_tensors="pt").to(device)["input_ids"]
-        ids = model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
+        ids = model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, disable_compile=True)
         ids = torch.cat([ids, tokenizer(" Then", return_tensors="pt", add_special_tokens=False).to(device)["input_ids"]], dim=1)
-        outputs.append(model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False))
+        outputs.append(model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, disable_compile=True))
     assert torch.equal(*outputs)
 
 

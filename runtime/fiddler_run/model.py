@@ -19,7 +19,7 @@ from fiddler_run.arena import TORCH_DTYPES, ExpertStore
 from fiddler_run.checkpoint import Checkpoint, check_model
 from fiddler_run.dispatch import LayerDispatch, StagingRing, Traffic
 from fiddler_run.errors import FiddlerError
-from fiddler_run.locate import model_folder, read_json
+from fiddler_run.locate import model_folder, read_json, shipped_file
 from fiddler_run.plan import Plan
 
 EXPERTS_IMPLEMENTATION = "fiddler"
@@ -88,7 +88,7 @@ def load_model(plan: Plan | str | Path, model: str | Path | None = None) -> tupl
     `prefill_chunk_size=plan.prefill_chunk_tokens`.
 
     Args:
-        plan: a plan or its file.
+        plan: a plan, or its file; `plans/demo.yaml` is found wherever the package is installed.
         model: the checkpoint's folder or Hugging Face id; None takes the plan's, relative to the plan's file.
 
     Raises:
@@ -107,8 +107,8 @@ class ModelLoader:
     def __init__(self, plan: Plan | str | Path, model: str | Path | None = None):
         origin, relative_to = "plan", Path()
         if not isinstance(plan, Plan):
-            origin, relative_to = str(plan), Path(plan).resolve().parent
-            plan = Plan.load(plan)
+            path = shipped_file(plan)
+            origin, relative_to, plan = str(path), path.resolve().parent, Plan.load(path)
         self.plan = plan
         self.folder = model_folder(model) if model is not None else model_folder(plan.model.name, relative_to)
         check_model(plan, read_json(self.folder / "config.json"), origin, self.folder / "config.json")
