@@ -1,35 +1,31 @@
 """Measures a MachineProfile. Rule: it times the functions that the runtime calls, on weights of the model's own shape.
 
-Experts are visited in turn over more memory than the last-level cache holds, as the runtime does; every figure is a median.
+Experts are visited in turn over more memory than the last-level cache holds, as the runtime does.
 """
 
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from datetime import date
 from itertools import cycle
 from pathlib import Path
 
 import torch
-from transformers import MixtralConfig
 
+from fiddler_opt.bench_dense import time_dense
+from fiddler_opt.bench_timing import medians_us, positive_us
 from fiddler_opt.machine import Cpu, Device, MachineProfile, Made, MeasuredShape
 from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES, Arena
 from fiddler_run.dispatch import LayerDispatch, StagingRing, Traffic
-from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import nearest_blocks
 
 WORKING_SET_BYTES = 1_500_000_000  # several times any last-level cache
 CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 GPU_TOKENS = (*CPU_TOKENS, 128, 256, 512, 1024)
-PREFILL_TOKENS = (16, 128, 512)
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-WARM_UP, REPETITIONS, SECONDS_PER_FIGURE = 2, 5, 0.3
 
 
 def measure_machine(model: ModelSpec, command: str, on_step: Callable[[str], None]) -> MachineProfile:
@@ -159,73 +155,6 @@ class Bench:
         ]
         in_turn = cycle(choices)
         return lambda: dispatch(states, next(in_turn), weights)
-
-
-@torch.inference_mode()
-def medians_us(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Median microseconds of each call, the device's work included; at least REPETITIONS of each and SECONDS_PER_FIGURE.
-
-    The calls take turns, so that a drift of the machine's speed meets all alike and differences between them hold.
-    """
-    samples, stop = [[] for _ in calls], time.perf_counter() + SECONDS_PER_FIGURE
-    while len(samples[0]) < WARM_UP + REPETITIONS or time.perf_counter() < stop:
-        for call, taken in zip(calls, samples, strict=True):
-            _synchronize(device)
-            started = time.perf_counter()
-            call()
-            _synchronize(device)
-            taken.append((time.perf_counter() - started) * 1e6)
-    return [statistics.median(taken[WARM_UP:]) for taken in samples]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def positive_us(difference: float) -> float:
-    """A difference of two timings, to 0.1 us; noise must not make it vanish or negative."""
-    return max(0.1, round(difference, 1))
-
-
-@torch.inference_mode()
-def time_dense(model: ModelSpec, device: torch.device) -> tuple[dict[int, float], dict[int, float]]:
-    """Microseconds by tokens of one layer without its experts, and of a step outside the layers, through `generate()`.
-
-    Two models, of one layer and of more, whose experts return their input: the difference is the layers'. 1 token is a
-    decode step, more are a prompt.
-    """
-    more, steps, prompt = 5, 16, PREFILL_TOKENS[0]
-    models = [_model_without_experts(model, layers, device) for layers in (1, more)]
-    layer_us, head_us = {}, {}
-    for tokens in (1, *PREFILL_TOKENS):
-        if tokens == 1:
-            calls = [_generation(each, prompt, new) for each in models for new in (1, 1 + steps)]
-            times = medians_us(calls, device)
-            small, large = (times[1] - times[0]) / steps, (times[3] - times[2]) / steps
-        else:
-            small, large = medians_us([_generation(each, tokens, 1) for each in models], device)
-        layer_us[tokens] = positive_us((large - small) / (more - 1))
-        head_us[tokens] = positive_us(small - layer_us[tokens])
-    return layer_us, head_us
-
-
-def _model_without_experts(spec: ModelSpec, num_layers: int, device: torch.device) -> DispatchedMixtral:
-    config = MixtralConfig(**{**spec.config, "num_hidden_layers": num_layers})
-    with torch.device("meta"):
-        model = DispatchedMixtral(config)
-    model = model.to(TORCH_DTYPES[spec.shape.dtype]).to_empty(device=device).eval().requires_grad_(False)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.uniform_(-0.02, 0.02)
-    for experts in model.experts_modules():
-        experts.dispatch = lambda hidden_states, top_k_index, top_k_weights: hidden_states
-    return model
-
-
-def _generation(model: DispatchedMixtral, prompt_tokens: int, new_tokens: int) -> Callable[[], object]:
-    ids = torch.zeros((1, prompt_tokens), dtype=torch.long, device=model.device)
-    arguments = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
 
 
 def describe_device(device: torch.device) -> Device:
