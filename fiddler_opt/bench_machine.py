@@ -22,7 +22,7 @@ from fiddler_run.arena import TORCH_DTYPES, Arena
 from fiddler_run.dispatch import LayerDispatch, StagingRing, Traffic
 from fiddler_run.plan import nearest_blocks
 
-WORKING_SET_BYTES = 1_500_000_000  # several times any last-level cache
+WORKING_SET_BYTES = 1_500_000_000  # several times a last-level cache
 CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 GPU_TOKENS = (*CPU_TOKENS, 128, 256, 512, 1024)
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -53,15 +53,7 @@ def measure_machine(model: ModelSpec, command: str, on_step: Callable[[str], Non
         source="measured",
         cpu=Cpu(name=cpu_name(), cores=len(os.sched_getaffinity(0)), threads=threads),
         device=describe_device(bench.device),
-        shape=MeasuredShape(
-            hidden_size=model.shape.hidden_size,
-            intermediate_size=model.shape.intermediate_size,
-            dtype=model.shape.dtype,
-            block_neurons=bench.block_neurons,
-            expert_bytes=bench.expert_bytes,
-            dense_layer_bytes=model.dense_layer_bytes,
-            head_bytes=model.head_bytes,
-        ),
+        shape=MeasuredShape.of(model),
         h2d_bytes_per_s=h2d,
         cpu_expert_us=cpu_us,
         device_expert_us=device_us,
@@ -75,18 +67,17 @@ def measure_machine(model: ModelSpec, command: str, on_step: Callable[[str], Non
 
 
 class Bench:
-    """Random experts of a model's shape, in host memory and (a few) on the device, and timed dispatches over them."""
+    """Random experts of a model's shape, in host memory and, where there is a GPU, in its memory; timed dispatches over them."""
 
     def __init__(self, model: ModelSpec):
         self.on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.on_gpu else "cpu")
         self.tokens = GPU_TOKENS if self.on_gpu else CPU_TOKENS
         self.hidden_size, self.dtype = model.shape.hidden_size, TORCH_DTYPES[model.shape.dtype]
-        self.block_neurons = model.block_neurons
-        self.blocks_per_expert = model.shape.blocks_per_expert(self.block_neurons)
-        self.expert_bytes = model.shape.expert_bytes(self.block_neurons)
+        self.blocks_per_expert = model.shape.blocks_per_expert(model.block_neurons)
+        self.expert_bytes = model.expert_bytes
         self.num_experts = min(model.shape.num_layers * model.shape.num_experts, max(3, WORKING_SET_BYTES // self.expert_bytes))
-        elements = 3 * self.block_neurons * self.hidden_size
+        elements = 3 * model.block_neurons * self.hidden_size
         count = self.num_experts * self.blocks_per_expert
         self.host = Arena(count, elements, self.dtype, torch.device("cpu"), pinned=self.on_gpu)
         torch.manual_seed(0)

@@ -137,7 +137,7 @@ def run_plan(flags: argparse.Namespace, console: Console) -> None:
     named = plan.model.model_copy(update={"name": name_in_plan(flags.model, output)})
     plan = plan.model_copy(update={"model": named})
     plan.save(output)
-    print_plan(console, plan, machine, plan_notes(plan, machine, str(machine_path)))
+    print_plan(console, plan, plan_notes(plan, machine, str(machine_path)))
     print(output)
 
 

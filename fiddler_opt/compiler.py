@@ -23,9 +23,8 @@ def compile_plan(
     Raises:
         FiddlerError: the budget is too small, or larger than the machine.
     """
-    block_neurons = model.block_neurons
-    memory = fixed_memory(model, machine, workload, block_neurons, gpu_total_bytes)
-    cost = CostModel.build(model, machine, routing, workload, block_neurons, cpu_alone=gpu_total_bytes == 0)
-    solution = place(cost, model.shape.block_bytes(block_neurons), memory.total - memory.used)
+    memory = fixed_memory(model, machine, workload, gpu_total_bytes)
+    cost = CostModel.build(model, machine, routing, workload, cpu_alone=gpu_total_bytes == 0)
+    solution = place(cost, model.block_bytes, memory.total - memory.used)
     made = Provenance(**provenance, solver="HiGHS", status=solution.status, solve_s=round(solution.solve_s, 2))
     return lower(model, machine, cost, solution, memory, workload, made)

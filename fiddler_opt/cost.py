@@ -58,12 +58,11 @@ class CostModel:
         machine: MachineProfile,
         routing: Routing,
         workload: Workload,
-        block_neurons: int,
         cpu_alone: bool = False,
     ) -> "CostModel":
         """The costs on a machine, or, for `cpu_alone`, on its CPU without its GPU."""
         shape, timed = model.shape, machine.shape
-        expert_scale = shape.expert_bytes(block_neurons) / timed.expert_bytes
+        expert_scale = model.expert_bytes / timed.expert_bytes
         dense_scale = model.dense_layer_bytes / timed.dense_layer_bytes
         head_scale = model.head_bytes / timed.head_bytes
 
@@ -79,7 +78,7 @@ class CostModel:
 
         phases = workload_phases(workload)
         return cls(
-            blocks_per_expert=shape.blocks_per_expert(block_neurons),
+            blocks_per_expert=shape.blocks_per_expert(model.block_neurons),
             overlap=machine.device.kind == "cuda" and not cpu_alone,
             phases=phases,
             fixed_s={phase.name: fixed(phase.tokens) for phase in phases},

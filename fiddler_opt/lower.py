@@ -17,19 +17,17 @@ def lower(
     workload: Workload,
     provenance: Provenance,
 ) -> Plan:
-    shape, block_neurons = model.shape, model.block_neurons
-    block_bytes = shape.block_bytes(block_neurons)
-    resident = sum(map(sum, solution.placement)) * block_bytes
+    resident = sum(map(sum, solution.placement)) * model.block_bytes
     return Plan(
         version=1,
-        model=shape,
+        model=model.shape,
         workload=workload,
         gpu_memory_bytes=memory.model_copy(update={"experts": resident}),
         host_memory_bytes=HostMemory(experts=model.all_expert_bytes - resident),
         device=machine.device.kind,
         cpu_threads=machine.cpu.threads,
         prefill_chunk_tokens=prefill_chunk_tokens(workload),
-        block_neurons=block_neurons,
+        block_neurons=model.block_neurons,
         stream_share=without_repetition(machine.stream_share) if memory.staging else {1: 0.0},
         resident_blocks=dict(enumerate(solution.placement)),
         predicted=predict(cost, solution),

@@ -4,7 +4,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fiddler_run.plan import Dtype, interpolate
+from fiddler_opt.model import ModelSpec
+from fiddler_run.plan import Dtype, check_shares, interpolate
 from fiddler_run.yaml_file import Section, YamlFile
 
 Times = dict[PositiveInt, PositiveFloat]  # microseconds by number of tokens
@@ -38,6 +39,18 @@ class MeasuredShape(Section):
     expert_bytes: PositiveInt
     dense_layer_bytes: PositiveInt
     head_bytes: PositiveInt
+
+    @classmethod
+    def of(cls, model: ModelSpec) -> Self:
+        return cls(
+            hidden_size=model.shape.hidden_size,
+            intermediate_size=model.shape.intermediate_size,
+            dtype=model.shape.dtype,
+            block_neurons=model.block_neurons,
+            expert_bytes=model.expert_bytes,
+            dense_layer_bytes=model.dense_layer_bytes,
+            head_bytes=model.head_bytes,
+        )
 
 
 class Made(Section):
@@ -80,16 +93,13 @@ class MachineProfile(YamlFile):
             "cpu_expert_us",
             "device_expert_us",
             "absent_expert_us",
-            "stream_share",
             "dispatch_us",
             "dense_layer_us",
             "head_us",
         ):
             if 1 not in getattr(self, name):
                 raise ValueError(f"{name}: needs an entry for 1 token")
-        for tokens, share in self.stream_share.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"stream_share[{tokens}]: {share} is not between 0 and 1")
+        check_shares(self.stream_share)
         return self
 
 

@@ -6,7 +6,7 @@ from fiddler_opt.units import format_bytes
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan import DTYPE_BYTES, GpuMemory, Workload
 
-# cuBLAS keeps a workspace per stream, PyTorch's allocator rounds and splits: measured on an H100 with PyTorch 2.11.
+# Allowances: cuBLAS keeps a workspace per stream, PyTorch's allocator rounds and splits.
 LIBRARY_WORKSPACE_BYTES = 2**26
 ALLOCATOR_SLACK = 1.1
 PINNED_BYTES_PER_GPU_BYTE = 512  # the GPU maps page-locked host memory with 8 bytes for each 4 KiB; measured: 140.5 MB for 72 GB
@@ -19,7 +19,7 @@ def prefill_chunk_tokens(workload: Workload) -> int:
     return min(MAX_PREFILL_CHUNK_TOKENS, workload.max_seq_len)
 
 
-def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, block_neurons: int, total: int) -> GpuMemory:
+def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, total: int) -> GpuMemory:
     """The GPU bytes of a plan with no expert resident yet.
 
     A total of zero is a plan without a GPU: nothing lies there. On a machine without CUDA the driver and the link, and so
@@ -41,8 +41,8 @@ def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, 
         total=total,
         non_expert_weights=model.non_expert_bytes,
         kv_cache=model.kv_bytes_per_token * workload.max_seq_len * workload.num_beams,
-        staging=STAGED_EXPERTS * model.shape.expert_bytes(block_neurons) if on_gpu else 0,
-        activations=activation_bytes(model, workload, block_neurons) + (LIBRARY_WORKSPACE_BYTES if on_gpu else 0),
+        staging=STAGED_EXPERTS * model.expert_bytes if on_gpu else 0,
+        activations=activation_bytes(model, workload) + (LIBRARY_WORKSPACE_BYTES if on_gpu else 0),
         reserve=device.context_bytes + model.all_expert_bytes // PINNED_BYTES_PER_GPU_BYTE if on_gpu else 0,
         experts=0,
     )
@@ -55,7 +55,7 @@ def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, 
     return memory
 
 
-def activation_bytes(model: ModelSpec, workload: Workload, block_neurons: int) -> int:
+def activation_bytes(model: ModelSpec, workload: Workload) -> int:
     """Upper estimate of what one forward pass holds besides weights and cache, for a chunk of the prompt of every beam.
 
     Per token: about ten vectors of hidden size in the model's dtype (residual, norm, q, k, v, attention's output, an
@@ -64,7 +64,7 @@ def activation_bytes(model: ModelSpec, workload: Workload, block_neurons: int) -
     """
     shape, width = model.shape, DTYPE_BYTES[model.shape.dtype]
     tokens = prefill_chunk_tokens(workload) * workload.num_beams
-    per_token = shape.hidden_size * (10 * width + 6 * 4) + 3 * block_neurons * width
+    per_token = shape.hidden_size * (10 * width + 6 * 4) + 3 * model.block_neurons * width
     mask = prefill_chunk_tokens(workload) * workload.max_seq_len * width
     expanded = 2 * workload.max_seq_len * model.num_attention_heads * model.head_dim * width
     logits = 3 * 4 * model.vocab_size

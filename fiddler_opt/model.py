@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.locate import model_config_file, read_json
+from fiddler_run.locate import model_config_file, read_json, require_mixtral
 from fiddler_run.plan import DTYPE_BYTES, ModelShape
 
 BLOCKS_PER_EXPERT = 16  # fine enough to split an expert to 3 % of a call, coarse enough to copy at the link's full speed
@@ -40,10 +40,7 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, config: dict, name: str, origin: str) -> "ModelSpec":
-        if config.get("model_type") != "mixtral":
-            raise FiddlerError(f"{origin}: model_type is {config.get('model_type')!r}; only 'mixtral' is supported")
-        if config.get("hidden_act", "silu") != "silu":
-            raise FiddlerError(f"{origin}: hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
+        require_mixtral(config, origin)
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
         if dtype not in DTYPE_BYTES:
             raise FiddlerError(f"{origin}: dtype {dtype!r} is not supported; known are {', '.join(DTYPE_BYTES)}")
@@ -81,6 +78,15 @@ class ModelSpec:
         return max(32, -(-self.shape.intermediate_size // BLOCKS_PER_EXPERT // 32) * 32)
 
     @property
+    def block_bytes(self) -> int:
+        return self.shape.block_bytes(self.block_neurons)
+
+    @property
+    def expert_bytes(self) -> int:
+        """One expert as stored, in blocks."""
+        return self.shape.expert_bytes(self.block_neurons)
+
+    @property
     def dense_layer_bytes(self) -> int:
         """Attention, router and norms of one layer."""
         hidden, kv = self.shape.hidden_size, self.num_key_value_heads * self.head_dim
@@ -100,7 +106,7 @@ class ModelSpec:
     @property
     def all_expert_bytes(self) -> int:
         """All experts as stored, in blocks."""
-        return self.shape.num_layers * self.shape.num_experts * self.shape.expert_bytes(self.block_neurons)
+        return self.shape.num_layers * self.shape.num_experts * self.expert_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:

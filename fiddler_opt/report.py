@@ -38,7 +38,7 @@ def print_routing(console: Console, routing: RoutingProfile) -> None:
     console.print(table)
 
 
-def print_plan(console: Console, plan: Plan, machine: MachineProfile, notes: list[str]) -> None:
+def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
     gpu, predicted = plan.gpu_memory_bytes, plan.predicted
     memory = _table("GPU memory", "bytes", "")
     for purpose, size in gpu.parts().items():

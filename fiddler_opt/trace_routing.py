@@ -11,6 +11,7 @@ import torch
 from fiddler_opt.routing import Recorded, RoutedModel, RoutingProfile
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan import ModelShape
+from fiddler_run.yaml_file import read_text
 
 PROMPT_KEYS = ("prompt", "text")
 
@@ -88,10 +89,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         FiddlerError: the file cannot be read, a line is malformed, or there is no prompt in it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FiddlerError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
+    lines = read_text(path).splitlines()
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".jsonl":
         prompts = [_json_prompt(line, f"{path}:{number}") for number, line in numbered]

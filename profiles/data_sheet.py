@@ -35,7 +35,7 @@ def absent_expert(expert_bytes: int, tokens: int) -> tuple[float, float]:
 
 def data_sheet_profile() -> MachineProfile:
     model = ModelSpec.load(DEFAULT_MODEL)
-    expert_bytes, layer_bytes = model.shape.expert_bytes(model.block_neurons), model.dense_layer_bytes
+    expert_bytes, layer_bytes = model.expert_bytes, model.dense_layer_bytes
     output_head_bytes = model.head_bytes // 2  # of the embedding table, a step reads one row
     absent = {tokens: absent_expert(expert_bytes, tokens) for tokens in TOKENS}
     return MachineProfile(
@@ -43,15 +43,7 @@ def data_sheet_profile() -> MachineProfile:
         source="data sheet",
         cpu=Cpu(name=f"{CPU}, {HOST_MEMORY}", cores=CPU_CORES, threads=CPU_CORES),
         device=Device(kind="cuda", name=f"{GPU}, {LINK}", memory_bytes=GPU_MEMORY_BYTES, context_bytes=DRIVER_BYTES),
-        shape=MeasuredShape(
-            hidden_size=model.shape.hidden_size,
-            intermediate_size=model.shape.intermediate_size,
-            dtype=model.shape.dtype,
-            block_neurons=model.block_neurons,
-            expert_bytes=expert_bytes,
-            dense_layer_bytes=layer_bytes,
-            head_bytes=model.head_bytes,
-        ),
+        shape=MeasuredShape.of(model),
         h2d_bytes_per_s=LINK_BYTES_PER_S,
         cpu_expert_us={tokens: roofline_us(expert_bytes, tokens, HOST_BYTES_PER_S, CPU_FLOPS) for tokens in TOKENS},
         device_expert_us={tokens: roofline_us(expert_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) for tokens in TOKENS},

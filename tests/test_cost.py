@@ -37,7 +37,7 @@ def test_decode_step_by_hand():
     model = small_model(num_layers=1, num_experts=3)
     routing = Routing("by hand", [[0.75, 0.75, 0.5]], [dict(zip(PAIRS[3], (0.5, 0.25, 0.25), strict=True))])
     machine = machine_profile(model, device=10.0, absent=80.0, dispatch=7.0, dense=5.0, head=3.0)
-    cost = CostModel.build(model, machine, routing, WORKLOAD, model.block_neurons)
+    cost = CostModel.build(model, machine, routing, WORKLOAD)
     assert cost.blocks_per_expert == 4
     # resident: expert 0 whole, expert 1 half, expert 2 not at all
     placement = [[4, 2, 0]]
@@ -50,14 +50,14 @@ def test_decode_step_by_hand():
 def test_without_a_gpu_the_parts_add_up():
     model = small_model(num_layers=1, num_experts=2)
     machine = machine_profile(model, device=10.0, absent=80.0, kind="host", dispatch=1.0, dense=1.0, head=1.0)
-    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, model.block_neurons)
+    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD)
     assert cost.decode_step_s([[4, 2]]) == pytest.approx((3 + 10 + 5 + 40) * 1e-6)
 
 
 def test_times_scale_with_bytes():
     model, other = small_model(), small_model(intermediate_size=256)
     machine = machine_profile(model, device=10.0, absent=80.0)
-    small, large = (CostModel.build(m, machine, Routing.uniform(m), WORKLOAD, m.block_neurons) for m in (model, other))
+    small, large = (CostModel.build(m, machine, Routing.uniform(m), WORKLOAD) for m in (model, other))
     first, second = (next(iter(c.scenarios["decode"][0])).absent_s for c in (small, large))
     assert second[0] == pytest.approx(2 * first[0])
 
@@ -67,7 +67,7 @@ def test_the_cpu_alone():
     model = small_model(num_layers=1, num_experts=2)
     machine = machine_profile(model, device=10.0, absent=80.0, dispatch=1.0, dense=1.0, head=1.0)
     machine = machine.model_copy(update={"cpu_expert_us": {1: 120.0, 8: 120.0}})
-    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, model.block_neurons, cpu_alone=True)
+    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, cpu_alone=True)
     assert cost.decode_step_s([[0, 0]]) == pytest.approx((3 + 240) * 1e-6)
 
 
@@ -88,7 +88,7 @@ def test_chance_called():
 def test_total_is_the_sum_of_its_phases():
     model = small_model()
     routing = random_routing(model, random.Random(0))
-    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD, model.block_neurons)
+    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD)
     placement = [[1, 2, 3, 0], [4, 4, 0, 0]]
     assert cost.total_s(placement) == pytest.approx(cost.ttft_s(placement) + 4 * cost.decode_step_s(placement))
 
@@ -96,5 +96,5 @@ def test_total_is_the_sum_of_its_phases():
 def test_a_pair_never_seen_costs_nothing():
     model = small_model(num_layers=1, num_experts=3)
     routing = Routing("by hand", [[1.0, 1.0, 0.0]], [{(0, 1): 1.0, (0, 2): 0.0, (1, 2): 0.0}])
-    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD, model.block_neurons)
+    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD)
     assert cost.total_s([[2, 2, 0]]) == cost.total_s([[2, 2, 4]])

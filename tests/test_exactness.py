@@ -16,7 +16,7 @@ from transformers import MixtralForCausalLM
 from fiddler_run import load_model
 from fiddler_run.arena import ExpertStore
 from fiddler_run.checkpoint import Checkpoint
-from fiddler_run.dispatch import LayerDispatch, StagingRing, Traffic, expert_calls
+from fiddler_run.dispatch import LayerDispatch, StagingRing, Traffic, expert_groups
 from fiddler_run.plan import nearest_blocks
 
 LOGITS_TOLERANCE, BF16_TOLERANCE = 1e-4, 5e-3
@@ -157,11 +157,11 @@ def test_the_same_input_gives_the_same_bits(device):
     assert torch.equal(first, second)
 
 
-def test_expert_calls_group_every_choice_once():
+def test_every_choice_is_grouped_once():
     index = torch.tensor([[2, 0], [0, 3], [2, 3]])
     weights = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1]])
     calls = {
-        call.expert: (call.rows.tolist(), [round(w, 1) for w in call.weights.flatten().tolist()])
-        for call in expert_calls(index, weights, 5)
+        expert: (rows.tolist(), [round(w, 1) for w in group_weights.flatten().tolist()])
+        for expert, rows, group_weights in expert_groups(index, weights, 5)
     }
     assert calls == {0: ([0, 1], [0.4, 0.7]), 2: ([0, 2], [0.6, 0.9]), 3: ([1, 2], [0.3, 0.1])}

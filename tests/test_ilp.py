@@ -26,8 +26,8 @@ def random_instance(rng: random.Random) -> tuple[CostModel, int]:
     )
     beams = rng.choice([1, 1, 3])
     workload = Workload(prompt_tokens=rng.randint(1, 20), output_tokens=rng.randint(1, 30), num_beams=beams, max_seq_len=64)
-    cost = CostModel.build(model, machine, routing, workload, model.block_neurons)
-    return cost, model.shape.block_bytes(model.block_neurons)
+    cost = CostModel.build(model, machine, routing, workload)
+    return cost, model.block_bytes
 
 
 def exhaustive(cost: CostModel, budget_blocks: int) -> tuple[float, float]:
@@ -67,7 +67,7 @@ def test_one_token_and_a_slow_cpu_is_greedy_by_popularity():
     routing = random_routing(model, random.Random(5))
     machine = machine_profile(model, device=1e-3, absent=80.0)
     workload = Workload(prompt_tokens=1, output_tokens=63, num_beams=1, max_seq_len=64)
-    cost = CostModel.build(model, machine, routing, workload, model.block_neurons)
+    cost = CostModel.build(model, machine, routing, workload)
     budget = 13
     order = sorted(((-p, layer, e) for layer, row in enumerate(routing.expert) for e, p in enumerate(row)))
     greedy, left = [[0] * 4, [0] * 4], budget
@@ -91,5 +91,5 @@ def test_memory_that_is_of_use_is_not_left_empty():
     model = small_model()
     machine = machine_profile(model, device=80.0, absent=80.0, kind="host")
     workload = Workload(prompt_tokens=8, output_tokens=8, num_beams=1, max_seq_len=64)
-    cost = CostModel.build(model, machine, random_routing(model, random.Random(3)), workload, model.block_neurons)
+    cost = CostModel.build(model, machine, random_routing(model, random.Random(3)), workload)
     assert sum(map(sum, place(cost, 1, 9).placement)) == 9

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.locate import read_json
+from fiddler_run.locate import read_json, require_mixtral
 from fiddler_run.plan import ModelShape, Plan
 
 EXPERT_TENSOR = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
@@ -60,10 +60,7 @@ def check_model(plan: Plan, config: dict, origin: str, config_file: Path) -> Non
         FiddlerError: it does not; the message names the first number that differs.
     """
     remedy = "make a plan for this model with `fiddler-opt plan --model`"
-    if config.get("model_type") != "mixtral":
-        raise FiddlerError(f"{config_file}: model_type is {config.get('model_type')!r}; only 'mixtral' is supported")
-    if config.get("hidden_act", "silu") != "silu":
-        raise FiddlerError(f"{config_file}: hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
+    require_mixtral(config, config_file)
     names = {
         "num_layers": "num_hidden_layers",
         "num_experts": "num_local_experts",

@@ -32,11 +32,16 @@ class Traffic:
 
 @dataclass(frozen=True)
 class ExpertCall:
-    """The tokens that chose one expert: `rows` [n] into the layer's tokens, `weights` [n, 1] float32 of the router."""
+    """The tokens that chose one expert, and its blocks by where they are computed.
 
-    expert: int
+    `rows` [n] into the layer's tokens and the router's `weights` [n, 1] float32, in host memory; blocks [count, block_elements].
+    """
+
     rows: torch.Tensor
     weights: torch.Tensor
+    resident: torch.Tensor
+    streamed: torch.Tensor
+    on_cpu: torch.Tensor
 
 
 class StagingRing:
@@ -97,45 +102,45 @@ class LayerDispatch:
 
     def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [tokens, hidden], top_k_index [tokens, k] and top_k_weights [tokens, k] on the device: [tokens, hidden]."""
-        calls = expert_calls(top_k_index.cpu(), top_k_weights.cpu(), len(self.resident))
+        calls = [self._split(*group) for group in expert_groups(top_k_index.cpu(), top_k_weights.cpu(), len(self.resident))]
         self._count(calls)
-        for_cpu = [call for call in calls if self._num_streamed(call) < len(self.absent[call.expert])]
+        for_cpu = [call for call in calls if len(call.on_cpu)]
         host_states = hidden_states.cpu() if for_cpu else None
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for call in calls:
             self._run_on_device(call, hidden_states, output)
         if for_cpu:
-            output += _to_device(self._run_on_cpu(for_cpu, host_states), output.device)
+            output += _to_device(_run_on_cpu(for_cpu, host_states), output.device)
         return output.to(hidden_states.dtype)
+
+    def _split(self, expert: int, rows: torch.Tensor, weights: torch.Tensor) -> ExpertCall:
+        absent = self.absent[expert]
+        streamed = self.streamed_blocks(len(rows), len(absent))
+        return ExpertCall(rows, weights, self.resident[expert], absent[:streamed], absent[streamed:])
 
     def _count(self, calls: list[ExpertCall]) -> None:
         for call in calls:
-            resident = len(self.resident[call.expert])
-            self.traffic.resident_blocks += resident
-            self.traffic.needed_blocks += resident + len(self.absent[call.expert])
-
-    def _num_streamed(self, call: ExpertCall) -> int:
-        return self.streamed_blocks(len(call.rows), len(self.absent[call.expert]))
+            self.traffic.resident_blocks += len(call.resident)
+            self.traffic.needed_blocks += len(call.resident) + len(call.streamed) + len(call.on_cpu)
 
     def _run_on_device(self, call: ExpertCall, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
         """Queues the resident and the streamed blocks of one call; adds to `output`."""
-        resident, streamed = self.resident[call.expert], self.absent[call.expert][: self._num_streamed(call)]
-        if len(resident) == 0 and len(streamed) == 0:
+        if len(call.resident) == 0 and len(call.streamed) == 0:
             return
         rows = _to_device(call.rows, output.device)
         states = hidden_states[rows]
-        partial = apply_blocks(resident, states)
-        for block in streamed:
+        partial = apply_blocks(call.resident, states)
+        for block in call.streamed:
             partial += self.ring.stream(block, states)
         output.index_add_(0, rows, partial * _to_device(call.weights, output.device))
 
-    def _run_on_cpu(self, calls: list[ExpertCall], host_states: torch.Tensor) -> torch.Tensor:
-        """Computes the remaining blocks of `calls`: [tokens, hidden] float32 in host memory."""
-        output = torch.zeros_like(host_states, dtype=torch.float32)
-        for call in calls:
-            blocks = self.absent[call.expert][self._num_streamed(call) :]
-            output.index_add_(0, call.rows, apply_blocks(blocks, host_states[call.rows]) * call.weights)
-        return output
+
+def _run_on_cpu(calls: list[ExpertCall], host_states: torch.Tensor) -> torch.Tensor:
+    """Computes the CPU's blocks of `calls`: [tokens, hidden] float32 in host memory."""
+    output = torch.zeros_like(host_states, dtype=torch.float32)
+    for call in calls:
+        output.index_add_(0, call.rows, apply_blocks(call.on_cpu, host_states[call.rows]) * call.weights)
+    return output
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -143,15 +148,20 @@ def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def expert_calls(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> list[ExpertCall]:
-    """Groups the router's choices [tokens, k], in host memory, by expert; experts that no token chose are left out."""
+def expert_groups(
+    top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int
+) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Groups the router's choices [tokens, k], in host memory, by expert: (expert, rows [n], weights [n, 1] float32).
+
+    Experts that no token chose are left out.
+    """
     top_k = top_k_index.shape[1]
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
     weights = top_k_weights.float().flatten()[order].unsqueeze(1)
     counts = chosen.bincount(minlength=num_experts).tolist()
     groups = zip((order // top_k).split(counts), weights.split(counts), strict=True)
-    return [ExpertCall(expert, rows, w) for expert, (rows, w) in enumerate(groups) if len(rows)]
+    return [(expert, rows, w) for expert, (rows, w) in enumerate(groups) if len(rows)]
 
 
 def apply_blocks(blocks: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:

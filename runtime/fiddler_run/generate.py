@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
@@ -48,7 +48,7 @@ class StepClock(StoppingCriteria):
         self.steps: list[tuple[float, Traffic]] = []
 
     def __call__(self, input_ids, scores, **kwargs):
-        self.steps.append((time.perf_counter(), self.traffic - Traffic()))
+        self.steps.append((time.perf_counter(), replace(self.traffic)))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -114,7 +114,7 @@ def generate(
     sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     chunk = model.plan.prefill_chunk_tokens
     streamer = _CallbackStreamer(tokenizer, on_text) if options.num_beams == 1 else None
-    before, started = model.traffic - Traffic(), time.perf_counter()
+    before, started = replace(model.traffic), time.perf_counter()
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -26,8 +26,8 @@ def is_local_name(name: str) -> bool:
     return name.startswith((".", "/"))
 
 
-def model_folder(name: str | Path, relative_to: Path = Path()) -> Path:
-    """The folder with the checkpoint of model `name`: a folder (relative to `relative_to`), or an id on the Hugging Face hub.
+def model_folder(name: str | Path, relative_to: Path = Path(), files: list[str] = CHECKPOINT_FILES) -> Path:
+    """The folder of model `name`: a folder (relative to `relative_to`), or that of a Hugging Face id, whose `files` are fetched.
 
     Raises:
         FiddlerError: there is no such folder, and the hub has no such model or cannot be reached.
@@ -37,20 +37,23 @@ def model_folder(name: str | Path, relative_to: Path = Path()) -> Path:
         return folder
     if is_local_name(str(name)):
         raise FiddlerError(f"{folder}: no such folder; name the checkpoint's folder with --model")
-    return _download(str(name), CHECKPOINT_FILES)
+    return _download(str(name), files)
 
 
 def model_config_file(name: str | Path) -> Path:
-    """The config.json of model `name`, without its weights: from a folder, or from the Hugging Face hub."""
-    folder = Path(name) if Path(name).is_dir() else None
-    if folder is None:
-        if is_local_name(str(name)):
-            raise FiddlerError(f"{name}: no such folder; name the checkpoint's folder with --model")
-        folder = _download(str(name), ["config.json"])
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise FiddlerError(f"{config_file}: missing; --model names a checkpoint folder in Hugging Face format")
-    return config_file
+    """Where the config.json of model `name` is, without fetching its weights."""
+    return model_folder(name, files=["config.json"]) / "config.json"
+
+
+def require_mixtral(config: dict, origin: str | Path) -> None:
+    """Whether a config.json, read from `origin`, describes a model of the supported kind.
+
+    Raises:
+        FiddlerError: it does not.
+    """
+    for key, supported, default in (("model_type", "mixtral", None), ("hidden_act", "silu", "silu")):
+        if config.get(key, default) != supported:
+            raise FiddlerError(f"{origin}: {key} is {config.get(key)!r}; only {supported!r} is supported")
 
 
 def read_json(path: Path) -> dict:

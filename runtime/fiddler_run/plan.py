@@ -129,17 +129,10 @@ class Plan(YamlFile):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        self._check_shares()
+        check_shares(self.stream_share)
         self._check_placement()
         self._check_memory()
         return self
-
-    def _check_shares(self) -> None:
-        if 1 not in self.stream_share:
-            raise ValueError("stream_share: needs an entry for 1 token")
-        for tokens, share in self.stream_share.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"stream_share[{tokens}]: {share} is not between 0 and 1")
 
     def _check_placement(self) -> None:
         model, blocks = self.model, self.blocks_per_expert
@@ -189,6 +182,15 @@ class Plan(YamlFile):
         The share is linear between the plan's entries, as the measured times are in the planner, and constant outside them.
         """
         return nearest_blocks(interpolate(self.stream_share, tokens), absent)
+
+
+def check_shares(stream_share: dict[int, float]) -> None:
+    """Raises ValueError, naming the entry, unless there is a share for 1 token and all are between 0 and 1."""
+    if 1 not in stream_share:
+        raise ValueError("stream_share: needs an entry for 1 token")
+    for tokens, share in stream_share.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"stream_share[{tokens}]: {share} is not between 0 and 1")
 
 
 def nearest_blocks(share: float, blocks: int) -> int:

@@ -33,11 +33,7 @@ class YamlFile(Section):
         Raises:
             FiddlerError: the file cannot be read or breaks a rule; the message names the file and the key.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FiddlerError(f"{path}: cannot read: {_reason(error)}") from None
-        return cls.parse(text, origin=str(path))
+        return cls.parse(read_text(path), origin=str(path))
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Self:
@@ -76,6 +72,18 @@ class YamlFile(Section):
             FiddlerError: the place cannot be written.
         """
         write_whole(path, self.dump())
+
+
+def read_text(path: str | Path) -> str:
+    """The UTF-8 text of a file.
+
+    Raises:
+        FiddlerError: the file cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FiddlerError(f"{path}: cannot read: {_reason(error)}") from None
 
 
 def write_whole(path: str | Path, text: str) -> None:
