@@ -21,7 +21,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check --quiet .
 
 # constraints.txt holds the versions that were tested. PyTorch first: the others would otherwise choose its version.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt $(wildcard runtime/fiddler_run/kernels/*.cpp runtime/fiddler_run/kernels/*.h)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"

@@ -17,15 +17,16 @@ import torch
 from fiddler_opt.bench_dense import time_dense
 from fiddler_opt.bench_timing import medians_us, positive_us
 from fiddler_opt.machine import Cpu, Device, MachineProfile, Made, MeasuredShape
+from fiddler_opt.memory import STAGED_BLOCKS
 from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES, Arena
-from fiddler_run.dispatch import LayerDispatch, StagingRing, Traffic
-from fiddler_run.plan import nearest_blocks
+from fiddler_run.dispatch import Executors, LayerDispatch, StagingRing
+from fiddler_run.kernels.cpu import cpu_experts
 
-WORKING_SET_BYTES = 1_500_000_000  # several times a last-level cache
+WORKING_SET_BYTES = 3_000_000_000  # ten times a large last-level cache
 CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 GPU_TOKENS = (*CPU_TOKENS, 128, 256, 512, 1024)
-SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+AROUND_BALANCE = (-0.16, -0.08, -0.04, 0.0, 0.04, 0.08)  # shares tried, from the one that would keep CPU and link equally long busy
 
 
 def measure_machine(model: ModelSpec, command: str, on_step: Callable[[str], None]) -> MachineProfile:
@@ -33,7 +34,7 @@ def measure_machine(model: ModelSpec, command: str, on_step: Callable[[str], Non
     bench = Bench(model)
     on_step("CPU threads")
     threads = bench.choose_threads()
-    torch.set_num_threads(threads)
+    bench.use_threads(threads)
     on_step("experts on the CPU")
     cpu_us = {tokens: bench.expert_us(tokens, resident=0, share=0.0) for tokens in CPU_TOKENS}
     if bench.on_gpu:
@@ -46,7 +47,7 @@ def measure_machine(model: ModelSpec, command: str, on_step: Callable[[str], Non
     else:  # the same cores would compute a "resident" block at the same speed, and there is no link
         device_us, absent_us, stream_share, h2d = cpu_us, cpu_us, {1: 0.0}, None
     on_step("layers without experts")
-    dispatch_us = {tokens: bench.dispatch_us(tokens, model.shape.num_experts_per_tok) for tokens in bench.tokens}
+    dispatch_us = {tokens: bench.dispatch_us(tokens) for tokens in bench.tokens}
     dense_layer_us, head_us = time_dense(model, bench.device)
     return MachineProfile(
         version=1,
@@ -73,39 +74,51 @@ class Bench:
         self.on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.on_gpu else "cpu")
         self.tokens = GPU_TOKENS if self.on_gpu else CPU_TOKENS
+        self.top_k = model.shape.num_experts_per_tok
         self.hidden_size, self.dtype = model.shape.hidden_size, TORCH_DTYPES[model.shape.dtype]
+        self.block_neurons, self.block_elements = model.block_neurons, 3 * model.block_neurons * self.hidden_size
         self.blocks_per_expert = model.shape.blocks_per_expert(model.block_neurons)
         self.expert_bytes = model.expert_bytes
-        self.num_experts = min(model.shape.num_layers * model.shape.num_experts, max(3, WORKING_SET_BYTES // self.expert_bytes))
-        elements = 3 * model.block_neurons * self.hidden_size
-        count = self.num_experts * self.blocks_per_expert
-        self.host = Arena(count, elements, self.dtype, torch.device("cpu"), pinned=self.on_gpu)
-        torch.manual_seed(0)
-        self.host.blocks.normal_(std=0.02)
+        everything = model.shape.num_layers * model.shape.num_experts
+        self.num_experts = min(everything, max(3, self.top_k, WORKING_SET_BYTES // self.expert_bytes))
+        self.host = Arena(self.num_experts * self.blocks_per_expert, self.block_elements, self.dtype, torch.device("cpu"))
         self.absent = list(self.host.blocks.split(self.blocks_per_expert))
+        self.absent[0].normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+        for expert in self.absent[1:]:
+            expert.copy_(self.absent[0])
         if self.on_gpu:
+            self.host.pin()
             self.resident = list(self.host.blocks.to(self.device).split(self.blocks_per_expert))
-            self.ring = StagingRing(2 * self.blocks_per_expert, elements, self.dtype, self.device)
+            self.ring = StagingRing(STAGED_BLOCKS, self.block_elements, self.dtype, self.device)
         else:
             self.resident, self.ring = self.absent, None
+        self.use_threads(len(os.sched_getaffinity(0)))
+
+    def use_threads(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.executors = Executors(cpu_experts(threads, self.dtype, self.hidden_size, self.block_neurons), self.ring, self.device)
 
     def expert_us(self, tokens: int, resident: int, share: float) -> float:
-        """Microseconds that one expert adds to a dispatch of `tokens` tokens, `resident` of its blocks on the device."""
-        whole = self._dispatch(self._rows(resident, self.blocks_per_expert), tokens, 1, share)
-        empty = self._dispatch(self._rows(0, 0), tokens, 1, share)
-        with_expert, without = medians_us([whole, empty], self.device)
-        return positive_us(with_expert - without)
+        """Microseconds that one expert adds to a dispatch in which every token chooses the same experts, as many as the model's
+        tokens choose, with `resident` of each one's blocks on the device."""
+        whole = self._dispatch(self._rows(resident, self.blocks_per_expert), tokens, share)
+        empty = self._dispatch(self._rows(0, 0), tokens, share)
+        with_experts, without = medians_us([whole, empty], self.device)
+        return positive_us((with_experts - without) / self.top_k)
 
-    def dispatch_us(self, tokens: int, top_k: int) -> float:
+    def dispatch_us(self, tokens: int) -> float:
         """Microseconds of a dispatch whose experts have no blocks: grouping tokens, waiting for the router, adding up."""
-        (median,) = medians_us([self._dispatch(self._rows(0, 0), tokens, top_k, 0.0)], self.device)
+        (median,) = medians_us([self._dispatch(self._rows(0, 0), tokens, 0.0)], self.device)
         return positive_us(median)
 
     def best_shares(self) -> tuple[dict[int, float], dict[int, float]]:
         """For each token count: microseconds of one absent expert at the best share, and that share."""
         times, shares = {}, {}
         for tokens in self.tokens:
-            by_share = {share: self.expert_us(tokens, 0, share) for share in SHARES}
+            by_share = {share: self.expert_us(tokens, 0, share) for share in (0.0, 1.0)}
+            balance = by_share[0.0] / (by_share[0.0] + by_share[1.0])
+            for share in {min(1.0, max(0.0, round(balance + step, 2))) for step in AROUND_BALANCE}:
+                by_share[share] = self.expert_us(tokens, 0, share)
             shares[tokens] = min(by_share, key=by_share.get)
             times[tokens] = by_share[shares[tokens]]
         return times, shares
@@ -115,7 +128,7 @@ class Bench:
         cores = len(os.sched_getaffinity(0))
         times = {}
         for threads in sorted({1, max(1, cores // 2), cores}):
-            torch.set_num_threads(threads)
+            self.use_threads(threads)
             times[threads] = self.expert_us(1, resident=0, share=0.0)
         return min(threads for threads, us in times.items() if us <= 1.05 * min(times.values()))
 
@@ -134,15 +147,15 @@ class Bench:
     def _rows(self, resident: int, stop: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(on[:resident], off[resident:stop]) for on, off in zip(self.resident, self.absent, strict=True)]
 
-    def _dispatch(self, rows: list, tokens: int, top_k: int, share: float) -> Callable[[], object]:
-        """A call that dispatches `tokens` tokens to `top_k` experts, to other experts each time."""
+    def _dispatch(self, rows: list, tokens: int, share: float) -> Callable[[], object]:
+        """A call that dispatches `tokens` tokens to the same experts, to other ones each time."""
         resident, absent = zip(*rows, strict=True)
-        dispatch = LayerDispatch(list(resident), list(absent), lambda _, count: nearest_blocks(share, count), self.ring, Traffic())
+        dispatch = LayerDispatch(0, list(resident), list(absent), lambda _: share, self.executors)
         states = torch.randn(tokens, self.hidden_size, dtype=self.dtype, device=self.device)
-        weights = torch.full((tokens, top_k), 1 / top_k, device=self.device)
+        weights = torch.full((tokens, self.top_k), 1 / self.top_k, device=self.device)
         choices = [
-            torch.tensor([[(first + k) % self.num_experts for k in range(top_k)]] * tokens, device=self.device)
-            for first in range(self.num_experts)
+            torch.tensor([[(first + k) % self.num_experts for k in range(self.top_k)]] * tokens, device=self.device)
+            for first in range(0, self.num_experts * self.top_k, self.top_k)
         ]
         in_turn = cycle(choices)
         return lambda: dispatch(states, next(in_turn), weights)

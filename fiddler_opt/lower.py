@@ -2,10 +2,10 @@
 
 from fiddler_opt.cost import CostModel
 from fiddler_opt.ilp import Solution
-from fiddler_opt.machine import MachineProfile
+from fiddler_opt.machine import MachineProfile, Times, seconds_at
 from fiddler_opt.memory import prefill_chunk_tokens
 from fiddler_opt.model import ModelSpec
-from fiddler_run.plan import GpuMemory, HostMemory, Plan, Predicted, Provenance, Workload
+from fiddler_run.plan import GpuMemory, HostMemory, Plan, Predicted, Provenance, Rates, Workload
 
 
 def lower(
@@ -30,7 +30,7 @@ def lower(
         block_neurons=model.block_neurons,
         stream_share=without_repetition(machine.stream_share) if memory.staging else {1: 0.0},
         resident_blocks=dict(enumerate(solution.placement)),
-        predicted=predict(cost, solution),
+        predicted=predict(machine, cost, solution),
         provenance=provenance,
     )
 
@@ -42,11 +42,24 @@ def without_repetition(share: dict[int, float]) -> dict[int, float]:
     return {tokens: share[tokens] for tokens in points if tokens not in inside}
 
 
-def predict(cost: CostModel, solution: Solution) -> Predicted:
+def predict(machine: MachineProfile, cost: CostModel, solution: Solution) -> Predicted:
     return Predicted(
         decode_tokens_per_s=round(1 / cost.decode_step_s(solution.placement), 3),
         ttft_s=round(cost.ttft_s(solution.placement), 4),
         gpu_hit_rate=round(cost.hit_rate(solution.placement), 4),
         bound_tokens_per_s=round(1 / solution.decode_bound_s, 3),
         gap=round(solution.gap, 6),
+        bytes_per_s=rates(machine),
+    )
+
+
+def rates(machine: MachineProfile) -> Rates:
+    def rate(times: Times) -> float:
+        return float(round(machine.shape.expert_bytes / seconds_at(times, 1)))
+
+    return Rates(
+        resident=rate(machine.device_expert_us),
+        link=machine.h2d_bytes_per_s,
+        cpu=rate(machine.cpu_expert_us),
+        absent=rate(machine.absent_expert_us),
     )

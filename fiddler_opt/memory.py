@@ -4,13 +4,13 @@ from fiddler_opt.machine import MachineProfile
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.units import format_bytes
 from fiddler_run.errors import FiddlerError
-from fiddler_run.plan import DTYPE_BYTES, GpuMemory, Workload
+from fiddler_run.plan import DTYPE_BYTES, TOKEN_BLOCKS, GpuMemory, Workload
 
 # Allowances: cuBLAS keeps a workspace per stream, PyTorch's allocator rounds and splits.
 LIBRARY_WORKSPACE_BYTES = 2**26
 ALLOCATOR_SLACK = 1.1
 PINNED_BYTES_PER_GPU_BYTE = 512  # the GPU maps page-locked host memory with 8 bytes for each 4 KiB; measured: 140.5 MB for 72 GB
-STAGED_EXPERTS = 2  # one being read by the GPU while the next arrives
+STAGED_BLOCKS = 8  # the GPU reads one while the next ones arrive
 MAX_PREFILL_CHUNK_TOKENS = 2048
 
 
@@ -41,7 +41,7 @@ def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, 
         total=total,
         non_expert_weights=model.non_expert_bytes,
         kv_cache=model.kv_bytes_per_token * workload.max_seq_len * workload.num_beams,
-        staging=STAGED_EXPERTS * model.expert_bytes if on_gpu else 0,
+        staging=STAGED_BLOCKS * model.block_bytes if on_gpu else 0,
         activations=activation_bytes(model, workload) + (LIBRARY_WORKSPACE_BYTES if on_gpu else 0),
         reserve=device.context_bytes + model.all_expert_bytes // PINNED_BYTES_PER_GPU_BYTE if on_gpu else 0,
         experts=0,
@@ -58,14 +58,16 @@ def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, 
 def activation_bytes(model: ModelSpec, workload: Workload) -> int:
     """Upper estimate of what one forward pass holds besides weights and cache, for a chunk of the prompt of every beam.
 
-    Per token: about ten vectors of hidden size in the model's dtype (residual, norm, q, k, v, attention's output, an
-    expert's input and output) and six in float32 (norm, sums of the dispatch), and one block's gate, up and product.
+    Per token: about ten vectors of hidden size in the model's dtype (residual, norm, q, k, v, attention's output) and six in
+    float32 (norm, sums of the dispatch), and for each expert it chose its input and the sum of that expert's blocks.
+    Per token and block that the GPU computes at once: gate and up, their product, and the result, in float32.
     Per beam: the attention mask of the chunk, keys and values expanded to all heads, and the logits in float32 thrice.
     """
     shape, width = model.shape, DTYPE_BYTES[model.shape.dtype]
     tokens = prefill_chunk_tokens(workload) * workload.num_beams
-    per_token = shape.hidden_size * (10 * width + 6 * 4) + 3 * model.block_neurons * width
+    per_token = shape.hidden_size * (10 * width + 6 * 4 + shape.num_experts_per_tok * (width + 4))
+    products = max(tokens, TOKEN_BLOCKS) * 4 * (4 * model.block_neurons + 2 * shape.hidden_size)
     mask = prefill_chunk_tokens(workload) * workload.max_seq_len * width
     expanded = 2 * workload.max_seq_len * model.num_attention_heads * model.head_dim * width
     logits = 3 * 4 * model.vocab_size
-    return int(ALLOCATOR_SLACK * (tokens * per_token + workload.num_beams * (mask + expanded + logits)))
+    return int(ALLOCATOR_SLACK * (tokens * per_token + products + workload.num_beams * (mask + expanded + logits)))

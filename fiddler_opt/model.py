@@ -9,7 +9,6 @@ from fiddler_run.plan import DTYPE_BYTES, ModelShape
 
 BLOCKS_PER_EXPERT = 16  # fine enough to split an expert to 3 % of a call, coarse enough to copy at the link's full speed
 DEFAULT_MODEL = "mistralai/Mixtral-8x7B-v0.1"
-_BUNDLED = dict.fromkeys((DEFAULT_MODEL, "mistralai/Mixtral-8x7B-Instruct-v0.1"), "Mixtral-8x7B.json")
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,12 @@ class ModelSpec:
 
     @classmethod
     def load(cls, name: str) -> "ModelSpec":
-        """The model in folder `name`, or of that Hugging Face id. Mixtral-8x7B's own config.json is at hand without a download.
+        """The model in folder `name`, or of that Hugging Face id.
 
         Raises:
             FiddlerError: no such model, or not a Mixtral.
         """
-        if name in _BUNDLED and not Path(name).is_dir():
-            config_file = Path(__file__).parent / "model_configs" / _BUNDLED[name]
-        else:
-            config_file = model_config_file(name)
+        config_file = model_config_file(name)
         return cls.from_config(read_json(config_file), name, str(config_file))
 
     @classmethod

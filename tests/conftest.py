@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from fiddler_run.plan import GpuMemory, HostMemory, ModelShape, Plan, Predicted, Provenance, Workload
+from fiddler_run.plan import GpuMemory, HostMemory, ModelShape, Plan, Predicted, Provenance, Rates, Workload
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "tiny-mixtral"
@@ -61,7 +61,14 @@ def make_plan(
         block_neurons=block_neurons,
         stream_share=share or {1: 0.0},
         resident_blocks=dict(enumerate(resident)),
-        predicted=Predicted(decode_tokens_per_s=1.0, ttft_s=1.0, gpu_hit_rate=0.5, bound_tokens_per_s=1.0, gap=0.0),
+        predicted=Predicted(
+            decode_tokens_per_s=1.0,
+            ttft_s=1.0,
+            gpu_hit_rate=0.5,
+            bound_tokens_per_s=1.0,
+            gap=0.0,
+            bytes_per_s=Rates(resident=4e9, link=1e9, cpu=2e9, absent=3e9),
+        ),
         provenance=Provenance(
             command="by hand",
             machine="none",

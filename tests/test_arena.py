@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import silu
 
 from fiddler_run.arena import fill_blocks
-from fiddler_run.dispatch import apply_blocks
+from fiddler_run.kernels.pytorch import apply_blocks
 
 HIDDEN = 24
 

@@ -8,6 +8,7 @@ from itself by as much between its own implementations.
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan, random_plan
@@ -16,8 +17,8 @@ from transformers import MixtralForCausalLM
 from fiddler_run import load_model
 from fiddler_run.arena import ExpertStore
 from fiddler_run.checkpoint import Checkpoint
-from fiddler_run.dispatch import LayerDispatch, StagingRing, Traffic, expert_groups
-from fiddler_run.plan import nearest_blocks
+from fiddler_run.dispatch import LayerDispatch, expert_groups
+from fiddler_run.model import make_executors
 
 LOGITS_TOLERANCE, BF16_TOLERANCE = 1e-4, 5e-3
 TEXTS = [
@@ -85,7 +86,7 @@ def test_one_executor_alone(executor, reference, device):
     model, tokenizer = load_model(plan, DEMO)
     encoded = tokenizer(TEXTS[2], return_tensors="pt").to(device)
     assert_same(model, reference, executor, encoded["input_ids"], encoded["attention_mask"], 64)
-    assert model.traffic.hit_rate == (1.0 if executor == "resident" else 0.0)
+    assert model.executors.traffic.hit_rate == (1.0 if executor == "resident" else 0.0)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_bfloat16_layer_against_float64(tokens, device):
     plan = random_plan(demo_shape("bfloat16"), rng)
     checkpoint, store = Checkpoint(DEMO, plan.model), ExpertStore(plan, device)
     store.load(checkpoint)
-    ring = StagingRing(3, store.arenas[0].blocks.shape[1], torch.bfloat16, device)
+    executors = make_executors(plan, device)
     torch.manual_seed(tokens)
     for layer in range(6):
         states = torch.randn(tokens, 128).bfloat16()
@@ -140,9 +141,7 @@ def test_bfloat16_layer_against_float64(tokens, device):
         expected = exact_layer(states, index, weights, [checkpoint.expert(layer, e) for e in range(8)])
         for _ in range(4):  # shares of none to all of the absent blocks
             share = rng.choice([0.0, rng.random(), 1.0])
-            dispatch = LayerDispatch(
-                store.resident[layer], store.absent[layer], lambda _, absent, s=share: nearest_blocks(s, absent), ring, Traffic()
-            )
+            dispatch = LayerDispatch(layer, store.resident[layer], store.absent[layer], lambda _, s=share: s, executors)
             output = dispatch(states.to(device), index.to(device), weights.to(device))
             assert output.dtype == torch.bfloat16
             error = (output.double().cpu() - expected).norm() / expected.norm()
@@ -158,10 +157,7 @@ def test_the_same_input_gives_the_same_bits(device):
 
 
 def test_every_choice_is_grouped_once():
-    index = torch.tensor([[2, 0], [0, 3], [2, 3]])
-    weights = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1]])
-    calls = {
-        expert: (rows.tolist(), [round(w, 1) for w in group_weights.flatten().tolist()])
-        for expert, rows, group_weights in expert_groups(index, weights, 5)
-    }
+    index = np.array([[2, 0], [0, 3], [2, 3]])
+    weights = np.array([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1]])
+    calls = {expert: (rows.tolist(), chosen.tolist()) for expert, rows, chosen in expert_groups(index, weights, 5)}
     assert calls == {0: ([0, 1], [0.4, 0.7]), 2: ([0, 2], [0.6, 0.9]), 3: ([1, 2], [0.3, 0.1])}

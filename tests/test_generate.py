@@ -133,7 +133,7 @@ def test_the_hit_rate_is_that_of_decode(models):
         for token in decoded
         for expert in logits[token].topk(2).indices.tolist()
     ]
-    assert measured.gpu_hit_rate == pytest.approx(sum(found) / (len(found) * plan.blocks_per_expert))
+    assert measured.traffic.hit_rate == pytest.approx(sum(found) / (len(found) * plan.blocks_per_expert))
 
 
 def test_seed(models):

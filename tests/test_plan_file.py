@@ -90,11 +90,10 @@ def test_missing_file(tmp_path):
         Plan.load(tmp_path / "none.yaml")
 
 
-def test_streamed_blocks_follow_the_token_count():
+def test_the_stream_share_follows_the_token_count():
     plan = make_plan(demo_shape(), [[0] * 8] * 6, share={1: 0.25, 9: 0.5, 33: 1.0})
-    counts = {tokens: plan.streamed_blocks(tokens, 8) for tokens in (1, 5, 9, 21, 33, 500)}
-    assert counts == {1: 2, 5: 3, 9: 4, 21: 6, 33: 8, 500: 8}
-    assert plan.streamed_blocks(1, 2) == 1  # 0.5 rounds up
+    shares = {tokens: plan.stream_share_at(tokens) for tokens in (1, 5, 9, 21, 33, 500)}
+    assert shares == {1: 0.25, 5: 0.375, 9: 0.5, 21: 0.75, 33: 1.0, 500: 1.0}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -4,36 +4,36 @@ A block is `block_neurons` neurons of one expert, stored contiguously: gate rows
 columns [hidden, b]. It is a small dense expert of its own, and one contiguous copy over the link.
 """
 
+import mmap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 
 import torch
 
-from fiddler_run.checkpoint import Checkpoint
+from fiddler_run.checkpoint import Weights
 from fiddler_run.errors import FiddlerError
+from fiddler_run.kernels.pytorch import block_views
 from fiddler_run.plan import Plan
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+LOADING_THREADS = 8  # more hold more memory and read no faster
 
 
 class Arena:
     """`num_blocks` equal blocks in one allocation of exactly their size, handed out in order.
 
-    In host memory beside a CUDA device the allocation is page-locked, so that copies from it are asynchronous and at full
-    speed. (`Tensor.pin_memory()` would round the size up to a power of two.)
+    In host memory it consists of huge pages where the system grants them; `pin` page-locks it, so that copies to a GPU are
+    asynchronous and at full speed. (`Tensor.pin_memory()` would round the size up to a power of two.)
     """
 
-    def __init__(self, num_blocks: int, block_elements: int, dtype: torch.dtype, device: torch.device, pinned: bool = False):
-        self.blocks = torch.empty((num_blocks, block_elements), dtype=dtype, device=device)
+    def __init__(self, num_blocks: int, block_elements: int, dtype: torch.dtype, device: torch.device):
+        if device.type == "cpu" and num_blocks > 0:
+            self.blocks = _huge_pages(num_blocks * block_elements, dtype).view(num_blocks, block_elements)
+        else:
+            self.blocks = torch.empty((num_blocks, block_elements), dtype=dtype, device=device)
         self._taken = 0
-        self._pinned = pinned and num_blocks > 0
-        if self._pinned:
-            status = torch.cuda.cudart().cudaHostRegister(self.blocks.data_ptr(), self.blocks.nbytes, 0)
-            if int(status) != 0:
-                self._pinned = False
-                raise FiddlerError(
-                    f"cannot page-lock {self.blocks.nbytes / 1e9:.1f} GB of host memory for experts ({status}); "
-                    "raise the limit with `ulimit -l unlimited` or free host memory"
-                )
+        self._pinned = False
 
     def take(self, count: int) -> torch.Tensor:
         """The next `count` blocks: [count, block_elements]."""
@@ -41,10 +41,33 @@ class Arena:
         self._taken += count
         return self.blocks[self._taken - count : self._taken]
 
+    def pin(self) -> None:
+        """Page-locks an arena in host memory. Pages that have been written to are locked ten times faster than others.
+
+        Raises:
+            FiddlerError: the system refuses.
+        """
+        if len(self.blocks) == 0:
+            return
+        status = torch.cuda.cudart().cudaHostRegister(self.blocks.data_ptr(), self.blocks.nbytes, 0)
+        if int(status) != 0:
+            raise FiddlerError(
+                f"cannot page-lock {self.blocks.nbytes / 1e9:.1f} GB of host memory for experts ({status}); "
+                "raise the limit with `ulimit -l unlimited` or free host memory"
+            )
+        self._pinned = True
+
     def __del__(self):
         if getattr(self, "_pinned", False):
             torch.cuda.synchronize()  # copies from it may still be under way
             torch.cuda.cudart().cudaHostUnregister(self.blocks.data_ptr())
+
+
+def _huge_pages(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 class ExpertStore:
@@ -55,26 +78,47 @@ class ExpertStore:
 
     def __init__(self, plan: Plan, device: torch.device):
         self.block_neurons = plan.block_neurons
-        elements = 3 * plan.block_neurons * plan.model.hidden_size
-        dtype = TORCH_DTYPES[plan.model.dtype]
-        on_gpu = device.type == "cuda"
-        device_arena = Arena(plan.num_resident_blocks, elements, dtype, device)
-        host_arena = Arena(plan.num_absent_blocks, elements, dtype, torch.device("cpu"), pinned=on_gpu)
-        self.arenas = (device_arena, host_arena)
+        self.block_elements = 3 * plan.block_neurons * plan.model.hidden_size
+        self.dtype, self.device = TORCH_DTYPES[plan.model.dtype], device
+        self._device_arena = Arena(plan.num_resident_blocks, self.block_elements, self.dtype, device)
+        self._host_arena = Arena(plan.num_absent_blocks, self.block_elements, self.dtype, torch.device("cpu"))
         rows = [plan.resident_blocks[layer] for layer in range(plan.model.num_layers)]
-        self.resident = [[device_arena.take(count) for count in row] for row in rows]
-        self.absent = [[host_arena.take(plan.blocks_per_expert - count) for count in row] for row in rows]
+        self.resident = [[self._device_arena.take(count) for count in row] for row in rows]
+        self.absent = [[self._host_arena.take(plan.blocks_per_expert - count) for count in row] for row in rows]
 
-    def load(self, checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda _: None) -> None:
-        """Fills the arenas; calls `on_bytes` with the bytes placed since the last call."""
-        for layer, (resident_row, absent_row) in enumerate(zip(self.resident, self.absent, strict=True)):
-            for expert, (resident, absent) in enumerate(zip(resident_row, absent_row, strict=True)):
-                gate, up, down = checkpoint.expert(layer, expert)
-                fill_blocks(absent, gate, up, down, first_neuron=len(resident) * self.block_neurons)
-                packed = torch.empty_like(resident, device="cpu")
-                fill_blocks(packed, gate, up, down, first_neuron=0)
-                resident.copy_(packed)
-                on_bytes(resident.nbytes + absent.nbytes)
+    def load(self, weights: Weights, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+        """Fills the arenas, several experts at once; calls `on_bytes` with the bytes placed since the last call."""
+        with _one_thread_each(), ThreadPoolExecutor(LOADING_THREADS) as threads:
+            experts = [(layer, expert) for layer, row in enumerate(self.resident) for expert in range(len(row))]
+            for placed in as_completed([threads.submit(self._place, weights, *each) for each in experts]):
+                on_bytes(placed.result())
+        if self.device.type == "cuda":
+            self._host_arena.pin()
+
+    def _place(self, weights: Weights, layer: int, expert: int) -> int:
+        """Cuts one expert into its two places: bytes."""
+        resident, absent = self.resident[layer][expert], self.absent[layer][expert]
+        gate, up, down = weights.expert(layer, expert)
+        fill_blocks(absent, gate, up, down, first_neuron=len(resident) * self.block_neurons)
+        if resident.is_cuda:
+            packed = torch.empty_like(resident[:1], device="cpu", pin_memory=True)
+            for number, block in enumerate(resident):
+                fill_blocks(packed, gate, up, down, first_neuron=number * self.block_neurons)
+                block.copy_(packed[0])
+        else:
+            fill_blocks(resident, gate, up, down, first_neuron=0)
+        return resident.nbytes + absent.nbytes
+
+
+@contextmanager
+def _one_thread_each():
+    """PyTorch's operations use the thread that calls them and no other: several of those call at once."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def fill_blocks(blocks: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, first_neuron: int) -> None:
@@ -97,10 +141,3 @@ def fill_blocks(blocks: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down
         gate_rows[whole, :rest] = gate[stop:]
         up_rows[whole, :rest] = up[stop:]
         down_columns[whole, :, :rest] = down[:, stop:]
-
-
-def block_views(blocks: torch.Tensor, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate above up [count, 2 * b, hidden], and down [count, hidden, b], inside `blocks` [count, 3 * b * hidden]."""
-    third = blocks.shape[1] // 3
-    gate_up, down = blocks.split((2 * third, third), dim=1)
-    return gate_up.unflatten(1, (-1, hidden)), down.unflatten(1, (hidden, -1))

@@ -1,6 +1,10 @@
-"""A Mixtral checkpoint in Hugging Face format: which file holds which expert, checked before anything is loaded."""
+"""Where weights come from: a Mixtral checkpoint in Hugging Face format, checked before anything is loaded, or random numbers."""
 
+import ctypes
+import mmap
+import random
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +16,31 @@ from fiddler_run.plan import ModelShape, Plan
 EXPERT_TENSOR = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
 MATRICES = ("w1", "w3", "w2")  # gate [intermediate, hidden], up [intermediate, hidden], down [hidden, intermediate]
 LOSSLESS = {"bfloat16": {"BF16"}, "float16": {"F16"}, "float32": {"BF16", "F16", "F32"}}
+
+
+class Weights(Protocol):
+    def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gate [intermediate, hidden], up [intermediate, hidden] and down [hidden, intermediate], in host memory."""
+
+
+class DummyWeights:
+    """Experts of random numbers, the same for the same seed: speed and memory of a model without its checkpoint.
+
+    Every matrix is another stretch of one pool of normal numbers: drawing 46 billion would take longer than loading a file.
+    """
+
+    def __init__(self, shape: ModelShape, dtype: torch.dtype, std: float = 0.02, seed: int = 0):
+        self._size = shape.intermediate_size, shape.hidden_size
+        self._elements = shape.intermediate_size * shape.hidden_size
+        self._seed = seed
+        pool = torch.empty(self._elements + min(self._elements, 2**24))
+        self._pool = pool.normal_(std=std, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        starts = random.Random(f"{self._seed} {layer} {expert}")
+        last = len(self._pool) - self._elements
+        gate, up, down = (self._pool[start:][: self._elements] for start in (starts.randint(0, last) for _ in MATRICES))
+        return gate.view(self._size), up.view(self._size), down.view(self._size[::-1])
 
 
 class Checkpoint:
@@ -33,9 +62,12 @@ class Checkpoint:
                     self.check(EXPERT_TENSOR.format(layer=layer, expert=expert, matrix=matrix), expected, shape.dtype)
 
     def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gate [intermediate, hidden], up [intermediate, hidden] and down [hidden, intermediate]; views of the mapped files."""
+        """Views of the mapped files, asked of the disk at once: page by page, as they are touched, would be slower."""
         names = (EXPERT_TENSOR.format(layer=layer, expert=expert, matrix=matrix) for matrix in MATRICES)
-        return tuple(self._open[self._file_of[name]].get_tensor(name) for name in names)
+        tensors = tuple(self._open[self._file_of[name]].get_tensor(name) for name in names)
+        for tensor in tensors:
+            _read_ahead(tensor)
+        return tensors
 
     def check(self, name: str, shape: list[int], dtype: str) -> None:
         """Whether tensor `name` is there, of that shape, and fits `dtype` without loss.
@@ -89,6 +121,13 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     if single.is_file():
         return dict.fromkeys(_open_shard(single).keys(), single)
     raise FiddlerError(f"{folder}: holds neither {index.name} nor {single.name}; --model names a checkpoint in safetensors format")
+
+
+def _read_ahead(tensor: torch.Tensor) -> None:
+    """Has the system read a mapped file's part from the disk, in large requests; does not wait. Only ever a hint."""
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 
 def _open_shard(path: Path):

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import shlex
 import sys
+import time
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -11,6 +13,7 @@ from rich.table import Table
 from fiddler_run.errors import FiddlerError
 from fiddler_run.locate import shipped_file
 from fiddler_run.plan import Plan
+from fiddler_run.yaml_file import require_writable, write_whole
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -19,7 +22,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Run a Mixture-of-Experts model as a plan says: experts in GPU memory, over the link and on the CPU at once.",
     )
     add = parser.add_argument
-    add("prompt", help="the prompt; `-` reads it from stdin")
+    add("prompt", nargs="?", help="the prompt; `-` reads it from stdin")
     add("--plan", required=True, help="plan file written by `fiddler-opt plan`")
     add("--model", help="checkpoint folder or Hugging Face id (default: the one that the plan names)")
     add(
@@ -50,7 +53,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=seed, metavar="N", help="seed of sampling (default: another one each time)")
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
-    return parser.parse_args(arguments)
+    add(
+        "--load-format",
+        choices=["safetensors", "dummy"],
+        default="safetensors",
+        help="`dummy` takes random weights, to try a plan's speed and memory without the checkpoint (default: %(default)s)",
+    )
+    add("--bench", action="store_true", help="instead of a prompt: measure speeds, on random token ids, and what time goes into")
+    add("--prompt-tokens", type=positive, metavar="N", help="with --bench: length of the prompt (default: the plan's)")
+    add("--json", metavar="FILE", help="with --bench: write all figures there")
+    add("--trace", metavar="FILE", help="with --bench: write a timeline there, for chrome://tracing or ui.perfetto.dev")
+    flags = parser.parse_args(arguments)
+    if flags.bench == (flags.prompt is not None):
+        parser.error("give either a prompt or --bench")
+    if not flags.bench and (flags.prompt_tokens or flags.json or flags.trace):
+        parser.error("--prompt-tokens, --json and --trace belong to --bench")
+    return flags
 
 
 def positive(text: str) -> int:
@@ -106,10 +124,13 @@ def run(flags: argparse.Namespace) -> None:
     plan_path = shipped_file(flags.plan)
     plan = Plan.load(plan_path)
     prompt = read_stdin() if flags.prompt == "-" else flags.prompt
+    for path in (flags.json, flags.trace):
+        if path:
+            require_writable(path)
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with stderr.status("importing torch and transformers"):
-        from fiddler_run.generate import Options, encode_prompt, generate
+        from fiddler_run.generate import Options, check_length, encode_prompt, generate
         from fiddler_run.model import ModelLoader
 
     options = Options(
@@ -120,17 +141,45 @@ def run(flags: argparse.Namespace) -> None:
         seed=flags.seed,
         chat=flags.chat,
     )
-    loader = ModelLoader(plan_path, flags.model)
-    encode_prompt(loader.tokenizer, prompt, options, plan)  # better refused now than after loading
+    loader = ModelLoader(plan_path, flags.model, flags.load_format)
+    # Better refused now than after loading.
+    if flags.bench:
+        check_length(flags.prompt_tokens or plan.workload.prompt_tokens, options, plan)
+    elif loader.tokenizer is None:
+        raise FiddlerError("--load-format dummy: there is no tokenizer for a prompt beside the model's config.json; use --bench")
+    else:
+        encode_prompt(loader.tokenizer, prompt, options, plan)
     if plan.gpu_memory_bytes.total > 0 and loader.device.type == "cpu":
         reason = "the plan is for a machine without CUDA" if plan.device == "host" else "no CUDA device here"
         stderr.print(f"{reason}: its GPU part is held in host memory and computed by the CPU")
+    started = time.perf_counter()
     with byte_progress(stderr) as progress:
         task = progress.add_task("loading experts", total=loader.total_bytes)
         model = loader.load(lambda count: progress.advance(task, count))
-    measured = generate(model, loader.tokenizer, prompt, options, on_text=lambda text: print(text, end="", flush=True))
-    print(flush=True)
-    stderr.print(figures(plan, measured))
+    load_s = time.perf_counter() - started
+    if flags.bench:
+        run_bench(flags, model, options, load_s, stderr)
+    else:
+        measured = generate(model, loader.tokenizer, prompt, options, on_text=lambda text: print(text, end="", flush=True))
+        print(flush=True)
+        stderr.print(figures(plan, measured))
+
+
+def run_bench(flags: argparse.Namespace, model, options, load_s: float, stderr: Console) -> None:
+    from fiddler_run.bench import as_json, bench
+    from fiddler_run.timeline import write_trace
+
+    plan = model.plan
+    with stderr.status("measuring"):
+        result, spans = bench(model, flags.prompt_tokens or plan.workload.prompt_tokens, options.max_new_tokens, options.num_beams)
+    stderr.print(figures(plan, result.measured))
+    stderr.print(parts(plan, result))
+    if flags.json:
+        write_whole(flags.json, as_json(result, plan, load_s, shlex.join(["fiddler-run", *sys.argv[1:]])))
+        print(flags.json)
+    if flags.trace:
+        write_trace(spans, flags.trace)
+        print(flags.trace)
 
 
 def read_stdin() -> str:
@@ -155,10 +204,31 @@ def figures(plan: Plan, measured) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("time to first token", f"{measured.ttft_s:.3f} s", f"{predicted.ttft_s:.3f} s")
     table.add_row("decode", f"{measured.decode_tokens_per_s:.2f} tokens/s", f"{predicted.decode_tokens_per_s:.2f} tokens/s")
-    table.add_row("GPU hit rate", f"{measured.gpu_hit_rate:.1%}", f"{predicted.gpu_hit_rate:.1%}")
+    table.add_row("GPU hit rate", f"{measured.traffic.hit_rate:.1%}", f"{predicted.gpu_hit_rate:.1%}")
     if measured.peak_gpu_bytes:
         allowed = plan.gpu_memory_bytes.total - plan.gpu_memory_bytes.reserve
         table.add_row("GPU memory, peak", f"{measured.peak_gpu_bytes / 1e9:.2f} GB", f"{allowed / 1e9:.2f} GB")
+    return table
+
+
+def parts(plan: Plan, result) -> Table:
+    """What a layer's time in decode goes into, and the rates of the experts' executors beside what the profile measured."""
+    rates = plan.predicted.bytes_per_s
+    profiled = {"resident": rates.resident, "link": rates.link, "CPU": rates.cpu, "absent": rates.absent}
+    table = Table(title="a layer in decode", title_justify="left")
+    for column in ("", "at work", "rate", "profile"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in dict.fromkeys([*result.layer_ms, *result.bytes_per_s]):
+        milliseconds, rate = result.layer_ms.get(name), result.bytes_per_s.get(name)
+        table.add_row(
+            {"absent": "CPU and link", "waiting": "none of these"}.get(name, name),
+            "" if milliseconds is None else f"{milliseconds:.3f} ms",
+            "" if rate is None else f"{rate / 1e9:.1f} GB/s",
+            f"{profiled[name] / 1e9:.1f} GB/s" if profiled.get(name) else "",
+        )
+    table.caption = (
+        f"RAM, peak: {result.peak_host_bytes / 1e9:.2f} GB; GPU memory in use, all processes: {result.used_gpu_bytes / 1e9:.2f} GB"
+    )
     return table
 
 

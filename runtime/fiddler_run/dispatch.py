@@ -2,28 +2,37 @@
 
     [0 ... resident) device, in place  |  [resident ... streamed) over the link, then device  |  [streamed ... end) CPU, in place
 
-Any split gives the same result up to the order of addition, because an expert is a sum over its neurons. Device work and
-copies are queued first and run while the CPU computes its share; the host waits only for the router's result and its input.
+Any split gives the same result up to the order of addition, because an expert is a sum over its neurons. The host waits for
+the device once, for the router's result; then CPU, link and device work at the same time.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
 
+import numpy as np
 import torch
-from torch.nn.functional import linear, silu
 
-from fiddler_run.arena import block_views
+from fiddler_run.kernels.cpu import CpuCall, CpuExperts
+from fiddler_run.kernels.pytorch import apply_blocks
+from fiddler_run.timeline import Timeline
 
 
 @dataclass
 class Traffic:
-    """Expert blocks that calls needed so far, and how many of them were resident."""
+    """Expert blocks that calls needed so far, by where they were computed."""
 
-    needed_blocks: int = 0
     resident_blocks: int = 0
+    streamed_blocks: int = 0
+    cpu_blocks: int = 0
 
     def __sub__(self, earlier: "Traffic") -> "Traffic":
-        return Traffic(self.needed_blocks - earlier.needed_blocks, self.resident_blocks - earlier.resident_blocks)
+        return Traffic(*(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)))
+
+    @property
+    def needed_blocks(self) -> int:
+        return self.resident_blocks + self.streamed_blocks + self.cpu_blocks
 
     @property
     def hit_rate(self) -> float:
@@ -34,14 +43,166 @@ class Traffic:
 class ExpertCall:
     """The tokens that chose one expert, and its blocks by where they are computed.
 
-    `rows` [n] into the layer's tokens and the router's `weights` [n, 1] float32, in host memory; blocks [count, block_elements].
+    Its tokens are choices `start` to `start + len(rows)` of the layer's choices sorted by expert: `rows` [n] int64 into the
+    layer's tokens, the router's `weights` [n] float32. Blocks are [count, block_elements].
     """
 
-    rows: torch.Tensor
-    weights: torch.Tensor
+    start: int
+    rows: np.ndarray
+    weights: np.ndarray
     resident: torch.Tensor
     streamed: torch.Tensor
     on_cpu: torch.Tensor
+
+
+class LayerDispatch:
+    """Serves one layer's experts module: (hidden_states, top_k_index, top_k_weights) -> hidden_states."""
+
+    def __init__(
+        self,
+        layer: int,
+        resident: list[torch.Tensor],
+        absent: list[torch.Tensor],
+        stream_share: Callable[[int], float],
+        executors: "Executors",
+    ):
+        """
+        Args:
+            layer: its number.
+            resident: for each expert, its blocks in device memory, [count, block_elements].
+            absent: for each expert, its other blocks, in host memory.
+            stream_share: tokens of a call -> the share of its expert's absent blocks that goes over the link.
+            executors: what computes them; shared by all layers.
+        """
+        self.layer, self.resident, self.absent = layer, resident, absent
+        self.stream_share, self.executors = stream_share, executors
+
+    def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """hidden_states [tokens, hidden], top_k_index [tokens, k] and top_k_weights [tokens, k] on the device: [tokens, hidden]."""
+        run, timeline = self.executors, self.executors.timeline
+        timeline.end("GPU", "dense")
+        timeline.enter(self.layer)
+        timeline.begin("host", "wait for the router")
+        host_states, index, weights = run.mailbox.receive(hidden_states, top_k_index, top_k_weights.float())
+        timeline.end("host", "wait for the router")
+        calls = self._split(expert_groups(index.numpy(), weights.numpy(), len(self.resident)))
+        run.count(calls)
+        run.start_cpu(calls, host_states)
+        timeline.begin("host", "queue device work")
+        output = run.on_device(calls, hidden_states, top_k_index, top_k_weights)
+        timeline.end("host", "queue device work")
+        timeline.begin("host", "wait for the CPU")
+        run.add_cpu(output)
+        timeline.end("host", "wait for the CPU")
+        result = output.to(hidden_states.dtype)
+        timeline.begin("GPU", "dense")
+        return result
+
+    def _split(self, groups: list[tuple[int, np.ndarray, np.ndarray]]) -> list[ExpertCall]:
+        """Divides the blocks of each called expert. What rounding to whole blocks gives the link too much or too little with
+        one expert is made up for with the next."""
+        calls, start, owed = [], 0, 0.0
+        for expert, rows, weights in groups:
+            absent = self.absent[expert]
+            owed += self.stream_share(len(rows)) * len(absent)
+            streamed = min(len(absent), max(0, int(owed + 0.5)))
+            owed -= streamed
+            calls.append(ExpertCall(start, rows, weights, self.resident[expert], absent[:streamed], absent[streamed:]))
+            start += len(rows)
+        return calls
+
+
+class Executors:
+    """What computes a model's experts, shared by its layers: CPU, device, and the link between them."""
+
+    def __init__(self, cpu: CpuExperts, ring: "StagingRing | None", device: torch.device):
+        """`ring`: device memory to stream through; None if nothing is ever streamed."""
+        self.cpu, self.ring, self.device = cpu, ring, device
+        self.mailbox, self.timeline, self.traffic = Mailbox(device), Timeline(device), Traffic()
+        self._cpu_output = None
+        # Without a GPU the CPU stands in for it, one step after the other.
+        self.apply = apply_blocks if device.type == "cuda" else cpu.apply
+
+    def count(self, calls: list[ExpertCall]) -> None:
+        for call in calls:
+            self.traffic.resident_blocks += len(call.resident)
+            self.traffic.streamed_blocks += len(call.streamed)
+            self.traffic.cpu_blocks += len(call.on_cpu)
+
+    def start_cpu(self, calls: list[ExpertCall], host_states: torch.Tensor) -> None:
+        """Starts the CPU on its blocks of all calls; `add_cpu` fetches the result."""
+        for_cpu = [CpuCall(call.on_cpu, call.rows, call.weights) for call in calls if len(call.on_cpu)]
+        if for_cpu:
+            self._cpu_output = self.mailbox.output(host_states.shape)
+            self.timeline.begin("CPU", "blocks")
+            self.cpu.submit(for_cpu, host_states, self._cpu_output)
+
+    def add_cpu(self, output: torch.Tensor) -> None:
+        """Waits for the CPU, if it was started, and adds its result to `output` [tokens, hidden] on the device."""
+        if self._cpu_output is not None:
+            self.cpu.wait()
+            self.timeline.end("CPU", "blocks", self.cpu.finished_s())
+            output += self._cpu_output.to(self.device, non_blocking=True)
+            self._cpu_output = None
+
+    def on_device(
+        self, calls: list[ExpertCall], hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Queues resident and streamed blocks of all calls: [tokens, hidden] float32. The link starts before anything else."""
+        output = torch.zeros_like(hidden_states, dtype=torch.float32)
+        calls = [call for call in calls if len(call.resident) or len(call.streamed)]
+        if not calls:
+            return output
+        streamed = [block for call in calls for block in call.streamed]
+        arriving = self.ring.stream(streamed, self.timeline) if streamed else iter(())
+        # The same order that `expert_groups` finds on the host.
+        order = top_k_index.flatten().argsort(stable=True)
+        rows, weights = order // top_k_index.shape[1], top_k_weights.float().flatten()[order].unsqueeze(1)
+        chosen = [slice(call.start, call.start + len(call.rows)) for call in calls]
+        states = [hidden_states[rows[tokens]] for tokens in chosen]
+        self.timeline.begin("GPU", "resident")
+        sums = [self._resident(call, x) for call, x in zip(calls, states, strict=True)]  # while the first copies are under way
+        self.timeline.end("GPU", "resident")
+        for call, x, total, tokens in zip(calls, states, sums, chosen, strict=True):
+            for _ in call.streamed:
+                block = next(arriving)
+                self.timeline.begin("GPU", "streamed")
+                total += self.apply(block, x)
+                self.timeline.end("GPU", "streamed")
+            output.index_add_(0, rows[tokens], total * weights[tokens])
+        return output
+
+    def _resident(self, call: ExpertCall, states: torch.Tensor) -> torch.Tensor:
+        return self.apply(call.resident, states) if len(call.resident) else torch.zeros_like(states, dtype=torch.float32)
+
+
+class Mailbox:
+    """Page-locked host memory through which activations go to the CPU and its results come back."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def receive(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """The device's tensors in host memory, until the next call. Waits for the device."""
+        if not self._on_gpu:
+            return [tensor.contiguous() for tensor in tensors]
+        received = [self._buffer(str(number), tensor.shape, tensor.dtype) for number, tensor in enumerate(tensors)]
+        for host, tensor in zip(received, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream().record_event().synchronize()
+        return received
+
+    def output(self, shape: torch.Size) -> torch.Tensor:
+        """Room for the CPU's result, float32, until the next call of `receive`: by then the device has read it."""
+        return self._buffer("output", shape, torch.float32)
+
+    def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        buffer, elements = self._buffers.get(name), shape.numel()
+        if buffer is None or len(buffer) < elements or buffer.dtype != dtype:
+            with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+                buffer = self._buffers[name] = torch.empty(elements, dtype=dtype, pin_memory=self._on_gpu)
+        return buffer[:elements].view(shape)
 
 
 class StagingRing:
@@ -52,126 +213,56 @@ class StagingRing:
 
     def __init__(self, num_slots: int, block_elements: int, dtype: torch.dtype, device: torch.device):
         self.slots = torch.empty((num_slots, block_elements), dtype=dtype, device=device)
-        self._next = 0
-        self._copy_stream = None
+        self.copy_stream = None
         if device.type == "cuda":
-            self._copy_stream = torch.cuda.Stream(device)
-            self._copy_stream.wait_stream(torch.cuda.current_stream(device))  # earlier users of the slots' memory
+            self.copy_stream = torch.cuda.Stream(device)
+            self.copy_stream.wait_stream(torch.cuda.current_stream(device))  # earlier users of the slots' memory
+        self._next = 0
         self._free = [None] * num_slots  # event: the last computation that read the slot is done
 
-    def stream(self, block: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Copies one block to the device and applies it to `hidden_states` [n, hidden] there: [n, hidden] float32."""
+    def stream(self, blocks: list[torch.Tensor], timeline: Timeline) -> Iterator[torch.Tensor]:
+        """Starts to copy `blocks`; yields each [1, block_elements] on the device, to be used before the next is asked for.
+
+        As many copies as there are slots are under way at once.
+        """
+        copies = (self._copy(block, timeline) for block in blocks)
+        return self._arrivals(deque(islice(copies, len(self.slots))), copies)
+
+    def _arrivals(self, under_way: deque, copies: Iterator) -> Iterator[torch.Tensor]:
+        while under_way:
+            slot, copied = under_way.popleft()
+            if copied is not None:
+                torch.cuda.current_stream(self.slots.device).wait_event(copied)
+            yield self.slots[slot : slot + 1]
+            if copied is not None:
+                self._free[slot] = torch.cuda.current_stream(self.slots.device).record_event()
+            under_way.extend(islice(copies, 1))
+
+    def _copy(self, block: torch.Tensor, timeline: Timeline) -> tuple[int, torch.cuda.Event | None]:
+        """Queues the copy of a block into the next slot: (slot, event of its end)."""
         slot, self._next = self._next, (self._next + 1) % len(self.slots)
-        staged = self.slots[slot : slot + 1]
-        if self._copy_stream is None:
-            staged[0].copy_(block)
-            return apply_blocks(staged, hidden_states)
-        compute_stream = torch.cuda.current_stream(self.slots.device)
-        with torch.cuda.stream(self._copy_stream):
+        if self.copy_stream is None:
+            timeline.begin("link", "copy")
+            self.slots[slot].copy_(block)
+            timeline.end("link", "copy")
+            return slot, None
+        with torch.cuda.stream(self.copy_stream):
             if self._free[slot] is not None:
-                self._copy_stream.wait_event(self._free[slot])
-            staged[0].copy_(block, non_blocking=True)
-            copied = self._copy_stream.record_event()
-        compute_stream.wait_event(copied)
-        result = apply_blocks(staged, hidden_states)
-        self._free[slot] = compute_stream.record_event()
-        return result
+                self.copy_stream.wait_event(self._free[slot])
+            timeline.begin("link", "copy")
+            self.slots[slot].copy_(block, non_blocking=True)
+            timeline.end("link", "copy")
+            return slot, self.copy_stream.record_event()
 
 
-class LayerDispatch:
-    """Serves one layer's experts module: (hidden_states, top_k_index, top_k_weights) -> hidden_states."""
-
-    def __init__(
-        self,
-        resident: list[torch.Tensor],
-        absent: list[torch.Tensor],
-        streamed_blocks: Callable[[int, int], int],
-        ring: StagingRing | None,
-        traffic: Traffic,
-    ):
-        """
-        Args:
-            resident: for each expert, its blocks in device memory, [count, block_elements].
-            absent: for each expert, its other blocks, in host memory.
-            streamed_blocks: (tokens of a call, absent blocks of its expert) -> how many of them go over the link.
-            ring: device memory to stream through; None if nothing is ever streamed.
-            traffic: counts what calls need.
-        """
-        self.resident, self.absent, self.streamed_blocks = resident, absent, streamed_blocks
-        self.ring, self.traffic = ring, traffic
-
-    def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """hidden_states [tokens, hidden], top_k_index [tokens, k] and top_k_weights [tokens, k] on the device: [tokens, hidden]."""
-        calls = [self._split(*group) for group in expert_groups(top_k_index.cpu(), top_k_weights.cpu(), len(self.resident))]
-        self._count(calls)
-        for_cpu = [call for call in calls if len(call.on_cpu)]
-        host_states = hidden_states.cpu() if for_cpu else None
-        output = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for call in calls:
-            self._run_on_device(call, hidden_states, output)
-        if for_cpu:
-            output += _to_device(_run_on_cpu(for_cpu, host_states), output.device)
-        return output.to(hidden_states.dtype)
-
-    def _split(self, expert: int, rows: torch.Tensor, weights: torch.Tensor) -> ExpertCall:
-        absent = self.absent[expert]
-        streamed = self.streamed_blocks(len(rows), len(absent))
-        return ExpertCall(rows, weights, self.resident[expert], absent[:streamed], absent[streamed:])
-
-    def _count(self, calls: list[ExpertCall]) -> None:
-        for call in calls:
-            self.traffic.resident_blocks += len(call.resident)
-            self.traffic.needed_blocks += len(call.resident) + len(call.streamed) + len(call.on_cpu)
-
-    def _run_on_device(self, call: ExpertCall, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
-        """Queues the resident and the streamed blocks of one call; adds to `output`."""
-        if len(call.resident) == 0 and len(call.streamed) == 0:
-            return
-        rows = _to_device(call.rows, output.device)
-        states = hidden_states[rows]
-        partial = apply_blocks(call.resident, states)
-        for block in call.streamed:
-            partial += self.ring.stream(block, states)
-        output.index_add_(0, rows, partial * _to_device(call.weights, output.device))
-
-
-def _run_on_cpu(calls: list[ExpertCall], host_states: torch.Tensor) -> torch.Tensor:
-    """Computes the CPU's blocks of `calls`: [tokens, hidden] float32 in host memory."""
-    output = torch.zeros_like(host_states, dtype=torch.float32)
-    for call in calls:
-        output.index_add_(0, call.rows, apply_blocks(call.on_cpu, host_states[call.rows]) * call.weights)
-    return output
-
-
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that does not make the host wait for the work queued on the device: only page-locked memory allows that."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def expert_groups(
-    top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int
-) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Groups the router's choices [tokens, k], in host memory, by expert: (expert, rows [n], weights [n, 1] float32).
+def expert_groups(top_k_index: np.ndarray, top_k_weights: np.ndarray, num_experts: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Groups the router's choices [tokens, k] by expert: (expert, rows [n] int64, weights [n] float32), contiguous.
 
     Experts that no token chose are left out.
     """
-    top_k = top_k_index.shape[1]
-    chosen = top_k_index.flatten()
-    order = chosen.argsort(stable=True)
-    weights = top_k_weights.float().flatten()[order].unsqueeze(1)
-    counts = chosen.bincount(minlength=num_experts).tolist()
-    groups = zip((order // top_k).split(counts), weights.split(counts), strict=True)
-    return [(expert, rows, w) for expert, (rows, w) in enumerate(groups) if len(rows)]
-
-
-def apply_blocks(blocks: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The sum of `blocks` [count, block_elements] applied to `hidden_states` [n, hidden]: [n, hidden] float32.
-
-    Each block is silu(x gate^T) * (x up^T) times down^T in the weights' dtype. Blocks go one by one: PyTorch's batched
-    bfloat16 matmul on the CPU is 40 times slower than its linear.
-    """
-    output = torch.zeros_like(hidden_states, dtype=torch.float32)
-    for gate_up_rows, down in zip(*block_views(blocks, hidden_states.shape[1]), strict=True):
-        gate, up = linear(hidden_states, gate_up_rows).chunk(2, dim=-1)
-        output += linear(silu(gate) * up, down)
-    return output
+    chosen = top_k_index.ravel()
+    order = chosen.argsort(kind="stable")
+    rows, weights = order // top_k_index.shape[1], top_k_weights.ravel()[order]
+    stops = np.bincount(chosen, minlength=num_experts).cumsum().tolist()
+    starts = [0, *stops[:-1]]
+    return [(e, rows[a:b], weights[a:b]) for e, (a, b) in enumerate(zip(starts, stops, strict=True)) if b > a]

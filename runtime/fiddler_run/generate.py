@@ -27,7 +27,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Measured:
-    """`ttft_s` from the call to the first token; tokens/s and the GPU hit rate are those of decode, after the first token.
+    """`ttft_s` from the call to the first token; tokens/s and the expert traffic are those of decode, after the first token.
 
     `peak_gpu_bytes` is what PyTorch's allocator held at most; driver and libraries hold the plan's reserve besides.
     """
@@ -36,7 +36,7 @@ class Measured:
     output_tokens: int
     ttft_s: float
     decode_tokens_per_s: float
-    gpu_hit_rate: float
+    traffic: Traffic
     peak_gpu_bytes: int
 
 
@@ -63,6 +63,24 @@ class _CallbackStreamer(TextStreamer):
         self._on_text(text)
 
 
+def check_length(prompt_tokens: int, options: Options, plan: Plan) -> None:
+    """Whether the plan has room for such a generation.
+
+    Raises:
+        FiddlerError: it has not.
+    """
+    if options.num_beams > plan.workload.num_beams and plan.gpu_memory_bytes.total > 0:
+        raise FiddlerError(
+            f"--num-beams {options.num_beams} needs more GPU memory than the plan gives to {plan.workload.num_beams}; "
+            f"plan again with --num-beams {options.num_beams}"
+        )
+    if prompt_tokens + options.max_new_tokens > plan.workload.max_seq_len:
+        raise FiddlerError(
+            f"the prompt has {prompt_tokens} tokens and --max-new-tokens is {options.max_new_tokens}, together more than "
+            f"the plan's context of {plan.workload.max_seq_len}; shorten them, or plan again with a larger --max-seq-len"
+        )
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Options, plan: Plan) -> torch.Tensor:
     """Token ids [1, n] of a prompt that the plan has room for.
 
@@ -75,26 +93,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Opti
         prompt.encode()
     except UnicodeEncodeError:  # bytes of another encoding, which Python carries as lone surrogates
         raise FiddlerError("the prompt is not UTF-8 text") from None
-    if options.num_beams > plan.workload.num_beams and plan.gpu_memory_bytes.total > 0:
-        raise FiddlerError(
-            f"--num-beams {options.num_beams} needs more GPU memory than the plan gives to {plan.workload.num_beams}; "
-            f"plan again with --num-beams {options.num_beams}"
-        )
     if options.chat:
         if tokenizer.chat_template is None:
             raise FiddlerError("--chat: this model's tokenizer has no chat template; leave the flag out")
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not options.chat)["input_ids"]
-    if ids.shape[1] + options.max_new_tokens > plan.workload.max_seq_len:
-        raise FiddlerError(
-            f"the prompt has {ids.shape[1]} tokens and --max-new-tokens is {options.max_new_tokens}, together more than "
-            f"the plan's context of {plan.workload.max_seq_len}; shorten them, or plan again with a larger --max-seq-len"
-        )
+    check_length(ids.shape[1], options, plan)
     return ids
 
 
-@torch.inference_mode()
 def generate(
     model: DispatchedMixtral,
     tokenizer: PreTrainedTokenizerBase,
@@ -107,28 +115,35 @@ def generate(
     Raises:
         FiddlerError: the prompt does not fit, see `encode_prompt`.
     """
-    ids = encode_prompt(tokenizer, prompt, options, model.plan).to(model.device)
+    ids = encode_prompt(tokenizer, prompt, options, model.plan)
+    streamer = _CallbackStreamer(tokenizer, on_text) if options.num_beams == 1 else None
+    output, measured = generate_ids(model, ids, options, streamer=streamer, pad_token_id=tokenizer.pad_token_id)
+    if streamer is None:
+        on_text(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    return measured
+
+
+@torch.inference_mode()
+def generate_ids(model: DispatchedMixtral, ids: torch.Tensor, options: Options, **arguments) -> tuple[torch.Tensor, Measured]:
+    """Continues token ids [1, n]: ids [1, n + new], and what was measured. `arguments` go to transformers' `generate()`."""
+    ids = ids.to(model.device)
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    clock = StepClock(model.traffic)
+    clock = StepClock(model.executors.traffic)
     sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     chunk = model.plan.prefill_chunk_tokens
-    streamer = _CallbackStreamer(tokenizer, on_text) if options.num_beams == 1 else None
-    before, started = replace(model.traffic), time.perf_counter()
+    before, started = replace(model.executors.traffic), time.perf_counter()
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
-        pad_token_id=tokenizer.pad_token_id,
         prefill_chunk_size=chunk if ids.shape[1] > chunk else None,
-        streamer=streamer,
         stopping_criteria=StoppingCriteriaList([clock]),
         **(sampling if options.temperature > 0 else {"do_sample": False}),
+        **arguments,
     )
-    if streamer is None:
-        on_text(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-    return _measure(clock, before, started, ids.shape[1], model.device)
+    return output, _measure(clock, before, started, ids.shape[1], model.device)
 
 
 def _measure(clock: StepClock, before: Traffic, started: float, prompt_tokens: int, device: torch.device) -> Measured:
@@ -141,6 +156,6 @@ def _measure(clock: StepClock, before: Traffic, started: float, prompt_tokens: i
         output_tokens=steps,
         ttft_s=first_s - started,
         decode_tokens_per_s=(steps - 1) / (last_s - first_s) if steps > 1 else 0.0,
-        gpu_hit_rate=traffic.hit_rate,
+        traffic=traffic,
         peak_gpu_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
     )

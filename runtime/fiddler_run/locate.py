@@ -10,6 +10,10 @@ from fiddler_run.errors import FiddlerError
 
 _INSTALLED = [Path(prefix) / "share" / "fiddler-opt" for prefix in (sys.prefix, site.getuserbase())]
 SHIPPED_FOLDERS = [Path(__file__).parents[2], *_INSTALLED]  # the first is the root of a source checkout
+BUNDLED_CONFIGS = dict.fromkeys(
+    ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+    Path(__file__).parent / "model_configs" / "Mixtral-8x7B.json",
+)
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 
 
@@ -40,9 +44,15 @@ def model_folder(name: str | Path, relative_to: Path = Path(), files: list[str] 
     return _download(str(name), files)
 
 
-def model_config_file(name: str | Path) -> Path:
-    """Where the config.json of model `name` is, without fetching its weights."""
-    return model_folder(name, files=["config.json"]) / "config.json"
+def model_config_file(name: str | Path, relative_to: Path = Path()) -> Path:
+    """Where the config.json of model `name` is, without fetching its weights; Mixtral-8x7B's is at hand without the hub.
+
+    Raises:
+        FiddlerError: see `model_folder`.
+    """
+    if str(name) in BUNDLED_CONFIGS and not (relative_to / name).is_dir():
+        return BUNDLED_CONFIGS[str(name)]
+    return model_folder(name, relative_to, files=["config.json"]) / "config.json"
 
 
 def require_mixtral(config: dict, origin: str | Path) -> None:

@@ -8,21 +8,24 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.utils import logging as transformers_logging
 
 from fiddler_run.arena import TORCH_DTYPES, ExpertStore
-from fiddler_run.checkpoint import Checkpoint, check_model
-from fiddler_run.dispatch import LayerDispatch, StagingRing, Traffic
+from fiddler_run.checkpoint import Checkpoint, DummyWeights, check_model
+from fiddler_run.dispatch import Executors, LayerDispatch, StagingRing
 from fiddler_run.errors import FiddlerError
-from fiddler_run.locate import model_folder, read_json, shipped_file
+from fiddler_run.kernels.cpu import cpu_experts
+from fiddler_run.locate import model_config_file, model_folder, read_json, shipped_file
 from fiddler_run.plan import Plan
 
 EXPERTS_IMPLEMENTATION = "fiddler"
+LoadFormat = Literal["safetensors", "dummy"]
 
 # With cuDNN's attention, which PyTorch prefers on some GPUs, each token at a new length of the cache took 0.05 to 0.14 s more on
 # an H100; it is known to plan anew for each shape.
@@ -75,14 +78,26 @@ class DispatchedMixtral(MixtralForCausalLM):
 
     def attach_experts(self, plan: Plan, store: ExpertStore) -> None:
         """Serves every layer's experts from `store`; the model must be where `store`'s device arena is."""
-        self.plan, self.traffic = plan, Traffic()
+        self.plan = plan
         self.store = store  # owns the arenas; the dispatches only hold views
-        ring = _staging_ring(plan, store, self.device)
-        for experts, resident, absent in zip(self.experts_modules(), store.resident, store.absent, strict=True):
-            experts.dispatch = LayerDispatch(resident, absent, plan.streamed_blocks, ring, self.traffic)
+        self.executors = make_executors(plan, self.device)
+        for layer, experts in enumerate(self.experts_modules()):
+            places = store.resident[layer], store.absent[layer]
+            experts.dispatch = LayerDispatch(layer, *places, plan.stream_share_at, self.executors)
 
 
-def load_model(plan: Plan | str | Path, model: str | Path | None = None) -> tuple[DispatchedMixtral, PreTrainedTokenizerBase]:
+def make_executors(plan: Plan, device: torch.device) -> Executors:
+    """What the plan's experts are computed by: its CPU threads, its staging memory on `device`."""
+    dtype, hidden = TORCH_DTYPES[plan.model.dtype], plan.model.hidden_size
+    cpu = cpu_experts(plan.cpu_threads, dtype, hidden, plan.block_neurons)
+    slots = plan.gpu_memory_bytes.staging // plan.block_bytes
+    ring = StagingRing(slots, 3 * plan.block_neurons * hidden, dtype, device) if slots else None
+    return Executors(cpu, ring, device)
+
+
+def load_model(
+    plan: Plan | str | Path, model: str | Path | None = None, load_format: LoadFormat = "safetensors"
+) -> tuple[DispatchedMixtral, PreTrainedTokenizerBase | None]:
     """Loads a model and its tokenizer as a plan says.
 
     The plan's GPU memory has room for prompts of `plan.prefill_chunk_tokens` at once; give longer ones to `generate()` with
@@ -91,11 +106,13 @@ def load_model(plan: Plan | str | Path, model: str | Path | None = None) -> tupl
     Args:
         plan: a plan, or its file; `plans/demo.yaml` is found wherever the package is installed.
         model: the checkpoint's folder or Hugging Face id; None takes the plan's, relative to the plan's file.
+        load_format: `dummy` takes random weights for those of a checkpoint; nothing but the model's config.json is read, and
+            there may be no tokenizer.
 
     Raises:
         FiddlerError: the plan does not fit this model or this machine, or the checkpoint is incomplete.
     """
-    loader = ModelLoader(plan, model)
+    loader = ModelLoader(plan, model, load_format)
     return loader.load(), loader.tokenizer
 
 
@@ -105,17 +122,28 @@ class ModelLoader:
     Takes the arguments of `load_model` and raises what it raises.
     """
 
-    def __init__(self, plan: Plan | str | Path, model: str | Path | None = None):
+    def __init__(self, plan: Plan | str | Path, model: str | Path | None = None, load_format: LoadFormat = "safetensors"):
         origin, relative_to = "plan", Path()
         if not isinstance(plan, Plan):
             path = shipped_file(plan)
-            origin, relative_to, plan = str(path), path.resolve().parent, Plan.load(path)
-        self.plan = plan
-        self.folder = model_folder(model) if model is not None else model_folder(plan.model.name, relative_to)
-        check_model(plan, read_json(self.folder / "config.json"), origin, self.folder / "config.json")
-        self.checkpoint = Checkpoint(self.folder, plan.model)
-        _check_dense(self.checkpoint, self.folder, plan)
-        self.tokenizer = load_tokenizer(self.folder)
+            origin, plan = str(path), Plan.load(path)
+            relative_to = path.resolve().parent if model is None else Path()
+        self.plan, self.dtype = plan, TORCH_DTYPES[plan.model.dtype]
+        name = plan.model.name if model is None else model
+        if load_format == "dummy":
+            config_file = model_config_file(name, relative_to)
+        else:
+            config_file = model_folder(name, relative_to) / "config.json"
+        check_model(plan, read_json(config_file), origin, config_file)
+        skeleton = _skeleton(config_file)
+        if load_format == "dummy":
+            self.weights = DummyWeights(plan.model, self.dtype)
+            self.tokenizer = load_tokenizer(config_file.parent) if _has_tokenizer(config_file.parent) else None
+        else:
+            self.weights = Checkpoint(config_file.parent, plan.model)
+            _check_dense(self.weights, skeleton, plan)
+            self.tokenizer = load_tokenizer(config_file.parent)
+        self._skeleton = skeleton
         self.device = prepare_device(plan, origin)
 
     @property
@@ -125,13 +153,41 @@ class ModelLoader:
 
     def load(self, on_bytes: Callable[[int], None] = lambda count: None) -> DispatchedMixtral:
         """Places every weight; calls `on_bytes` with the bytes of experts placed since its last call."""
-        with _quiet_transformers():
-            model = DispatchedMixtral.from_pretrained(self.folder, dtype=TORCH_DTYPES[self.plan.model.dtype])
-        model = model.to(self.device).eval().requires_grad_(False)
+        if isinstance(self.weights, Checkpoint):
+            with _quiet_transformers():
+                model = DispatchedMixtral.from_pretrained(self.weights.folder, dtype=self.dtype).to(self.device)
+        else:
+            model = with_random_dense_weights(self._skeleton, self.dtype, self.device)
+        model = model.eval().requires_grad_(False)
         store = ExpertStore(self.plan, self.device)
-        store.load(self.checkpoint, on_bytes)
+        store.load(self.weights, on_bytes)
         model.attach_experts(self.plan, store)
         return model
+
+
+def with_random_dense_weights(model: DispatchedMixtral, dtype: torch.dtype, device: torch.device) -> DispatchedMixtral:
+    """The same model, so far without data, with seeded random weights in all but its experts."""
+    model = model.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=model.config.initializer_range, generator=generator)
+    model.tie_weights()
+    rotary = model.model.rotary_emb  # its buffers are computed from the config, not loaded
+    model.model.rotary_emb = type(rotary)(config=model.config, device=device)
+    return model
+
+
+def _skeleton(config_file: Path) -> DispatchedMixtral:
+    """The model without data."""
+    try:
+        with torch.device("meta"), _quiet_transformers():
+            return DispatchedMixtral(MixtralConfig.from_json_file(config_file))
+    except Exception as error:  # whatever transformers finds wrong with a config.json, in whatever type
+        raise FiddlerError(f"{config_file}: transformers cannot use it: {' '.join(str(error).split())}") from None
 
 
 def prepare_device(plan: Plan, origin: str = "plan") -> torch.device:
@@ -193,15 +249,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_dense(checkpoint: Checkpoint, folder: Path, plan: Plan) -> None:
+def _has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("tokenizer*"))
+
+
+def _check_dense(checkpoint: Checkpoint, skeleton: DispatchedMixtral, plan: Plan) -> None:
     """Whether all that transformers will load is there; it would only warn, or say so in forty lines."""
-    try:
-        with torch.device("meta"), _quiet_transformers():
-            model = DispatchedMixtral(AutoConfig.from_pretrained(folder))
-    except Exception as error:  # whatever transformers finds wrong with a config.json, in whatever type
-        raise FiddlerError(f"{folder / 'config.json'}: transformers cannot use it: {' '.join(str(error).split())}") from None
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    for name, tensor in model.state_dict().items():
+    tied = {"lm_head.weight"} if skeleton.config.tie_word_embeddings else set()
+    for name, tensor in skeleton.state_dict().items():
         if name not in tied:
             checkpoint.check(name.replace(".mlp.", ".block_sparse_moe."), list(tensor.shape), plan.model.dtype)
 
@@ -218,9 +273,3 @@ def _quiet_transformers():
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _staging_ring(plan: Plan, store: ExpertStore, device: torch.device) -> StagingRing | None:
-    slots = plan.gpu_memory_bytes.staging // plan.block_bytes
-    blocks = store.arenas[0].blocks
-    return StagingRing(slots, blocks.shape[1], blocks.dtype, device) if slots else None

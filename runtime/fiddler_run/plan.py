@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from fiddler_run.yaml_file import Section, YamlFile
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+TOKEN_BLOCKS = 1024  # tokens times blocks that the runtime computes at once on the GPU: bounds the memory for their products
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -80,6 +81,15 @@ class HostMemory(Section):
     experts: NonNegativeInt
 
 
+class Rates(Section):
+    """Expert bytes per second that the profiled machine handles for one token. `absent`: CPU and link together."""
+
+    resident: PositiveFloat
+    link: PositiveFloat | None
+    cpu: PositiveFloat
+    absent: PositiveFloat
+
+
 class Predicted(Section):
     """What the planner expects of this plan on the profiled machine. `gap` is relative: (found - bound) / found, in seconds."""
 
@@ -88,6 +98,7 @@ class Predicted(Section):
     gpu_hit_rate: float = Field(ge=0, le=1)
     bound_tokens_per_s: PositiveFloat
     gap: NonNegativeFloat
+    bytes_per_s: Rates
 
 
 class Provenance(Section):
@@ -176,12 +187,12 @@ class Plan(YamlFile):
     def num_absent_blocks(self) -> int:
         return self.model.num_layers * self.model.num_experts * self.blocks_per_expert - self.num_resident_blocks
 
-    def streamed_blocks(self, tokens: int, absent: int) -> int:
-        """How many of an expert's `absent` blocks are streamed when `tokens` tokens call it; the CPU computes the others.
+    def stream_share_at(self, tokens: int) -> float:
+        """Share of an expert's absent blocks that is streamed when `tokens` tokens call it; the CPU computes the others.
 
-        The share is linear between the plan's entries, as the measured times are in the planner, and constant outside them.
+        It is linear between the plan's entries, as the measured times are in the planner, and constant outside them.
         """
-        return nearest_blocks(interpolate(self.stream_share, tokens), absent)
+        return interpolate(self.stream_share, tokens)
 
 
 def check_shares(stream_share: dict[int, float]) -> None:
@@ -191,11 +202,6 @@ def check_shares(stream_share: dict[int, float]) -> None:
     for tokens, share in stream_share.items():
         if not 0 <= share <= 1:
             raise ValueError(f"stream_share[{tokens}]: {share} is not between 0 and 1")
-
-
-def nearest_blocks(share: float, blocks: int) -> int:
-    """`share` of `blocks`, to the nearest whole block."""
-    return int(share * blocks + 0.5)
 
 
 def interpolate(values: dict[int, float], tokens: float) -> float:

@@ -14,10 +14,12 @@ from fiddler_opt.compiler import compile_plan
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.routing import Routing
 from fiddler_run import load_model
-from fiddler_run.dispatch import StagingRing, apply_blocks
+from fiddler_run.dispatch import StagingRing
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generate import Options, generate
+from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.plan import Workload
+from fiddler_run.timeline import Timeline
 
 CUDA = torch.device("cuda")
 WIDE = {
@@ -96,7 +98,7 @@ def test_streamed_blocks_are_the_resident_ones_bit_for_bit():
         rng = random.Random(0)
         order = [rng.randrange(40) for _ in range(1000)]
         torch.cuda._sleep(int(2e8))  # a tenth of a second for the host to queue ahead of the device
-        results = [ring.stream(blocks[i], states) for i in order]
+        results = [apply_blocks(staged, states) for staged in ring.stream([blocks[i] for i in order], Timeline(CUDA))]
         assert all(torch.equal(result, expected[i]) for i, result in zip(order, results, strict=True))
     finally:
         torch.cuda.synchronize()

@@ -1,0 +1,133 @@
+"""How fast a loaded model runs: speeds of whole generations, and in a further one what each layer's time goes into."""
+
+import json
+import os
+import platform
+import resource
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from fiddler_run.dispatch import Traffic
+from fiddler_run.generate import Measured, Options, generate_ids
+from fiddler_run.model import DispatchedMixtral
+from fiddler_run.plan import Plan
+from fiddler_run.timeline import Span
+
+TRACED_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """`first` is the first generation of the process; `measured` the one after it, whose speeds count.
+
+    `layer_ms`: milliseconds of a layer in decode: from one router's result to the next (`total`), of which each part was at
+    work so long, and `waiting`, when neither the dense part nor any executor of experts was. `bytes_per_s`: expert bytes that a
+    part handled while at work, and, as `absent`, that CPU and link together handled while either was. Peaks: what PyTorch's
+    allocator held, what the whole GPU held at the end, and what this process held in RAM.
+    """
+
+    first: Measured
+    measured: Measured
+    layer_ms: dict[str, float]
+    bytes_per_s: dict[str, float]
+    peak_gpu_bytes: int
+    used_gpu_bytes: int
+    peak_host_bytes: int
+
+
+def bench(model: DispatchedMixtral, prompt_tokens: int, output_tokens: int, num_beams: int = 1) -> tuple[BenchResult, list[Span]]:
+    """Generates `output_tokens` tokens after `prompt_tokens` random ones, greedily: twice, then a few under the timeline."""
+    timeline, layers = model.executors.timeline, model.plan.model.num_layers
+    ids = torch.randint(3, model.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    traced = min(output_tokens, TRACED_TOKENS)
+
+    def run(tokens: int) -> Measured:
+        options = Options(max_new_tokens=tokens, num_beams=num_beams)
+        return generate_ids(model, ids, options, min_new_tokens=tokens, pad_token_id=0)[1]
+
+    first, measured = run(traced), run(output_tokens)
+    timeline.start()
+    traffic = run(traced).traffic
+    spans = timeline.stop()
+    decode_calls = (traced - 1) * layers
+    decode = [span for span in spans if span.call > max(each.call for each in spans) - decode_calls]
+    result = BenchResult(
+        first=first,
+        measured=measured,
+        layer_ms=_layer_ms(decode),
+        bytes_per_s=_rates(decode, traffic, model.plan.block_bytes),
+        peak_gpu_bytes=measured.peak_gpu_bytes,
+        used_gpu_bytes=_used_gpu_bytes(model.device),
+        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    return result, spans
+
+
+def as_json(result: BenchResult, plan: Plan, load_s: float, command: str) -> str:
+    cpu = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    machine = {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    about = {"command": command, "machine": machine, "plan": plan.provenance.model_dump(), "load_s": load_s}
+    return json.dumps({**about, "predicted": plan.predicted.model_dump(), **asdict(result)}, indent=2)
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _layer_ms(spans: list[Span]) -> dict[str, float]:
+    results = [span.stop_s for span in spans if span.name == "wait for the router"]
+    if len(results) < 2:
+        return {}
+    calls = len(results) - 1
+    within = [span for span in spans if results[0] <= span.start_s < results[-1]]
+    lanes = {
+        "dense": [span for span in within if span.name == "dense"],
+        "resident": [span for span in within if span.name == "resident"],
+        "streamed": [span for span in within if span.name == "streamed"],
+        "link": [span for span in within if span.lane == "link"],
+        "CPU": [span for span in within if span.lane == "CPU"],
+    }
+    total = results[-1] - results[0]
+    waiting = total - _covered_s([span for each in lanes.values() for span in each])
+    seconds = {"total": total, **{name: _covered_s(each) for name, each in lanes.items()}, "waiting": waiting}
+    return {name: value / calls * 1e3 for name, value in seconds.items()}
+
+
+def _rates(spans: list[Span], traffic: Traffic, block_bytes: int) -> dict[str, float]:
+    resident = [span for span in spans if span.name == "resident"]
+    link, cpu = ([span for span in spans if span.lane == lane] for lane in ("link", "CPU"))
+    handled = {
+        "resident": (traffic.resident_blocks, resident),
+        "link": (traffic.streamed_blocks, link),
+        "CPU": (traffic.cpu_blocks, cpu),
+        "absent": (traffic.streamed_blocks + traffic.cpu_blocks, link + cpu),
+    }
+    return {name: blocks * block_bytes / _covered_s(during) for name, (blocks, during) in handled.items() if blocks}
+
+
+def _covered_s(spans: list[Span]) -> float:
+    """Seconds in which at least one of the spans was under way."""
+    covered, until = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.start_s):
+        covered += max(0.0, span.stop_s - max(span.start_s, until))
+        until = max(until, span.stop_s)
+    return covered
+
+
+def _used_gpu_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free

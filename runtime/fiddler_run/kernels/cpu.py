@@ -1,0 +1,181 @@
+"""Experts' blocks on the CPU: the compiled kernel of cpu.cpp, or PyTorch where that cannot serve.
+
+Both take a job (`submit`), let Python go on, and finish it in `wait`, where the calling thread takes part.
+"""
+
+import ctypes
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fiddler_run.kernels.pytorch import apply_blocks
+
+VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")  # best first
+ALIGNMENT = 32  # what the kernel needs hidden size and block_neurons to be multiples of
+
+
+@dataclass(frozen=True)
+class CpuCall:
+    """Some blocks [count, block_elements] of one expert and the tokens that call it.
+
+    `rows` [n] int64 into the layer's tokens and the router's `weights` [n] float32, both contiguous.
+    """
+
+    blocks: torch.Tensor
+    rows: np.ndarray
+    weights: np.ndarray
+
+
+class CpuExperts:
+    """Computes experts' blocks in host memory with `threads` threads, the caller of `wait` included."""
+
+    def submit(self, calls: Sequence[CpuCall], states: torch.Tensor, output: torch.Tensor) -> None:
+        """Starts a job: output [tokens, hidden] float32 = the calls' weighted sums over states [tokens, hidden].
+
+        Both lie in host memory, contiguous, and must stay untouched until `wait` returns. A job still under way is finished first.
+        """
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        """Returns when the last job is finished."""
+        raise NotImplementedError
+
+    def finished_s(self) -> float:
+        """When the last job was finished, on the clock of `time.perf_counter`."""
+        raise NotImplementedError
+
+    def apply(self, blocks: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The sum of `blocks` [count, block_elements] applied to `states` [n, hidden]: [n, hidden] float32."""
+        output = torch.empty(states.shape, dtype=torch.float32)
+        everything = CpuCall(blocks, np.arange(len(states)), np.ones(len(states), dtype=np.float32))
+        self.submit([everything], states.contiguous(), output)
+        self.wait()
+        return output
+
+
+class CompiledExperts(CpuExperts):
+    """The kernel of cpu.cpp. For bfloat16; hidden size and block_neurons must be multiples of `ALIGNMENT`."""
+
+    def __init__(self, threads: int, variant: str | None = None):
+        self._library = library()
+        self.variant = variant or supported_variants()[0]
+        self._pool = self._library.fiddler_pool_create(self.variant.encode(), threads)
+        self._job = None
+
+    def submit(self, calls, states, output):
+        hidden = states.shape[1]
+        described = (_Call * len(calls))(*map(_describe, calls))
+        block_neurons = calls[0].blocks.shape[1] // (3 * hidden) if calls else ALIGNMENT
+        arguments = hidden, block_neurons, states.data_ptr(), len(states), described, len(calls), output.data_ptr()
+        self._library.fiddler_submit(self._pool, *arguments)
+        self._job = calls, states, output  # the kernel reads them until the job is finished
+
+    def wait(self):
+        self._library.fiddler_wait(self._pool)
+        self._job = None
+
+    def finished_s(self):
+        return self._library.fiddler_finished_ns(self._pool) * 1e-9
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """Reads a tensor in host memory with all threads and plain loads: the rate that the memory allows."""
+        self._library.fiddler_read(self._pool, tensor.data_ptr(), tensor.nbytes)
+
+    def __del__(self):
+        if getattr(self, "_pool", None):
+            self._library.fiddler_pool_destroy(self._pool)
+
+
+class PyTorchExperts(CpuExperts):
+    """PyTorch's own operations, for any dtype and size; the job runs in `wait`."""
+
+    def __init__(self):
+        self._job = None
+        self._finished_s = 0.0
+
+    def submit(self, calls, states, output):
+        self.wait()
+        self._job = calls, states, output
+
+    def wait(self):
+        if self._job is None:
+            return
+        (calls, states, output), self._job = self._job, None
+        output.zero_()
+        for call in calls:
+            rows, weights = torch.from_numpy(call.rows), torch.from_numpy(call.weights)
+            output.index_add_(0, rows, apply_blocks(call.blocks, states[rows]) * weights.unsqueeze(1))
+        self._finished_s = time.perf_counter()
+
+    def finished_s(self):
+        return self._finished_s
+
+
+def cpu_experts(threads: int, dtype: torch.dtype, hidden: int, block_neurons: int) -> CpuExperts:
+    """The fastest of the two for such blocks."""
+    if dtype == torch.bfloat16 and hidden % ALIGNMENT == 0 and block_neurons % ALIGNMENT == 0 and compiled():
+        return _pool(threads)
+    return PyTorchExperts()
+
+
+@cache
+def _pool(threads: int) -> CompiledExperts:
+    return CompiledExperts(threads)  # one for all models of a process: their calls never overlap
+
+
+@cache
+def compiled() -> bool:
+    """Whether the kernel was built; if not, says so once."""
+    if library() is None:
+        logging.getLogger("fiddler_run").warning(
+            "the CPU kernel is not built, PyTorch computes experts at about half the speed; "
+            "install a C++20 compiler such as g++, then install fiddler-opt again"
+        )
+    return library() is not None
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, which the installation of this package builds where it finds a compiler."""
+    found = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    if not found:
+        return None
+    loaded = ctypes.CDLL(os.fspath(found[0]))
+    pointer, integer, text, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64
+    loaded.fiddler_supports.argtypes = [text]
+    loaded.fiddler_pool_create.argtypes, loaded.fiddler_pool_create.restype = [text, integer], pointer
+    loaded.fiddler_pool_destroy.argtypes = [pointer]
+    loaded.fiddler_submit.argtypes = [pointer, integer, integer, pointer, integer, pointer, integer, pointer]
+    loaded.fiddler_wait.argtypes = [pointer]
+    loaded.fiddler_finished_ns.argtypes, loaded.fiddler_finished_ns.restype = [pointer], ctypes.c_int64
+    loaded.fiddler_read.argtypes, loaded.fiddler_read.restype = [pointer, pointer, size], size
+    return loaded
+
+
+@cache
+def supported_variants() -> list[str]:
+    """The instruction sets that this build of the kernel and this CPU both have, best first."""
+    return [name for name in VARIANTS if library().fiddler_supports(name.encode())]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        ("blocks", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int),
+        ("tokens", ctypes.c_int),
+        ("first_product", ctypes.c_size_t),
+    ]
+
+
+def _describe(call: CpuCall) -> _Call:
+    pointers = call.blocks.data_ptr(), call.rows.ctypes.data, call.weights.ctypes.data
+    return _Call(*pointers, len(call.blocks), len(call.rows), 0)

@@ -1,0 +1,97 @@
+"""What happened when, in the lanes host, CPU, link and GPU; off unless started, since marking the GPU's work costs time."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fiddler_run.yaml_file import write_whole
+
+LANES = ("host", "CPU", "link", "GPU")
+ON_DEVICE = ("link", "GPU")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that took from `start_s` to `stop_s`, seconds since the timeline's start; `call` numbers the calls of layers."""
+
+    lane: str
+    name: str
+    layer: int
+    call: int
+    start_s: float
+    stop_s: float
+
+
+class Timeline:
+    """Spans of the work of one model's layers."""
+
+    def __init__(self, device: torch.device):
+        self._layer, self._call = 0, 0
+        self._events = device.type == "cuda"
+        self._marks: list[tuple] | None = None
+        self._begun: dict[tuple[str, str], object] = {}
+
+    def start(self) -> None:
+        self._marks, self._begun, self._call = [], {}, -1
+        if self._events:
+            torch.cuda.synchronize()
+            self._origin = self._event()
+            self._origin.synchronize()
+        self._origin_s = time.perf_counter()
+
+    def stop(self) -> list[Span]:
+        """The spans since `start`; waits for the device."""
+        if self._events:
+            torch.cuda.synchronize()
+        marks, self._marks = self._marks, None
+        return [Span(*where, self._seconds(begun), self._seconds(ended)) for *where, begun, ended in marks]
+
+    def enter(self, layer: int) -> None:
+        """What begins from now on belongs to a call of this layer."""
+        self._layer, self._call = layer, self._call + 1
+
+    def begin(self, lane: str, name: str) -> None:
+        if self._marks is not None:
+            self._begun[lane, name] = self._now(lane)
+
+    def end(self, lane: str, name: str, at_s: float | None = None) -> None:
+        """Ends what was begun: now, or at `at_s` on the clock of `time.perf_counter`. What never began is left out."""
+        if self._marks is not None and (lane, name) in self._begun:
+            ended = self._now(lane) if at_s is None else at_s
+            self._marks.append((lane, name, self._layer, self._call, self._begun.pop((lane, name)), ended))
+
+    def _now(self, lane: str) -> object:
+        return self._event() if self._events and lane in ON_DEVICE else time.perf_counter()
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, mark: object) -> float:
+        return mark - self._origin_s if isinstance(mark, float) else self._origin.elapsed_time(mark) * 1e-3
+
+
+def write_trace(spans: list[Span], path: Path) -> None:
+    """A trace that chrome://tracing and ui.perfetto.dev show, one row for each lane.
+
+    Raises:
+        FiddlerError: the file cannot be written.
+    """
+    names = [{"ph": "M", "name": "thread_name", "pid": 0, "tid": row, "args": {"name": lane}} for row, lane in enumerate(LANES)]
+    events = [
+        {
+            "ph": "X",
+            "name": span.name,
+            "pid": 0,
+            "tid": LANES.index(span.lane),
+            "ts": span.start_s * 1e6,
+            "dur": (span.stop_s - span.start_s) * 1e6,
+            "args": {"layer": span.layer, "call": span.call},
+        }
+        for span in spans
+    ]
+    write_whole(path, json.dumps({"traceEvents": names + events}))
