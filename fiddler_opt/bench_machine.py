@@ -20,8 +20,8 @@ from fiddler_opt.machine import Cpu, Device, MachineProfile, Made, MeasuredShape
 from fiddler_opt.memory import STAGED_BLOCKS
 from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES, Arena
-from fiddler_run.dispatch import Executors, LayerDispatch, StagingRing
-from fiddler_run.kernels.cpu import cpu_experts
+from fiddler_run.dispatch import LayerDispatch
+from fiddler_run.model import executors_for
 
 WORKING_SET_BYTES = 3_000_000_000  # ten times a large last-level cache
 CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -89,14 +89,14 @@ class Bench:
         if self.on_gpu:
             self.host.pin()
             self.resident = list(self.host.blocks.to(self.device).split(self.blocks_per_expert))
-            self.ring = StagingRing(STAGED_BLOCKS, self.block_elements, self.dtype, self.device)
         else:
-            self.resident, self.ring = self.absent, None
+            self.resident = self.absent
         self.use_threads(len(os.sched_getaffinity(0)))
 
     def use_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.executors = Executors(cpu_experts(threads, self.dtype, self.hidden_size, self.block_neurons), self.ring, self.device)
+        slots = STAGED_BLOCKS if self.on_gpu else 0
+        self.executors = executors_for(self.dtype, self.hidden_size, self.block_neurons, threads, slots, self.device)
 
     def expert_us(self, tokens: int, resident: int, share: float) -> float:
         """Microseconds that one expert adds to a dispatch in which every token chooses the same experts, as many as the model's

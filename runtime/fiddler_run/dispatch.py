@@ -39,20 +39,36 @@ class Traffic:
         return self.resident_blocks / self.needed_blocks if self.needed_blocks else 0.0
 
 
+class Expert:
+    """One expert's blocks [count, block_elements]: `resident` in device memory, `absent` in host memory; their addresses."""
+
+    def __init__(self, resident: torch.Tensor, absent: torch.Tensor):
+        self.resident, self.absent = resident, absent
+        self.num_resident, self.num_absent = len(resident), len(absent)
+        self.resident_address, self.absent_address = resident.data_ptr(), absent.data_ptr()
+
+
 @dataclass(frozen=True)
 class ExpertCall:
-    """The tokens that chose one expert, and its blocks by where they are computed.
+    """The tokens that chose one expert, and how many of its absent blocks are streamed; the CPU computes the others.
 
     Its tokens are choices `start` to `start + len(rows)` of the layer's choices sorted by expert: `rows` [n] int64 into the
-    layer's tokens, the router's `weights` [n] float32. Blocks are [count, block_elements].
+    layer's tokens, the router's `weights` [n] float32.
     """
 
+    expert: Expert
     start: int
     rows: np.ndarray
     weights: np.ndarray
-    resident: torch.Tensor
-    streamed: torch.Tensor
-    on_cpu: torch.Tensor
+    num_streamed: int
+
+    @property
+    def num_on_cpu(self) -> int:
+        return self.expert.num_absent - self.num_streamed
+
+    @property
+    def on_device(self) -> bool:
+        return self.expert.num_resident > 0 or self.num_streamed > 0
 
 
 class LayerDispatch:
@@ -74,7 +90,7 @@ class LayerDispatch:
             stream_share: tokens of a call -> the share of its expert's absent blocks that goes over the link.
             executors: what computes them; shared by all layers.
         """
-        self.layer, self.resident, self.absent = layer, resident, absent
+        self.layer, self.experts = layer, [Expert(*blocks) for blocks in zip(resident, absent, strict=True)]
         self.stream_share, self.executors = stream_share, executors
 
     def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -83,13 +99,14 @@ class LayerDispatch:
         timeline.end("GPU", "dense")
         timeline.enter(self.layer)
         timeline.begin("host", "wait for the router")
-        host_states, index, weights = run.mailbox.receive(hidden_states, top_k_index, top_k_weights.float())
+        top_k_weights = top_k_weights.float()
+        host_states, index, weights = run.mailbox.receive(hidden_states, top_k_index, top_k_weights)
         timeline.end("host", "wait for the router")
-        calls = self._split(expert_groups(index.numpy(), weights.numpy(), len(self.resident)))
-        run.count(calls)
+        order, groups = expert_groups(index.numpy(), weights.numpy(), len(self.experts))
+        calls = self._split(groups)
         run.start_cpu(calls, host_states)
         timeline.begin("host", "queue device work")
-        output = run.on_device(calls, hidden_states, top_k_index, top_k_weights)
+        output = run.on_device(calls, order, hidden_states, top_k_index, top_k_weights)
         timeline.end("host", "queue device work")
         timeline.begin("host", "wait for the CPU")
         run.add_cpu(output)
@@ -102,12 +119,12 @@ class LayerDispatch:
         """Divides the blocks of each called expert. What rounding to whole blocks gives the link too much or too little with
         one expert is made up for with the next."""
         calls, start, owed = [], 0, 0.0
-        for expert, rows, weights in groups:
-            absent = self.absent[expert]
-            owed += self.stream_share(len(rows)) * len(absent)
-            streamed = min(len(absent), max(0, int(owed + 0.5)))
+        for number, rows, weights in groups:
+            expert = self.experts[number]
+            owed += self.stream_share(len(rows)) * expert.num_absent
+            streamed = min(expert.num_absent, max(0, int(owed + 0.5)))
             owed -= streamed
-            calls.append(ExpertCall(start, rows, weights, self.resident[expert], absent[:streamed], absent[streamed:]))
+            calls.append(ExpertCall(expert, start, rows, weights, streamed))
             start += len(rows)
         return calls
 
@@ -115,23 +132,23 @@ class LayerDispatch:
 class Executors:
     """What computes a model's experts, shared by its layers: CPU, device, and the link between them."""
 
-    def __init__(self, cpu: CpuExperts, ring: "StagingRing | None", device: torch.device):
-        """`ring`: device memory to stream through; None if nothing is ever streamed."""
-        self.cpu, self.ring, self.device = cpu, ring, device
+    def __init__(self, cpu: CpuExperts, ring: "StagingRing | None", device: torch.device, in_place: bool = False):
+        """
+        Args:
+            cpu: computes blocks in host memory.
+            ring: device memory to stream through; None if nothing is ever streamed.
+            device: where resident blocks are.
+            in_place: whether calls of few tokens are left to the kernels that read blocks over the link where they lie.
+        """
+        self.cpu, self.ring, self.device, self.in_place = cpu, ring, device, in_place
         self.mailbox, self.timeline, self.traffic = Mailbox(device), Timeline(device), Traffic()
         self._cpu_output = None
         # Without a GPU the CPU stands in for it, one step after the other.
-        self.apply = apply_blocks if device.type == "cuda" else cpu.apply
-
-    def count(self, calls: list[ExpertCall]) -> None:
-        for call in calls:
-            self.traffic.resident_blocks += len(call.resident)
-            self.traffic.streamed_blocks += len(call.streamed)
-            self.traffic.cpu_blocks += len(call.on_cpu)
+        self._apply = apply_blocks if device.type == "cuda" else cpu.apply
 
     def start_cpu(self, calls: list[ExpertCall], host_states: torch.Tensor) -> None:
         """Starts the CPU on its blocks of all calls; `add_cpu` fetches the result."""
-        for_cpu = [CpuCall(call.on_cpu, call.rows, call.weights) for call in calls if len(call.on_cpu)]
+        for_cpu = [CpuCall(call.expert.absent[call.num_streamed :], call.rows, call.weights) for call in calls if call.num_on_cpu]
         if for_cpu:
             self._cpu_output = self.mailbox.output(host_states.shape)
             self.timeline.begin("CPU", "blocks")
@@ -146,34 +163,85 @@ class Executors:
             self._cpu_output = None
 
     def on_device(
+        self,
+        calls: list[ExpertCall],
+        order: np.ndarray,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Queues resident and streamed blocks of all calls: [tokens, hidden] float32.
+
+        `order`: the layer's choices [tokens * k] sorted by expert.
+        """
+        for call in calls:
+            self.traffic.resident_blocks += call.expert.num_resident
+            self.traffic.streamed_blocks += call.num_streamed
+            self.traffic.cpu_blocks += call.num_on_cpu
+        if not any(call.on_device for call in calls):
+            return torch.zeros_like(hidden_states, dtype=torch.float32)
+        most_tokens = max(len(call.rows) for call in calls)
+        if self.in_place and most_tokens <= gpu().MAX_TOKENS:
+            return self._read_in_place(calls, most_tokens, order, hidden_states, top_k_weights)
+        return self._stage(calls, hidden_states, top_k_index, top_k_weights)
+
+    def _read_in_place(
+        self, calls: list[ExpertCall], most_tokens: int, order: np.ndarray, hidden_states: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        kernels, block = gpu(), calls[0].expert.resident
+        block_elements, block_bytes = block.shape[1], block.shape[1] * block.itemsize
+        lane = ("link", "blocks") if any(call.num_streamed for call in calls) else ("GPU", "resident")
+        num_blocks = sum(call.expert.num_resident + call.num_streamed for call in calls)
+        table = self.mailbox.table(kernels.table_size(num_blocks, len(calls), len(order)))
+        stretches = [
+            ([(e.absent_address, call.num_streamed), (e.resident_address, e.num_resident)], len(call.rows))
+            for call in calls
+            for e in (call.expert,)
+        ]
+        kernels.fill_table(table.numpy(), stretches, block_bytes, order)
+        self.timeline.begin(*lane)
+        table = table.to(self.device, non_blocking=True)
+        block_neurons = block_elements // (3 * hidden_states.shape[1])
+        result = kernels.apply_calls(table, num_blocks, len(calls), most_tokens, hidden_states, weights, block_neurons)
+        self.timeline.end(*lane)
+        return result
+
+    def _stage(
         self, calls: list[ExpertCall], hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Queues resident and streamed blocks of all calls: [tokens, hidden] float32. The link starts before anything else."""
+        """Through the ring. The link starts before anything else."""
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
-        calls = [call for call in calls if len(call.resident) or len(call.streamed)]
-        if not calls:
-            return output
-        streamed = [block for call in calls for block in call.streamed]
+        calls = [call for call in calls if call.on_device]
+        streamed = [block for call in calls for block in call.expert.absent[: call.num_streamed]]
         arriving = self.ring.stream(streamed, self.timeline) if streamed else iter(())
         # The same order that `expert_groups` finds on the host.
         order = top_k_index.flatten().argsort(stable=True)
-        rows, weights = order // top_k_index.shape[1], top_k_weights.float().flatten()[order].unsqueeze(1)
+        rows, weights = order // top_k_index.shape[1], top_k_weights.flatten()[order].unsqueeze(1)
         chosen = [slice(call.start, call.start + len(call.rows)) for call in calls]
         states = [hidden_states[rows[tokens]] for tokens in chosen]
         self.timeline.begin("GPU", "resident")
         sums = [self._resident(call, x) for call, x in zip(calls, states, strict=True)]  # while the first copies are under way
         self.timeline.end("GPU", "resident")
         for call, x, total, tokens in zip(calls, states, sums, chosen, strict=True):
-            for _ in call.streamed:
+            for _ in range(call.num_streamed):
                 block = next(arriving)
                 self.timeline.begin("GPU", "streamed")
-                total += self.apply(block, x)
+                total += self._apply(block, x)
                 self.timeline.end("GPU", "streamed")
             output.index_add_(0, rows[tokens], total * weights[tokens])
         return output
 
     def _resident(self, call: ExpertCall, states: torch.Tensor) -> torch.Tensor:
-        return self.apply(call.resident, states) if len(call.resident) else torch.zeros_like(states, dtype=torch.float32)
+        if call.expert.num_resident == 0:
+            return torch.zeros_like(states, dtype=torch.float32)
+        return self._apply(call.expert.resident, states)
+
+
+def gpu():
+    """The GPU kernels; their compiler, Triton, comes with PyTorch where there is CUDA."""
+    from fiddler_run.kernels import gpu
+
+    return gpu
 
 
 class Mailbox:
@@ -196,6 +264,10 @@ class Mailbox:
     def output(self, shape: torch.Size) -> torch.Tensor:
         """Room for the CPU's result, float32, until the next call of `receive`: by then the device has read it."""
         return self._buffer("output", shape, torch.float32)
+
+    def table(self, size: int) -> torch.Tensor:
+        """Room for `size` int64 that the device will read, until the next call of `receive`."""
+        return self._buffer("table", torch.Size([size]), torch.int64)
 
     def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         buffer, elements = self._buffers.get(name), shape.numel()
@@ -255,14 +327,21 @@ class StagingRing:
             return slot, self.copy_stream.record_event()
 
 
-def expert_groups(top_k_index: np.ndarray, top_k_weights: np.ndarray, num_experts: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Groups the router's choices [tokens, k] by expert: (expert, rows [n] int64, weights [n] float32), contiguous.
+def expert_groups(
+    top_k_index: np.ndarray, top_k_weights: np.ndarray, num_experts: int
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray, np.ndarray]]]:
+    """Groups the router's choices [tokens, k] by expert, leaving out experts that no token chose.
 
-    Experts that no token chose are left out.
+    Returns:
+        the choices [tokens * k] sorted by expert; of each expert its number, rows [n] int64 and weights [n] float32, contiguous.
     """
     chosen = top_k_index.ravel()
     order = chosen.argsort(kind="stable")
     rows, weights = order // top_k_index.shape[1], top_k_weights.ravel()[order]
     stops = np.bincount(chosen, minlength=num_experts).cumsum().tolist()
-    starts = [0, *stops[:-1]]
-    return [(e, rows[a:b], weights[a:b]) for e, (a, b) in enumerate(zip(starts, stops, strict=True)) if b > a]
+    groups, start = [], 0
+    for expert, stop in enumerate(stops):
+        if stop > start:
+            groups.append((expert, rows[start:stop], weights[start:stop]))
+        start = stop
+    return order, groups

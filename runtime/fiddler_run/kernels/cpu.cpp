@@ -2,7 +2,8 @@
 //
 // A block of b neurons is gate [b, hidden], up [b, hidden] and down [hidden, b], row-major, one after the other. A job computes
 //     output[row] = sum over its calls that hold `row` of weight * sum over the call's blocks of down (silu(gate x) * (up x))
-// in two phases, each cut into units that the threads claim from a counter, so that a thread that is slowed takes fewer:
+// in phases, each cut into units that the threads claim from a counter, so that a thread that is slowed takes fewer:
+//   pack:    activations into the order that the instructions want
 //   gate/up: UNIT_NEURONS neurons of one block -> their products silu(gate x) * (up x)
 //   down:    UNIT_ROWS rows of every block's down matrix -> these elements of the output
 // Each element is summed by one thread in one order: the same input gives the same bits, whatever the threads do.
@@ -10,6 +11,7 @@
 // Plain C interface, used through ctypes by cpu.py. Build: g++ -O3 -std=c++20 -shared -fPIC -pthread cpu.cpp
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <chrono>
@@ -21,12 +23,15 @@
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
 
 constexpr int UNIT_NEURONS = 16, UNIT_ROWS = 16;  // hidden and block_neurons must be multiples of twice that
-constexpr int SPINS = 2000;    // looks at a flag, 20 to 100 us of them, before a thread without work sleeps
+constexpr int TILE_TOKENS = 16;
+constexpr int SPINS = 2000;  // looks at a flag between two others, before a thread lets others of its core run
 
 float float_of(uint16_t bfloat16) { return std::bit_cast<float>(static_cast<uint32_t>(bfloat16) << 16); }
 
@@ -36,45 +41,68 @@ uint16_t bfloat16_of(float value) {  // to the nearest, ties to even; NaN stays 
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-struct Call {
+float swiglu(float gate, float up) { return gate / (1.0f + std::exp(-gate)) * up; }
+
+struct Job;
+
+struct CallArguments {
     const uint16_t* blocks;  // [num_blocks, 3 * block_neurons * hidden]
     const int64_t* rows;     // [tokens] into the states
     const float* weights;    // [tokens] of the router
     int num_blocks, tokens;
-    size_t first_product;  // set by submit
+};
+
+struct Call : CallArguments {
+    bool tiled;  // computed by tiles.h
+    size_t first_state, first_product;
+
+    inline size_t neurons(const Job& job) const;
+};
+
+struct PackUnit {
+    int call, index;  // a group of the tokens of a tiled call, or, with no call, one token for all others
 };
 
 struct GateUpUnit {
     const uint16_t* block;
-    int call, index, first_neuron;
+    int call, index, first_neuron;  // index: of the block in its call
 };
 
 struct DownUnit {
     int first_row;
 };
 
-struct DownBlock {
-    const uint16_t* weights;
+struct DownPiece {
+    const uint16_t* weights;  // of one block
     int call, index;
 };
 
 struct Job {
     int hidden, block_neurons, tokens;
-    const void* packed_states;
-    void* products;
-    float* output;
+    const uint16_t* states;  // [tokens, hidden]
+    float* output;           // [tokens, hidden]
     std::vector<Call> calls;
+    std::vector<PackUnit> pack_units;
     std::vector<GateUpUnit> gate_up_units;
-    std::vector<DownBlock> down_blocks;
+    std::vector<DownPiece> down_pieces;  // of every down unit: block after block, call after call
     std::vector<DownUnit> down_units;
+    void *packed_states, *products;
     std::vector<char> state_buffer, product_buffer;
+
+    void clear_output(const DownUnit& unit) const {
+        for (int t = 0; t < tokens; ++t)
+            std::memset(output + static_cast<size_t>(t) * hidden + unit.first_row, 0, UNIT_ROWS * sizeof(float));
+    }
 };
 
+size_t Call::neurons(const Job& job) const { return static_cast<size_t>(num_blocks) * job.block_neurons; }
+
 struct Variant {
-    void (*pack_states)(const uint16_t*, Job&);
+    size_t packed_bytes;   // of one activation
+    int tiled_from_tokens;  // of a call; 0: never
+    void (*pack)(const Job&, const PackUnit&);
     void (*run_gate_up)(const Job&, const GateUpUnit&, const GateUpUnit* next);
     void (*run_down)(const Job&, const DownUnit&, const DownUnit* next);
-    size_t packed_bytes;
 };
 
 // The compiler vectorises this one for whatever it builds for. Activations are stored as the other variants' are: in each
@@ -104,6 +132,7 @@ struct Weights {
 };
 inline void pack(float value, int i, float* to) { to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value; }
 #include "rows.h"
+constexpr Variant variant{sizeof(Packed), 0, [](const Job& job, const PackUnit& unit) { pack_state(job, unit.index); }, run_gate_up, run_down};
 }  // namespace portable
 
 #if defined(__x86_64__)
@@ -135,6 +164,7 @@ struct Weights {
 };
 inline void pack(float value, int i, float* to) { to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value; }
 #include "rows.h"
+constexpr Variant variant{sizeof(Packed), 0, [](const Job& job, const PackUnit& unit) { pack_state(job, unit.index); }, run_gate_up, run_down};
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -162,6 +192,7 @@ struct Weights {
 };
 inline void pack(float value, int i, float* to) { to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value; }
 #include "rows.h"
+constexpr Variant variant{sizeof(Packed), 0, [](const Job& job, const PackUnit& unit) { pack_state(job, unit.index); }, run_gate_up, run_down};
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -184,7 +215,45 @@ struct Weights {
 };
 inline void pack(float value, int i, uint16_t* to) { to[i] = bfloat16_of(value); }
 #include "rows.h"
+constexpr Variant variant{sizeof(Packed), 0, [](const Job& job, const PackUnit& unit) { pack_state(job, unit.index); }, run_gate_up, run_down};
 }  // namespace avx512bf16
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,amx-tile,amx-bf16")
+namespace amx {
+namespace tiles {
+#include "tiles.h"
+}
+
+void pack(const Job& job, const PackUnit& unit) {
+    if (unit.call < 0) avx512bf16::pack_state(job, unit.index);
+    else tiles::pack_group(job, job.calls[unit.call], unit.index);
+}
+
+void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next) {
+    (job.calls[unit.call].tiled ? tiles::run_gate_up : avx512bf16::run_gate_up)(job, unit, next);
+}
+
+void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
+    if (std::none_of(job.calls.begin(), job.calls.end(), [](const Call& call) { return call.tiled; }))
+        return avx512bf16::run_down(job, unit, next);
+    job.clear_output(unit);
+    for (int i = 0; i < static_cast<int>(job.down_pieces.size());) {
+        const DownPiece& piece = job.down_pieces[i];
+        const Call& call = job.calls[piece.call];
+        if (call.tiled) tiles::run_down(job, unit, call, i), i += call.num_blocks;
+        else avx512bf16::run_down(job, unit, piece, [](int) { return avx512bf16::Ahead{}; }), ++i;
+    }
+}
+
+constexpr Variant variant{sizeof(uint16_t), 12, pack, run_gate_up, run_down};
+
+bool permitted() {  // the kernel gives a process the tiles' registers on demand
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+}  // namespace amx
 #pragma GCC pop_options
 #endif
 
@@ -195,7 +264,9 @@ const Variant* find_variant(const char* name) {
     bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (is("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::variant;
     if (is("avx512") && avx512) return &avx512::variant;
-    if (is("avx512bf16") && avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::variant;
+    bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (is("avx512bf16") && bf16) return &avx512bf16::variant;
+    if (is("amx") && bf16 && __builtin_cpu_supports("amx-bf16") && amx::permitted()) return &amx::variant;
 #endif
     return nullptr;
 }
@@ -220,7 +291,7 @@ void spin_until(F&& ready) {
 
 class Pool {
    public:
-    Pool(const Variant& variant, int threads) : variant_(variant) {
+    Pool(const Variant& variant, int threads, int64_t spin_ns) : variant_(variant), spin_ns_(spin_ns) {
         for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { serve(); });
     }
 
@@ -231,14 +302,16 @@ class Pool {
     }
 
     // Starts a job; its arguments must stay until `wait` returns.
-    void submit(int hidden, int block_neurons, const uint16_t* states, int tokens, const Call* calls, int num_calls, float* output) {
+    void submit(int hidden, int block_neurons, const uint16_t* states, int tokens, const CallArguments* calls, int num_calls, float* output) {
         wait();
-        job_.hidden = hidden, job_.block_neurons = block_neurons, job_.tokens = tokens, job_.output = output;
-        job_.calls.assign(calls, calls + num_calls);
-        variant_.pack_states(states, job_);
-        plan_units();
+        job_.hidden = hidden, job_.block_neurons = block_neurons;
+        job_.states = states, job_.tokens = tokens, job_.output = output;
+        job_.calls.clear();
+        for (int i = 0; i < num_calls; ++i) job_.calls.push_back({calls[i], false, 0, 0});
+        plan_states();
+        plan_blocks();
         kind_ = Kind::experts;
-        open(static_cast<int>(job_.gate_up_units.size()), static_cast<int>(job_.down_units.size()));
+        open({static_cast<int>(job_.pack_units.size()), static_cast<int>(job_.gate_up_units.size()), static_cast<int>(job_.down_units.size())});
     }
 
     // Reads `bytes` bytes with all threads, as fast as plain loads go: what the memory gives. Returns a checksum.
@@ -246,7 +319,7 @@ class Pool {
         wait();
         data_ = data, bytes_ = bytes, checksum_ = 0;
         kind_ = Kind::read;
-        open(static_cast<int>((bytes + READ_UNIT - 1) / READ_UNIT), 0);
+        open({static_cast<int>((bytes + READ_UNIT - 1) / READ_UNIT), 0, 0});
         wait();
         return checksum_;
     }
@@ -267,29 +340,60 @@ class Pool {
     enum class Kind { experts, read };
     static constexpr uint64_t GENERATION = uint64_t{1} << 32;  // below: workers inside; an odd generation is open
     static constexpr size_t READ_UNIT = 1 << 18;
+    static constexpr int PHASES = 3;
 
-    void plan_units() {
-        job_.gate_up_units.clear(), job_.down_blocks.clear(), job_.down_units.clear();
-        size_t block_elements = size_t{3} * job_.block_neurons * job_.hidden, products = 0;
+    // Where packed activations go: in front those of all tokens, for calls that are not tiled, unless they serve as they are.
+    void plan_states() {
+        job_.pack_units.clear();
+        size_t elements = 0;
+        bool tiled = true;
+        for (Call& call : job_.calls) tiled &= call.tiled = variant_.tiled_from_tokens && call.tokens >= variant_.tiled_from_tokens;
+        bool as_they_are = variant_.packed_bytes == sizeof(uint16_t) && !std::any_of(job_.calls.begin(), job_.calls.end(), [](auto& call) { return call.tiled; });
+        if (as_they_are) {
+            job_.packed_states = const_cast<uint16_t*>(job_.states);
+            return;
+        }
+        if (!tiled) {
+            elements = static_cast<size_t>(job_.tokens) * job_.hidden;
+            for (int token = 0; token < job_.tokens; ++token) job_.pack_units.push_back({-1, token});
+        }
+        for (int c = 0; c < static_cast<int>(job_.calls.size()); ++c) {
+            Call& call = job_.calls[c];
+            if (!call.tiled) continue;
+            call.first_state = elements;
+            for (int group = 0; group < padded(call) / TILE_TOKENS; ++group) job_.pack_units.push_back({c, group});
+            elements += static_cast<size_t>(padded(call)) * job_.hidden;
+        }
+        job_.packed_states = room(job_.state_buffer, elements);
+    }
+
+    void plan_blocks() {
+        job_.gate_up_units.clear(), job_.down_pieces.clear(), job_.down_units.clear();
+        size_t third = static_cast<size_t>(job_.block_neurons) * job_.hidden, products = 0;
         for (int c = 0; c < static_cast<int>(job_.calls.size()); ++c) {
             Call& call = job_.calls[c];
             call.first_product = products;
-            products += static_cast<size_t>(call.tokens) * call.num_blocks * job_.block_neurons;
+            products += padded(call) * call.neurons(job_);
             for (int b = 0; b < call.num_blocks; ++b) {
-                const uint16_t* block = call.blocks + b * block_elements;
+                const uint16_t* block = call.blocks + b * 3 * third;
                 for (int n = 0; n < job_.block_neurons; n += UNIT_NEURONS) job_.gate_up_units.push_back({block, c, b, n});
-                job_.down_blocks.push_back({block + block_elements / 3 * 2, c, b});
+                job_.down_pieces.push_back({block + 2 * third, c, b});
             }
         }
         for (int row = 0; row < job_.hidden; row += UNIT_ROWS) job_.down_units.push_back({row});
-        if (job_.product_buffer.size() < products * variant_.packed_bytes) job_.product_buffer.resize(products * variant_.packed_bytes);
-        job_.products = job_.product_buffer.data();
+        job_.products = room(job_.product_buffer, products);
     }
 
-    void open(int first_units, int second_units) {
-        next_[0] = next_[1] = 0;
-        units_[0] = first_units, units_[1] = second_units;
-        unfinished_[0] = first_units, unfinished_[1] = second_units;
+    static int padded(const Call& call) { return call.tiled ? (call.tokens + TILE_TOKENS - 1) / TILE_TOKENS * TILE_TOKENS : call.tokens; }
+
+    void* room(std::vector<char>& buffer, size_t elements) {
+        size_t bytes = elements * variant_.packed_bytes + 64;
+        if (buffer.size() < bytes) buffer.resize(bytes);
+        return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) % 64;
+    }
+
+    void open(std::array<int, PHASES> units) {
+        for (int phase = 0; phase < PHASES; ++phase) next_[phase] = 0, units_[phase] = unfinished_[phase] = units[phase];
         busy_ = true;
         state_.fetch_add(GENERATION);
         wake();
@@ -308,7 +412,8 @@ class Pool {
             uint64_t generation = state / GENERATION;
             if (stop_) return;
             if (generation % 2 == 0 || generation == last) {
-                for (int i = 0; i < SPINS && signal_.load() == seen; ++i) relax();
+                for (int64_t until = now_ns() + spin_ns_; signal_.load() == seen && now_ns() < until;)
+                    for (int i = 0; i < 32; ++i) relax();
                 signal_.wait(seen);
             } else if (state_.compare_exchange_weak(state, state + 1)) {
                 last = generation;
@@ -321,9 +426,10 @@ class Pool {
     void run() {
         if (kind_ == Kind::read) return run_phase(0, [this](int unit, int) { read_unit(unit); });
         const auto& first = job_.gate_up_units;
-        run_phase(0, [&](int unit, int next) { variant_.run_gate_up(job_, first[unit], next < 0 ? nullptr : &first[next]); });
         const auto& second = job_.down_units;
-        run_phase(1, [&](int unit, int next) { variant_.run_down(job_, second[unit], next < 0 ? nullptr : &second[next]); });
+        run_phase(0, [&](int unit, int) { variant_.pack(job_, job_.pack_units[unit]); });
+        run_phase(1, [&](int unit, int next) { variant_.run_gate_up(job_, first[unit], next < 0 ? nullptr : &first[next]); });
+        run_phase(2, [&](int unit, int next) { variant_.run_down(job_, second[unit], next < 0 ? nullptr : &second[next]); });
     }
 
     // Runs units until all are done. A thread claims its next one early, to ask for its weights in time; not near the end,
@@ -358,14 +464,15 @@ class Pool {
     }
 
     const Variant& variant_;
+    const int64_t spin_ns_;
     Job job_;
     Kind kind_ = Kind::experts;
     const char* data_ = nullptr;
     size_t bytes_ = 0;
     bool busy_ = false;
-    int units_[2] = {};
-    alignas(64) std::atomic<int> next_[2] = {};
-    alignas(64) std::atomic<int> unfinished_[2] = {};
+    int units_[PHASES] = {};
+    alignas(64) std::atomic<int> next_[PHASES] = {};
+    alignas(64) std::atomic<int> unfinished_[PHASES] = {};
     alignas(64) std::atomic<uint64_t> state_{0};
     alignas(64) std::atomic<uint32_t> signal_{0};
     std::atomic<uint64_t> checksum_{0};
@@ -380,12 +487,14 @@ extern "C" {
 
 int fiddler_supports(const char* variant) { return find_variant(variant) != nullptr; }
 
-// `threads` counts the one that calls `fiddler_wait`, which takes part.
-void* fiddler_pool_create(const char* variant, int threads) { return new Pool(*find_variant(variant), threads); }
+// `threads` counts the one that calls `fiddler_wait`, which takes part; the others sleep after `spin_us` without work.
+void* fiddler_pool_create(const char* variant, int threads, int spin_us) {
+    return new Pool(*find_variant(variant), threads, int64_t{1000} * spin_us);
+}
 
 void fiddler_pool_destroy(void* pool) { delete static_cast<Pool*>(pool); }
 
-void fiddler_submit(void* pool, int hidden, int block_neurons, const uint16_t* states, int tokens, const Call* calls, int num_calls,
+void fiddler_submit(void* pool, int hidden, int block_neurons, const uint16_t* states, int tokens, const CallArguments* calls, int num_calls,
                     float* output) {
     static_cast<Pool*>(pool)->submit(hidden, block_neurons, states, tokens, calls, num_calls, output);
 }

@@ -17,7 +17,7 @@ import torch
 
 from fiddler_run.kernels.pytorch import apply_blocks
 
-VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")  # best first
+VARIANTS = ("amx", "avx512bf16", "avx512", "avx2", "portable")  # best first
 ALIGNMENT = 32  # what the kernel needs hidden size and block_neurons to be multiples of
 
 
@@ -61,12 +61,15 @@ class CpuExperts:
 
 
 class CompiledExperts(CpuExperts):
-    """The kernel of cpu.cpp. For bfloat16; hidden size and block_neurons must be multiples of `ALIGNMENT`."""
+    """The kernel of cpu.cpp. For bfloat16; hidden size and block_neurons must be multiples of `ALIGNMENT`.
 
-    def __init__(self, threads: int, variant: str | None = None):
+    Its threads wait for the next job in a loop for `spin_us` before they sleep: waking all takes as long as a small job.
+    """
+
+    def __init__(self, threads: int, spin_us: int = 20, variant: str | None = None):
         self._library = library()
         self.variant = variant or supported_variants()[0]
-        self._pool = self._library.fiddler_pool_create(self.variant.encode(), threads)
+        self._pool = self._library.fiddler_pool_create(self.variant.encode(), threads, spin_us)
         self._job = None
 
     def submit(self, calls, states, output):
@@ -118,16 +121,14 @@ class PyTorchExperts(CpuExperts):
         return self._finished_s
 
 
-def cpu_experts(threads: int, dtype: torch.dtype, hidden: int, block_neurons: int) -> CpuExperts:
+def cpu_experts(threads: int, spin_us: int, dtype: torch.dtype, hidden: int, block_neurons: int) -> CpuExperts:
     """The fastest of the two for such blocks."""
     if dtype == torch.bfloat16 and hidden % ALIGNMENT == 0 and block_neurons % ALIGNMENT == 0 and compiled():
-        return _pool(threads)
+        return _pool(threads, spin_us)
     return PyTorchExperts()
 
 
-@cache
-def _pool(threads: int) -> CompiledExperts:
-    return CompiledExperts(threads)  # one for all models of a process: their calls never overlap
+_pool = cache(CompiledExperts)  # one for all models of a process: their calls never overlap
 
 
 @cache
@@ -150,7 +151,7 @@ def library() -> ctypes.CDLL | None:
     loaded = ctypes.CDLL(os.fspath(found[0]))
     pointer, integer, text, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64
     loaded.fiddler_supports.argtypes = [text]
-    loaded.fiddler_pool_create.argtypes, loaded.fiddler_pool_create.restype = [text, integer], pointer
+    loaded.fiddler_pool_create.argtypes, loaded.fiddler_pool_create.restype = [text, integer, integer], pointer
     loaded.fiddler_pool_destroy.argtypes = [pointer]
     loaded.fiddler_submit.argtypes = [pointer, integer, integer, pointer, integer, pointer, integer, pointer]
     loaded.fiddler_wait.argtypes = [pointer]
@@ -172,10 +173,9 @@ class _Call(ctypes.Structure):
         ("weights", ctypes.c_void_p),
         ("num_blocks", ctypes.c_int),
         ("tokens", ctypes.c_int),
-        ("first_product", ctypes.c_size_t),
     ]
 
 
 def _describe(call: CpuCall) -> _Call:
     pointers = call.blocks.data_ptr(), call.rows.ctypes.data, call.weights.ctypes.data
-    return _Call(*pointers, len(call.blocks), len(call.rows), 0)
+    return _Call(*pointers, len(call.blocks), len(call.rows))

@@ -9,16 +9,28 @@
 constexpr int ROWS = 4;           // rows of weights that share each load of an activation
 constexpr int AHEAD_BYTES = 32768;  // how far ahead of their use weights are asked from memory
 
-// ROWS consecutive rows of `weights` [., width] times `tokens` rows of activations. Meanwhile asks for the ROWS rows at `ahead`,
-// in the order of their addresses: read row beside row, memory is slower by a fifth and more.
+// Weights to ask from memory while others are multiplied, in the order of their addresses: asked for row beside row, memory is
+// slower by a fifth and more.
+struct Ahead {
+    const uint16_t* from = nullptr;
+    int weights = 0;
+
+    // The share of one of several parts of a computation, so that the memory is busy during all of them.
+    Ahead part(int number, int parts) const {
+        int start = static_cast<int64_t>(weights) * number / parts, stop = static_cast<int64_t>(weights) * (number + 1) / parts;
+        return {from + start, stop - start};
+    }
+};
+
+// ROWS consecutive rows of `weights` [., width] times `tokens` rows of activations.
 template <int TOKENS>
-inline void multiply_rows(const uint16_t* weights, int width, const Packed* const* x, const char* ahead, float (*result)[MAX_TOKENS]) {
+inline void multiply_rows(const uint16_t* weights, int width, const Packed* const* x, Ahead ahead, float (*result)[MAX_TOKENS]) {
     Sum sums[ROWS][TOKENS];
     for (auto& row : sums)
         for (auto& sum : row) sum = Sum::zero();
+    int steps = width / GROUP, per_step = (ahead.weights + steps - 1) / steps, asked = 0, due = 0;
     for (int i = 0; i < width; i += GROUP) {
-        if (ahead)
-            for (int line = 0; line < ROWS * GROUP * 2; line += 64) __builtin_prefetch(ahead + i * ROWS * 2 + line, 0, 2);
+        for (due += per_step; asked < due; asked += 32) __builtin_prefetch(ahead.from + asked, 0, 2);
         for (int row = 0; row < ROWS; ++row) {
             Weights w = Weights::load(weights + static_cast<size_t>(row) * width + i);
             for (int token = 0; token < TOKENS; ++token) w.dot(sums[row][token], x[token] + i);
@@ -29,20 +41,20 @@ inline void multiply_rows(const uint16_t* weights, int width, const Packed* cons
 }
 
 template <int TOKENS = 1>
-inline void multiply(int tokens, const uint16_t* weights, int width, const Packed* const* x, const char* ahead,
+inline void multiply(int tokens, const uint16_t* weights, int width, const Packed* const* x, Ahead ahead,
                      float (*result)[MAX_TOKENS]) {
     if constexpr (TOKENS < MAX_TOKENS)
         if (tokens > TOKENS) return multiply<TOKENS + 1>(tokens, weights, width, x, ahead, result);
     multiply_rows<TOKENS>(weights, width, x, ahead, result);
 }
 
-// Tokens of a call in even parts of at most MAX_TOKENS: 8 are 4 + 4 rather than 6 + 2.
+// Tokens of a call in even parts of at most MAX_TOKENS: 8 are 4 + 4 rather than 6 + 2. f(part, parts, first token, count).
 template <class F>
 inline void each_part(int tokens, F&& f) {
     int parts = (tokens + MAX_TOKENS - 1) / MAX_TOKENS;
     for (int part = 0, first = 0; part < parts; ++part) {
         int count = (tokens - first + parts - part - 1) / (parts - part);
-        f(first, count);
+        f(part, parts, first, count);
         first += count;
     }
 }
@@ -51,82 +63,75 @@ inline const Packed* state(const Job& job, const Call& call, int token) {
     return static_cast<const Packed*>(job.packed_states) + static_cast<size_t>(call.rows[token]) * job.hidden;
 }
 
-// Where group `g` of ROWS rows of a gate/up unit lies: gate and up in turn.
-inline const uint16_t* gate_up_rows(const Job& job, const GateUpUnit& unit, int g) {
-    size_t row = unit.first_neuron + static_cast<size_t>(g / 2) * ROWS + (g % 2 ? job.block_neurons : 0);
-    return unit.block + row * job.hidden;
+void pack_state(const Job& job, int token) {
+    size_t first = static_cast<size_t>(token) * job.hidden;
+    auto packed = static_cast<Packed*>(job.packed_states) + first;
+    for (int i = 0; i < job.hidden; ++i) pack(float_of(job.states[first + i]), i, packed);
 }
 
 void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next) {
     const Call& call = job.calls[unit.call];
-    size_t neurons = static_cast<size_t>(call.num_blocks) * job.block_neurons;
+    size_t neurons = call.neurons(job);
     Packed* products = static_cast<Packed*>(job.products) + call.first_product + static_cast<size_t>(unit.index) * job.block_neurons;
     int groups = 2 * UNIT_NEURONS / ROWS, distance = std::max(1, AHEAD_BYTES / (ROWS * job.hidden * 2));
+    // Group g of ROWS rows: gate and up in turn.
+    auto rows = [&](const GateUpUnit& of, int g) {
+        size_t row = of.first_neuron + static_cast<size_t>(g / 2) * ROWS + (g % 2 ? job.block_neurons : 0);
+        return of.block + row * job.hidden;
+    };
+    auto ahead_of = [&](int g) {
+        g += distance;
+        return g < groups ? Ahead{rows(unit, g), ROWS * job.hidden} : next && g < 2 * groups ? Ahead{rows(*next, g - groups), ROWS * job.hidden} : Ahead{};
+    };
     for (int g = 0; g < groups; g += 2) {
-        const char* ahead[2];
-        for (int k = 0; k < 2; ++k) {
-            int then = g + k + distance;
-            ahead[k] = reinterpret_cast<const char*>(then < groups ? gate_up_rows(job, unit, then)
-                                                     : next && then < 2 * groups ? gate_up_rows(job, *next, then - groups) : nullptr);
-        }
-        each_part(call.tokens, [&](int first, int count) {
+        Ahead beyond_gate = ahead_of(g), beyond_up = ahead_of(g + 1);
+        each_part(call.tokens, [&](int part, int parts, int first, int count) {
             const Packed* x[MAX_TOKENS];
             for (int t = 0; t < count; ++t) x[t] = state(job, call, first + t);
             float gate[ROWS][MAX_TOKENS], up[ROWS][MAX_TOKENS];
-            multiply(count, gate_up_rows(job, unit, g), job.hidden, x, first ? nullptr : ahead[0], gate);
-            multiply(count, gate_up_rows(job, unit, g + 1), job.hidden, x, first ? nullptr : ahead[1], up);
+            multiply(count, rows(unit, g), job.hidden, x, beyond_gate.part(part, parts), gate);
+            multiply(count, rows(unit, g + 1), job.hidden, x, beyond_up.part(part, parts), up);
             for (int t = 0; t < count; ++t)
-                for (int row = 0; row < ROWS; ++row) {
-                    float product = gate[row][t] / (1.0f + std::exp(-gate[row][t])) * up[row][t];
-                    pack(product, unit.first_neuron + g / 2 * ROWS + row, products + (first + t) * neurons);
-                }
+                for (int row = 0; row < ROWS; ++row)
+                    pack(swiglu(gate[row][t], up[row][t]), unit.first_neuron + g / 2 * ROWS + row, products + (first + t) * neurons);
         });
     }
 }
 
-// Where group `g` of ROWS rows of a down unit lies: the unit's rows of each block of each call, block after block.
-inline const uint16_t* down_rows(const Job& job, const DownUnit& unit, int g) {
-    constexpr int groups = UNIT_ROWS / ROWS;
-    size_t row = unit.first_row + static_cast<size_t>(g % groups) * ROWS;
-    return job.down_blocks[g / groups].weights + row * job.block_neurons;
-}
-
-void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
-    for (int t = 0; t < job.tokens; ++t)
-        std::memset(job.output + static_cast<size_t>(t) * job.hidden + unit.first_row, 0, UNIT_ROWS * sizeof(float));
-    int per_block = UNIT_ROWS / ROWS, groups = per_block * static_cast<int>(job.down_blocks.size());
-    int distance = std::max(1, AHEAD_BYTES / (ROWS * job.block_neurons * 2));
-    for (int g = 0; g < groups; ++g) {
-        const DownBlock& block = job.down_blocks[g / per_block];
-        const Call& call = job.calls[block.call];
-        size_t neurons = static_cast<size_t>(call.num_blocks) * job.block_neurons;
-        const Packed* products = static_cast<const Packed*>(job.products) + call.first_product + static_cast<size_t>(block.index) * job.block_neurons;
-        int then = g + distance;
-        auto ahead = reinterpret_cast<const char*>(then < groups ? down_rows(job, unit, then)
-                                                   : next && then < 2 * groups ? down_rows(job, *next, then - groups) : nullptr);
-        each_part(call.tokens, [&](int first, int count) {
+// `piece`: of job.down_pieces, the unit's rows of one block. `ahead(g)`: weights that come after group g of its rows.
+template <class F>
+void run_down(const Job& job, const DownUnit& unit, const DownPiece& piece, F&& ahead_of) {
+    const Call& call = job.calls[piece.call];
+    size_t neurons = call.neurons(job);
+    const Packed* products = static_cast<const Packed*>(job.products) + call.first_product + static_cast<size_t>(piece.index) * job.block_neurons;
+    for (int g = 0; g < UNIT_ROWS / ROWS; ++g) {
+        Ahead ahead = ahead_of(g);
+        each_part(call.tokens, [&](int part, int parts, int first, int count) {
             const Packed* x[MAX_TOKENS];
             for (int t = 0; t < count; ++t) x[t] = products + (first + t) * neurons;
             float result[ROWS][MAX_TOKENS];
-            multiply(count, down_rows(job, unit, g), job.block_neurons, x, first ? nullptr : ahead, result);
+            const uint16_t* rows = piece.weights + static_cast<size_t>(unit.first_row + g * ROWS) * job.block_neurons;
+            multiply(count, rows, job.block_neurons, x, ahead.part(part, parts), result);
             for (int t = 0; t < count; ++t) {
-                float* output = job.output + static_cast<size_t>(call.rows[first + t]) * job.hidden + unit.first_row + g % per_block * ROWS;
+                float* output = job.output + static_cast<size_t>(call.rows[first + t]) * job.hidden + unit.first_row + g * ROWS;
                 for (int row = 0; row < ROWS; ++row) output[row] += call.weights[first + t] * result[row][t];
             }
         });
     }
 }
 
-void pack_states(const uint16_t* states, Job& job) {
-    if constexpr (std::is_same_v<Packed, uint16_t>) {
-        job.packed_states = states;
-    } else {
-        size_t count = static_cast<size_t>(job.tokens) * job.hidden;
-        job.state_buffer.resize(count * sizeof(Packed));
-        auto packed = reinterpret_cast<Packed*>(job.state_buffer.data());
-        for (size_t i = 0; i < count; ++i) pack(float_of(states[i]), static_cast<int>(i), packed);
-        job.packed_states = packed;
-    }
+void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
+    job.clear_output(unit);
+    constexpr int GROUPS = UNIT_ROWS / ROWS;
+    int pieces = static_cast<int>(job.down_pieces.size()), groups = GROUPS * pieces;
+    int distance = std::max(1, AHEAD_BYTES / (ROWS * job.block_neurons * 2));
+    auto rows = [&](const DownUnit& of, int g) {
+        return job.down_pieces[g / GROUPS].weights + static_cast<size_t>(of.first_row + g % GROUPS * ROWS) * job.block_neurons;
+    };
+    for (int i = 0; i < pieces; ++i)
+        run_down(job, unit, job.down_pieces[i], [&](int g) {
+            g += i * GROUPS + distance;
+            int weights = ROWS * job.block_neurons;
+            return g < groups ? Ahead{rows(unit, g), weights} : next && g < 2 * groups ? Ahead{rows(*next, g - groups), weights} : Ahead{};
+        });
 }
-
-constexpr Variant variant{pack_states, run_gate_up, run_down, sizeof(Packed)};

@@ -1,0 +1,145 @@
+"""Blocks of several experts applied to a few tokens by two GPU kernels, wherever the blocks lie.
+
+A block in page-locked host memory is read by the kernel itself, over the link, just as one in GPU memory is: no copy, no staging,
+no wait between the two. Every weight is read once, so this serves as many tokens of an expert as fit one tile.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+MAX_TOKENS = 64  # of one expert
+TILE_NEURONS, TILE_ROWS, TILE_WIDTH = 32, 16, 128
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def supports(dtype: torch.dtype, hidden: int, block_neurons: int) -> bool:
+    return dtype in DTYPES and hidden % 64 == 0 and block_neurons % TILE_NEURONS == 0
+
+
+def table_size(num_blocks: int, num_calls: int, num_choices: int) -> int:
+    return 2 * num_blocks + 2 * (num_calls + 1) + num_choices
+
+
+def fill_table(table: np.ndarray, calls: Sequence[tuple[list[tuple[int, int]], int]], block_bytes: int, order: np.ndarray) -> int:
+    """Describes the calls to the kernels: the number of blocks.
+
+    Args:
+        table: int64, room for all; see `table_size`.
+        calls: of each call, where its blocks lie, as (address, number) of stretches, and its number of tokens.
+        block_bytes: size of a block.
+        order: the layer's choices [tokens * k] sorted by expert, which is the order of the calls.
+    """
+    addresses, call_of_block, first_block, first_choice = [], [], [0], [0]
+    for number, (stretches, tokens) in enumerate(calls):
+        for address, count in stretches:
+            addresses.extend(range(address, address + count * block_bytes, block_bytes))
+            call_of_block.extend([number] * count)
+        first_block.append(len(addresses))
+        first_choice.append(first_choice[-1] + tokens)
+    entries = addresses + call_of_block + first_block + first_choice
+    table[: len(entries)] = entries
+    table[len(entries) : len(entries) + len(order)] = order
+    return len(addresses)
+
+
+def apply_calls(
+    table: torch.Tensor,
+    num_blocks: int,
+    num_calls: int,
+    most_tokens: int,
+    hidden_states: torch.Tensor,
+    weights: torch.Tensor,
+    block_neurons: int,
+) -> torch.Tensor:
+    """The calls that `fill_table` described: [tokens, hidden] float32.
+
+    Args:
+        table: on the GPU.
+        most_tokens: of any call; at most MAX_TOKENS.
+        hidden_states: [tokens, hidden].
+        weights: of the router, [tokens, k] float32, contiguous.
+    """
+    (tokens, hidden), top_k = hidden_states.shape, weights.shape[1]
+    tile_tokens = max(16, triton.next_power_of_2(most_tokens))
+    products = hidden_states.new_empty((max(1, num_blocks), tile_tokens, block_neurons))
+    results = torch.empty((tokens, top_k, hidden), dtype=torch.float32, device=hidden_states.device)
+    shape = {"HIDDEN": hidden, "NEURONS": block_neurons, "TOP_K": top_k, "TOKENS": tile_tokens}
+    if num_blocks:
+        _gate_up[num_blocks * (block_neurons // TILE_NEURONS),](
+            table, num_blocks, num_calls, hidden_states, products, **shape,
+            TILE=TILE_NEURONS, WIDTH=_width(hidden), num_warps=4, num_stages=4,
+        )  # fmt: skip
+    _down[hidden // TILE_ROWS, num_calls](
+        table, num_blocks, num_calls, products, weights, results, **shape,
+        TILE=TILE_ROWS, WIDTH=_width(block_neurons), num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return results.sum(dim=1)
+
+
+def _width(length: int) -> int:
+    """The largest power of two up to TILE_WIDTH that divides `length`."""
+    return min(TILE_WIDTH, length & -length)
+
+
+@triton.jit
+def _call(table, num_blocks, num_calls, call, TOKENS: tl.constexpr):
+    """A call's choices [TOKENS], and which of them exist."""
+    first_choice = table + 2 * num_blocks + num_calls + 1
+    start, stop = tl.load(first_choice + call), tl.load(first_choice + call + 1)
+    position = start + tl.arange(0, TOKENS)
+    exists = position < stop
+    return tl.load(first_choice + num_calls + 1 + position, mask=exists, other=0), exists
+
+
+@triton.jit
+def _gate_up(
+    table, num_blocks, num_calls, states, products,
+    HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """products[block, token, neuron] = silu(gate x) * (up x), for TILE neurons of one block."""
+    block = tl.program_id(0) // (NEURONS // TILE)
+    neuron = tl.program_id(0) % (NEURONS // TILE) * TILE + tl.arange(0, TILE)
+    choice, exists = _call(table, num_blocks, num_calls, tl.load(table + num_blocks + block), TOKENS)
+    weights = tl.load(table + block).to(tl.pointer_type(products.dtype.element_ty))
+    column = tl.arange(0, WIDTH)
+    gate_rows = weights + neuron[:, None] * HIDDEN + column[None, :]
+    state_columns = states + (choice // TOP_K)[None, :] * HIDDEN + column[:, None]
+    gate = tl.zeros((TILE, TOKENS), tl.float32)
+    up = tl.zeros((TILE, TOKENS), tl.float32)
+    for start in range(0, HIDDEN, WIDTH):
+        x = tl.load(state_columns + start, mask=exists[None, :], other=0.0)
+        gate_pointers = tl.multiple_of(gate_rows + start, [16, 16])
+        up_pointers = tl.multiple_of(gate_rows + NEURONS * HIDDEN + start, [16, 16])
+        gate = tl.dot(tl.load(gate_pointers), x, gate)
+        up = tl.dot(tl.load(up_pointers), x, up)
+    product = gate * tl.sigmoid(gate) * up
+    row = block * TOKENS + tl.arange(0, TOKENS)
+    tl.store(products + row[None, :] * NEURONS + neuron[:, None], product.to(products.dtype.element_ty))
+
+
+@triton.jit
+def _down(
+    table, num_blocks, num_calls, products, router_weights, results,
+    HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """results[choice, row] = router weight * sum over the call's blocks of down * products, for TILE rows of one call."""
+    call = tl.program_id(1)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    choice, exists = _call(table, num_blocks, num_calls, call, TOKENS)
+    first_block = table + 2 * num_blocks
+    column = tl.arange(0, WIDTH)
+    total = tl.zeros((TILE, TOKENS), tl.float32)
+    for block in range(tl.load(first_block + call), tl.load(first_block + call + 1)):
+        weights = tl.load(table + block).to(tl.pointer_type(products.dtype.element_ty)) + 2 * NEURONS * HIDDEN
+        down_rows = weights + row[:, None] * NEURONS + column[None, :]
+        token = block * TOKENS + tl.arange(0, TOKENS)
+        product_columns = products + token[None, :] * NEURONS + column[:, None]
+        for start in range(0, NEURONS, WIDTH):
+            down_pointers = tl.multiple_of(down_rows + start, [16, 16])
+            total = tl.dot(tl.load(down_pointers), tl.load(product_columns + start), total)
+    total *= tl.load(router_weights + choice, mask=exists, other=0.0)[None, :]
+    tl.store(results + choice[None, :] * HIDDEN + row[:, None], total, mask=exists[None, :])

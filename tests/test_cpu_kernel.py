@@ -1,0 +1,105 @@
+"""The compiled CPU kernel: every instruction set that this CPU has, any number of tokens and calls, against float64."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fiddler_run.kernels.cpu import CompiledExperts, CpuCall, PyTorchExperts, cpu_experts, library, supported_variants
+
+if library() is None:
+    pytest.skip("the kernel is not built", allow_module_level=True)
+
+HIDDEN, NEURONS = 96, 64
+TOLERANCE = 3e-3  # one rounding of the products to bfloat16
+
+
+def random_blocks(count: int) -> torch.Tensor:
+    return torch.randn(count, 3 * NEURONS * HIDDEN).mul_(0.1).bfloat16()
+
+
+def exact(calls: list[CpuCall], states: torch.Tensor) -> torch.Tensor:
+    output = torch.zeros(states.shape, dtype=torch.float64)
+    for call in calls:
+        rows = torch.from_numpy(call.rows)
+        x = states[rows].double()
+        for block in call.blocks.double():
+            gate, up, down = block.split(NEURONS * HIDDEN)
+            gate, up, down = gate.view(NEURONS, HIDDEN), up.view(NEURONS, HIDDEN), down.view(HIDDEN, NEURONS)
+            product = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+            output.index_add_(0, rows, product @ down.T * torch.from_numpy(call.weights).double().unsqueeze(1))
+    return output
+
+
+def random_calls(rng: random.Random, tokens: int) -> list[CpuCall]:
+    """Calls of all sizes, some without blocks; a token may be in several of them or in none."""
+    calls = []
+    for _ in range(rng.randint(1, 4)):
+        rows = np.array(sorted(rng.sample(range(tokens), rng.randint(1, tokens))), dtype=np.int64)
+        calls.append(CpuCall(random_blocks(rng.randint(0, 3)), rows, np.random.rand(len(rows)).astype(np.float32)))
+    return calls
+
+
+@pytest.mark.parametrize("variant", supported_variants())
+@pytest.mark.parametrize("tokens", [1, 2, 5, 7, 12, 17, 33, 70])
+def test_against_float64(variant, tokens):
+    torch.manual_seed(tokens)
+    rng = random.Random(tokens)
+    kernel = CompiledExperts(2, variant=variant)
+    for _ in range(4):
+        calls, states = random_calls(rng, tokens), torch.randn(tokens, HIDDEN).bfloat16()
+        output = torch.full(states.shape, torch.nan)
+        kernel.submit(calls, states, output)
+        kernel.wait()
+        expected = exact(calls, states)
+        assert (output - expected).norm() <= TOLERANCE * expected.norm()
+
+
+@pytest.mark.parametrize("variant", supported_variants())
+def test_the_same_bits_for_any_number_of_threads(variant):
+    torch.manual_seed(0)
+    for tokens in (1, 9, 40):
+        calls, states = random_calls(random.Random(tokens), tokens), torch.randn(tokens, HIDDEN).bfloat16()
+        outputs = []
+        for threads in (1, 2, 3, 7):
+            kernel = CompiledExperts(threads, variant=variant)
+            for _ in range(5):
+                outputs.append(torch.empty(states.shape))
+                kernel.submit(calls, states, outputs[-1])
+                kernel.wait()
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_many_jobs_without_a_pause():
+    """Threads that wake late must neither enter a job that is over nor miss one."""
+    torch.manual_seed(1)
+    kernel = CompiledExperts(3, spin_us=0)
+    rng = random.Random(1)
+    jobs = [(random_calls(rng, tokens), torch.randn(tokens, HIDDEN).bfloat16()) for tokens in (1, 1, 3, 8, 1, 14)]
+    expected = []
+    for calls, states in jobs:
+        expected.append(torch.empty(states.shape))
+        kernel.submit(calls, states, expected[-1])
+        kernel.wait()
+    for step in range(3000):
+        (calls, states), right = jobs[step % len(jobs)], expected[step % len(jobs)]
+        output = torch.empty(states.shape)
+        kernel.submit(calls, states, output)
+        if step % 7:
+            kernel.wait()
+            assert torch.equal(output, right)
+    kernel.wait()
+
+
+def test_infinities_and_nans_are_not_hidden():
+    states = torch.ones(1, HIDDEN).bfloat16()
+    states[0, 3] = torch.nan
+    for variant in supported_variants():
+        assert CompiledExperts(1, variant=variant).apply(random_blocks(1), states).isnan().all()
+
+
+def test_pytorch_takes_what_the_kernel_cannot():
+    assert isinstance(cpu_experts(1, 20, torch.bfloat16, HIDDEN, NEURONS), CompiledExperts)
+    for dtype, hidden, neurons in ((torch.float32, 64, 64), (torch.bfloat16, 24, 64), (torch.bfloat16, 64, 16)):
+        assert isinstance(cpu_experts(1, 20, dtype, hidden, neurons), PyTorchExperts)
