@@ -22,9 +22,9 @@ import torch
 
 from fiddler_run.arena import Arena
 from fiddler_run.dispatch import LayerDispatch
+from fiddler_run.executors import Executors
 from fiddler_run.kernels.cpu import CompiledExperts, supported_variants
 from fiddler_run.kernels.pytorch import apply_blocks, block_views
-from fiddler_run.model import executors_for
 
 HIDDEN, INTERMEDIATE, NEURONS = 4096, 14336, 896
 BLOCKS, ELEMENTS = INTERMEDIATE // NEURONS, 3 * NEURONS * HIDDEN
@@ -93,7 +93,7 @@ def pytorch(experts: list[torch.Tensor], threads: int) -> list[dict]:
 
 def numerics(experts: list[torch.Tensor], threads: int) -> list[dict]:
     """Two experts a token, every split of 0 to 16 resident blocks in steps of 4 and shares of 0 to 1 in steps of a quarter."""
-    executors = executors_for(torch.bfloat16, HIDDEN, NEURONS, threads, 8, DEVICE)
+    executors = Executors(torch.bfloat16, HIDDEN, NEURONS, threads, 8, DEVICE)
     rows = []
     for tokens in (1, 8, 96):
         states = torch.randn(tokens, HIDDEN).bfloat16()
@@ -114,7 +114,8 @@ def numerics(experts: list[torch.Tensor], threads: int) -> list[dict]:
 
 def joint(experts: list[torch.Tensor], threads: int) -> list[dict]:
     rows = []
-    executors = executors_for(torch.bfloat16, HIDDEN, NEURONS, threads, 8, DEVICE)
+    executors = Executors(torch.bfloat16, HIDDEN, NEURONS, threads, 8, DEVICE)
+    gpu_kernels = executors.kernels
     landing, side = torch.empty_like(experts[0], device=DEVICE), torch.cuda.Stream()
     nothing = [expert[:0].to(DEVICE) for expert in experts]
 
@@ -134,7 +135,7 @@ def joint(experts: list[torch.Tensor], threads: int) -> list[dict]:
             dispatch = LayerDispatch(0, nothing, experts, lambda _, s=blocks / BLOCKS: s, executors)
 
             def dispatched(e: int, in_place: bool, dispatch=dispatch, states=states, chosen=chosen, ones=ones) -> None:
-                executors.in_place = in_place
+                executors.kernels = gpu_kernels if in_place else None
                 dispatch(states, chosen[e], ones)
 
             times = paired(
@@ -157,7 +158,8 @@ def joint(experts: list[torch.Tensor], threads: int) -> list[dict]:
 
 
 def gpu(experts: list[torch.Tensor], threads: int) -> list[dict]:
-    executors = executors_for(torch.bfloat16, HIDDEN, NEURONS, threads, 8, DEVICE)
+    executors = Executors(torch.bfloat16, HIDDEN, NEURONS, threads, 8, DEVICE)
+    gpu_kernels = executors.kernels
     resident = [experts[0].to(DEVICE) for _ in range(EXPERTS)]
     nothing = [expert[:0] for expert in experts]
     rows = []
@@ -169,7 +171,7 @@ def gpu(experts: list[torch.Tensor], threads: int) -> list[dict]:
         empty = LayerDispatch(0, [e[:0] for e in resident], nothing, lambda _: 0.0, executors)
 
         def dispatched(e: int, in_place: bool, dispatch=dispatch, states=states, chosen=chosen, ones=ones) -> None:
-            executors.in_place = in_place
+            executors.kernels = gpu_kernels if in_place else None
             dispatch(states, chosen[e], ones)
 
         times = paired(

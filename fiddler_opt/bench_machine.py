@@ -21,7 +21,7 @@ from fiddler_opt.memory import STAGED_BLOCKS
 from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES, Arena
 from fiddler_run.dispatch import LayerDispatch
-from fiddler_run.model import executors_for
+from fiddler_run.executors import Executors
 
 WORKING_SET_BYTES = 3_000_000_000  # ten times a large last-level cache
 CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -96,7 +96,7 @@ class Bench:
     def use_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
         slots = STAGED_BLOCKS if self.on_gpu else 0
-        self.executors = executors_for(self.dtype, self.hidden_size, self.block_neurons, threads, slots, self.device)
+        self.executors = Executors(self.dtype, self.hidden_size, self.block_neurons, threads, slots, self.device)
 
     def expert_us(self, tokens: int, resident: int, share: float) -> float:
         """Microseconds that one expert adds to a dispatch in which every token chooses the same experts, as many as the model's

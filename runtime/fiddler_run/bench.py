@@ -92,13 +92,8 @@ def _layer_ms(spans: list[Span]) -> dict[str, float]:
         return {}
     calls = len(results) - 1
     within = [span for span in spans if results[0] <= span.start_s < results[-1]]
-    lanes = {
-        "dense": [span for span in within if span.name == "dense"],
-        "resident": [span for span in within if span.name == "resident"],
-        "streamed": [span for span in within if span.name == "streamed"],
-        "link": [span for span in within if span.lane == "link"],
-        "CPU": [span for span in within if span.lane == "CPU"],
-    }
+    lanes = {name: [span for span in within if span.name == name] for name in ("dense", "resident", "streamed")}
+    lanes |= {lane: [span for span in within if span.lane == lane] for lane in ("link", "CPU")}
     total = results[-1] - results[0]
     waiting = total - _covered_s([span for each in lanes.values() for span in each])
     seconds = {"total": total, **{name: _covered_s(each) for name, each in lanes.items()}, "waiting": waiting}
@@ -114,7 +109,7 @@ def _rates(spans: list[Span], traffic: Traffic, block_bytes: int) -> dict[str, f
         "CPU": (traffic.cpu_blocks, cpu),
         "absent": (traffic.streamed_blocks + traffic.cpu_blocks, link + cpu),
     }
-    return {name: blocks * block_bytes / _covered_s(during) for name, (blocks, during) in handled.items() if blocks}
+    return {name: blocks * block_bytes / _covered_s(during) for name, (blocks, during) in handled.items() if blocks and during}
 
 
 def _covered_s(spans: list[Span]) -> float:

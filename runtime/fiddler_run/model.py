@@ -7,7 +7,6 @@ experts modules lose their parameters and hand each call to a `LayerDispatch`.
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -19,16 +18,14 @@ from transformers.utils import logging as transformers_logging
 
 from fiddler_run.arena import TORCH_DTYPES, ExpertStore
 from fiddler_run.checkpoint import Checkpoint, DummyWeights, check_model
-from fiddler_run.dispatch import Executors, LayerDispatch, StagingRing, Traffic, gpu
+from fiddler_run.dispatch import LayerDispatch, Traffic
 from fiddler_run.errors import FiddlerError
-from fiddler_run.kernels.cpu import cpu_experts
+from fiddler_run.executors import Executors
 from fiddler_run.locate import model_config_file, model_folder, read_json, shipped_file
 from fiddler_run.plan import Plan
 
 EXPERTS_IMPLEMENTATION = "fiddler"
 LoadFormat = Literal["safetensors", "dummy"]
-SPIN_US = 1000  # longer than a GPU takes for the dense part of a layer
-SPIN_BESIDE_PYTORCH_US = 20  # where PyTorch needs the same cores for it
 
 # With cuDNN's attention, which PyTorch prefers on some GPUs, each token at a new length of the cache took 0.05 to 0.14 s more on
 # an H100; it is known to plan anew for each shape.
@@ -92,18 +89,8 @@ class DispatchedMixtral(MixtralForCausalLM):
 def make_executors(plan: Plan, device: torch.device) -> Executors:
     """What the plan's experts are computed by: its CPU threads, its staging memory on `device`."""
     slots = plan.gpu_memory_bytes.staging // plan.block_bytes
-    blocks = TORCH_DTYPES[plan.model.dtype], plan.model.hidden_size, plan.block_neurons
-    return executors_for(*blocks, plan.cpu_threads, slots, device)
-
-
-def executors_for(dtype: torch.dtype, hidden: int, block_neurons: int, threads: int, slots: int, device: torch.device) -> Executors:
-    """The fastest executors for blocks of `block_neurons` neurons; `slots` blocks of device memory to stream through."""
-    on_gpu = device.type == "cuda"
-    cpu = cpu_experts(threads, SPIN_US if on_gpu else SPIN_BESIDE_PYTORCH_US, dtype, hidden, block_neurons)
-    ring = StagingRing(slots, 3 * block_neurons * hidden, dtype, device) if slots else None
-    return Executors(
-        cpu, ring, device, in_place=on_gpu and find_spec("triton") is not None and gpu().supports(dtype, hidden, block_neurons)
-    )
+    dtype = TORCH_DTYPES[plan.model.dtype]
+    return Executors(dtype, plan.model.hidden_size, plan.block_neurons, plan.cpu_threads, slots, device)
 
 
 def load_model(
@@ -198,7 +185,8 @@ def with_random_dense_weights(model: DispatchedMixtral, dtype: torch.dtype, devi
                 parameter.normal_(std=model.config.initializer_range, generator=generator)
     model.tie_weights()
     rotary = model.model.rotary_emb  # its buffers are computed from the config, not loaded
-    model.model.rotary_emb = type(rotary)(config=model.config, device=device)
+    with device:
+        model.model.rotary_emb = type(rotary)(config=model.config)
     return model
 
 

@@ -14,12 +14,12 @@ from fiddler_opt.compiler import compile_plan
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.routing import Routing
 from fiddler_run import load_model
-from fiddler_run.dispatch import StagingRing
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generate import Options, generate
 from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.plan import Workload
 from fiddler_run.timeline import Timeline
+from fiddler_run.transfer import StagingRing
 
 CUDA = torch.device("cuda")
 WIDE = {

@@ -247,7 +247,7 @@ void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
     }
 }
 
-constexpr Variant variant{sizeof(uint16_t), 12, pack, run_gate_up, run_down};
+constexpr Variant variant{sizeof(uint16_t), 5, pack, run_gate_up, run_down};
 
 bool permitted() {  // the kernel gives a process the tiles' registers on demand
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
@@ -296,14 +296,17 @@ class Pool {
     }
 
     ~Pool() {
+        wait();  // a GPU may be waiting for the job
         stop_ = true;
         wake();
         for (auto& worker : workers_) worker.join();
     }
 
-    // Starts a job; its arguments must stay until `wait` returns.
-    void submit(int hidden, int block_neurons, const uint16_t* states, int tokens, const CallArguments* calls, int num_calls, float* output) {
+    // Starts a job; its arguments must stay until it is finished, when `*finished`, if there is one, becomes `number`.
+    void submit(int hidden, int block_neurons, const uint16_t* states, int tokens, const CallArguments* calls, int num_calls, float* output,
+                int64_t* finished, int64_t number) {
         wait();
+        finished_ = finished, number_ = number;
         job_.hidden = hidden, job_.block_neurons = block_neurons;
         job_.states = states, job_.tokens = tokens, job_.output = output;
         job_.calls.clear();
@@ -317,7 +320,7 @@ class Pool {
     // Reads `bytes` bytes with all threads, as fast as plain loads go: what the memory gives. Returns a checksum.
     uint64_t read(const char* data, size_t bytes) {
         wait();
-        data_ = data, bytes_ = bytes, checksum_ = 0;
+        data_ = data, bytes_ = bytes, checksum_ = 0, finished_ = nullptr;
         kind_ = Kind::read;
         open({static_cast<int>((bytes + READ_UNIT - 1) / READ_UNIT), 0, 0});
         wait();
@@ -442,7 +445,8 @@ class Pool {
             int next = early ? next_[phase].fetch_add(1) : -1;
             run_unit(unit, next < units ? next : -1);
             finished_ns_ = now_ns();
-            unfinished_[phase].fetch_sub(1);
+            if (unfinished_[phase].fetch_sub(1) == 1 && phase == PHASES - 1 && finished_)
+                std::atomic_ref(*finished_).store(number_, std::memory_order_release);
             unit = early ? next : next_[phase].fetch_add(1);
         }
         spin_until([&] { return unfinished_[phase].load() == 0; });
@@ -469,6 +473,8 @@ class Pool {
     Kind kind_ = Kind::experts;
     const char* data_ = nullptr;
     size_t bytes_ = 0;
+    int64_t* finished_ = nullptr;
+    int64_t number_ = 0;
     bool busy_ = false;
     int units_[PHASES] = {};
     alignas(64) std::atomic<int> next_[PHASES] = {};
@@ -495,8 +501,8 @@ void* fiddler_pool_create(const char* variant, int threads, int spin_us) {
 void fiddler_pool_destroy(void* pool) { delete static_cast<Pool*>(pool); }
 
 void fiddler_submit(void* pool, int hidden, int block_neurons, const uint16_t* states, int tokens, const CallArguments* calls, int num_calls,
-                    float* output) {
-    static_cast<Pool*>(pool)->submit(hidden, block_neurons, states, tokens, calls, num_calls, output);
+                    float* output, int64_t* finished, int64_t number) {
+    static_cast<Pool*>(pool)->submit(hidden, block_neurons, states, tokens, calls, num_calls, output, finished, number);
 }
 
 void fiddler_wait(void* pool) { static_cast<Pool*>(pool)->wait(); }

@@ -4,12 +4,12 @@ A block in page-locked host memory is read by the kernel itself, over the link, 
 no wait between the two. Every weight is read once, so this serves as many tokens of an expert as fit one tile.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+
+from fiddler_run.dispatch import ExpertCall
 
 MAX_TOKENS = 64  # of one expert
 TILE_NEURONS, TILE_ROWS, TILE_WIDTH = 32, 16, 128
@@ -20,29 +20,31 @@ def supports(dtype: torch.dtype, hidden: int, block_neurons: int) -> bool:
     return dtype in DTYPES and hidden % 64 == 0 and block_neurons % TILE_NEURONS == 0
 
 
-def table_size(num_blocks: int, num_calls: int, num_choices: int) -> int:
-    return 2 * num_blocks + 2 * (num_calls + 1) + num_choices
+def table_size(calls: list[ExpertCall], order: np.ndarray) -> int:
+    num_blocks = sum(call.expert.num_resident + call.num_streamed for call in calls)
+    return 2 * num_blocks + 2 * (len(calls) + 1) + len(order)
 
 
-def fill_table(table: np.ndarray, calls: Sequence[tuple[list[tuple[int, int]], int]], block_bytes: int, order: np.ndarray) -> int:
+def fill_table(table: np.ndarray, calls: list[ExpertCall], block_bytes: int, order: np.ndarray) -> int:
     """Describes the calls to the kernels: the number of blocks.
 
     Args:
-        table: int64, room for all; see `table_size`.
-        calls: of each call, where its blocks lie, as (address, number) of stretches, and its number of tokens.
+        table: int64, room for `table_size`.
+        calls: of one layer.
         block_bytes: size of a block.
         order: the layer's choices [tokens * k] sorted by expert, which is the order of the calls.
     """
     addresses, call_of_block, first_block, first_choice = [], [], [0], [0]
-    for number, (stretches, tokens) in enumerate(calls):
-        for address, count in stretches:
+    for number, call in enumerate(calls):
+        expert = call.expert
+        for address, count in (expert.absent_address, call.num_streamed), (expert.resident_address, expert.num_resident):
             addresses.extend(range(address, address + count * block_bytes, block_bytes))
             call_of_block.extend([number] * count)
         first_block.append(len(addresses))
-        first_choice.append(first_choice[-1] + tokens)
+        first_choice.append(first_choice[-1] + len(call.rows))
     entries = addresses + call_of_block + first_block + first_choice
     table[: len(entries)] = entries
-    table[len(entries) : len(entries) + len(order)] = order
+    table[len(entries) :] = order
     return len(addresses)
 
 
@@ -55,7 +57,7 @@ def apply_calls(
     weights: torch.Tensor,
     block_neurons: int,
 ) -> torch.Tensor:
-    """The calls that `fill_table` described: [tokens, hidden] float32.
+    """The calls that `fill_table` described: weighted results of each choice, [tokens, k, hidden] float32.
 
     Args:
         table: on the GPU.
@@ -77,7 +79,27 @@ def apply_calls(
         table, num_blocks, num_calls, products, weights, results, **shape,
         TILE=TILE_ROWS, WIDTH=_width(block_neurons), num_warps=4, num_stages=4,
     )  # fmt: skip
-    return results.sum(dim=1)
+    return results
+
+
+def add_up(
+    results: torch.Tensor | None, cpu_output: torch.Tensor | None, finished: torch.Tensor, job: int, like: torch.Tensor
+) -> torch.Tensor:
+    """The layer's output [tokens, hidden], of dtype and device of `like`, whose shape it has too.
+
+    Args:
+        results: [tokens, k, hidden] float32 of the device's blocks, or None.
+        cpu_output: [tokens, hidden] float32, page-locked, or None; complete when `finished`, int64, page-locked, is `job`. The
+            device waits for that, not the host.
+    """
+    output = torch.empty_like(like)
+    tokens, hidden = like.shape
+    width = min(1024, hidden & -hidden)
+    _add_up[tokens, hidden // width](
+        output if results is None else results, output if cpu_output is None else cpu_output, finished, job, output,
+        HIDDEN=hidden, WIDTH=width, CHOICES=0 if results is None else results.shape[1], ON_CPU=cpu_output is not None,
+    )  # fmt: skip
+    return output
 
 
 def _width(length: int) -> int:
@@ -95,7 +117,7 @@ def _call(table, num_blocks, num_calls, call, TOKENS: tl.constexpr):
     return tl.load(first_choice + num_calls + 1 + position, mask=exists, other=0), exists
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_calls"])
 def _gate_up(
     table, num_blocks, num_calls, states, products,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
@@ -121,7 +143,7 @@ def _gate_up(
     tl.store(products + row[None, :] * NEURONS + neuron[:, None], product.to(products.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_calls"])
 def _down(
     table, num_blocks, num_calls, products, router_weights, results,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
@@ -143,3 +165,23 @@ def _down(
             total = tl.dot(tl.load(down_pointers), tl.load(product_columns + start), total)
     total *= tl.load(router_weights + choice, mask=exists, other=0.0)[None, :]
     tl.store(results + choice[None, :] * HIDDEN + row[:, None], total, mask=exists[None, :])
+
+
+@triton.jit(do_not_specialize=["job"])
+def _add_up(
+    results, cpu_output, finished, job, output,
+    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, ON_CPU: tl.constexpr,
+):  # fmt: skip
+    """output[token, column] = sum of its choices' results and of the CPU's, for WIDTH columns of one token."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for choice in tl.static_range(CHOICES):
+        total += tl.load(results + (token * CHOICES + choice) * HIDDEN + column)
+    if ON_CPU:
+        last = tl.load(finished, volatile=True)
+        while last < job:
+            last = tl.load(finished, volatile=True)
+        tl.debug_barrier()
+        total += tl.load(cpu_output + token * HIDDEN + column, volatile=True)
+    tl.store(output + token * HIDDEN + column, total.to(output.dtype.element_ty))
