@@ -22,8 +22,11 @@ from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES, Arena
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.executors import Executors
+from fiddler_run.model import available_memory_bytes
 
-WORKING_SET_BYTES = 3_000_000_000  # ten times a large last-level cache
+WORKING_SET_BYTES = 16_000_000_000  # as much as is at hand, to meet memory as the runtime does: far from all caches
+PART_OF_AVAILABLE_MEMORY = 0.25
+GPU_WORKING_SET_BYTES = 1_500_000_000
 CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 GPU_TOKENS = (*CPU_TOKENS, 128, 256, 512, 1024)
 AROUND_BALANCE = (-0.16, -0.08, -0.04, 0.0, 0.04, 0.08)  # shares tried, from the one that would keep CPU and link equally long busy
@@ -80,7 +83,8 @@ class Bench:
         self.blocks_per_expert = model.shape.blocks_per_expert(model.block_neurons)
         self.expert_bytes = model.expert_bytes
         everything = model.shape.num_layers * model.shape.num_experts
-        self.num_experts = min(everything, max(3, self.top_k, WORKING_SET_BYTES // self.expert_bytes))
+        working_set = min(WORKING_SET_BYTES, int(PART_OF_AVAILABLE_MEMORY * available_memory_bytes()))
+        self.num_experts = min(everything, max(3, self.top_k, working_set // self.expert_bytes))
         self.host = Arena(self.num_experts * self.blocks_per_expert, self.block_elements, self.dtype, torch.device("cpu"))
         self.absent = list(self.host.blocks.split(self.blocks_per_expert))
         self.absent[0].normal_(std=0.02, generator=torch.Generator().manual_seed(0))
@@ -88,7 +92,9 @@ class Bench:
             expert.copy_(self.absent[0])
         if self.on_gpu:
             self.host.pin()
-            self.resident = list(self.host.blocks.to(self.device).split(self.blocks_per_expert))
+            # As many as exceed the GPU's caches; some stand for several.
+            on_gpu = [expert.to(self.device) for expert in self.absent[: max(1, GPU_WORKING_SET_BYTES // self.expert_bytes)]]
+            self.resident = [on_gpu[number % len(on_gpu)] for number in range(self.num_experts)]
         else:
             self.resident = self.absent
         self.use_threads(len(os.sched_getaffinity(0)))

@@ -4,19 +4,24 @@ import json
 import os
 import platform
 import resource
+import time
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
 import transformers
 
 from fiddler_run.dispatch import Traffic
+from fiddler_run.executors import Executors
 from fiddler_run.generate import Measured, Options, generate_ids
+from fiddler_run.kernels.cpu import CompiledExperts
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan
 from fiddler_run.timeline import Span
 
 TRACED_TOKENS = 16
+BARE_EXPERTS = 48
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,16 @@ class BenchResult:
 
     `layer_ms`: milliseconds of a layer in decode: from one router's result to the next (`total`), of which each part was at
     work so long, and `waiting`, when neither the dense part nor any executor of experts was. `bytes_per_s`: expert bytes that a
-    part handled while at work, and, as `absent`, that CPU and link together handled while either was. Peaks: what PyTorch's
-    allocator held, what the whole GPU held at the end, and what this process held in RAM.
+    part handled while at work, and, as `absent`, that CPU and link together handled while either was. `bare_bytes_per_s`: what
+    the same memory gives to loops that only read with the CPU's threads, only copy to the GPU, and do both at once. Peaks: what
+    PyTorch's allocator held, what the whole GPU held at the end, and what this process held in RAM.
     """
 
     first: Measured
     measured: Measured
     layer_ms: dict[str, float]
     bytes_per_s: dict[str, float]
+    bare_bytes_per_s: dict[str, float]
     peak_gpu_bytes: int
     used_gpu_bytes: int
     peak_host_bytes: int
@@ -59,6 +66,7 @@ def bench(model: DispatchedMixtral, prompt_tokens: int, output_tokens: int, num_
         measured=measured,
         layer_ms=_layer_ms(decode),
         bytes_per_s=_rates(decode, traffic, model.plan.block_bytes),
+        bare_bytes_per_s=_bare_rates(model),
         peak_gpu_bytes=measured.peak_gpu_bytes,
         used_gpu_bytes=_used_gpu_bytes(model.device),
         peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -110,6 +118,36 @@ def _rates(spans: list[Span], traffic: Traffic, block_bytes: int) -> dict[str, f
         "absent": (traffic.streamed_blocks + traffic.cpu_blocks, link + cpu),
     }
     return {name: blocks * block_bytes / _covered_s(during) for name, (blocks, during) in handled.items() if blocks and during}
+
+
+def _bare_rates(model: DispatchedMixtral) -> dict[str, float]:
+    """Over experts from all over the host arena, one after the other, as decode visits them; both at once at the best share."""
+    executors, share = model.executors, model.plan.stream_share_at(1)
+    absent = [blocks for row in model.store.absent for blocks in row if len(blocks)]
+    absent = absent[:: max(1, len(absent) // BARE_EXPERTS)]
+    if not absent or not isinstance(executors.cpu, CompiledExperts):
+        return {}
+    rates = {"CPU": _bare_rate(executors, absent, 0.0)}
+    if executors.ring is not None and executors.ring.copy_stream is not None:
+        rates["link"] = _bare_rate(executors, absent, 1.0)
+        rates["absent"] = max(_bare_rate(executors, absent, min(1.0, share * factor)) for factor in (0.8, 1.0, 1.2, 1.4))
+    return rates
+
+
+def _bare_rate(executors: Executors, experts: list[torch.Tensor], share: float) -> float:
+    """Bytes per second of copying `share` of each expert's blocks to the device while the CPU reads the others."""
+    started = time.perf_counter()
+    for blocks in experts:
+        copied = round(share * len(blocks))
+        if copied:
+            with torch.cuda.stream(executors.ring.copy_stream):
+                for block, slot in zip(blocks[:copied], cycle(executors.ring.slots), strict=False):
+                    slot.copy_(block, non_blocking=True)
+        if copied < len(blocks):
+            executors.cpu.read(blocks[copied:])
+        if copied:
+            executors.ring.copy_stream.synchronize()
+    return sum(blocks.nbytes for blocks in experts) / (time.perf_counter() - started)
 
 
 def _covered_s(spans: list[Span]) -> float:

@@ -212,23 +212,27 @@ def figures(plan: Plan, measured) -> Table:
 
 
 def parts(plan: Plan, result) -> Table:
-    """What a layer's time in decode goes into, and the rates of the experts' executors beside what the profile measured."""
+    """What a layer's time in decode goes into; rates of the executors, beside the profile's and what plain loops reach here."""
     rates = plan.predicted.bytes_per_s
     profiled = {"resident": rates.resident, "link": rates.link, "CPU": rates.cpu, "absent": rates.absent}
     table = Table(title="a layer in decode", title_justify="left")
-    for column in ("", "at work", "rate", "profile"):
+    for column in ("", "at work", "rate", "profile", "bare loop"):
         table.add_column(column, justify="left" if not column else "right")
+
+    def rate(of: dict, name: str) -> str:
+        return f"{of[name] / 1e9:.1f} GB/s" if of.get(name) else ""
+
     for name in dict.fromkeys([*result.layer_ms, *result.bytes_per_s]):
-        milliseconds, rate = result.layer_ms.get(name), result.bytes_per_s.get(name)
+        milliseconds = result.layer_ms.get(name)
         table.add_row(
             {"absent": "CPU and link", "waiting": "none of these"}.get(name, name),
             "" if milliseconds is None else f"{milliseconds:.3f} ms",
-            "" if rate is None else f"{rate / 1e9:.1f} GB/s",
-            f"{profiled[name] / 1e9:.1f} GB/s" if profiled.get(name) else "",
+            *(rate(of, name) for of in (result.bytes_per_s, profiled, result.bare_bytes_per_s)),
         )
-    table.caption = (
-        f"RAM, peak: {result.peak_host_bytes / 1e9:.2f} GB; GPU memory in use, all processes: {result.used_gpu_bytes / 1e9:.2f} GB"
-    )
+    memory = f"{result.peak_host_bytes / 1e9:.2f} GB of RAM at most"
+    if result.used_gpu_bytes:
+        memory += f"; {result.used_gpu_bytes / 1e9:.2f} GB of GPU memory in use by all processes"
+    table.caption = memory
     return table
 
 

@@ -26,6 +26,7 @@ from fiddler_run.plan import Plan
 
 EXPERTS_IMPLEMENTATION = "fiddler"
 LoadFormat = Literal["safetensors", "dummy"]
+WARM_UP_TOKENS = 130
 
 # With cuDNN's attention, which PyTorch prefers on some GPUs, each token at a new length of the cache took 0.05 to 0.14 s more on
 # an H100; it is known to plan anew for each shape.
@@ -167,8 +168,11 @@ class ModelLoader:
 
 @torch.inference_mode()
 def _warm_up(model: DispatchedMixtral) -> None:
-    """Loads and compiles the GPU's kernels, which would otherwise delay the first token by half a second or more."""
-    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    """Loads and compiles the GPU's kernels, which would otherwise delay the first token by half a second or more.
+
+    Equal tokens choose the same experts, so these see the many tokens of a prompt, then the few of decode.
+    """
+    ids = torch.zeros((1, min(WARM_UP_TOKENS, model.plan.workload.max_seq_len - 2)), dtype=torch.long, device=model.device)
     model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=2, max_new_tokens=2, do_sample=False, pad_token_id=0)
     model.executors.traffic = Traffic()
 
@@ -234,13 +238,18 @@ def prepare_device(plan: Plan, origin: str = "plan") -> torch.device:
 
 def _check_host_memory(needed_bytes: int, origin: str) -> None:
     """Rather refused now than killed by the kernel half-way through the loading."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    available = available_memory_bytes()
     if needed_bytes > available:
         raise FiddlerError(
             f"{origin}: its experts need {needed_bytes / 1e9:.2f} GB of host memory, but {available / 1e9:.2f} GB are available; "
             "close other programs, add memory, or plan with more --gpu-mem"
         )
+
+
+def available_memory_bytes() -> int:
+    """Host memory that can be taken without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
