@@ -138,7 +138,8 @@ def test_bfloat16_layer_against_float64(tokens, device):
         states = torch.randn(tokens, 128).bfloat16()
         index = torch.stack([torch.randperm(8)[:2] for _ in range(tokens)])
         weights = torch.rand(tokens, 2).softmax(dim=1)
-        expected = exact_layer(states, index, weights, [checkpoint.expert(layer, e) for e in range(8)])
+        experts = [[matrix.clone() for matrix in checkpoint.expert(layer, e)] for e in range(8)]
+        expected = exact_layer(states, index, weights, experts)
         for _ in range(4):  # shares of none to all of the absent blocks
             share = rng.choice([0.0, rng.random(), 1.0])
             dispatch = LayerDispatch(layer, store.resident[layer], store.absent[layer], lambda _, s=share: s, executors)
