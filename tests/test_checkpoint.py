@@ -1,6 +1,7 @@
 """A checkpoint is checked before anything is loaded; what is wrong is named."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,7 +10,10 @@ from conftest import DEMO, demo_shape, make_plan
 from safetensors.torch import load_file, save_file
 
 from fiddler_run import load_model
+from fiddler_run.arena import ExpertStore
+from fiddler_run.checkpoint import DummyWeights
 from fiddler_run.errors import FiddlerError
+from fiddler_run.model import ModelLoader
 from fiddler_run.plan import HostMemory
 
 SHARDS = sorted(path.name for path in DEMO.glob("*.safetensors"))
@@ -173,3 +177,25 @@ def test_more_host_memory_than_there_is():
 def test_more_threads_than_cores():
     shape = demo_shape("bfloat16")
     assert_refused(DEMO, "cpu_threads is 4096, but .* cores are available", make_plan(shape, [[0] * 8] * 6, threads=4096))
+
+
+def test_a_file_that_shrinks_while_it_is_read(copy):
+    """What a loading thread finds wrong is said as if the main thread had."""
+    loader = ModelLoader(plan(), copy)
+    shard = copy / SHARDS[1]
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(FiddlerError, match="cut off while it was read"):
+        ExpertStore(loader.plan, torch.device("cpu")).load(loader.weights)
+
+
+def test_dummy_weights_are_the_same_wherever_they_are_placed():
+    shape = demo_shape("float32")
+    logits = []
+    for resident, share in ((0, 0.0), (8, 0.0), (3, 0.6)):
+        model, _ = load_model(make_plan(shape, [[resident] * 8] * 6, share={1: share}), DEMO, load_format="dummy")
+        with torch.no_grad():
+            logits.append(model(torch.arange(20, device=model.device).unsqueeze(0)).logits)
+    assert all(torch.allclose(each, logits[0], rtol=1e-4, atol=1e-4) for each in logits)
+    weights = DummyWeights(shape, torch.float32)
+    assert not torch.equal(weights.expert(0, 0)[0], weights.expert(0, 1)[0])
+    assert torch.equal(weights.expert(5, 7)[2], DummyWeights(shape, torch.float32).expert(5, 7)[2])

@@ -1,11 +1,14 @@
 """The compiled CPU kernel: every instruction set that this CPU has, any number of tokens and calls, against float64."""
 
 import random
+import time
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 
+from fiddler_run.kernels import cpu
 from fiddler_run.kernels.cpu import CompiledExperts, CpuCall, PyTorchExperts, cpu_experts, library, supported_variants
 
 if library() is None:
@@ -103,3 +106,33 @@ def test_pytorch_takes_what_the_kernel_cannot():
     assert isinstance(cpu_experts(1, 20, torch.bfloat16, HIDDEN, NEURONS), CompiledExperts)
     for dtype, hidden, neurons in ((torch.float32, 64, 64), (torch.bfloat16, 24, 64), (torch.bfloat16, 64, 16)):
         assert isinstance(cpu_experts(1, 20, dtype, hidden, neurons), PyTorchExperts)
+
+
+def test_without_a_kernel_it_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(cpu, "compiled", cache(cpu.compiled.__wrapped__))
+    for _ in range(3):
+        assert isinstance(cpu_experts(1, 20, torch.bfloat16, HIDDEN, NEURONS), PyTorchExperts)
+    assert [record.message.split(",")[0] for record in caplog.records] == ["the CPU kernel is not built"]
+
+
+def test_the_finished_job_is_marked():
+    finished = torch.zeros(1, dtype=torch.int64)
+    for kernel in (CompiledExperts(1), CompiledExperts(3), PyTorchExperts()):
+        states, output = torch.randn(2, HIDDEN).bfloat16(), torch.empty(2, HIDDEN)
+        kernel.submit(random_calls(random.Random(0), 2), states, output, finished, 7)
+        kernel.wait()
+        assert finished.item() == 7
+        finished.zero_()
+
+
+def test_a_job_is_finished_without_waiting_for_it():
+    """What a GPU relies on that waits for the mark."""
+    kernel, finished = CompiledExperts(2), torch.zeros(1, dtype=torch.int64)
+    assert kernel.finishes_alone
+    kernel.submit(random_calls(random.Random(0), 2), torch.randn(2, HIDDEN).bfloat16(), torch.empty(2, HIDDEN), finished, 1)
+    deadline = time.monotonic() + 60
+    while finished.item() != 1:
+        assert time.monotonic() < deadline
+        time.sleep(1e-3)
+    kernel.wait()

@@ -26,7 +26,7 @@ from fiddler_run.plan import Plan
 
 EXPERTS_IMPLEMENTATION = "fiddler"
 LoadFormat = Literal["safetensors", "dummy"]
-WARM_UP_TOKENS = 130
+WARM_UP_TOKENS = (20, 40, 130)
 
 # With cuDNN's attention, which PyTorch prefers on some GPUs, each token at a new length of the cache took 0.05 to 0.14 s more on
 # an H100; it is known to plan anew for each shape.
@@ -170,10 +170,12 @@ class ModelLoader:
 def _warm_up(model: DispatchedMixtral) -> None:
     """Loads and compiles the GPU's kernels, which would otherwise delay the first token by half a second or more.
 
-    Equal tokens choose the same experts, so these see the many tokens of a prompt, then the few of decode.
+    Equal tokens choose the same experts, so these prompts meet every variant that the number of an expert's tokens asks for.
     """
-    ids = torch.zeros((1, min(WARM_UP_TOKENS, model.plan.workload.max_seq_len - 2)), dtype=torch.long, device=model.device)
-    model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=2, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    for tokens in WARM_UP_TOKENS:
+        ids = torch.zeros((1, min(tokens, model.plan.workload.max_seq_len - 2)), dtype=torch.long, device=model.device)
+        mask = torch.ones_like(ids)
+        model.generate(ids, attention_mask=mask, min_new_tokens=2, max_new_tokens=2, do_sample=False, pad_token_id=0)
     model.executors.traffic = Traffic()
 
 

@@ -1,6 +1,7 @@
 """What only a CUDA device can show. The other tests run there too: their plans' GPU part is then in GPU memory."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -9,14 +10,17 @@ from conftest import make_plan, random_plan
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from fiddler_opt import bench_timing
 from fiddler_opt.bench_machine import describe_device, measure_machine
 from fiddler_opt.compiler import compile_plan
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.routing import Routing
 from fiddler_run import load_model
+from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.errors import FiddlerError
+from fiddler_run.executors import Executors
 from fiddler_run.generate import Options, generate
-from fiddler_run.kernels.pytorch import apply_blocks
+from fiddler_run.kernels.pytorch import apply_blocks, block_views
 from fiddler_run.plan import Workload
 from fiddler_run.timeline import Timeline
 from fiddler_run.transfer import StagingRing
@@ -45,7 +49,9 @@ def wide(random_checkpoint):
     folder, _ = random_checkpoint(**WIDE)
     spec = ModelSpec.load(str(folder))
     torch.cuda.set_per_process_memory_fraction(1.0)
-    return folder, spec, measure_machine(spec, "test", lambda step: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_timing, "SECONDS_PER_FIGURE", 0.02)  # how precise the figures are does not matter here
+        return folder, spec, measure_machine(spec, "test", lambda step: None)
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -109,5 +115,88 @@ def test_host_memory_of_absent_experts_is_page_locked(wide):
     folder, spec, _ = wide
     model, _ = load_model(random_plan(spec.shape, random.Random(1), spec.block_neurons), folder)
     dispatch = model.experts_modules()[0].dispatch
-    assert all(blocks.is_pinned() for blocks in dispatch.absent if len(blocks))
-    assert all(blocks.is_cuda for blocks in dispatch.resident if len(blocks))
+    assert all(expert.absent.is_pinned() for expert in dispatch.experts if expert.num_absent)
+    assert all(expert.resident.is_cuda for expert in dispatch.experts if expert.num_resident)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 64])
+def test_blocks_read_in_place_and_staged_ones_agree(tokens):
+    """Both ways a GPU takes, for every executor's share, against float64; the same bits twice."""
+    torch.manual_seed(tokens)
+    hidden, neurons = 256, 96
+    blocks = torch.randn(12, 3 * neurons * hidden).mul_(0.05).bfloat16()
+    torch.cuda.cudart().cudaHostRegister(blocks.data_ptr(), blocks.nbytes, 0)
+    try:
+        executors = Executors(torch.bfloat16, hidden, neurons, 2, 3, CUDA)
+        assert executors.kernels is not None
+        states = torch.randn(tokens, hidden).bfloat16()
+        index = torch.stack([torch.randperm(3)[:2] for _ in range(tokens)])
+        weights = torch.rand(tokens, 2).softmax(dim=1)
+        expected = torch.zeros(tokens, hidden, dtype=torch.float64)
+        for token in range(tokens):
+            for expert, weight in zip(index[token].tolist(), weights[token].double(), strict=True):
+                for gate_up, down in zip(*block_views(blocks[4 * expert : 4 * expert + 4].double(), hidden), strict=True):
+                    gate, up = (gate_up @ states[token].double()).chunk(2)
+                    expected[token] += weight * (down @ (torch.nn.functional.silu(gate) * up))
+        for resident, share in ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5), (3, 0.0)):
+            places = (
+                [blocks[4 * e : 4 * e + resident].to(CUDA) for e in range(3)],
+                [blocks[4 * e + resident : 4 * e + 4] for e in range(3)],
+            )
+            dispatch = LayerDispatch(0, *places, lambda _, s=share: s, executors)
+            kernels = executors.kernels
+            for way in (kernels, None):
+                executors.kernels = way
+                outputs = [dispatch(states.to(CUDA), index.to(CUDA), weights.to(CUDA)).cpu() for _ in range(2)]
+                assert torch.equal(*outputs)
+                assert (outputs[0].double() - expected).norm() <= 3e-3 * expected.norm()
+            executors.kernels = kernels
+    finally:
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaHostUnregister(blocks.data_ptr())
+
+
+def test_the_device_waits_for_the_cpu():
+    from fiddler_run.kernels import gpu
+
+    finished = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+    cpu_output = torch.zeros((3, 256), pin_memory=True)
+    states = torch.zeros((3, 256), dtype=torch.bfloat16, device=CUDA)
+    gpu.add_up(None, cpu_output, finished, 0, states)  # compiled before
+    torch.cuda.synchronize()
+    output = gpu.add_up(None, cpu_output, finished, 5, states)
+    done = torch.cuda.current_stream().record_event()
+    try:
+        finished.fill_(4)
+        time.sleep(0.2)
+        assert not done.query()
+        cpu_output.fill_(2.5)
+    finally:
+        finished.fill_(5)
+    assert torch.equal(output.cpu(), torch.full((3, 256), 2.5, dtype=torch.bfloat16))
+
+
+def test_no_kernel_is_compiled_during_decode(wide_bfloat16):
+    """Numbers of blocks, calls and jobs are no reason to compile another variant, which would take a second."""
+    from fiddler_run.kernels import gpu
+
+    model, _ = wide_bfloat16
+    variants = [len(kernel.device_caches[0][0]) for kernel in (gpu._gate_up, gpu._down, gpu._add_up)]
+    ids = torch.randint(3, 700, (1, 20), device=CUDA)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, min_new_tokens=40, do_sample=False)
+    assert [len(kernel.device_caches[0][0]) for kernel in (gpu._gate_up, gpu._down, gpu._add_up)] == variants
+
+
+@pytest.fixture(scope="module")
+def wide_bfloat16(random_checkpoint):
+    """Random weights in bfloat16, the kernels' own dtype, placed at random."""
+    folder, shape = random_checkpoint(**WIDE)
+    plan = random_plan(shape.model_copy(update={"dtype": "bfloat16"}), random.Random(3), block_neurons=224)
+    return load_model(plan, folder, load_format="dummy")
+
+
+def test_a_whole_model_gives_the_same_tokens_twice(wide_bfloat16):
+    model, _ = wide_bfloat16
+    ids = torch.randint(3, 700, (2, 30), generator=torch.Generator().manual_seed(1)).to(CUDA)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, **arguments))
