@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 WARM_UP, REPETITIONS, SECONDS_PER_FIGURE = 2, 5, 0.3
+PAUSE_S = 3e-4  # before each call, as in a run where other work lies between two: threads that wait for work may fall asleep
 
 
 @torch.inference_mode()
@@ -19,6 +20,7 @@ def medians_us(calls: list[Callable[[], object]], device: torch.device) -> list[
     while len(samples[0]) < WARM_UP + REPETITIONS or time.perf_counter() < stop:
         for call, taken in zip(calls, samples, strict=True):
             _synchronize(device)
+            time.sleep(PAUSE_S)
             started = time.perf_counter()
             call()
             _synchronize(device)

@@ -30,7 +30,8 @@ def lower(
         block_neurons=model.block_neurons,
         stream_share=without_repetition(machine.stream_share) if memory.staging else {1: 0.0},
         resident_blocks=dict(enumerate(solution.placement)),
-        predicted=predict(machine, cost, solution),
+        predicted=predict(cost, solution),
+        bytes_per_s=rates(machine),
         provenance=provenance,
     )
 
@@ -42,14 +43,13 @@ def without_repetition(share: dict[int, float]) -> dict[int, float]:
     return {tokens: share[tokens] for tokens in points if tokens not in inside}
 
 
-def predict(machine: MachineProfile, cost: CostModel, solution: Solution) -> Predicted:
+def predict(cost: CostModel, solution: Solution) -> Predicted:
     return Predicted(
         decode_tokens_per_s=round(1 / cost.decode_step_s(solution.placement), 3),
         ttft_s=round(cost.ttft_s(solution.placement), 4),
         gpu_hit_rate=round(cost.hit_rate(solution.placement), 4),
         bound_tokens_per_s=round(1 / solution.decode_bound_s, 3),
         gap=round(solution.gap, 6),
-        bytes_per_s=rates(machine),
     )
 
 

@@ -67,8 +67,8 @@ def make_plan(
             gpu_hit_rate=0.5,
             bound_tokens_per_s=1.0,
             gap=0.0,
-            bytes_per_s=Rates(resident=4e9, link=1e9, cpu=2e9, absent=3e9),
         ),
+        bytes_per_s=Rates(resident=4e9, link=1e9, cpu=2e9, absent=3e9),
         provenance=Provenance(
             command="by hand",
             machine="none",

@@ -84,7 +84,15 @@ def as_json(result: BenchResult, plan: Plan, load_s: float, command: str) -> str
         "transformers": transformers.__version__,
     }
     about = {"command": command, "machine": machine, "plan": plan.provenance.model_dump(), "load_s": load_s}
-    return json.dumps({**about, "predicted": plan.predicted.model_dump(), **asdict(result)}, indent=2)
+    return json.dumps(
+        {
+            **about,
+            "predicted": plan.predicted.model_dump(),
+            "profiled_bytes_per_s": plan.bytes_per_s.model_dump(),
+            **asdict(result),
+        },
+        indent=2,
+    )
 
 
 def _cpuinfo() -> list[str]:

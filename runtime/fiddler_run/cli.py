@@ -213,7 +213,7 @@ def figures(plan: Plan, measured) -> Table:
 
 def parts(plan: Plan, result) -> Table:
     """What a layer's time in decode goes into; rates of the executors, beside the profile's and what plain loops reach here."""
-    rates = plan.predicted.bytes_per_s
+    rates = plan.bytes_per_s
     profiled = {"resident": rates.resident, "link": rates.link, "CPU": rates.cpu, "absent": rates.absent}
     table = Table(title="a layer in decode", title_justify="left")
     for column in ("", "at work", "rate", "profile", "bare loop"):

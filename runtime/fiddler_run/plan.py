@@ -98,7 +98,6 @@ class Predicted(Section):
     gpu_hit_rate: float = Field(ge=0, le=1)
     bound_tokens_per_s: PositiveFloat
     gap: NonNegativeFloat
-    bytes_per_s: Rates
 
 
 class Provenance(Section):
@@ -128,6 +127,7 @@ class Plan(YamlFile):
     stream_share: dict[PositiveInt, float]
     resident_blocks: dict[NonNegativeInt, list[NonNegativeInt]]
     predicted: Predicted
+    bytes_per_s: Rates
     provenance: Provenance
 
     header: ClassVar[str] = 'Written by `fiddler-opt plan`; run it with `fiddler-run --plan <this file> "prompt"`.'
@@ -135,6 +135,7 @@ class Plan(YamlFile):
         "device": "where the GPU part lies: in GPU memory, or, planned for a machine without CUDA, in host memory",
         "block_neurons": "an expert is cut into blocks of this many neurons",
         "stream_share": "by tokens of an expert, linear in between: share of its absent blocks sent over the link",
+        "bytes_per_s": "expert bytes that the profiled machine handles for one token; absent: by CPU and link together",
         "resident_blocks": "per layer, for each expert: how many of its blocks are in GPU memory",
     }
 
