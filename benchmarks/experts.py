@@ -5,7 +5,7 @@
 - cpu: the kernel against reading the same bytes with the same threads, call by call in turn, and against PyTorch.
 - joint (with a GPU): one absent expert, CPU and link together, by share; beside a bare copy and a bare read of the same shares.
 - gpu (with a GPU): one resident expert, by the kernels that read blocks in place and by cuBLAS.
-- numerics: one layer's worth against float64 for every split into thirds of eighths, and the same bits twice.
+- numerics: two experts a token against float64, resident blocks and shares in steps of a quarter, and the same bits twice.
 
 Experts are visited in turn over more memory than caches hold. Figures are medians; ratios are medians of paired ratios.
 """

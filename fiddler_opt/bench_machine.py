@@ -24,7 +24,7 @@ from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.executors import Executors
 from fiddler_run.model import available_memory_bytes
 
-WORKING_SET_BYTES = 16_000_000_000  # as much as is at hand, to meet memory as the runtime does: far from all caches
+WORKING_SET_BYTES = 16_000_000_000  # to meet memory as the runtime does, far from all caches
 PART_OF_AVAILABLE_MEMORY = 0.25
 GPU_WORKING_SET_BYTES = 1_500_000_000
 CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -139,7 +139,7 @@ class Bench:
         return min(threads for threads, us in times.items() if us <= 1.05 * min(times.values()))
 
     def h2d_bytes_per_s(self) -> float:
-        """Rate of copies from page-locked host memory, block by block as the runtime makes them."""
+        """Rate of copies from page-locked host memory, block by block as the runtime makes them for prompts."""
         target = torch.empty_like(self.host.blocks[: self.blocks_per_expert], device=self.device)
         experts = cycle(self.absent)
 

@@ -171,7 +171,7 @@ def test_more_host_memory_than_there_is():
     shape = demo_shape("bfloat16")
     plan = make_plan(shape, [[0] * 8] * 6)
     huge = plan.model_copy(update={"host_memory_bytes": HostMemory(experts=10**15)})
-    assert_refused(DEMO, "its experts need 1000000.00 GB of host memory, but .* GB are available", huge)
+    assert_refused(DEMO, "its experts need 1000000.00 GB of host memory, and loading them .*, but .* GB are available", huge)
 
 
 def test_more_threads_than_cores():

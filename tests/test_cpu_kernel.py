@@ -2,6 +2,7 @@
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -136,3 +137,37 @@ def test_a_job_is_finished_without_waiting_for_it():
         assert time.monotonic() < deadline
         time.sleep(1e-3)
     kernel.wait()
+
+
+def test_two_threads_share_a_pool():
+    kernel = CompiledExperts(2)
+    torch.manual_seed(2)
+    inputs = [(random_blocks(2), torch.randn(3, HIDDEN).bfloat16()) for _ in range(2)]
+    expected = [kernel.apply(*each) for each in inputs]
+
+    def wrong(number: int) -> int:
+        return sum(not torch.equal(kernel.apply(*inputs[number]), expected[number]) for _ in range(2000))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(wrong, (0, 1))) == [0, 0]
+
+
+def test_a_pool_that_goes_finishes_its_job():
+    """A GPU may be waiting for it."""
+    finished, output = torch.zeros(1, dtype=torch.int64), torch.full((2, HIDDEN), torch.nan)
+    kernel = CompiledExperts(2)
+    kernel.submit(random_calls(random.Random(0), 2), torch.randn(2, HIDDEN).bfloat16(), output, finished, 1)
+    del kernel
+    assert finished.item() == 1
+    assert not output.isnan().any()
+
+
+def test_an_instruction_set_that_is_not_there():
+    with pytest.raises(ValueError, match="sse1: not one of "):
+        CompiledExperts(1, variant="sse1")
+
+
+def test_reading_any_number_of_bytes():
+    kernel = CompiledExperts(2)
+    for size in (1, 63, 2**18, 2**18 + 3, 10**6 + 1):
+        kernel.read(torch.zeros(size, dtype=torch.uint8))

@@ -7,7 +7,7 @@ columns [hidden, b]. It is a small dense expert of its own, and one contiguous c
 import mmap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -64,8 +64,12 @@ class Arena:
 
 
 def _huge_pages(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    size = elements * dtype.itemsize
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise FiddlerError(f"cannot take {size / 1e9:.1f} GB of host memory for experts ({error}); free some") from None
+    with suppress(OSError, AttributeError):  # a kernel built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)
 
@@ -88,10 +92,14 @@ class ExpertStore:
 
     def load(self, weights: Weights, on_bytes: Callable[[int], None] = lambda _: None) -> None:
         """Fills the arenas, several experts at once; calls `on_bytes` with the bytes placed since the last call."""
+        experts = [(layer, expert) for layer, row in enumerate(self.resident) for expert in range(len(row))]
         with _one_thread_each(), ThreadPoolExecutor(LOADING_THREADS) as threads:
-            experts = [(layer, expert) for layer, row in enumerate(self.resident) for expert in range(len(row))]
-            for placed in as_completed([threads.submit(self._place, weights, *each) for each in experts]):
-                on_bytes(placed.result())
+            try:
+                for placed in as_completed([threads.submit(self._place, weights, *each) for each in experts]):
+                    on_bytes(placed.result())
+            except BaseException:  # an interrupt too must not wait until the rest is loaded
+                threads.shutdown(cancel_futures=True)
+                raise
         if self.device.type == "cuda":
             self._host_arena.pin()
 

@@ -21,18 +21,20 @@ from fiddler_run.plan import Plan
 from fiddler_run.timeline import Span
 
 TRACED_TOKENS = 16
-BARE_EXPERTS = 48
+BARE_EXPERTS = 48  # at least so many, if there are
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """`first` is the first generation of the process; `measured` the one after it, whose speeds count.
+    """`first` is the first generation after loading; `measured` the one after it, whose speeds count.
 
     `layer_ms`: milliseconds of a layer in decode: from one router's result to the next (`total`), of which each part was at
-    work so long, and `waiting`, when neither the dense part nor any executor of experts was. `bytes_per_s`: expert bytes that a
-    part handled while at work, and, as `absent`, that CPU and link together handled while either was. `bare_bytes_per_s`: what
-    the same memory gives to loops that only read with the CPU's threads, only copy to the GPU, and do both at once. Peaks: what
-    PyTorch's allocator held, what the whole GPU held at the end, and what this process held in RAM.
+    work so long, and `waiting`, when neither the dense part nor any executor of experts was.
+    `bytes_per_s`: expert bytes that a part handled while at work (the link's time includes resident blocks that the same GPU
+    kernel computes), and, as `absent`, that CPU and link together handled while either was.
+    `bare_bytes_per_s`: what the same memory gives to loops that only read with the CPU's threads, only copy to the GPU, and do
+    both at once.
+    Peaks: what PyTorch's allocator held, what the whole GPU held at the end, and what this process held in RAM.
     """
 
     first: Measured
@@ -46,7 +48,7 @@ class BenchResult:
 
 
 def bench(model: DispatchedMixtral, prompt_tokens: int, output_tokens: int, num_beams: int = 1) -> tuple[BenchResult, list[Span]]:
-    """Generates `output_tokens` tokens after `prompt_tokens` random ones, greedily: twice, then a few under the timeline."""
+    """Generates, greedily, after `prompt_tokens` random ones: a few tokens, then `output_tokens`, then a few under the timeline."""
     timeline, layers = model.executors.timeline, model.plan.model.num_layers
     ids = torch.randint(3, model.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     traced = min(output_tokens, TRACED_TOKENS)
@@ -57,10 +59,13 @@ def bench(model: DispatchedMixtral, prompt_tokens: int, output_tokens: int, num_
 
     first, measured = run(traced), run(output_tokens)
     timeline.start()
-    traffic = run(traced).traffic
-    spans = timeline.stop()
-    decode_calls = (traced - 1) * layers
-    decode = [span for span in spans if span.call > max(each.call for each in spans) - decode_calls]
+    try:
+        traffic = run(traced).traffic
+        model.executors.finish_cpu()  # or its last job would be missing
+    finally:
+        spans = timeline.stop()
+    first_call = max(span.call for span in spans) + 1 - (traced - 1) * layers
+    decode = [span for span in spans if span.call >= first_call]
     result = BenchResult(
         first=first,
         measured=measured,
@@ -117,10 +122,10 @@ def _layer_ms(spans: list[Span]) -> dict[str, float]:
 
 
 def _rates(spans: list[Span], traffic: Traffic, block_bytes: int) -> dict[str, float]:
-    resident = [span for span in spans if span.name == "resident"]
     link, cpu = ([span for span in spans if span.lane == lane] for lane in ("link", "CPU"))
+    alone = [] if any(span.name == "in place" for span in spans) else [span for span in spans if span.name == "resident"]
     handled = {
-        "resident": (traffic.resident_blocks, resident),
+        "resident": (traffic.resident_blocks, alone),
         "link": (traffic.streamed_blocks, link),
         "CPU": (traffic.cpu_blocks, cpu),
         "absent": (traffic.streamed_blocks + traffic.cpu_blocks, link + cpu),

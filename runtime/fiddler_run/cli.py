@@ -66,7 +66,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.bench == (flags.prompt is not None):
         parser.error("give either a prompt or --bench")
-    if not flags.bench and (flags.prompt_tokens or flags.json or flags.trace):
+    if flags.bench:
+        if flags.temperature or flags.top_p != 1 or flags.seed is not None or flags.chat:
+            parser.error("--bench is greedy, on random token ids: --temperature, --top-p, --seed and --chat belong to a prompt")
+        if flags.max_new_tokens == 1:
+            parser.error("--bench measures decode: --max-new-tokens must be at least 2")
+        if flags.json is not None and flags.json == flags.trace:
+            parser.error("--json and --trace need a file each")
+    elif flags.prompt_tokens is not None or flags.json is not None or flags.trace is not None:
         parser.error("--prompt-tokens, --json and --trace belong to --bench")
     return flags
 
@@ -125,7 +132,7 @@ def run(flags: argparse.Namespace) -> None:
     plan = Plan.load(plan_path)
     prompt = read_stdin() if flags.prompt == "-" else flags.prompt
     for path in (flags.json, flags.trace):
-        if path:
+        if path is not None:
             require_writable(path)
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -144,10 +151,14 @@ def run(flags: argparse.Namespace) -> None:
     loader = ModelLoader(plan_path, flags.model, flags.load_format)
     # Better refused now than after loading.
     if flags.bench:
+        if options.max_new_tokens < 2:
+            raise FiddlerError("--bench measures decode, but the plan is for a single output token; give --max-new-tokens")
         check_length(flags.prompt_tokens or plan.workload.prompt_tokens, options, plan)
     elif loader.tokenizer is None:
         raise FiddlerError("--load-format dummy: there is no tokenizer for a prompt beside the model's config.json; use --bench")
     else:
+        if flags.load_format == "dummy":
+            stderr.print("random weights: the text will mean nothing")
         encode_prompt(loader.tokenizer, prompt, options, plan)
     if plan.gpu_memory_bytes.total > 0 and loader.device.type == "cpu":
         reason = "the plan is for a machine without CUDA" if plan.device == "host" else "no CUDA device here"
@@ -174,10 +185,10 @@ def run_bench(flags: argparse.Namespace, model, options, load_s: float, stderr: 
         result, spans = bench(model, flags.prompt_tokens or plan.workload.prompt_tokens, options.max_new_tokens, options.num_beams)
     stderr.print(figures(plan, result.measured))
     stderr.print(parts(plan, result))
-    if flags.json:
+    if flags.json is not None:
         write_whole(flags.json, as_json(result, plan, load_s, shlex.join(["fiddler-run", *sys.argv[1:]])))
         print(flags.json)
-    if flags.trace:
+    if flags.trace is not None:
         write_trace(spans, flags.trace)
         print(flags.trace)
 

@@ -9,6 +9,7 @@ the device once, for the router's result; then CPU, link and device work at the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -95,15 +96,20 @@ class LayerDispatch:
 
     def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [tokens, hidden], top_k_index [tokens, k] and top_k_weights [tokens, k] on the device: [tokens, hidden]."""
-        run, timeline = self.executors, self.executors.timeline
-        timeline.end("GPU", "dense")
+        if len(hidden_states) == 0:
+            return torch.zeros_like(hidden_states)
+        with torch.cuda.device(hidden_states.device) if hidden_states.is_cuda else nullcontext():
+            return self._run(hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.float().contiguous())
+
+    def _run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        executors, timeline = self.executors, self.executors.timeline
+        timeline.end("GPU", "dense")  # what lies between two layers' experts
         timeline.enter(self.layer)
         timeline.begin("host", "wait for the router")
-        top_k_weights = top_k_weights.float()
-        host_states, index, weights = run.receive(hidden_states, top_k_index, top_k_weights)
+        host_states, index, weights = executors.receive(hidden_states, top_k_index, top_k_weights)
         timeline.end("host", "wait for the router")
         order, groups = expert_groups(index.numpy(), weights.numpy(), len(self.experts))
-        output = run.run(self._split(groups), order, host_states, hidden_states, top_k_index, top_k_weights)
+        output = executors.run(self._split(groups), order, host_states, hidden_states, top_k_index, top_k_weights)
         timeline.begin("GPU", "dense")
         return output
 

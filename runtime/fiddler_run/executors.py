@@ -4,12 +4,14 @@ Calls of few tokens, as in decode, go to GPU kernels that read resident blocks f
 where they lie; those of many tokens, as in prefill, to matrix products over blocks that are copied into a staging ring.
 """
 
+import logging
 from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 from fiddler_run.dispatch import ExpertCall, Traffic
+from fiddler_run.errors import FiddlerError
 from fiddler_run.kernels.cpu import CpuCall, cpu_experts
 from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.timeline import Timeline
@@ -31,23 +33,19 @@ class Executors:
             device: where resident blocks are.
         """
         on_gpu = device.type == "cuda"
-        self.device, self._hidden, self._block_neurons = device, hidden, block_neurons
+        self.device, self._dtype, self._block_neurons = device, dtype, block_neurons
         self._block_bytes = 3 * block_neurons * hidden * dtype.itemsize
         self.cpu = cpu_experts(threads, SPIN_US if on_gpu else SPIN_BESIDE_PYTORCH_US, dtype, hidden, block_neurons)
         self.ring = StagingRing(slots, 3 * block_neurons * hidden, dtype, device) if slots else None
         self.mailbox, self.timeline, self.traffic = Mailbox(device), Timeline(device), Traffic()
-        self.kernels = None
-        if on_gpu and find_spec("triton"):  # comes with PyTorch for CUDA on Linux
-            from fiddler_run.kernels import gpu
-
-            self.kernels = gpu if gpu.supports(dtype, hidden, block_neurons) else None
+        self.kernels = _gpu_kernels(dtype, hidden, block_neurons) if on_gpu else None
         # Without a GPU the CPU stands in for it, one step after the other.
         self._apply = apply_blocks if on_gpu else self.cpu.apply
-        self._jobs = 0  # of the CPU
+        self._jobs, self._job_under_way = 0, False  # of the CPU
 
     def receive(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """The device's tensors in host memory, until the next call; meanwhile the last layer's CPU job is finished."""
-        return self.mailbox.receive(*tensors, meanwhile=self._finish_cpu)
+        return self.mailbox.receive(*tensors, meanwhile=self.finish_cpu)
 
     def run(
         self,
@@ -65,8 +63,14 @@ class Executors:
             order: the layer's choices [tokens * k] sorted by expert.
             host_states: `hidden_states` in host memory.
         """
+        if hidden_states.dtype != self._dtype:
+            raise FiddlerError(
+                f"the model computes in {hidden_states.dtype}, but its experts are {self._dtype}; leave a loaded model's dtype"
+            )
         self._count(calls)
         cpu_output = self._start_cpu(calls, host_states)
+        if self.device.type == "cpu":  # one after the other
+            self.finish_cpu()
         most_tokens = max(len(call.rows) for call in calls)
         self.timeline.begin("host", "queue device work")
         if self.kernels and most_tokens <= self.kernels.MAX_TOKENS:
@@ -74,7 +78,7 @@ class Executors:
         else:
             output = self._stage(calls, hidden_states, top_k_index, top_k_weights)
             if cpu_output is not None:
-                self._finish_cpu()
+                self.finish_cpu()
                 output += cpu_output.to(self.device, non_blocking=True)
             output = output.to(hidden_states.dtype)
         self.timeline.end("host", "queue device work")
@@ -93,16 +97,23 @@ class Executors:
             return None
         output = self.mailbox.output(host_states.shape)
         self._jobs += 1
+        self._job_under_way = True
         self.timeline.begin("CPU", "blocks")
         self.cpu.submit(for_cpu, host_states, output, self.mailbox.finished, self._jobs)
         return output
 
-    def _finish_cpu(self) -> None:
-        """Takes part in the CPU's job until it is finished."""
-        self.timeline.begin("host", "help the CPU")
-        self.cpu.wait()
-        self.timeline.end("host", "help the CPU")
-        self.timeline.end("CPU", "blocks", self.cpu.finished_s())
+    def finish_cpu(self) -> None:
+        """Takes part in the CPU's job, if there is one, until it is finished."""
+        if self._job_under_way:
+            self.timeline.begin("host", "help the CPU")
+            self.cpu.wait()
+            self.timeline.end("host", "help the CPU")
+            self.timeline.end("CPU", "blocks", self.cpu.finished_s())
+            self._job_under_way = False
+
+    def __del__(self):
+        if getattr(self, "_job_under_way", False):
+            self.cpu.wait()  # the job holds views of the model's memory
 
     def _read_in_place(
         self,
@@ -116,7 +127,7 @@ class Executors:
         """The device itself waits for the CPU's result, so that Python can queue the next layer's dense part meanwhile."""
         results = None
         if any(call.on_device for call in calls):
-            lane = ("link", "blocks") if any(call.num_streamed for call in calls) else ("GPU", "resident")
+            lane = ("link", "in place") if any(call.num_streamed for call in calls) else ("GPU", "resident")
             table = self.mailbox.table(self.kernels.table_size(calls, order))
             num_blocks = self.kernels.fill_table(table.numpy(), calls, self._block_bytes, order)
             self.timeline.begin(*lane)
@@ -126,7 +137,7 @@ class Executors:
             )
             self.timeline.end(*lane)
         if cpu_output is not None and not self.cpu.finishes_alone:
-            self._finish_cpu()
+            self.finish_cpu()
         return self.kernels.add_up(results, cpu_output, self.mailbox.finished, self._jobs, hidden_states)
 
     def _stage(
@@ -160,3 +171,20 @@ class Executors:
         if call.expert.num_resident == 0:
             return torch.zeros_like(states, dtype=torch.float32)
         return self._apply(call.expert.resident, states)
+
+
+def _gpu_kernels(dtype: torch.dtype, hidden: int, block_neurons: int):
+    """The module of GPU kernels, if such blocks are for them and they can be compiled here; else None: the ring does it all."""
+    if not find_spec("triton"):  # comes with PyTorch for CUDA on Linux
+        return None
+    from fiddler_run.kernels import gpu
+
+    if not gpu.supports(dtype, hidden, block_neurons):
+        return None
+    try:
+        gpu.compile_all(dtype, hidden, block_neurons)
+    except Exception as error:  # Triton needs a C compiler and Python's headers at run time; it raises what it likes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        logging.getLogger("fiddler_run").warning("the GPU kernels cannot be compiled, decode will be slower (%s)", reason)
+        return None
+    return gpu

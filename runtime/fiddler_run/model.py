@@ -7,6 +7,7 @@ experts modules lose their parameters and hand each call to a `LayerDispatch`.
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.utils import logging as transformers_logging
 
-from fiddler_run.arena import TORCH_DTYPES, ExpertStore
+from fiddler_run.arena import LOADING_THREADS, TORCH_DTYPES, ExpertStore
 from fiddler_run.checkpoint import Checkpoint, DummyWeights, check_model
 from fiddler_run.dispatch import LayerDispatch, Traffic
 from fiddler_run.errors import FiddlerError
@@ -49,7 +50,7 @@ def _canonical_strides(_, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]
 class DispatchedMixtral(MixtralForCausalLM):
     """MixtralForCausalLM without expert parameters; `attach_experts` connects them.
 
-    `plan` is the plan it runs, `traffic` counts the blocks its calls needed.
+    `plan` is the plan it runs; `executors` compute its experts and count the blocks that calls needed.
     """
 
     _can_compile_fullgraph = False
@@ -112,7 +113,8 @@ def load_model(
         FiddlerError: the plan does not fit this model or this machine, or the checkpoint is incomplete.
     """
     loader = ModelLoader(plan, model, load_format)
-    return loader.load(), loader.tokenizer
+    tokenizer = loader.tokenizer
+    return loader.load(), tokenizer
 
 
 class ModelLoader:
@@ -134,22 +136,31 @@ class ModelLoader:
         else:
             config_file = model_folder(name, relative_to) / "config.json"
         check_model(plan, read_json(config_file), origin, config_file)
-        skeleton = _skeleton(config_file)
+        self._folder, self._skeleton = config_file.parent, _skeleton(config_file)
         if load_format == "dummy":
             self.weights = DummyWeights(plan.model, self.dtype)
-            self.tokenizer = load_tokenizer(config_file.parent) if _has_tokenizer(config_file.parent) else None
         else:
-            self.weights = Checkpoint(config_file.parent, plan.model)
-            _check_dense(self.weights, skeleton, plan)
-            self.tokenizer = load_tokenizer(config_file.parent)
-        self._skeleton = skeleton
+            self.weights = Checkpoint(self._folder, plan.model)
+            _check_dense(self.weights, self._skeleton, plan)
         self.device = prepare_device(plan, origin)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The checkpoint's; for random weights None where there is none.
+
+        Raises:
+            FiddlerError: the checkpoint has none that transformers can load.
+        """
+        if isinstance(self.weights, DummyWeights) and not any(self._folder.glob("tokenizer*")):
+            return None
+        return load_tokenizer(self._folder)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of experts to place."""
         return self.plan.gpu_memory_bytes.experts + self.plan.host_memory_bytes.experts
 
+    @torch.inference_mode(False)  # what is made in that mode cannot be written to outside of it
     def load(self, on_bytes: Callable[[int], None] = lambda count: None) -> DispatchedMixtral:
         """Places every weight; calls `on_bytes` with the bytes of experts placed since its last call."""
         if isinstance(self.weights, Checkpoint):
@@ -221,10 +232,11 @@ def prepare_device(plan: Plan, origin: str = "plan") -> torch.device:
         )
     torch.set_num_threads(plan.cpu_threads)
     gpu = plan.gpu_memory_bytes
+    reading = LOADING_THREADS * plan.model.expert_bytes(plan.block_neurons)
     if plan.device == "host" or gpu.total == 0 or not torch.cuda.is_available():
-        _check_host_memory(plan.host_memory_bytes.experts + gpu.experts, origin)
+        _check_host_memory(plan.host_memory_bytes.experts + gpu.experts, reading, origin)
         return torch.device("cpu")
-    _check_host_memory(plan.host_memory_bytes.experts, origin)
+    _check_host_memory(plan.host_memory_bytes.experts, reading, origin)
     device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -238,12 +250,13 @@ def prepare_device(plan: Plan, origin: str = "plan") -> torch.device:
     return device
 
 
-def _check_host_memory(needed_bytes: int, origin: str) -> None:
+def _check_host_memory(expert_bytes: int, loading_bytes: int, origin: str) -> None:
     """Rather refused now than killed by the kernel half-way through the loading."""
     available = available_memory_bytes()
-    if needed_bytes > available:
+    if expert_bytes + loading_bytes > available:
         raise FiddlerError(
-            f"{origin}: its experts need {needed_bytes / 1e9:.2f} GB of host memory, but {available / 1e9:.2f} GB are available; "
+            f"{origin}: its experts need {expert_bytes / 1e9:.2f} GB of host memory, and loading them {loading_bytes / 1e9:.2f}, "
+            f"but {available / 1e9:.2f} GB are available; "
             "close other programs, add memory, or plan with more --gpu-mem"
         )
 
@@ -267,10 +280,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any(folder.glob("tokenizer*"))
 
 
 def _check_dense(checkpoint: Checkpoint, skeleton: DispatchedMixtral, plan: Plan) -> None:

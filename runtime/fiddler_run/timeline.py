@@ -55,13 +55,14 @@ class Timeline:
 
     def begin(self, lane: str, name: str) -> None:
         if self._marks is not None:
-            self._begun[lane, name] = self._now(lane)
+            self._begun[lane, name] = self._layer, self._call, self._now(lane)
 
     def end(self, lane: str, name: str, at_s: float | None = None) -> None:
         """Ends what was begun: now, or at `at_s` on the clock of `time.perf_counter`. What never began is left out."""
         if self._marks is not None and (lane, name) in self._begun:
             ended = self._now(lane) if at_s is None else at_s
-            self._marks.append((lane, name, self._layer, self._call, self._begun.pop((lane, name)), ended))
+            layer, call, begun = self._begun.pop((lane, name))
+            self._marks.append((lane, name, layer, call, begun, ended))
 
     def _now(self, lane: str) -> object:
         return self._event() if self._events and lane in ON_DEVICE else time.perf_counter()

@@ -13,7 +13,7 @@ class Mailbox:
     """Page-locked host memory through which activations go to the CPU and its results come back."""
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._buffers: dict[str, torch.Tensor] = {}
         self.finished = torch.zeros(1, dtype=torch.int64, pin_memory=self._on_gpu)  # number of the CPU's last finished job
 
@@ -25,7 +25,7 @@ class Mailbox:
         received = [self._buffer(str(number), tensor.shape, tensor.dtype) for number, tensor in enumerate(tensors)]
         for host, tensor in zip(received, tensors, strict=True):
             host.copy_(tensor, non_blocking=True)
-        arrived = torch.cuda.current_stream().record_event()
+        arrived = torch.cuda.current_stream(self._device).record_event()
         meanwhile()
         arrived.synchronize()
         return received
@@ -74,9 +74,11 @@ class StagingRing:
             slot, copied = under_way.popleft()
             if copied is not None:
                 torch.cuda.current_stream(self.slots.device).wait_event(copied)
-            yield self.slots[slot : slot + 1]
-            if copied is not None:
-                self._free[slot] = torch.cuda.current_stream(self.slots.device).record_event()
+            try:
+                yield self.slots[slot : slot + 1]
+            finally:  # also where nobody asks for more
+                if copied is not None:
+                    self._free[slot] = torch.cuda.current_stream(self.slots.device).record_event()
             under_way.extend(islice(copies, 1))
 
     def _copy(self, block: torch.Tensor, timeline: Timeline) -> tuple[int, torch.cuda.Event | None]:

@@ -30,7 +30,7 @@
 namespace {
 
 constexpr int UNIT_NEURONS = 16, UNIT_ROWS = 16;  // hidden and block_neurons must be multiples of twice that
-constexpr int TILE_TOKENS = 16;
+constexpr int TILE_TOKENS = 16;  // that tiles.h computes at once
 constexpr int SPINS = 2000;  // looks at a flag between two others, before a thread lets others of its core run
 
 float float_of(uint16_t bfloat16) { return std::bit_cast<float>(static_cast<uint32_t>(bfloat16) << 16); }
@@ -132,7 +132,6 @@ struct Weights {
 };
 inline void pack(float value, int i, float* to) { to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value; }
 #include "rows.h"
-constexpr Variant variant{sizeof(Packed), 0, [](const Job& job, const PackUnit& unit) { pack_state(job, unit.index); }, run_gate_up, run_down};
 }  // namespace portable
 
 #if defined(__x86_64__)
@@ -164,7 +163,6 @@ struct Weights {
 };
 inline void pack(float value, int i, float* to) { to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value; }
 #include "rows.h"
-constexpr Variant variant{sizeof(Packed), 0, [](const Job& job, const PackUnit& unit) { pack_state(job, unit.index); }, run_gate_up, run_down};
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -192,7 +190,6 @@ struct Weights {
 };
 inline void pack(float value, int i, float* to) { to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value; }
 #include "rows.h"
-constexpr Variant variant{sizeof(Packed), 0, [](const Job& job, const PackUnit& unit) { pack_state(job, unit.index); }, run_gate_up, run_down};
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -215,7 +212,6 @@ struct Weights {
 };
 inline void pack(float value, int i, uint16_t* to) { to[i] = bfloat16_of(value); }
 #include "rows.h"
-constexpr Variant variant{sizeof(Packed), 0, [](const Job& job, const PackUnit& unit) { pack_state(job, unit.index); }, run_gate_up, run_down};
 }  // namespace avx512bf16
 #pragma GCC pop_options
 
@@ -349,14 +345,17 @@ class Pool {
     void plan_states() {
         job_.pack_units.clear();
         size_t elements = 0;
-        bool tiled = true;
-        for (Call& call : job_.calls) tiled &= call.tiled = variant_.tiled_from_tokens && call.tokens >= variant_.tiled_from_tokens;
-        bool as_they_are = variant_.packed_bytes == sizeof(uint16_t) && !std::any_of(job_.calls.begin(), job_.calls.end(), [](auto& call) { return call.tiled; });
-        if (as_they_are) {
+        bool any_tiled = false, all_tiled = true;
+        for (Call& call : job_.calls) {
+            call.tiled = variant_.tiled_from_tokens && call.tokens >= variant_.tiled_from_tokens;
+            any_tiled |= call.tiled;
+            all_tiled &= call.tiled;
+        }
+        if (variant_.packed_bytes == sizeof(uint16_t) && !any_tiled) {
             job_.packed_states = const_cast<uint16_t*>(job_.states);
             return;
         }
-        if (!tiled) {
+        if (!all_tiled) {
             elements = static_cast<size_t>(job_.tokens) * job_.hidden;
             for (int token = 0; token < job_.tokens; ++token) job_.pack_units.push_back({-1, token});
         }

@@ -6,10 +6,12 @@ Both take a job (`submit`), let Python go on, and finish it in `wait`, where the
 import ctypes
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,9 @@ class CpuExperts:
 
     finishes_alone = False  # whether a job is finished without `wait`
 
+    def __init__(self):
+        self.lock = threading.RLock()  # several models, each in its own thread, may share one pool
+
     def submit(
         self,
         calls: Sequence[CpuCall],
@@ -65,8 +70,9 @@ class CpuExperts:
         """The sum of `blocks` [count, block_elements] applied to `states` [n, hidden]: [n, hidden] float32."""
         output = torch.empty(states.shape, dtype=torch.float32)
         everything = CpuCall(blocks, np.arange(len(states)), np.ones(len(states), dtype=np.float32))
-        self.submit([everything], states.contiguous(), output)
-        self.wait()
+        with self.lock:
+            self.submit([everything], states.contiguous(), output)
+            self.wait()
         return output
 
 
@@ -77,23 +83,31 @@ class CompiledExperts(CpuExperts):
     """
 
     def __init__(self, threads: int, spin_us: int = 20, variant: str | None = None):
+        super().__init__()
         self._library = library()
         self.variant = variant or supported_variants()[0]
+        if self.variant not in supported_variants():
+            raise ValueError(f"{self.variant}: not one of {', '.join(supported_variants())}, which this CPU has")
         self._pool = self._library.fiddler_pool_create(self.variant.encode(), threads, spin_us)
         self.finishes_alone = threads > 1
         self._job = None
 
     def submit(self, calls, states, output, finished=None, job=0):
         hidden = states.shape[1]
+        assert states.dtype == torch.bfloat16, states.dtype
+        assert states.is_contiguous()
         described = (_Call * len(calls))(*map(_describe, calls))
         block_neurons = calls[0].blocks.shape[1] // (3 * hidden) if calls else ALIGNMENT
         arguments = hidden, block_neurons, states.data_ptr(), len(states), described, len(calls), output.data_ptr()
-        self._library.fiddler_submit(self._pool, *arguments, None if finished is None else finished.data_ptr(), job)
-        self._job = calls, states, output, finished  # in use until the job is finished
+        with self.lock:
+            previous, self._job = self._job, (calls, states, output, finished)  # in use until the job is finished
+            self._library.fiddler_submit(self._pool, *arguments, None if finished is None else finished.data_ptr(), job)
+            del previous
 
     def wait(self):
-        self._library.fiddler_wait(self._pool)
-        self._job = None
+        with self.lock:
+            self._library.fiddler_wait(self._pool)
+            self._job = None
 
     def finished_s(self):
         return self._library.fiddler_finished_ns(self._pool) * 1e-9
@@ -111,6 +125,7 @@ class PyTorchExperts(CpuExperts):
     """PyTorch's own operations, for any dtype and size; the job runs in `wait`."""
 
     def __init__(self):
+        super().__init__()
         self._job = None
         self._finished_s = 0.0
 
@@ -141,7 +156,7 @@ def cpu_experts(threads: int, spin_us: int, dtype: torch.dtype, hidden: int, blo
     return PyTorchExperts()
 
 
-_pool = cache(CompiledExperts)  # one for all models of a process: their calls never overlap
+_pool = cache(CompiledExperts)  # shared by the models of a process that use as many threads
 
 
 @cache
@@ -158,10 +173,11 @@ def compiled() -> bool:
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernel, which the installation of this package builds where it finds a compiler."""
-    found = sorted(Path(__file__).parent.glob("_cpu*.so"))
-    if not found:
+    names = (Path(__file__).with_name("_cpu" + suffix) for suffix in EXTENSION_SUFFIXES)
+    found = next((path for path in names if path.exists()), None)
+    if found is None:
         return None
-    loaded = ctypes.CDLL(os.fspath(found[0]))
+    loaded = ctypes.CDLL(os.fspath(found))
     pointer, integer, text, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64
     loaded.fiddler_supports.argtypes = [text]
     loaded.fiddler_pool_create.argtypes, loaded.fiddler_pool_create.restype = [text, integer, integer], pointer

@@ -13,6 +13,7 @@ from fiddler_run.dispatch import ExpertCall
 
 MAX_TOKENS = 64  # of one expert
 TILE_NEURONS, TILE_ROWS, TILE_WIDTH = 32, 16, 128
+STAGES = {16: 4, 32: 3, 64: 2}  # loads under way; by tokens of a tile, so that 99 KB of shared memory suffice
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -48,6 +49,28 @@ def fill_table(table: np.ndarray, calls: list[ExpertCall], block_bytes: int, ord
     return len(addresses)
 
 
+def compile_all(dtype: torch.dtype, hidden: int, block_neurons: int) -> None:
+    """Compiles what few tokens with two experts each will need, in any placement; takes seconds the first time.
+
+    Later it would interrupt decode.
+
+    Raises:
+        Exception: of many types, where Triton does not work.
+    """
+    finished = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+    cpu_output = torch.zeros((1, hidden), pin_memory=True)
+    for tokens in STAGES:
+        states = torch.zeros((tokens, hidden), dtype=dtype, device="cuda")
+        block = torch.zeros((1, 3 * block_neurons * hidden), dtype=dtype, device="cuda")
+        weights = torch.zeros((tokens, 2), device="cuda")
+        table = torch.tensor([block.data_ptr(), 0, 0, 1, 0, tokens, *range(tokens)], device="cuda")
+        results = apply_calls(table, 1, 1, tokens, states, weights, block_neurons)
+        for on_cpu in (None, cpu_output):
+            add_up(results[:1], on_cpu, finished, 0, states[:1])
+    add_up(None, cpu_output, finished, 0, states[:1])
+    torch.cuda.synchronize()
+
+
 def apply_calls(
     table: torch.Tensor,
     num_blocks: int,
@@ -73,11 +96,11 @@ def apply_calls(
     if num_blocks:
         _gate_up[num_blocks * (block_neurons // TILE_NEURONS),](
             table, num_blocks, num_calls, hidden_states, products, **shape,
-            TILE=TILE_NEURONS, WIDTH=_width(hidden), num_warps=4, num_stages=4,
+            TILE=TILE_NEURONS, WIDTH=_width(hidden), num_warps=4, num_stages=STAGES[tile_tokens],
         )  # fmt: skip
     _down[hidden // TILE_ROWS, num_calls](
         table, num_blocks, num_calls, products, weights, results, **shape,
-        TILE=TILE_ROWS, WIDTH=_width(block_neurons), num_warps=4, num_stages=4,
+        TILE=TILE_ROWS, WIDTH=_width(block_neurons), num_warps=4, num_stages=STAGES[tile_tokens],
     )  # fmt: skip
     return results
 
@@ -95,8 +118,10 @@ def add_up(
     output = torch.empty_like(like)
     tokens, hidden = like.shape
     width = min(1024, hidden & -hidden)
+    if cpu_output is not None:
+        _wait[1,](finished, job)
     _add_up[tokens, hidden // width](
-        output if results is None else results, output if cpu_output is None else cpu_output, finished, job, output,
+        output if results is None else results, output if cpu_output is None else cpu_output, output,
         HIDDEN=hidden, WIDTH=width, CHOICES=0 if results is None else results.shape[1], ON_CPU=cpu_output is not None,
     )  # fmt: skip
     return output
@@ -168,8 +193,16 @@ def _down(
 
 
 @triton.jit(do_not_specialize=["job"])
+def _wait(finished, job):
+    """Until `finished` is `job`; a kernel of its own, so that one program looks, and what follows reads memory anew."""
+    last = tl.load(finished, volatile=True)
+    while last < job:
+        last = tl.load(finished, volatile=True)
+
+
+@triton.jit
 def _add_up(
-    results, cpu_output, finished, job, output,
+    results, cpu_output, output,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, ON_CPU: tl.constexpr,
 ):  # fmt: skip
     """output[token, column] = sum of its choices' results and of the CPU's, for WIDTH columns of one token."""
@@ -179,9 +212,5 @@ def _add_up(
     for choice in tl.static_range(CHOICES):
         total += tl.load(results + (token * CHOICES + choice) * HIDDEN + column)
     if ON_CPU:
-        last = tl.load(finished, volatile=True)
-        while last < job:
-            last = tl.load(finished, volatile=True)
-        tl.debug_barrier()
         total += tl.load(cpu_output + token * HIDDEN + column, volatile=True)
     tl.store(output + token * HIDDEN + column, total.to(output.dtype.element_ty))

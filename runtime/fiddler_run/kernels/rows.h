@@ -135,3 +135,7 @@ void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
             return g < groups ? Ahead{rows(unit, g), weights} : next && g < 2 * groups ? Ahead{rows(*next, g - groups), weights} : Ahead{};
         });
 }
+
+constexpr Variant variant{
+    sizeof(Packed), 0, [](const Job& job, const PackUnit& unit) { pack_state(job, unit.index); }, run_gate_up, run_down,
+};

@@ -3,7 +3,8 @@
 // The weights are a product's left matrix, read as they lie. The right one must hold pairs of consecutive values of each token
 // side by side: states and products are kept as groups of 16 tokens, [width / 2][16 tokens][2].
 
-constexpr int TOKENS = 16, STEP = 32;  // of one group; weights of a row that one instruction consumes
+constexpr int TOKENS = TILE_TOKENS, STEP = 32;  // of one group; weights of a row that one instruction consumes
+static_assert(UNIT_NEURONS == 16 && UNIT_ROWS == 16 && TOKENS == 16, "a unit is one tile");
 
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -41,7 +42,7 @@ void pack_group(const Job& job, const Call& call, int group) {
 
 template <int GROUPS>
 void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* next, const Call& call, int group) {
-    const size_t width = job.hidden, up = width * job.block_neurons;
+    const size_t width = job.hidden, to_up = width * job.block_neurons;
     const uint16_t* gate_rows = unit.block + unit.first_neuron * width;
     const uint16_t* next_rows = next ? next->block + next->first_neuron * width : gate_rows;
     const uint16_t* x = static_cast<const uint16_t*>(job.packed_states) + call.first_state + group * TOKENS * width;
@@ -51,9 +52,9 @@ void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* ne
     _tile_zero(2);
     _tile_zero(3);
     for (int i = 0; i < job.hidden; i += STEP) {
-        ask(next_rows, next_rows + up, UNIT_NEURONS * width * 2, group / 2 * steps + i / STEP, passes * steps);
+        ask(next_rows, next_rows + to_up, UNIT_NEURONS * width * 2, group / 2 * steps + i / STEP, passes * steps);
         _tile_loadd(4, gate_rows + i, width * 2);
-        _tile_loadd(5, gate_rows + up + i, width * 2);
+        _tile_loadd(5, gate_rows + to_up + i, width * 2);
         _tile_loadd(6, x + i * TOKENS, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
@@ -63,19 +64,19 @@ void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* ne
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    float gate[2][UNIT_NEURONS][TOKENS], ups[2][UNIT_NEURONS][TOKENS];
+    float gate[2][UNIT_NEURONS][TOKENS], up[2][UNIT_NEURONS][TOKENS];
     _tile_stored(0, gate[0], 64);
-    _tile_stored(1, ups[0], 64);
+    _tile_stored(1, up[0], 64);
     if constexpr (GROUPS == 2) {
         _tile_stored(2, gate[1], 64);
-        _tile_stored(3, ups[1], 64);
+        _tile_stored(3, up[1], 64);
     }
     for (int g = 0; g < GROUPS; ++g) {
         uint16_t* products = static_cast<uint16_t*>(job.products) + call.first_product + (group + g) * TOKENS * call.neurons(job);
         for (int n = 0; n < UNIT_NEURONS; ++n) {
             size_t neuron = static_cast<size_t>(unit.index) * job.block_neurons + unit.first_neuron + n;
             for (int t = 0; t < TOKENS; ++t)
-                products[neuron / 2 * 2 * TOKENS + t * 2 + neuron % 2] = bfloat16_of(swiglu(gate[g][n][t], ups[g][n][t]));
+                products[neuron / 2 * 2 * TOKENS + t * 2 + neuron % 2] = bfloat16_of(swiglu(gate[g][n][t], up[g][n][t]));
         }
     }
 }

@@ -1,0 +1,132 @@
+"""How a layer divides its experts' blocks, and what becomes of memory and devices around it."""
+
+import gc
+import random
+import weakref
+
+import pytest
+import torch
+from conftest import DEMO, demo_shape, make_plan, random_plan
+
+from fiddler_run import load_model
+from fiddler_run.arena import Arena, ExpertStore
+from fiddler_run.bench import _covered_s, _layer_ms, _rates
+from fiddler_run.checkpoint import Checkpoint
+from fiddler_run.dispatch import LayerDispatch, Traffic, expert_groups
+from fiddler_run.errors import FiddlerError
+from fiddler_run.timeline import Span, Timeline
+
+CPU = torch.device("cpu")
+
+
+def split(share: float, absent: list[int], tokens: int, seed: int = 0):
+    blocks = [torch.empty(count, 6) for count in absent]
+    dispatch = LayerDispatch(0, [torch.empty(0, 6)] * len(absent), blocks, lambda _: share, None)
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.stack([torch.randperm(len(absent), generator=generator)[:2] for _ in range(tokens)])
+    _, groups = expert_groups(index.numpy(), torch.rand(tokens, 2).numpy(), len(absent))
+    return dispatch._split(groups)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.27, 0.5, 0.93, 1.0])
+def test_a_layer_streams_its_share_to_half_a_block(share):
+    rng = random.Random(1)
+    for seed in range(200):
+        calls = split(share, [rng.randint(0, 16) for _ in range(8)], rng.choice([1, 2, 9]), seed)
+        streamed, absent = sum(call.num_streamed for call in calls), sum(call.expert.num_absent for call in calls)
+        assert abs(streamed - share * absent) <= 0.5
+        assert all(0 <= call.num_streamed <= call.expert.num_absent for call in calls)
+
+
+def test_a_model_that_goes_gives_its_memory_back():
+    model, tokenizer = load_model(random_plan(demo_shape("bfloat16"), random.Random(2)), DEMO)
+    with torch.no_grad():
+        model(**tokenizer("Once", return_tensors="pt").to(model.device))
+    arena = weakref.ref(model.store._host_arena)
+    del model
+    gc.collect()
+    assert arena() is None
+
+
+def test_loading_can_be_interrupted():
+    plan = make_plan(demo_shape("bfloat16"), [[0] * 8] * 6)
+    checkpoint, read = Checkpoint(DEMO, plan.model), []
+
+    class Counting:
+        def expert(self, layer, expert):
+            read.append((layer, expert))
+            return checkpoint.expert(layer, expert)
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    store = ExpertStore(plan, CPU)
+    store._place = lambda weights, *where, place=store._place: (
+        torch.ones(300, 300) @ torch.ones(300, 300),
+        place(weights, *where),
+    )[1]
+    with pytest.raises(KeyboardInterrupt):
+        store.load(Counting(), interrupt)
+    assert len(read) < 48
+
+
+def test_a_converted_model_is_refused(device):
+    model, tokenizer = load_model(random_plan(demo_shape("bfloat16"), random.Random(3)), DEMO)
+    model.float()
+    with pytest.raises(FiddlerError, match=r"the model computes in torch.float32, but its experts are torch.bfloat16"):
+        model(**tokenizer("Once", return_tensors="pt").to(device))
+
+
+def test_strided_states_and_no_states(device):
+    model, _ = load_model(random_plan(demo_shape("bfloat16"), random.Random(4)), DEMO)
+    experts = model.experts_modules()[0]
+    states = torch.randn(128, 5, device=device).bfloat16().T
+    index, weights = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]], device=device).T, torch.rand(2, 5, device=device).T
+    plain = experts.dispatch(states.contiguous(), index.contiguous(), weights.contiguous())
+    assert torch.equal(experts.dispatch(states, index, weights), plain)
+    assert experts.dispatch(states[:0], index[:0], weights[:0]).shape == (0, 128)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loaded_in_inference_mode_it_runs_outside(dtype, device):
+    with torch.inference_mode():
+        model, tokenizer = load_model(make_plan(demo_shape(dtype), [[2] * 8] * 6, share={1: 0.5}), DEMO)
+    with torch.no_grad():
+        assert model(**tokenizer("Once", return_tensors="pt").to(device)).logits.isfinite().all()
+
+
+def test_without_huge_pages_there_is_still_memory(monkeypatch):
+    monkeypatch.setattr("fiddler_run.arena.mmap.MADV_HUGEPAGE", -1, raising=False)
+    assert Arena(2, 10, torch.float32, CPU).blocks.shape == (2, 10)
+
+
+def test_a_span_belongs_to_the_call_in_which_it_began():
+    timeline = Timeline(CPU)
+    timeline.start()
+    timeline.enter(4)
+    timeline.begin("CPU", "blocks")
+    timeline.enter(5)
+    timeline.end("CPU", "blocks")
+    (span,) = timeline.stop()
+    assert (span.layer, span.call) == (4, 0)
+
+
+def test_figures_of_hand_written_spans():
+    """Two layers of 10 s each: the router's result, experts for 6 s, the dense part for 3 s, nothing for 1 s."""
+    spans = []
+    for call, start in enumerate((0.0, 10.0, 20.0)):
+        spans += [
+            Span("host", "wait for the router", 0, call, start - 1, start),
+            Span("CPU", "blocks", 0, call, start, start + 6),
+            Span("link", "in place", 0, call, start + 1, start + 5),
+            Span("GPU", "dense", 0, call, start + 6, start + 9),
+        ]
+    parts = _layer_ms(spans)
+    assert parts == {"total": 1e4, "dense": 3e3, "resident": 0.0, "streamed": 0.0, "link": 4e3, "CPU": 6e3, "waiting": 1e3}
+    assert _rates(spans, Traffic(resident_blocks=9, streamed_blocks=24, cpu_blocks=36), block_bytes=10) == {
+        "link": 24 * 10 / 12,
+        "CPU": 36 * 10 / 18,
+        "absent": 60 * 10 / 18,
+    }
+    assert _covered_s(spans[1:3]) == 6.0
+    assert _covered_s([]) == 0.0
