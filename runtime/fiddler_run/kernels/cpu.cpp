@@ -299,8 +299,8 @@ class Pool {
     }
 
     // Starts a job; its arguments must stay until it is finished, when `*finished`, if there is one, becomes `number`.
-    void submit(int hidden, int block_neurons, const uint16_t* states, int tokens, const CallArguments* calls, int num_calls, float* output,
-                int64_t* finished, int64_t number) {
+    void submit(int hidden, int block_neurons, const uint16_t* states, int tokens, const CallArguments* calls, int num_calls,
+                float* output, int64_t* finished, int64_t number) {
         wait();
         finished_ = finished, number_ = number;
         job_.hidden = hidden, job_.block_neurons = block_neurons;
@@ -310,7 +310,8 @@ class Pool {
         plan_states();
         plan_blocks();
         kind_ = Kind::experts;
-        open({static_cast<int>(job_.pack_units.size()), static_cast<int>(job_.gate_up_units.size()), static_cast<int>(job_.down_units.size())});
+        auto count = [](const auto& units) { return static_cast<int>(units.size()); };
+        open({count(job_.pack_units), count(job_.gate_up_units), count(job_.down_units)});
     }
 
     // Reads `bytes` bytes with all threads, as fast as plain loads go: what the memory gives. Returns a checksum.
@@ -386,7 +387,9 @@ class Pool {
         job_.products = room(job_.product_buffer, products);
     }
 
-    static int padded(const Call& call) { return call.tiled ? (call.tokens + TILE_TOKENS - 1) / TILE_TOKENS * TILE_TOKENS : call.tokens; }
+    static int padded(const Call& call) {
+        return call.tiled ? (call.tokens + TILE_TOKENS - 1) / TILE_TOKENS * TILE_TOKENS : call.tokens;
+    }
 
     void* room(std::vector<char>& buffer, size_t elements) {
         size_t bytes = elements * variant_.packed_bytes + 64;
@@ -499,8 +502,8 @@ void* fiddler_pool_create(const char* variant, int threads, int spin_us) {
 
 void fiddler_pool_destroy(void* pool) { delete static_cast<Pool*>(pool); }
 
-void fiddler_submit(void* pool, int hidden, int block_neurons, const uint16_t* states, int tokens, const CallArguments* calls, int num_calls,
-                    float* output, int64_t* finished, int64_t number) {
+void fiddler_submit(void* pool, int hidden, int block_neurons, const uint16_t* states, int tokens, const CallArguments* calls,
+                    int num_calls, float* output, int64_t* finished, int64_t number) {
     static_cast<Pool*>(pool)->submit(hidden, block_neurons, states, tokens, calls, num_calls, output, finished, number);
 }
 

@@ -72,7 +72,8 @@ void pack_state(const Job& job, int token) {
 void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next) {
     const Call& call = job.calls[unit.call];
     size_t neurons = call.neurons(job);
-    Packed* products = static_cast<Packed*>(job.products) + call.first_product + static_cast<size_t>(unit.index) * job.block_neurons;
+    size_t first_product = call.first_product + static_cast<size_t>(unit.index) * job.block_neurons;
+    Packed* products = static_cast<Packed*>(job.products) + first_product;
     int groups = 2 * UNIT_NEURONS / ROWS, distance = std::max(1, AHEAD_BYTES / (ROWS * job.hidden * 2));
     // Group g of ROWS rows: gate and up in turn.
     auto rows = [&](const GateUpUnit& of, int g) {
@@ -81,7 +82,8 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     };
     auto ahead_of = [&](int g) {
         g += distance;
-        return g < groups ? Ahead{rows(unit, g), ROWS * job.hidden} : next && g < 2 * groups ? Ahead{rows(*next, g - groups), ROWS * job.hidden} : Ahead{};
+        if (g < groups) return Ahead{rows(unit, g), ROWS * job.hidden};
+        return next && g < 2 * groups ? Ahead{rows(*next, g - groups), ROWS * job.hidden} : Ahead{};
     };
     for (int g = 0; g < groups; g += 2) {
         Ahead beyond_gate = ahead_of(g), beyond_up = ahead_of(g + 1);
@@ -92,8 +94,10 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
             multiply(count, rows(unit, g), job.hidden, x, beyond_gate.part(part, parts), gate);
             multiply(count, rows(unit, g + 1), job.hidden, x, beyond_up.part(part, parts), up);
             for (int t = 0; t < count; ++t)
-                for (int row = 0; row < ROWS; ++row)
-                    pack(swiglu(gate[row][t], up[row][t]), unit.first_neuron + g / 2 * ROWS + row, products + (first + t) * neurons);
+                for (int row = 0; row < ROWS; ++row) {
+                    int neuron = unit.first_neuron + g / 2 * ROWS + row;
+                    pack(swiglu(gate[row][t], up[row][t]), neuron, products + (first + t) * neurons);
+                }
         });
     }
 }
@@ -103,7 +107,8 @@ template <class F>
 void run_down(const Job& job, const DownUnit& unit, const DownPiece& piece, F&& ahead_of) {
     const Call& call = job.calls[piece.call];
     size_t neurons = call.neurons(job);
-    const Packed* products = static_cast<const Packed*>(job.products) + call.first_product + static_cast<size_t>(piece.index) * job.block_neurons;
+    size_t first_product = call.first_product + static_cast<size_t>(piece.index) * job.block_neurons;
+    const Packed* products = static_cast<const Packed*>(job.products) + first_product;
     for (int g = 0; g < UNIT_ROWS / ROWS; ++g) {
         Ahead ahead = ahead_of(g);
         each_part(call.tokens, [&](int part, int parts, int first, int count) {
@@ -132,7 +137,8 @@ void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
         run_down(job, unit, job.down_pieces[i], [&](int g) {
             g += i * GROUPS + distance;
             int weights = ROWS * job.block_neurons;
-            return g < groups ? Ahead{rows(unit, g), weights} : next && g < 2 * groups ? Ahead{rows(*next, g - groups), weights} : Ahead{};
+            if (g < groups) return Ahead{rows(unit, g), weights};
+            return next && g < 2 * groups ? Ahead{rows(*next, g - groups), weights} : Ahead{};
         });
 }
 

@@ -28,7 +28,8 @@ inline void ask(const void* first, const void* second, size_t bytes, int step, i
 }
 
 void pack_group(const Job& job, const Call& call, int group) {
-    auto to = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(job.packed_states) + call.first_state + static_cast<size_t>(group) * TOKENS * job.hidden);
+    size_t first = call.first_state + static_cast<size_t>(group) * TOKENS * job.hidden;
+    auto to = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(job.packed_states) + first);
     for (int t = 0; t < TOKENS; ++t) {
         int token = group * TOKENS + t;
         auto from = token < call.tokens ? job.states + static_cast<size_t>(call.rows[token]) * job.hidden : nullptr;
@@ -93,7 +94,7 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
 // The unit's rows of all blocks of one call, whose pieces begin at `first`.
 template <int GROUPS>
 void down_groups(const Job& job, const DownUnit& unit, const Call& call, int first, int group) {
-    const size_t width = job.block_neurons;
+    const size_t width = job.block_neurons, half = UNIT_ROWS / 2 * width;
     const int pieces = static_cast<int>(job.down_pieces.size());
     const uint16_t* x = static_cast<const uint16_t*>(job.products) + call.first_product + group * TOKENS * call.neurons(job);
     _tile_zero(0);
@@ -102,7 +103,7 @@ void down_groups(const Job& job, const DownUnit& unit, const Call& call, int fir
         const uint16_t* rows = job.down_pieces[first + block].weights + unit.first_row * width;
         const uint16_t* ahead = job.down_pieces[std::min(pieces - 1, first + block + 2)].weights + unit.first_row * width;
         for (int i = 0; i < job.block_neurons; i += STEP, x += STEP * TOKENS) {
-            if (group == 0) ask(ahead, ahead + UNIT_ROWS / 2 * width, UNIT_ROWS / 2 * width * 2, i / STEP, job.block_neurons / STEP);
+            if (group == 0) ask(ahead, ahead + half, half * 2, i / STEP, job.block_neurons / STEP);
             _tile_loadd(4, rows + i, width * 2);
             _tile_loadd(6, x, 64);
             _tile_dpbf16ps(0, 4, 6);
