@@ -12,7 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from fiddler_opt.machine import MachineProfile
 from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
-from fiddler_opt.report import plan_notes, print_machine, print_plan, print_routing
+from fiddler_opt.report import plan_notes, print_file, print_machine, print_plan, print_routing
 from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.units import parse_bytes
 from fiddler_run.cli import byte_progress, exit_status, positive
@@ -37,6 +37,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="prompts to record routing on: one a line, or .jsonl (default: prompts.jsonl in the model's folder)",
     )
 
+    profile.add_argument(
+        "--only", choices=["machine", "routing"], help="do one half; routing then needs a machine profile that was made before"
+    )
+
     plan = commands.add_parser("plan", help="solve for the best placement within a GPU memory budget")
     plan.set_defaults(command=run_plan)
     _add_common(plan)
@@ -53,6 +57,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         plan.add_argument(
             f"--{key.replace('_', '-')}", type=positive, metavar="N", help=f"{words} to plan for (default: {default})"
         )
+
+    show = commands.add_parser("show", help="print a profile or a plan as tables")
+    show.set_defaults(command=run_show)
+    show.add_argument("file", help="a plan, a machine profile or a routing profile")
+    show.add_argument("--plot", metavar="FILE", help="draw it as well, into a .png, .svg or .pdf (needs the extra `plots`)")
     return parser.parse_args(arguments)
 
 
@@ -72,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_profile(flags: argparse.Namespace, console: Console) -> None:
     model = ModelSpec.load(flags.model)
     machine_path, routing_path, prompts_path = machine_file(flags), routing_file(flags, model), prompts_file(flags)
+    earlier = MachineProfile.load(machine_path) if flags.only == "routing" else None
     with console.status("importing torch and transformers"):
         from fiddler_opt.bench_machine import measure_machine
         from fiddler_opt.trace_routing import encode_prompts, read_prompts
@@ -87,18 +97,19 @@ def run_profile(flags: argparse.Namespace, console: Console) -> None:
     for path in (machine_path, routing_path):
         require_writable(path)
 
-    with console.status("timing") as status:
-        machine = measure_machine(model, command_line(), lambda step: status.update(f"timing {step}"))
-    print_machine(console, machine)
-    routing = record(flags, model, machine, encoded, str(prompts_path), console) if encoded else None
-    machine.save(machine_path)
-    print(machine_path)
-    if routing is None:
+    if earlier is None:
+        with console.status("timing") as status:
+            machine = measure_machine(model, command_line(), lambda step: status.update(f"timing {step}"))
+        print_machine(console, machine)
+        machine.save(machine_path)
+        print(machine_path, flush=True)
+    if encoded:
+        routing = record(flags, model, earlier or machine, encoded, str(prompts_path), console)
+        routing.save(routing_path)
+        print_routing(console, routing)
+        print(routing_path)
+    elif flags.only is None:
         console.print("note: no --prompts: routing was not recorded, plans will assume it is uniform", style="yellow")
-        return
-    routing.save(routing_path)
-    print_routing(console, routing)
-    print(routing_path)
 
 
 def record(flags, model: ModelSpec, machine: MachineProfile, encoded: list, origin: str, console: Console) -> RoutingProfile:
@@ -141,6 +152,18 @@ def run_plan(flags: argparse.Namespace, console: Console) -> None:
     print(output)
 
 
+def run_show(flags: argparse.Namespace, console: Console) -> None:
+    if flags.plot is not None:
+        require_writable(flags.plot)
+    tables = Console(highlight=False, soft_wrap=True, markup=False)  # on stdout: they are what was asked for
+    shown = print_file(tables, str(shipped_file(flags.file)))
+    if flags.plot is not None:
+        from fiddler_opt.plots import plot
+
+        plot(shown, flags.plot)
+        console.print(f"drawn: {flags.plot}")
+
+
 def plan_workload(flags: argparse.Namespace, model: ModelSpec) -> Workload:
     """The flags' workload. What is not given adapts to the model's context; what is given must fit."""
     given = {key: getattr(flags, key) for key in WORKLOAD if getattr(flags, key) is not None}
@@ -174,10 +197,23 @@ def routing_file(flags: argparse.Namespace, model: ModelSpec) -> Path:
 
 
 def prompts_file(flags: argparse.Namespace) -> Path | None:
+    """The prompts to record routing on, if it is to be recorded.
+
+    Raises:
+        FiddlerError: --only asks for what the other flags exclude.
+    """
+    if flags.only == "machine":
+        if flags.prompts:
+            raise FiddlerError("--only machine records no routing; leave --prompts out")
+        return None
     if flags.prompts:
         return Path(flags.prompts)
     beside_model = Path(flags.model) / "prompts.jsonl"
-    return beside_model if beside_model.is_file() else None
+    if beside_model.is_file():
+        return beside_model
+    if flags.only == "routing":
+        raise FiddlerError("--only routing needs --prompts FILE: there is no prompts.jsonl beside the model")
+    return None
 
 
 def provenance(machine_path: str, machine: MachineProfile, routing: str) -> dict[str, str]:

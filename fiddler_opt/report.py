@@ -1,12 +1,16 @@
 """Tables for the terminal."""
 
+import re
+
 from rich.console import Console
 from rich.table import Table
 
 from fiddler_opt.machine import MachineProfile
 from fiddler_opt.routing import RoutingProfile
 from fiddler_opt.units import format_bytes
+from fiddler_run.errors import FiddlerError
 from fiddler_run.plan import Plan
+from fiddler_run.yaml_file import read_text
 
 
 def print_machine(console: Console, machine: MachineProfile) -> None:
@@ -36,6 +40,41 @@ def print_routing(console: Console, routing: RoutingProfile) -> None:
         f"{recorded.num_prompts} prompts of {recorded.prompts}, {recorded.tokens} tokens; even routing would be {even:.0%} each"
     )
     console.print(table)
+
+
+def print_file(console: Console, path: str) -> Plan | MachineProfile | RoutingProfile:
+    """Prints any file that fiddler-opt writes, and returns what is in it.
+
+    Raises:
+        FiddlerError: it cannot be read, or is none of them.
+    """
+    text = read_text(path)
+    kinds = {"resident_blocks": Plan, "cpu_expert_us": MachineProfile, "activations": RoutingProfile}
+    kind = next((kind for key, kind in kinds.items() if re.search(rf"^{key}:", text, re.MULTILINE)), None)
+    if kind is None:
+        raise FiddlerError(f"{path}: neither a plan nor a profile; give a file that `fiddler-opt` wrote")
+    shown = kind.parse(text, path)
+    if isinstance(shown, Plan):
+        print_plan(console, shown, [])
+        print_placement(console, shown)
+    elif isinstance(shown, MachineProfile):
+        print_machine(console, shown)
+        made = shown.provenance
+        console.print(f"made on {made.created} by `{made.command}` ({made.software}; {shown.source})")
+    else:
+        print_routing(console, shown)
+        console.print(f"made on {shown.recorded.created} by `{shown.recorded.command}`")
+    return shown
+
+
+def print_placement(console: Console, plan: Plan) -> None:
+    table = _table("layer", *map(str, range(plan.model.num_experts)))
+    for layer, row in plan.resident_blocks.items():
+        table.add_row(str(layer), *(str(count) if count else "·" for count in row))
+    console.print(f"blocks in GPU memory by expert, of {plan.blocks_per_expert} each:")
+    console.print(table)
+    made = plan.provenance
+    console.print(f"made on {made.created} by `{made.command}`, from {made.machine} and {made.routing}")
 
 
 def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:

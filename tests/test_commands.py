@@ -81,6 +81,18 @@ def test_chain(demo):
         assert words in result.stderr
 
 
+def test_routing_alone(demo, tmp_path):
+    """It takes the machine profile that is there, and records the same."""
+    folder = shutil.copytree(demo / "profiles", tmp_path / "profiles")
+    machine, routing = folder / "local.machine.yaml", folder / "tiny-mixtral.routing.yaml"
+    before = machine.read_bytes(), yaml.safe_load(routing.read_text())["activations"]
+    routing.unlink()
+    result = run("fiddler-opt", "profile", "--model", DEMO, "--only", "routing", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["profiles/tiny-mixtral.routing.yaml"]
+    assert (machine.read_bytes(), yaml.safe_load(routing.read_text())["activations"]) == before
+
+
 def test_the_same_plan_from_the_same_profiles(demo):
     """Golden plan: the shipped one is what the shipped profiles give, but for when and where it was made."""
     made = demo / "again.yaml"
@@ -191,6 +203,9 @@ def test_damaged_machine_profiles(tmp_path, old, new, words):
         (["--prompts", "none.txt"], ["none.txt: cannot read"]),
         (["--profiles", "empty.txt"], ["empty.txt/local.machine.yaml: cannot write"]),
         (["--model", "./none"], ["none: no such folder"]),
+        (["--only", "machine", "--prompts", "p.txt"], ["--only machine records no routing"]),
+        (["--only", "routing"], ["profiles/local.machine.yaml: cannot read"]),
+        (["--only", "routing", "--model", "mistralai/Mixtral-8x7B-v0.1"], ["--only routing needs --prompts FILE"]),
     ],
     ids=" ".join,
 )
