@@ -22,7 +22,7 @@ from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES, Arena
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.executors import Executors
-from fiddler_run.model import available_memory_bytes
+from fiddler_run.load import available_memory_bytes
 
 WORKING_SET_BYTES = 16_000_000_000  # to meet memory as the runtime does, far from all caches
 PART_OF_AVAILABLE_MEMORY = 0.25

@@ -86,7 +86,7 @@ def run_profile(flags: argparse.Namespace, console: Console) -> None:
         from fiddler_opt.bench_machine import measure_machine
         from fiddler_opt.trace_routing import encode_prompts, read_prompts
         from fiddler_run.checkpoint import Checkpoint
-        from fiddler_run.model import load_tokenizer
+        from fiddler_run.load import load_tokenizer
 
     encoded = []
     if prompts_path:  # all that could be wrong with them is found before the minutes of timing
@@ -116,7 +116,7 @@ def record(flags, model: ModelSpec, machine: MachineProfile, encoded: list, orig
     """Runs the prompts through the model, on the CPU alone: a plan that fits every machine whose RAM holds the model."""
     from fiddler_opt.compiler import compile_plan
     from fiddler_opt.trace_routing import record_routing
-    from fiddler_run.model import ModelLoader
+    from fiddler_run.load import ModelLoader
 
     context = model.max_position_embeddings
     workload = Workload(prompt_tokens=context - 1, output_tokens=1, num_beams=1, max_seq_len=context)

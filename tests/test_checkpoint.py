@@ -13,7 +13,7 @@ from fiddler_run import load_model
 from fiddler_run.arena import ExpertStore
 from fiddler_run.checkpoint import DummyWeights
 from fiddler_run.errors import FiddlerError
-from fiddler_run.model import ModelLoader
+from fiddler_run.load import ModelLoader
 from fiddler_run.plan import HostMemory
 
 SHARDS = sorted(path.name for path in DEMO.glob("*.safetensors"))

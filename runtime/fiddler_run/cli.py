@@ -138,7 +138,7 @@ def run(flags: argparse.Namespace) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with stderr.status("importing torch and transformers"):
         from fiddler_run.generate import Options, check_length, encode_prompt, generate
-        from fiddler_run.model import ModelLoader
+        from fiddler_run.load import ModelLoader
 
     options = Options(
         max_new_tokens=flags.max_new_tokens or plan.workload.output_tokens,

@@ -1,0 +1,232 @@
+"""From a plan and a checkpoint to a model that runs: what can be found wrong is found before the long work begins."""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoTokenizer, MixtralConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from fiddler_run.arena import LOADING_THREADS, TORCH_DTYPES, ExpertStore
+from fiddler_run.checkpoint import Checkpoint, DummyWeights, check_model
+from fiddler_run.dispatch import Traffic
+from fiddler_run.errors import FiddlerError
+from fiddler_run.locate import model_config_file, model_folder, read_json, shipped_file
+from fiddler_run.model import DispatchedMixtral
+from fiddler_run.plan import Plan
+
+LoadFormat = Literal["safetensors", "dummy"]
+WARM_UP_TOKENS = (20, 40, 130)
+
+
+def load_model(
+    plan: Plan | str | Path, model: str | Path | None = None, load_format: LoadFormat = "safetensors"
+) -> tuple[DispatchedMixtral, PreTrainedTokenizerBase | None]:
+    """Loads a model and its tokenizer as a plan says.
+
+    The plan's GPU memory has room for prompts of `plan.prefill_chunk_tokens` at once; give longer ones to `generate()` with
+    `prefill_chunk_size=plan.prefill_chunk_tokens`.
+
+    Args:
+        plan: a plan, or its file; `plans/demo.yaml` is found wherever the package is installed.
+        model: the checkpoint's folder or Hugging Face id; None takes the plan's, relative to the plan's file.
+        load_format: `dummy` takes random weights for those of a checkpoint; nothing but the model's config.json is read, and
+            there may be no tokenizer.
+
+    Raises:
+        FiddlerError: the plan does not fit this model or this machine, or the checkpoint is incomplete.
+    """
+    loader = ModelLoader(plan, model, load_format)
+    tokenizer = loader.tokenizer
+    return loader.load(), tokenizer
+
+
+class ModelLoader:
+    """A plan and a checkpoint that were found to fit each other and this machine; `load()` does the long work.
+
+    Takes the arguments of `load_model` and raises what it raises.
+    """
+
+    def __init__(self, plan: Plan | str | Path, model: str | Path | None = None, load_format: LoadFormat = "safetensors"):
+        origin, relative_to = "plan", Path()
+        if not isinstance(plan, Plan):
+            path = shipped_file(plan)
+            origin, plan = str(path), Plan.load(path)
+            relative_to = path.resolve().parent if model is None else Path()
+        self.plan, self.dtype = plan, TORCH_DTYPES[plan.model.dtype]
+        name = plan.model.name if model is None else model
+        if load_format == "dummy":
+            config_file = model_config_file(name, relative_to)
+        else:
+            config_file = model_folder(name, relative_to) / "config.json"
+        check_model(plan, read_json(config_file), origin, config_file)
+        self._folder, self._skeleton = config_file.parent, _skeleton(config_file)
+        if load_format == "dummy":
+            self.weights = DummyWeights(plan.model, self.dtype)
+        else:
+            self.weights = Checkpoint(self._folder, plan.model)
+            _check_dense(self.weights, self._skeleton, plan)
+        self.device = prepare_device(plan, origin)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The checkpoint's; for random weights None where there is none.
+
+        Raises:
+            FiddlerError: the checkpoint has none that transformers can load.
+        """
+        if isinstance(self.weights, DummyWeights) and not any(self._folder.glob("tokenizer*")):
+            return None
+        return load_tokenizer(self._folder)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of experts to place."""
+        return self.plan.gpu_memory_bytes.experts + self.plan.host_memory_bytes.experts
+
+    @torch.inference_mode(False)  # what is made in that mode cannot be written to outside of it
+    def load(self, on_bytes: Callable[[int], None] = lambda count: None) -> DispatchedMixtral:
+        """Places every weight; calls `on_bytes` with the bytes of experts placed since its last call."""
+        if isinstance(self.weights, Checkpoint):
+            with _quiet_transformers():
+                model = DispatchedMixtral.from_pretrained(self.weights.folder, dtype=self.dtype).to(self.device)
+        else:
+            model = with_random_dense_weights(self._skeleton, self.dtype, self.device)
+        model = model.eval().requires_grad_(False)
+        store = ExpertStore(self.plan, self.device)
+        store.load(self.weights, on_bytes)
+        model.attach_experts(self.plan, store)
+        if self.device.type == "cuda":
+            _warm_up(model)
+        return model
+
+
+@torch.inference_mode()
+def _warm_up(model: DispatchedMixtral) -> None:
+    """Loads and compiles the GPU's kernels, which would otherwise delay the first token by half a second or more.
+
+    Equal tokens choose the same experts, so these prompts meet every variant that the number of an expert's tokens asks for.
+    """
+    for tokens in WARM_UP_TOKENS:
+        ids = torch.zeros((1, min(tokens, model.plan.workload.max_seq_len - 2)), dtype=torch.long, device=model.device)
+        mask = torch.ones_like(ids)
+        model.generate(ids, attention_mask=mask, min_new_tokens=2, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    model.executors.traffic = Traffic()
+
+
+def with_random_dense_weights(model: DispatchedMixtral, dtype: torch.dtype, device: torch.device) -> DispatchedMixtral:
+    """The same model, so far without data, with seeded random weights in all but its experts."""
+    model = model.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=model.config.initializer_range, generator=generator)
+    model.tie_weights()
+    rotary = model.model.rotary_emb  # its buffers are computed from the config, not loaded
+    with device:
+        model.model.rotary_emb = type(rotary)(config=model.config)
+    return model
+
+
+def _skeleton(config_file: Path) -> DispatchedMixtral:
+    """The model without data."""
+    try:
+        with torch.device("meta"), _quiet_transformers():
+            return DispatchedMixtral(MixtralConfig.from_json_file(config_file))
+    except Exception as error:  # whatever transformers finds wrong with a config.json, in whatever type
+        raise FiddlerError(f"{config_file}: transformers cannot use it: {' '.join(str(error).split())}") from None
+
+
+def prepare_device(plan: Plan, origin: str = "plan") -> torch.device:
+    """The device for the plan's GPU part, with the plan's thread count set and its GPU memory capped.
+
+    That is host memory, in which a plan's three ranges run the same way, where there is no CUDA device or the plan is for none.
+
+    Raises:
+        FiddlerError: the machine has fewer cores than the plan's threads, or less free memory of either kind than the plan needs.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if plan.cpu_threads > cores:
+        raise FiddlerError(
+            f"{origin}: cpu_threads is {plan.cpu_threads}, but {cores} cores are available here; "
+            "profile this machine with `fiddler-opt profile` and plan again"
+        )
+    torch.set_num_threads(plan.cpu_threads)
+    gpu = plan.gpu_memory_bytes
+    reading = LOADING_THREADS * plan.model.expert_bytes(plan.block_neurons)
+    if plan.device == "host" or gpu.total == 0 or not torch.cuda.is_available():
+        _check_host_memory(plan.host_memory_bytes.experts + gpu.experts, reading, origin)
+        return torch.device("cpu")
+    _check_host_memory(plan.host_memory_bytes.experts, reading, origin)
+    device = torch.device("cuda", torch.cuda.current_device())
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if gpu.total - gpu.reserve > free + cached:
+        name = torch.cuda.get_device_name(device)
+        raise FiddlerError(
+            f"{origin}: gpu_memory_bytes.total is {gpu.total / 1e9:.2f} GB, but {name} has {free / 1e9:.2f} GB free; "
+            "free GPU memory, or plan again with a smaller --gpu-mem"
+        )
+    torch.cuda.set_per_process_memory_fraction((gpu.total - gpu.reserve) / total, device)
+    return device
+
+
+def _check_host_memory(expert_bytes: int, loading_bytes: int, origin: str) -> None:
+    """Rather refused now than killed by the kernel half-way through the loading."""
+    available = available_memory_bytes()
+    if expert_bytes + loading_bytes > available:
+        raise FiddlerError(
+            f"{origin}: its experts need {expert_bytes / 1e9:.2f} GB of host memory, and loading them {loading_bytes / 1e9:.2f}, "
+            f"but {available / 1e9:.2f} GB are available; "
+            "close other programs, add memory, or plan with more --gpu-mem"
+        )
+
+
+def available_memory_bytes() -> int:
+    """Host memory that can be taken without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, padding on the left as generation needs.
+
+    Raises:
+        FiddlerError: the folder has none that transformers can load.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise FiddlerError(f"{folder}: no tokenizer ({str(error).splitlines()[0]}); download the checkpoint again") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _check_dense(checkpoint: Checkpoint, skeleton: DispatchedMixtral, plan: Plan) -> None:
+    """Whether all that transformers will load is there; it would only warn, or say so in forty lines."""
+    tied = {"lm_head.weight"} if skeleton.config.tie_word_embeddings else set()
+    for name, tensor in skeleton.state_dict().items():
+        if name not in tied:
+            checkpoint.check(name.replace(".mlp.", ".block_sparse_moe."), list(tensor.shape), plan.model.dtype)
+
+
+@contextmanager
+def _quiet_transformers():
+    """Without transformers' progress bars and warnings: what can go wrong has been checked."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
