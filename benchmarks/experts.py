@@ -12,7 +12,6 @@ Experts are visited in turn over more memory than caches hold. Figures are media
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import torch
 from fiddler_run.arena import Arena
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.executors import Executors
+from fiddler_run.host import num_cores
 from fiddler_run.kernels.cpu import CompiledExperts, supported_variants
 from fiddler_run.kernels.pytorch import apply_blocks, block_views
 
@@ -37,7 +37,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write all figures there")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=num_cores())
     parser.add_argument("--only", choices=["cpu", "pytorch", "numerics", "joint", "gpu"], nargs="+")
     flags = parser.parse_args()
     host = Arena(EXPERTS * BLOCKS, ELEMENTS, torch.bfloat16, torch.device("cpu"))

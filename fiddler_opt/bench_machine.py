@@ -4,13 +4,11 @@ Experts are visited in turn over more memory than the last-level cache holds, as
 """
 
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from datetime import date
 from itertools import cycle
-from pathlib import Path
 
 import torch
 
@@ -22,7 +20,7 @@ from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES, Arena
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.executors import Executors
-from fiddler_run.load import available_memory_bytes
+from fiddler_run.host import available_memory_bytes, cpu_name, num_cores
 
 WORKING_SET_BYTES = 16_000_000_000  # to meet memory as the runtime does, far from all caches
 PART_OF_AVAILABLE_MEMORY = 0.25
@@ -55,7 +53,7 @@ def measure_machine(model: ModelSpec, command: str, on_step: Callable[[str], Non
     return MachineProfile(
         version=1,
         source="measured",
-        cpu=Cpu(name=cpu_name(), cores=len(os.sched_getaffinity(0)), threads=threads),
+        cpu=Cpu(name=cpu_name(), cores=num_cores(), threads=threads),
         device=describe_device(bench.device),
         shape=MeasuredShape.of(model),
         h2d_bytes_per_s=h2d,
@@ -97,7 +95,7 @@ class Bench:
             self.resident = [on_gpu[number % len(on_gpu)] for number in range(self.num_experts)]
         else:
             self.resident = self.absent
-        self.use_threads(len(os.sched_getaffinity(0)))
+        self.use_threads(num_cores())
 
     def use_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -131,7 +129,7 @@ class Bench:
 
     def choose_threads(self) -> int:
         """The thread count with the fastest expert for one token, among one, half the cores and all: the fewest within 5 %."""
-        cores = len(os.sched_getaffinity(0))
+        cores = num_cores()
         times = {}
         for threads in sorted({1, max(1, cores // 2), cores}):
             self.use_threads(threads)
@@ -190,11 +188,3 @@ def context_bytes(device: torch.device) -> int:
         after, _ = torch.cuda.mem_get_info(device)
         other.stdin.close()
     return max(0, before - after - allocated)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -42,7 +42,7 @@ class Arena:
         return self.blocks[self._taken - count : self._taken]
 
     def pin(self) -> None:
-        """Page-locks an arena in host memory. Pages that have been written to are locked ten times faster than others.
+        """Page-locks an arena in host memory. Best once it has been filled, by several threads: that gives it its pages.
 
         Raises:
             FiddlerError: the system refuses.

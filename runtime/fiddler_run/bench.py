@@ -1,13 +1,10 @@
 """How fast a loaded model runs: speeds of whole generations, and in a further one what each layer's time goes into."""
 
 import json
-import os
-import platform
 import resource
 import time
 from dataclasses import asdict, dataclass
 from itertools import cycle
-from pathlib import Path
 
 import torch
 import transformers
@@ -15,6 +12,7 @@ import transformers
 from fiddler_run.dispatch import Traffic
 from fiddler_run.executors import Executors
 from fiddler_run.generate import Measured, Options, generate_ids
+from fiddler_run.host import cpu_name, num_cores
 from fiddler_run.kernels.cpu import CompiledExperts
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan
@@ -80,31 +78,16 @@ def bench(model: DispatchedMixtral, prompt_tokens: int, output_tokens: int, num_
 
 
 def as_json(result: BenchResult, plan: Plan, load_s: float, command: str) -> str:
-    cpu = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     machine = {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu_name(),
+        "cores": num_cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     about = {"command": command, "machine": machine, "plan": plan.provenance.model_dump(), "load_s": load_s}
-    return json.dumps(
-        {
-            **about,
-            "predicted": plan.predicted.model_dump(),
-            "profiled_bytes_per_s": plan.bytes_per_s.model_dump(),
-            **asdict(result),
-        },
-        indent=2,
-    )
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
+    expected = {"predicted": plan.predicted.model_dump(), "profiled_bytes_per_s": plan.bytes_per_s.model_dump()}
+    return json.dumps({**about, **expected, **asdict(result)}, indent=2)
 
 
 def _layer_ms(spans: list[Span]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -62,9 +63,7 @@ class Checkpoint:
     def __init__(self, folder: Path, shape: ModelShape):
         self.folder = folder
         self._file_of = _tensor_files(folder)
-        self._open = {path: _open_shard(path) for path in sorted(set(self._file_of.values()))}
-        self._held = {path: set(shard.keys()) for path, shard in self._open.items()}
-        self._data = {path: _ShardData(path) for path in self._open}
+        self._shards = {path: _Shard(path) for path in sorted(set(self._file_of.values()))}
         self._buffers = threading.local()
         row, column = [shape.intermediate_size, shape.hidden_size], [shape.hidden_size, shape.intermediate_size]
         for layer in range(shape.num_layers):
@@ -76,16 +75,15 @@ class Checkpoint:
         return tuple(self._read(EXPERT_TENSOR.format(layer=layer, expert=expert, matrix=matrix), matrix) for matrix in MATRICES)
 
     def _read(self, name: str, buffer: str) -> torch.Tensor:
-        path = self._file_of[name]
-        entry = self._open[path].get_slice(name)
+        shard = self._shards[self._file_of[name]]
+        stored = shard.tensors[name]
         target = getattr(self._buffers, buffer, None)
-        start, stop = self._data[path].place[name]
-        if target is None or len(target) < stop - start:
-            target = torch.empty(stop - start, dtype=torch.uint8)
+        if target is None or len(target) < stored.num_bytes:
+            target = torch.empty(stored.num_bytes, dtype=torch.uint8)
             setattr(self._buffers, buffer, target)
-        target = target[: stop - start]
-        self._data[path].read(start, target)
-        return target.view(STORED_DTYPES[entry.get_dtype()]).view(entry.get_shape())
+        target = target[: stored.num_bytes]
+        shard.read(stored.start, target)
+        return target.view(STORED_DTYPES[stored.dtype]).view(stored.shape)
 
     def check(self, name: str, shape: list[int], dtype: str) -> None:
         """Whether tensor `name` is there, of that shape, and fits `dtype` without loss.
@@ -94,13 +92,13 @@ class Checkpoint:
             FiddlerError: it is not.
         """
         path = self._file_of.get(name)
-        if path is None or name not in self._held[path]:
+        if path is None or name not in self._shards[path].tensors:
             raise FiddlerError(f"{path or self.folder}: tensor {name} is missing; download the checkpoint again")
-        entry = self._open[path].get_slice(name)
-        if entry.get_shape() != shape:
-            raise FiddlerError(f"{path}: tensor {name} has shape {entry.get_shape()}, by config.json it would be {shape}")
-        if entry.get_dtype() not in LOSSLESS[dtype]:
-            raise FiddlerError(f"{path}: tensor {name} is {entry.get_dtype()}, which the plan's {dtype} cannot hold without loss")
+        stored = self._shards[path].tensors[name]
+        if stored.shape != shape:
+            raise FiddlerError(f"{path}: tensor {name} has shape {stored.shape}, by config.json it would be {shape}")
+        if stored.dtype not in LOSSLESS[dtype]:
+            raise FiddlerError(f"{path}: tensor {name} is {stored.dtype}, which the plan's {dtype} cannot hold without loss")
 
 
 def check_model(plan: Plan, config: dict, origin: str, config_file: Path) -> None:
@@ -137,22 +135,41 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
                 raise FiddlerError(f"{path}: missing, though {index.name} names it; download the checkpoint again")
         return files
     if single.is_file():
-        return dict.fromkeys(_open_shard(single).keys(), single)
+        return dict.fromkeys(_Shard(single).tensors, single)
     raise FiddlerError(f"{folder}: holds neither {index.name} nor {single.name}; --model names a checkpoint in safetensors format")
 
 
-class _ShardData:
-    """Where a safetensors file's tensors lie in it: 8 bytes of header length, the header in JSON, then the data.
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a file: its dtype by safetensors' name, its shape, its first byte in the file and their number."""
 
-    `place[name]`: first byte of a tensor and the one after its last.
+    dtype: str
+    shape: list[int]
+    start: int
+    num_bytes: int
+
+
+class _Shard:
+    """A safetensors file: 8 bytes of header length, the header in JSON, then the data. `tensors`: what it holds, by name.
+
+    Raises:
+        FiddlerError: the file is damaged or cut off.
     """
 
     def __init__(self, path: Path):
+        try:
+            with safe_open(path, framework="pt"):  # checks all of the header against the file
+                pass
+        except (SafetensorError, OSError) as error:
+            raise FiddlerError(f"{path}: damaged or cut off ({error}); download it again") from None
         self._path, self._file = path, path.open("rb", buffering=0)
         length = int.from_bytes(self._file.read(8), "little")
         header = json.loads(self._file.read(length))
-        offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        self.place = {name: (8 + length + start, 8 + length + stop) for name, (start, stop) in offsets.items()}
+        header.pop("__metadata__", None)
+        self.tensors = {}
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            self.tensors[name] = _Stored(entry["dtype"], entry["shape"], 8 + length + start, stop - start)
 
     def read(self, start: int, target: torch.Tensor) -> None:
         """Fills `target` [n] uint8 with the bytes from `start` on."""
@@ -162,10 +179,3 @@ class _ShardData:
             if count == 0:
                 raise FiddlerError(f"{self._path}: cut off while it was read; download it again")
             done += count
-
-
-def _open_shard(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise FiddlerError(f"{path}: damaged or cut off ({error}); download it again") from None

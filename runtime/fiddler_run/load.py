@@ -1,6 +1,5 @@
 """From a plan and a checkpoint to a model that runs: what can be found wrong is found before the long work begins."""
 
-import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,6 +14,7 @@ from fiddler_run.arena import LOADING_THREADS, TORCH_DTYPES, ExpertStore
 from fiddler_run.checkpoint import Checkpoint, DummyWeights, check_model
 from fiddler_run.dispatch import Traffic
 from fiddler_run.errors import FiddlerError
+from fiddler_run.host import available_memory_bytes, num_cores
 from fiddler_run.locate import model_config_file, model_folder, read_json, shipped_file
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan
@@ -152,7 +152,7 @@ def prepare_device(plan: Plan, origin: str = "plan") -> torch.device:
     Raises:
         FiddlerError: the machine has fewer cores than the plan's threads, or less free memory of either kind than the plan needs.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     if plan.cpu_threads > cores:
         raise FiddlerError(
             f"{origin}: cpu_threads is {plan.cpu_threads}, but {cores} cores are available here; "
@@ -187,12 +187,6 @@ def _check_host_memory(expert_bytes: int, loading_bytes: int, origin: str) -> No
             f"but {available / 1e9:.2f} GB are available; "
             "close other programs, add memory, or plan with more --gpu-mem"
         )
-
-
-def available_memory_bytes() -> int:
-    """Host memory that can be taken without swapping."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

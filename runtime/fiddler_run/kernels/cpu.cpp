@@ -32,8 +32,7 @@ namespace {
 
 #include "job.h"
 
-// The compiler vectorises this one for whatever it builds for. Activations are stored as the other variants' are: in each
-// GROUP those of even index first, because a pair of bfloat16 weights becomes two floats by a shift and a mask.
+// The compiler vectorises this one for whatever it builds for.
 namespace portable {
 using Packed = float;
 constexpr int GROUP = 16, MAX_TOKENS = 2;
@@ -57,7 +56,6 @@ struct Weights {
         for (int i = 0; i < GROUP / 2; ++i) sum.lanes[i] += even[i] * x[i] + odd[i] * x[GROUP / 2 + i];
     }
 };
-inline void pack(float value, int i, float* to) { to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value; }
 #include "rows.h"
 }  // namespace portable
 
@@ -88,7 +86,6 @@ struct Weights {
         sum.lanes = _mm256_fmadd_ps(odd, _mm256_loadu_ps(x + 8), sum.lanes);
     }
 };
-inline void pack(float value, int i, float* to) { to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value; }
 #include "rows.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -115,7 +112,6 @@ struct Weights {
         sum.lanes = _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + 16), sum.lanes);
     }
 };
-inline void pack(float value, int i, float* to) { to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value; }
 #include "rows.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -125,11 +121,7 @@ inline void pack(float value, int i, float* to) { to[i / GROUP * GROUP + i % 2 *
 namespace avx512bf16 {
 using Packed = uint16_t;
 constexpr int GROUP = 32, MAX_TOKENS = 6;
-struct Sum {
-    __m512 lanes;
-    static Sum zero() { return {_mm512_setzero_ps()}; }
-    float total() const { return _mm512_reduce_add_ps(lanes); }
-};
+using avx512::Sum;
 struct Weights {
     __m512i pairs;
     static Weights load(const uint16_t* from) { return {_mm512_loadu_si512(from)}; }
@@ -137,7 +129,6 @@ struct Weights {
         sum.lanes = _mm512_dpbf16_ps(sum.lanes, (__m512bh)pairs, (__m512bh)_mm512_loadu_si512(x));
     }
 };
-inline void pack(float value, int i, uint16_t* to) { to[i] = bfloat16_of(value); }
 #include "rows.h"
 }  // namespace avx512bf16
 #pragma GCC pop_options

@@ -207,9 +207,5 @@ class _Call(ctypes.Structure):
 
 
 def _describe(call: CpuCall) -> _Call:
-    pointers = call.blocks.data_ptr(), _address(call.rows), _address(call.weights)
+    pointers = call.blocks.data_ptr(), call.rows.ctypes.data, call.weights.ctypes.data
     return _Call(*pointers, len(call.blocks), len(call.rows))
-
-
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]  # five times faster than array.ctypes.data

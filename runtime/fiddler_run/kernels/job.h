@@ -27,6 +27,7 @@ struct Call : CallArguments {
     size_t first_state, first_product;
 
     inline size_t neurons(const Job& job) const;
+    int groups() const { return (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }  // of TILE_TOKENS tokens, the last one padded
 };
 
 struct PackUnit {

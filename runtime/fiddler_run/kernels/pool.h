@@ -99,7 +99,7 @@ class Pool {
             Call& call = job_.calls[c];
             if (!call.tiled) continue;
             call.first_state = elements;
-            for (int group = 0; group < padded(call) / TILE_TOKENS; ++group) job_.pack_units.push_back({c, group});
+            for (int group = 0; group < call.groups(); ++group) job_.pack_units.push_back({c, group});
             elements += static_cast<size_t>(padded(call)) * job_.hidden;
         }
         job_.packed_states = room(job_.state_buffer, elements);
@@ -123,7 +123,7 @@ class Pool {
     }
 
     static int padded(const Call& call) {
-        return call.tiled ? (call.tokens + TILE_TOKENS - 1) / TILE_TOKENS * TILE_TOKENS : call.tokens;
+        return call.tiled ? call.groups() * TILE_TOKENS : call.tokens;
     }
 
     void* room(std::vector<char>& buffer, size_t elements) {

@@ -4,7 +4,6 @@
 //   MAX_TOKENS    tokens whose sums fit the registers together with those of ROWS rows
 //   Sum           partial sums of one row and token: zero(), total()
 //   Weights       GROUP weights: load(), and dot(sum, packed activations) which adds their products to a Sum
-//   pack(from, i, to)  stores activation i of a row where dot() expects it
 
 constexpr int ROWS = 4;           // rows of weights that share each load of an activation
 constexpr int AHEAD_BYTES = 32768;  // how far ahead of their use weights are asked from memory
@@ -21,6 +20,13 @@ struct Ahead {
         return {from + start, stop - start};
     }
 };
+
+// Group `g` of the `groups` of a unit's rows, or of the next unit's if the unit has no more. `rows(unit, g)`: where a group begins.
+template <class Unit, class Rows>
+inline Ahead ahead_of(int g, int groups, const Unit& unit, const Unit* next, Rows&& rows, int weights) {
+    if (g < groups) return {rows(unit, g), weights};
+    return next && g < 2 * groups ? Ahead{rows(*next, g - groups), weights} : Ahead{};
+}
 
 // ROWS consecutive rows of `weights` [., width] times `tokens` rows of activations.
 template <int TOKENS>
@@ -59,6 +65,13 @@ inline void each_part(int tokens, F&& f) {
     }
 }
 
+// Stores activation `i` of a row where dot() expects it. As floats, in each GROUP those of even index come first, because a pair of
+// bfloat16 weights becomes two floats by a shift and a mask.
+inline void pack(float value, int i, Packed* to) {
+    if constexpr (std::is_same_v<Packed, uint16_t>) to[i] = bfloat16_of(value);
+    else to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value;
+}
+
 inline const Packed* state(const Job& job, const Call& call, int token) {
     return static_cast<const Packed*>(job.packed_states) + static_cast<size_t>(call.rows[token]) * job.hidden;
 }
@@ -80,13 +93,9 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
         size_t row = of.first_neuron + static_cast<size_t>(g / 2) * ROWS + (g % 2 ? job.block_neurons : 0);
         return of.block + row * job.hidden;
     };
-    auto ahead_of = [&](int g) {
-        g += distance;
-        if (g < groups) return Ahead{rows(unit, g), ROWS * job.hidden};
-        return next && g < 2 * groups ? Ahead{rows(*next, g - groups), ROWS * job.hidden} : Ahead{};
-    };
+    auto beyond = [&](int g) { return ahead_of(g + distance, groups, unit, next, rows, ROWS * job.hidden); };
     for (int g = 0; g < groups; g += 2) {
-        Ahead beyond_gate = ahead_of(g), beyond_up = ahead_of(g + 1);
+        Ahead beyond_gate = beyond(g), beyond_up = beyond(g + 1);
         each_part(call.tokens, [&](int part, int parts, int first, int count) {
             const Packed* x[MAX_TOKENS];
             for (int t = 0; t < count; ++t) x[t] = state(job, call, first + t);
@@ -102,15 +111,15 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     }
 }
 
-// `piece`: of job.down_pieces, the unit's rows of one block. `ahead(g)`: weights that come after group g of its rows.
+// `piece`: of job.down_pieces, the unit's rows of one block. `beyond(g)`: weights that come after group g of its rows.
 template <class F>
-void run_down(const Job& job, const DownUnit& unit, const DownPiece& piece, F&& ahead_of) {
+void run_down(const Job& job, const DownUnit& unit, const DownPiece& piece, F&& beyond) {
     const Call& call = job.calls[piece.call];
     size_t neurons = call.neurons(job);
     size_t first_product = call.first_product + static_cast<size_t>(piece.index) * job.block_neurons;
     const Packed* products = static_cast<const Packed*>(job.products) + first_product;
     for (int g = 0; g < UNIT_ROWS / ROWS; ++g) {
-        Ahead ahead = ahead_of(g);
+        Ahead ahead = beyond(g);
         each_part(call.tokens, [&](int part, int parts, int first, int count) {
             const Packed* x[MAX_TOKENS];
             for (int t = 0; t < count; ++t) x[t] = products + (first + t) * neurons;
@@ -135,10 +144,7 @@ void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
     };
     for (int i = 0; i < pieces; ++i)
         run_down(job, unit, job.down_pieces[i], [&](int g) {
-            g += i * GROUPS + distance;
-            int weights = ROWS * job.block_neurons;
-            if (g < groups) return Ahead{rows(unit, g), weights};
-            return next && g < 2 * groups ? Ahead{rows(*next, g - groups), weights} : Ahead{};
+            return ahead_of(i * GROUPS + g + distance, groups, unit, next, rows, ROWS * job.block_neurons);
         });
 }
 

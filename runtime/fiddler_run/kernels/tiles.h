@@ -17,8 +17,6 @@ inline void configure() {
     _tile_loadconfig(&shapes);
 }
 
-inline int num_groups(const Call& call) { return (call.tokens + TOKENS - 1) / TOKENS; }
-
 // Asks for two stretches of `bytes` each, in `steps` equal parts.
 inline void ask(const void* first, const void* second, size_t bytes, int step, int steps) {
     for (size_t at = bytes * step / steps & ~size_t{63}; at < bytes * (step + 1) / steps; at += 64) {
@@ -47,7 +45,7 @@ void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* ne
     const uint16_t* gate_rows = unit.block + unit.first_neuron * width;
     const uint16_t* next_rows = next ? next->block + next->first_neuron * width : gate_rows;
     const uint16_t* x = static_cast<const uint16_t*>(job.packed_states) + call.first_state + group * TOKENS * width;
-    const int passes = (num_groups(call) + 1) / 2, steps = job.hidden / STEP;
+    const int passes = (call.groups() + 1) / 2, steps = job.hidden / STEP;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -85,7 +83,7 @@ void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* ne
 void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next) {
     const Call& call = job.calls[unit.call];
     configure();
-    for (int group = 0, groups = num_groups(call); group < groups; group += 2)
+    for (int group = 0, groups = call.groups(); group < groups; group += 2)
         if (group + 1 < groups) gate_up_groups<2>(job, unit, next, call, group);
         else gate_up_groups<1>(job, unit, next, call, group);
     _tile_release();
@@ -124,7 +122,7 @@ void down_groups(const Job& job, const DownUnit& unit, const Call& call, int fir
 
 void run_down(const Job& job, const DownUnit& unit, const Call& call, int first) {
     configure();
-    for (int group = 0, groups = num_groups(call); group < groups; group += 2)
+    for (int group = 0, groups = call.groups(); group < groups; group += 2)
         if (group + 1 < groups) down_groups<2>(job, unit, call, first, group);
         else down_groups<1>(job, unit, call, first, group);
     _tile_release();
