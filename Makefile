@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/fiddler-opt profile --model examples/tiny-mixtral --profiles $(DEMO_FOLDER)
+	$(BIN)/fiddler-opt profile --quick --force --model examples/tiny-mixtral --profiles $(DEMO_FOLDER)
 	$(BIN)/fiddler-opt plan --model examples/tiny-mixtral --profiles $(DEMO_FOLDER) --gpu-mem $(DEMO_GPU_MEM) \
 		--prompt-tokens 16 --output-tokens 112 --max-seq-len 512 -o $(DEMO_FOLDER)/plan.yaml
 	$(BIN)/fiddler-run --plan $(DEMO_FOLDER)/plan.yaml "Once upon a time"

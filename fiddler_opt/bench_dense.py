@@ -1,38 +1,73 @@
 """Times all of a model but its experts: attention, router and norms of a layer, and what a step costs outside the layers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import MixtralConfig
 
-from fiddler_opt.bench_timing import medians_us, positive_us
+from fiddler_opt.bench_timing import Stopwatch, Timing
 from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES
 from fiddler_run.model import DispatchedMixtral
 
-PREFILL_TOKENS = (16, 128, 512)
+LAYERS, STEPS, PROMPT = 5, 16, 16
+BUSY_S = 3e-3  # a layer's experts that keep the GPU busy: longer than Python needs to queue a layer
 
 
-@torch.inference_mode()
-def time_dense(model: ModelSpec, device: torch.device) -> tuple[dict[int, float], dict[int, float]]:
-    """Microseconds by tokens of one layer without its experts, and of a step outside the layers, through `generate()`.
+@dataclass(frozen=True)
+class DenseTimes:
+    """`layer`: one layer without experts. `device`: what it adds to experts that keep the device busy. `head`: a step's rest."""
 
-    Two models, of one layer and of more, whose experts return their input: the difference is the layers'. 1 token is a
-    decode step, more are a prompt.
-    """
-    more, steps, prompt = 5, 16, PREFILL_TOKENS[0]
-    models = [_model_without_experts(model, layers, device) for layers in (1, more)]
-    layer_us, head_us = {}, {}
-    for tokens in (1, *PREFILL_TOKENS):
-        if tokens == 1:
-            calls = [_generation(each, prompt, new) for each in models for new in (1, 1 + steps)]
-            times = medians_us(calls, device)
-            small, large = (times[1] - times[0]) / steps, (times[3] - times[2]) / steps
-        else:
-            small, large = medians_us([_generation(each, tokens, 1) for each in models], device)
-        layer_us[tokens] = positive_us((large - small) / (more - 1))
-        head_us[tokens] = positive_us(small - layer_us[tokens])
-    return layer_us, head_us
+    layer: Timing
+    device: Timing
+    head: Timing
+
+
+class DenseBench:
+    """Two models, of no layer and of some, without experts: what one takes longer than the other is the layers'."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device, stopwatch: Stopwatch):
+        self.device, self.stopwatch = device, stopwatch
+        self.models = [_model_without_experts(spec, layers, device) for layers in (0, LAYERS)]
+
+    @torch.inference_mode()
+    def time(self, tokens: int) -> DenseTimes:
+        """One pass with so many tokens, through `generate()`: a decode step for 1 token, else a prompt."""
+        head, whole = self._passes(tokens)
+        layer = (whole - head) / LAYERS
+        return DenseTimes(layer, self._behind_experts(tokens) if self.device.type == "cuda" else layer, head)
+
+    def _behind_experts(self, tokens: int) -> Timing:
+        """A layer's time with a busy device, less the time it was kept busy."""
+        cycles = round(BUSY_S * 1.5e9)  # the clock's rate need not be known: what it makes is timed
+
+        def busy(hidden_states, *_):
+            torch.cuda._sleep(cycles)
+            return hidden_states
+
+        self._set_experts(busy)
+        head, whole = self._passes(tokens)
+        self._set_experts(_nothing)
+        (asleep,) = self.stopwatch.time(lambda: [torch.cuda._sleep(cycles) for _ in range(LAYERS)])
+        return (whole - head - asleep) / LAYERS
+
+    def _passes(self, tokens: int) -> list[Timing]:
+        """One pass of the model of no layer, and of the other."""
+        if tokens > 1:
+            return self.stopwatch.time(*(_generation(each, tokens, 1) for each in self.models), calls_per_sample=1)
+        calls = [_generation(each, PROMPT, new) for each in self.models for new in (1, 1 + STEPS)]
+        times = self.stopwatch.time(*calls, calls_per_sample=1)
+        return [(times[1] - times[0]) / STEPS, (times[3] - times[2]) / STEPS]
+
+    def _set_experts(self, dispatch: Callable) -> None:
+        for model in self.models:
+            for experts in model.experts_modules():
+                experts.dispatch = dispatch
+
+
+def _nothing(hidden_states, *_):
+    return hidden_states
 
 
 def _model_without_experts(spec: ModelSpec, num_layers: int, device: torch.device) -> DispatchedMixtral:
@@ -43,7 +78,7 @@ def _model_without_experts(spec: ModelSpec, num_layers: int, device: torch.devic
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.uniform_(-0.02, 0.02)
     for experts in model.experts_modules():
-        experts.dispatch = lambda hidden_states, top_k_index, top_k_weights: hidden_states
+        experts.dispatch = _nothing
     return model
 
 

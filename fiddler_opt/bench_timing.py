@@ -1,38 +1,74 @@
-"""How a call is timed: warmed up, repeated, in turn with what it is compared with, and summed up by its median."""
+"""How a call is timed: warmed up, repeated until it is sure enough, in turn with what it is compared with; median and spread."""
 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-WARM_UP, REPETITIONS, SECONDS_PER_FIGURE = 2, 5, 0.3
+WARM_UP, REPETITIONS = 1, 5
+SURE = 0.01  # the median's standard error, as a part of it, at which repeating stops
+PATIENCE = 4  # times the usual seconds are spent on what stays noisy
 PAUSE_S = 3e-4  # before each call, as in a run where other work lies between two: threads that wait for work may fall asleep
+ROUND = 4  # calls to a sample: the same call is faster in some places of the memory than in others
 
 
-@torch.inference_mode()
-def medians_us(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Median microseconds of each call, the device's work included; at least REPETITIONS of each and SECONDS_PER_FIGURE.
+@dataclass(frozen=True)
+class Timing:
+    """`us`: the median of the samples, in microseconds. `spread`: how far their middle half lies from it, as a part of it."""
 
-    The calls take turns, so that a drift of the machine's speed meets all alike and differences between them hold.
-    """
-    samples, stop = [[] for _ in calls], time.perf_counter() + SECONDS_PER_FIGURE
-    while len(samples[0]) < WARM_UP + REPETITIONS or time.perf_counter() < stop:
-        for call, taken in zip(calls, samples, strict=True):
-            _synchronize(device)
-            time.sleep(PAUSE_S)
-            started = time.perf_counter()
-            call()
-            _synchronize(device)
-            taken.append((time.perf_counter() - started) * 1e6)
-    return [statistics.median(taken[WARM_UP:]) for taken in samples]
+    us: float
+    spread: float
+
+    def __sub__(self, other: "Timing") -> "Timing":
+        """A difference of two that were timed in turn; noise must not make it vanish or negative."""
+        us = max(0.1, self.us - other.us)
+        return Timing(us, max(self.us * self.spread, other.us * other.spread) / us)
+
+    def __truediv__(self, parts: float) -> "Timing":
+        return Timing(self.us / parts, self.spread)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+class Stopwatch:
+    """Times calls on a device, its work included, for about `seconds` a figure."""
+
+    def __init__(self, device: torch.device, seconds: float):
+        self._device, self._seconds = device, seconds
+
+    @torch.inference_mode()
+    def time(self, *calls: Callable[[], object], calls_per_sample: int = ROUND) -> list[Timing]:
+        """The calls take turns, so that a drift of the machine's speed meets all alike and differences between them hold."""
+        samples, started = [[] for _ in calls], time.perf_counter()
+        while not self._enough(samples, time.perf_counter() - started):
+            for call, taken in zip(calls, samples, strict=True):
+                taken.append(statistics.fmean(self._once(call) for _ in range(calls_per_sample)))
+        return [_summary(taken[WARM_UP:]) for taken in samples]
+
+    def _enough(self, samples: list[list[float]], elapsed_s: float) -> bool:
+        if len(samples[0]) < WARM_UP + REPETITIONS or elapsed_s < self._seconds:
+            return False
+        return elapsed_s > PATIENCE * self._seconds or all(_uncertainty(taken[WARM_UP:]) <= SURE for taken in samples)
+
+    def _once(self, call: Callable[[], object]) -> float:
+        self._synchronize()
+        time.sleep(PAUSE_S)
+        started = time.perf_counter()
+        call()
+        self._synchronize()
+        return (time.perf_counter() - started) * 1e6
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
 
-def positive_us(difference: float) -> float:
-    """A difference of two timings, to 0.1 us; noise must not make it vanish or negative."""
-    return max(0.1, round(difference, 1))
+def _summary(samples: list[float]) -> Timing:
+    median = statistics.median(samples)
+    lower, _, upper = statistics.quantiles(samples, n=4)
+    return Timing(median, max(median - lower, upper - median) / median)
+
+
+def _uncertainty(samples: list[float]) -> float:
+    """Standard error of the median as a part of it, were the samples normally distributed with such quartiles."""
+    return 1.86 * _summary(samples).spread / len(samples) ** 0.5

@@ -8,17 +8,16 @@ from datetime import date
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
 from fiddler_opt.machine import MachineProfile
 from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
 from fiddler_opt.report import plan_notes, print_file, print_machine, print_plan, print_routing
 from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.units import parse_bytes
-from fiddler_run.cli import byte_progress, exit_status, positive
+from fiddler_run.cli import exit_status, positive
 from fiddler_run.errors import FiddlerError
-from fiddler_run.locate import model_folder, name_in_plan, shipped_file
-from fiddler_run.plan import Workload
+from fiddler_run.locate import name_in_plan, shipped_file
+from fiddler_run.plan import Plan, Workload
 from fiddler_run.yaml_file import require_writable
 
 WORKLOAD = {"prompt_tokens": 512, "output_tokens": 128, "num_beams": 1, "max_seq_len": 4096}
@@ -33,13 +32,27 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     _add_common(profile)
     profile.add_argument(
         "--prompts",
+        nargs="+",
         metavar="FILE",
-        help="prompts to record routing on: one a line, or .jsonl (default: prompts.jsonl in the model's folder)",
+        help="sets of prompts to record routing on: text files with one a line, .jsonl or .json files, folders of Hugging Face "
+        "datasets (default: prompts.jsonl in the model's folder)",
     )
-
     profile.add_argument(
-        "--only", choices=["machine", "routing"], help="do one half; routing then needs a machine profile that was made before"
+        "--output-tokens",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="tokens to generate after each prompt, to record decode (default: %(default)s)",
     )
+    profile.add_argument("--plan", metavar="FILE", help="run the prompts by this plan (default: on the CPU alone)")
+    profile.add_argument("--trace", metavar="FILE", help="write which experts each token chose as well, an .npz for numpy")
+    profile.add_argument(
+        "--only",
+        choices=["machine", "routing"],
+        help="do one half; routing then needs --plan, or a machine profile that was made before",
+    )
+    profile.add_argument("--quick", action="store_true", help="time fewer figures, for less long, in less memory")
+    profile.add_argument("--force", action="store_true", help="time this machine also while other programs use it")
 
     plan = commands.add_parser("plan", help="solve for the best placement within a GPU memory budget")
     plan.set_defaults(command=run_plan)
@@ -62,6 +75,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     show.set_defaults(command=run_show)
     show.add_argument("file", help="a plan, a machine profile or a routing profile")
     show.add_argument("--plot", metavar="FILE", help="draw it as well, into a .png, .svg or .pdf (needs the extra `plots`)")
+
+    doctor = commands.add_parser("doctor", help="say what limits this machine, and what to do about it")
+    doctor.set_defaults(command=run_doctor)
+    _add_common(doctor)
     return parser.parse_args(arguments)
 
 
@@ -79,55 +96,44 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_profile(flags: argparse.Namespace, console: Console) -> None:
+    from fiddler_opt.profiling import cpu_plan, profile_machine, profile_routing, routing_job
+
     model = ModelSpec.load(flags.model)
-    machine_path, routing_path, prompts_path = machine_file(flags), routing_file(flags, model), prompts_file(flags)
-    earlier = MachineProfile.load(machine_path) if flags.only == "routing" else None
-    with console.status("importing torch and transformers"):
-        from fiddler_opt.bench_machine import measure_machine
-        from fiddler_opt.trace_routing import encode_prompts, read_prompts
-        from fiddler_run.checkpoint import Checkpoint
-        from fiddler_run.load import load_tokenizer
+    machine_path, routing_path, prompts = machine_file(flags), routing_file(flags, model), prompts_files(flags)
+    runs_by = Plan.load(shipped_file(flags.plan)) if flags.plan else None
+    # All that could be wrong is found before the minutes of timing.
+    machine = MachineProfile.load(machine_path) if flags.only == "routing" and runs_by is None else None
+    for path in (machine_path, routing_path, flags.trace):
+        if path is not None:
+            require_writable(path)
+    context = min([model.max_position_embeddings, *([runs_by.workload.max_seq_len] if runs_by else [])])
+    job = routing_job(model, flags.model, prompts, flags.output_tokens, context) if prompts else None
 
-    encoded = []
-    if prompts_path:  # all that could be wrong with them is found before the minutes of timing
-        folder = model_folder(flags.model)
-        Checkpoint(folder, model.shape)
-        prompts = read_prompts(prompts_path)
-        encoded = encode_prompts(load_tokenizer(folder), prompts, model.max_position_embeddings, str(prompts_path))
-    for path in (machine_path, routing_path):
-        require_writable(path)
-
-    if earlier is None:
-        with console.status("timing") as status:
-            machine = measure_machine(model, command_line(), lambda step: status.update(f"timing {step}"))
+    if flags.only != "routing":
+        folder = Path(flags.model) if Path(flags.model).is_dir() else None
+        machine = profile_machine(model, machine_path, flags.quick, flags.force, folder, command_line(), console)
         print_machine(console, machine)
-        machine.save(machine_path)
         print(machine_path, flush=True)
-    if encoded:
-        routing = record(flags, model, earlier or machine, encoded, str(prompts_path), console)
-        routing.save(routing_path)
+    if job is not None:
+        plan = runs_by or cpu_plan(model, machine, context, provenance(str(machine_path), machine, "uniform (assumed)"))
+        trace = flags.trace and Path(flags.trace)
+        routing = profile_routing(job, flags.model, plan, routing_path, trace, command_line(), console)
         print_routing(console, routing)
         print(routing_path)
     elif flags.only is None:
         console.print("note: no --prompts: routing was not recorded, plans will assume it is uniform", style="yellow")
 
 
-def record(flags, model: ModelSpec, machine: MachineProfile, encoded: list, origin: str, console: Console) -> RoutingProfile:
-    """Runs the prompts through the model, on the CPU alone: a plan that fits every machine whose RAM holds the model."""
-    from fiddler_opt.compiler import compile_plan
-    from fiddler_opt.trace_routing import record_routing
-    from fiddler_run.load import ModelLoader
+def run_doctor(flags: argparse.Namespace, console: Console) -> None:
+    from fiddler_opt.doctor import examine, print_findings, stops
 
-    context = model.max_position_embeddings
-    workload = Workload(prompt_tokens=context - 1, output_tokens=1, num_beams=1, max_seq_len=context)
-    made = provenance(str(machine_file(flags)), machine, "uniform (assumed)")
-    loader = ModelLoader(compile_plan(model, machine, Routing.uniform(model), workload, 0, made), flags.model)
-    with byte_progress(console) as progress:
-        task = progress.add_task("loading experts", total=loader.total_bytes)
-        loaded = loader.load(lambda count: progress.advance(task, count))
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
-        task = progress.add_task("prompts", total=len(encoded))
-        return record_routing(loaded, model.shape, encoded, origin, command_line(), lambda: progress.advance(task))
+    path = machine_file(flags)
+    model, machine = ModelSpec.load(flags.model), MachineProfile.load(path) if path.is_file() else None
+    with console.status("looking at this machine"):
+        findings = examine(model, machine)
+    print_findings(Console(highlight=False, soft_wrap=True, markup=False), findings)
+    if stops(findings):
+        raise FiddlerError(f"{model.shape.name} cannot run here; what stops it is listed first")
 
 
 def run_plan(flags: argparse.Namespace, console: Console) -> None:
@@ -196,24 +202,24 @@ def routing_file(flags: argparse.Namespace, model: ModelSpec) -> Path:
     return Path(flags.profiles) / f"{model.short_name}.routing.yaml"
 
 
-def prompts_file(flags: argparse.Namespace) -> Path | None:
-    """The prompts to record routing on, if it is to be recorded.
+def prompts_files(flags: argparse.Namespace) -> list[Path]:
+    """The sets of prompts to record routing on; none if it is not to be recorded.
 
     Raises:
         FiddlerError: --only asks for what the other flags exclude.
     """
     if flags.only == "machine":
-        if flags.prompts:
-            raise FiddlerError("--only machine records no routing; leave --prompts out")
-        return None
+        if flags.prompts or flags.plan or flags.trace:
+            raise FiddlerError("--only machine records no routing; leave --prompts, --plan and --trace out")
+        return []
     if flags.prompts:
-        return Path(flags.prompts)
+        return [Path(name) for name in flags.prompts]
     beside_model = Path(flags.model) / "prompts.jsonl"
     if beside_model.is_file():
-        return beside_model
-    if flags.only == "routing":
-        raise FiddlerError("--only routing needs --prompts FILE: there is no prompts.jsonl beside the model")
-    return None
+        return [beside_model]
+    if flags.only == "routing" or flags.plan or flags.trace:
+        raise FiddlerError("recording routing needs --prompts FILE: there is no prompts.jsonl beside the model")
+    return []
 
 
 def provenance(machine_path: str, machine: MachineProfile, routing: str) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 For one layer and a number of tokens
 
-    time = dense + dispatch + E[ max( device(resident blocks), absent(absent blocks) ) ]
+    time = dense + dispatch + E[ max( device(resident blocks), absent(absent blocks), queueing ) ]
 
 where device() is the GPU's time for blocks in its memory and absent() is the measured time of CPU and link together for
-blocks that are not. Both are linear in blocks. Where the CPU stands in for the GPU the two cannot overlap: max becomes a sum.
+blocks that are not, both linear in blocks; dense is the GPU's time for the rest of the layer, and queueing what Python needs
+more than that to queue it, which goes on while experts are at work. Where the CPU stands in for the GPU nothing overlaps: max
+becomes a sum.
 The expectation runs over which experts the router chooses: exactly, by pairs, when one token chooses two experts; for more
 tokens the expected work of each expert stands in for its distribution.
 """
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from fiddler_opt.machine import MachineProfile, seconds_at
 from fiddler_opt.memory import prefill_chunk_tokens
 from fiddler_opt.model import ModelSpec
-from fiddler_opt.routing import Routing
+from fiddler_opt.routing import PhaseRouting, Routing
 from fiddler_run.plan import Workload
 
 Placement = list[list[int]]  # resident blocks by layer and expert
@@ -48,6 +50,7 @@ class CostModel:
     overlap: bool
     phases: list[Phase]
     fixed_s: dict[str, float]  # by phase: seconds of a step that no placement changes
+    queueing_s: dict[str, float]  # by phase: the least seconds of a layer's experts
     scenarios: dict[str, list[list[Scenario]]]  # by phase and layer
     called: list[list[float]]  # by layer and expert: probability that a decode step calls it
 
@@ -67,42 +70,51 @@ class CostModel:
         head_scale = model.head_bytes / timed.head_bytes
 
         def fixed(tokens: int) -> float:
-            layer = seconds_at(machine.dense_layer_us, tokens) * dense_scale + seconds_at(machine.dispatch_us, tokens)
+            layer = (dense(tokens) if overlap else queued(tokens)) + seconds_at(machine.dispatch_us, tokens)
             return shape.num_layers * layer + seconds_at(machine.head_us, tokens) * head_scale
+
+        def dense(tokens: int) -> float:
+            return seconds_at(machine.dense_device_us, tokens) * dense_scale
+
+        def queued(tokens: int) -> float:
+            return seconds_at(machine.dense_layer_us, tokens) * dense_scale
 
         def expert_times(tokens: float) -> tuple[float, float]:
             return (
                 seconds_at(machine.device_expert_us, tokens) * expert_scale,
-                seconds_at(machine.cpu_expert_us if cpu_alone else machine.absent_expert_us, tokens) * expert_scale,
+                seconds_at(machine.cpu_expert_us if cpu_alone else machine.best_absent_us, tokens) * expert_scale,
             )
 
+        overlap = machine.device.kind == "cuda" and not cpu_alone
         phases = workload_phases(workload)
         return cls(
             blocks_per_expert=shape.blocks_per_expert(model.block_neurons),
-            overlap=machine.device.kind == "cuda" and not cpu_alone,
+            overlap=overlap,
             phases=phases,
             fixed_s={phase.name: fixed(phase.tokens) for phase in phases},
+            queueing_s={phase.name: max(0.0, queued(phase.tokens) - dense(phase.tokens)) if overlap else 0.0 for phase in phases},
             scenarios={
                 phase.name: [
-                    layer_scenarios(routing, layer, phase.tokens, shape.num_experts_per_tok, expert_times)
+                    layer_scenarios(observed, layer, phase.tokens, shape.num_experts_per_tok, expert_times)
                     for layer in range(shape.num_layers)
                 ]
                 for phase in phases
+                for observed in [routing.decode if phase.name == "decode" else routing.prefill]
             },
-            called=[[chance_called(p, workload.num_beams) for p in row] for row in routing.expert],
+            called=[[chance_called(p, workload.num_beams) for p in row] for row in routing.decode.expert],
         )
 
-    def scenario_s(self, scenario: Scenario, resident: list[int]) -> float:
+    def scenario_s(self, scenario: Scenario, resident: list[int], queueing_s: float) -> float:
         """Seconds of one layer's experts in a scenario, for its row of resident blocks."""
         blocks = self.blocks_per_expert
         device = sum(seconds * resident[expert] / blocks for expert, seconds in scenario.device_s.items())
         absent = sum(seconds * (blocks - resident[expert]) / blocks for expert, seconds in scenario.absent_s.items())
-        return max(device, absent) if self.overlap else device + absent
+        return max(device, absent, queueing_s) if self.overlap else device + absent
 
     def step_s(self, phase: Phase, placement: Placement) -> float:
         """Expected seconds of one step of a phase."""
         experts = sum(
-            scenario.probability * self.scenario_s(scenario, row)
+            scenario.probability * self.scenario_s(scenario, row, self.queueing_s[phase.name])
             for scenarios, row in zip(self.scenarios[phase.name], placement, strict=True)
             for scenario in scenarios
         )
@@ -146,7 +158,7 @@ def chance_called(probability: float, tokens: int) -> float:
     return 1 - (1 - probability) ** tokens
 
 
-def layer_scenarios(routing: Routing, layer: int, tokens: int, top_k: int, expert_times) -> list[Scenario]:
+def layer_scenarios(routing: PhaseRouting, layer: int, tokens: int, top_k: int, expert_times) -> list[Scenario]:
     """What can happen in one layer; `expert_times(tokens)` gives an expert's seconds when resident and when absent."""
     if tokens == 1 and top_k <= 2:
         device, absent = expert_times(1)

@@ -7,7 +7,8 @@ Variables
 Minimise    sum over p, l, s of  steps(p) * probability(s) * t[p,l,s]                                        (objective)
 subject to  t[p,l,s] >= sum over e called in s of device_s(e) * r[l,e] / blocks                                       (A)
             t[p,l,s] >= sum over e called in s of absent_s(e) * (blocks - r[l,e]) / blocks                            (B)
-            sum over l, e of r[l,e] * block_bytes <= budget                                                           (C)
+            t[p,l,s] >= queueing(p)                                                                                       (C)
+            sum over l, e of r[l,e] * block_bytes <= budget                                                           (D)
 
 Where device and absent blocks cannot run at once, t is the sum of the two right sides and (A), (B) fall away.
 """
@@ -58,7 +59,9 @@ def place(cost: CostModel, block_bytes: int, budget_bytes: int, time_limit_s: fl
     status = {pulp.LpSolutionOptimal: "optimal", pulp.LpSolutionIntegerFeasible: "time limit"}.get(program.sol_status)
     if status is None or any(variable.varValue is None for row in r for variable in row):
         raise FiddlerError(f"the solver found no placement in {time_limit_s:.0f} s (status: {pulp.LpSolution[program.sol_status]})")
-    placement = fill_leftover(cost, [[round(variable.varValue) for variable in row] for row in r], budget_blocks)
+    solved = [[round(variable.varValue) for variable in row] for row in r]
+    popular = [[0] * num_experts for _ in range(num_layers)]  # filled, the most used experts: simplest where it is as good
+    placement = min((fill_leftover(cost, start, budget_blocks) for start in (popular, solved)), key=cost.total_s)
     fixed_s = sum(phase.steps * cost.fixed_s[phase.name] for phase in cost.phases)
     bound_ms = program.solverModel.getInfo().mip_dual_bound + program.objective.constant  # PuLP keeps the constant to itself
     objective_s = cost.total_s(placement)
@@ -94,14 +97,14 @@ def _program(cost: CostModel, steps: dict[Phase, int], budget_blocks: int, categ
                 weight = steps[phase] * scenario.probability
                 device, absent = _both_sides(scenario, r[layer], cost.blocks_per_expert)
                 if cost.overlap:
-                    t = pulp.LpVariable(f"t_{p}_{layer}_{s}", 0)
+                    t = pulp.LpVariable(f"t_{p}_{layer}_{s}", MS * cost.queueing_s[phase.name])  # (C)
                     program += t >= device  # (A)
                     program += t >= absent  # (B)
                     objective.append(weight * t)
                 else:
                     objective.append(weight * (device + absent))
     program += pulp.lpSum(objective)
-    program += pulp.lpSum(variable for row in r for variable in row) <= budget_blocks  # (C), in blocks
+    program += pulp.lpSum(variable for row in r for variable in row) <= budget_blocks  # (D), in blocks
     return program, r
 
 

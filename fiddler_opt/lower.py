@@ -19,13 +19,14 @@ def lower(
 ) -> Plan:
     resident = sum(map(sum, solution.placement)) * model.block_bytes
     return Plan(
-        version=1,
+        version=2,
         model=model.shape,
         workload=workload,
         gpu_memory_bytes=memory.model_copy(update={"experts": resident}),
         host_memory_bytes=HostMemory(experts=model.all_expert_bytes - resident),
         device=machine.device.kind,
         cpu_threads=machine.cpu.threads,
+        cpu_pinned=machine.cpu.pinned,
         prefill_chunk_tokens=prefill_chunk_tokens(workload),
         block_neurons=model.block_neurons,
         stream_share=without_repetition(machine.stream_share) if memory.staging else {1: 0.0},
@@ -61,5 +62,5 @@ def rates(machine: MachineProfile) -> Rates:
         resident=rate(machine.device_expert_us),
         link=machine.h2d_bytes_per_s,
         cpu=rate(machine.cpu_expert_us),
-        absent=rate(machine.absent_expert_us),
+        absent=rate(machine.best_absent_us),
     )

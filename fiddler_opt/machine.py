@@ -2,31 +2,66 @@
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from fiddler_opt.model import ModelSpec
-from fiddler_run.plan import Dtype, check_shares, interpolate
+from fiddler_run.plan import Dtype, interpolate
 from fiddler_run.yaml_file import Section, YamlFile
 
 Times = dict[PositiveInt, PositiveFloat]  # microseconds by number of tokens
+Share = float  # of an absent expert's blocks, sent over the link
 
 
 class Cpu(Section):
+    """`threads` and `pinned` are what served best; `threads_us` and `pinned_threads_us`: one expert, one token, by threads.
+
+    `cores` counts what the system lets a process use, SMT siblings included; `physical_cores` does not.
+    """
+
     name: str
     cores: PositiveInt
+    physical_cores: PositiveInt
+    kernel: str
     threads: PositiveInt
+    pinned: bool
+    threads_us: Times
+    pinned_threads_us: Times
+
+
+class Memory(Section):
+    """`timed_bytes`: experts lay in that much of the host's memory when they were timed. `memlock_bytes` is null if unlimited."""
+
+    available_bytes: PositiveInt
+    timed_bytes: NonNegativeInt
+    memlock_bytes: NonNegativeInt | None
 
 
 class Device(Section):
     """`cuda` is a GPU; `host` is the CPU standing in for one, where there is none: the same memory and the same cores.
 
-    `context_bytes` is what driver and libraries take of `memory_bytes` for one process that uses the GPU.
+    `context_bytes` is what driver and libraries take of `memory_bytes` for one process that uses the GPU; `free_bytes` was
+    free when the profile was made.
     """
 
     kind: Literal["cuda", "host"]
     name: str
     memory_bytes: NonNegativeInt
+    free_bytes: NonNegativeInt
     context_bytes: NonNegativeInt
+
+
+class Link(Section):
+    """Copies to (h2d) and from (d2h) the GPU; `pageable` memory is what nobody page-locked. null: the system does not tell.
+
+    `round_trip_us`: one token's activations to the host and back.
+    """
+
+    generation: PositiveInt | None
+    width: PositiveInt | None
+    h2d_bytes_per_s: PositiveFloat
+    h2d_pageable_bytes_per_s: PositiveFloat | None
+    d2h_bytes_per_s: PositiveFloat | None
+    round_trip_us: PositiveFloat | None
 
 
 class MeasuredShape(Section):
@@ -60,47 +95,73 @@ class Made(Section):
 
 
 class MachineProfile(YamlFile):
-    version: Literal[1]
+    version: Literal[2]
     source: Literal["measured", "data sheet"]
     cpu: Cpu
+    memory: Memory
     device: Device
+    link: Link | None
+    disk_bytes_per_s: PositiveFloat | None
     shape: MeasuredShape
-    h2d_bytes_per_s: PositiveFloat | None
-    cpu_expert_us: Times
+    absent_expert_us: dict[PositiveInt, dict[Share, PositiveFloat]]
     device_expert_us: Times
-    absent_expert_us: Times
-    stream_share: dict[PositiveInt, float]
     dispatch_us: Times
     dense_layer_us: Times
+    dense_device_us: Times
     head_us: Times
+    spread: dict[str, dict[PositiveInt, NonNegativeFloat]]
     provenance: Made
 
-    header: ClassVar[str] = "A machine's speed, as `fiddler-opt profile` writes it. Times are microseconds by number of tokens."
+    header: ClassVar[str] = (
+        "A machine's speed, as `fiddler-opt profile` writes it. Times are medians in microseconds, by number of tokens."
+    )
     key_comments: ClassVar[dict[str, str]] = {
-        "h2d_bytes_per_s": "copies from page-locked host memory to the GPU",
-        "cpu_expert_us": "one expert in host memory, computed by the CPU alone",
+        "link": "null: there is no GPU",
+        "disk_bytes_per_s": "reading the checkpoint; null: there was none to read",
+        "absent_expert_us": "one expert in host memory, by the share sent over the link: the CPU computes the rest meanwhile",
         "device_expert_us": "one expert in GPU memory",
-        "absent_expert_us": "one expert in host memory, by CPU and link together at the best share",
-        "stream_share": "that share: the part of the expert sent over the link",
         "dispatch_us": "one layer's dispatch besides its experts",
-        "dense_layer_us": "one layer without its experts",
+        "dense_layer_us": "one layer without its experts, until the next one may begin",
+        "dense_device_us": "the device's part of that: the rest is Python's, hidden while experts are at work",
         "head_us": "once a step: embedding, output head, choice of the token",
+        "spread": "how far the middle half of the samples lies from each median, as a part of it",
     }
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        for name in (
-            "cpu_expert_us",
-            "device_expert_us",
-            "absent_expert_us",
-            "dispatch_us",
-            "dense_layer_us",
-            "head_us",
-        ):
+        for name in ("absent_expert_us", "device_expert_us", "dispatch_us", "dense_layer_us", "dense_device_us", "head_us"):
             if 1 not in getattr(self, name):
                 raise ValueError(f"{name}: needs an entry for 1 token")
-        check_shares(self.stream_share)
+        for tokens, times in self.absent_expert_us.items():
+            for share in times:
+                if not 0 <= share <= 1:
+                    raise ValueError(f"absent_expert_us[{tokens}]: a share of {share} is not between 0 and 1")
+            if not times:
+                raise ValueError(f"absent_expert_us[{tokens}]: needs at least one share")
+        if 0.0 not in self.absent_expert_us[1]:
+            raise ValueError("absent_expert_us[1]: needs an entry for the share 0.0, the CPU alone")
+        if (self.device.kind == "cuda") != (self.link is not None):
+            raise ValueError(f"link: must {'be given' if self.link is None else 'be null'} for a device of kind {self.device.kind}")
         return self
+
+    @property
+    def cpu_expert_us(self) -> Times:
+        """One expert in host memory, by the CPU alone."""
+        return {tokens: times[0.0] for tokens, times in self.absent_expert_us.items() if 0.0 in times}
+
+    @property
+    def best_absent_us(self) -> Times:
+        """One expert in host memory, by CPU and link together at the best share."""
+        return {tokens: min(times.values()) for tokens, times in self.absent_expert_us.items()}
+
+    @property
+    def stream_share(self) -> dict[int, Share]:
+        """That share."""
+        return {tokens: min(times, key=times.get) for tokens, times in self.absent_expert_us.items()}
+
+    @property
+    def h2d_bytes_per_s(self) -> float | None:
+        return self.link and self.link.h2d_bytes_per_s
 
 
 def seconds_at(times: Times, tokens: float) -> float:

@@ -74,6 +74,11 @@ class ModelSpec:
         return max(32, -(-self.shape.intermediate_size // BLOCKS_PER_EXPERT // 32) * 32)
 
     @property
+    def block_elements(self) -> int:
+        """Weights of a block: gate rows, up rows and down columns of its neurons."""
+        return 3 * self.block_neurons * self.shape.hidden_size
+
+    @property
     def block_bytes(self) -> int:
         return self.shape.block_bytes(self.block_neurons)
 

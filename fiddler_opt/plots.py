@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fiddler_opt.machine import MachineProfile
+from fiddler_opt.report import merged_activations
 from fiddler_opt.routing import RoutingProfile
 from fiddler_opt.units import format_bytes
 from fiddler_run.errors import FiddlerError
@@ -34,10 +35,24 @@ def _plan(plan: Plan):
 
 
 def _routing(routing: RoutingProfile):
-    tokens = routing.recorded.tokens
-    rows = [[count / tokens for count in routing.activations[layer]] for layer in range(routing.model.num_layers)]
-    title = f"{routing.model.name}: how often a token chooses an expert ({tokens} tokens)"
-    return _heat_map(rows, title, "part of the tokens", max(map(max, rows)))
+    """Prefill and, where tokens were generated, decode, over all sets of prompts."""
+    from matplotlib.figure import Figure
+
+    phases = {}
+    for phase in ("prefill", "decode"):
+        tokens = sum(getattr(part, phase).tokens for part in routing.sets.values())
+        if tokens:
+            phases[f"{phase} ({tokens} tokens)"] = [[count / tokens for count in row] for row in merged_activations(routing, phase)]
+    most = max(max(row) for rows in phases.values() for row in rows)
+    experts, layers = routing.model.num_experts, routing.model.num_layers
+    size = len(phases) * max(4.0, 1.5 + 0.4 * experts) + 1, max(3.2, 1.7 + 0.17 * layers)
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases.items(), strict=True):
+        image = _draw_rows(axes, rows, most)
+        axes.set_title(title, fontsize="medium")
+    figure.colorbar(image, label="part of the tokens")
+    figure.suptitle(f"{routing.model.name}: how often a token chooses an expert", fontsize="medium")
+    return figure
 
 
 def _heat_map(rows: list[list[float]], title: str, unit: str, most: float):
@@ -46,11 +61,16 @@ def _heat_map(rows: list[list[float]], title: str, unit: str, most: float):
 
     figure = Figure(figsize=(max(5.0, 2.5 + 0.4 * len(rows[0])), max(3.0, 1.5 + 0.17 * len(rows))), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(rows, cmap="Blues", vmin=0, vmax=most, aspect="auto", interpolation="nearest")
-    axes.set(xlabel="expert", ylabel="layer", xticks=_ticks(len(rows[0])), yticks=_ticks(len(rows)))
+    image = _draw_rows(axes, rows, most)
     axes.set_title(title, fontsize="medium", wrap=True)
     figure.colorbar(image, label=unit)
     return figure
+
+
+def _draw_rows(axes, rows: list[list[float]], most: float):
+    image = axes.imshow(rows, cmap="Blues", vmin=0, vmax=most, aspect="auto", interpolation="nearest")
+    axes.set(xlabel="expert", ylabel="layer", xticks=_ticks(len(rows[0])), yticks=_ticks(len(rows)))
+    return image
 
 
 def _ticks(count: int) -> range:
@@ -58,31 +78,44 @@ def _ticks(count: int) -> range:
 
 
 def _machine(machine: MachineProfile):
-    """Left: time of one expert over tokens. Right, with a GPU: the share of an absent expert sent over the link."""
+    """Left: time of one expert over tokens. Right, with a GPU: the rate of an absent expert over the share sent over the link."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
     gpu = machine.device.kind == "cuda"
-    figure = Figure(figsize=(10 if gpu else 6, 4.5), layout="constrained")
-    times, *share = figure.subplots(1, 2) if gpu else [figure.subplots()]
+    figure = Figure(figsize=(11 if gpu else 6, 4.5), layout="constrained")
+    times, *rates = figure.subplots(1, 2) if gpu else [figure.subplots()]
     lines = {"CPU alone": machine.cpu_expert_us}
     if gpu:
-        lines |= {"CPU and link together": machine.absent_expert_us, "GPU": machine.device_expert_us}
+        link = {tokens: by_share[1.0] for tokens, by_share in machine.absent_expert_us.items() if 1.0 in by_share}
+        lines |= {"link alone": link, "CPU and link together": machine.best_absent_us, "GPU": machine.device_expert_us}
     for name, by_tokens in lines.items():
-        times.plot(list(by_tokens), [us / 1e3 for us in by_tokens.values()], marker="o", label=name)
-    times.set(yscale="log", ylabel="milliseconds")
+        times.plot(list(by_tokens), [us / 1e3 for us in by_tokens.values()], marker="o", markersize=4, label=name)
+    times.set(xscale="log", yscale="log", xlabel="tokens of the expert", ylabel="milliseconds")
+    times.set_xscale("log", base=2)
+    times.xaxis.set_major_formatter("{x:g}")
     times.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     times.yaxis.set_major_formatter("{x:g}")
     times.yaxis.set_minor_formatter(NullFormatter())
     times.set_title(f"one expert, {format_bytes(machine.shape.expert_bytes)}", fontsize="medium")
     times.legend()
-    for axes in share:
-        axes.plot(list(machine.stream_share), [100 * part for part in machine.stream_share.values()], marker="o")
-        axes.set(ylim=(0, 100), ylabel="%")
-        axes.set_title("of an absent expert, best sent over the link", fontsize="medium")
-    for axes in (times, *share):
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("tokens of the expert")
-    figure.suptitle(f"{machine.cpu.name}, {machine.cpu.threads} threads; {machine.device.name}", fontsize="medium")
+    for axes in rates:
+        _draw_shares(axes, machine)
+    pinned = ", pinned" if machine.cpu.pinned else ""
+    title = f"{machine.cpu.name}, {machine.cpu.threads} threads{pinned}; {machine.device.name}"
+    figure.suptitle(title, fontsize="medium")
     return figure
+
+
+def _draw_shares(axes, machine: MachineProfile) -> None:
+    """A line for each number of tokens, every other one where there are many; its best share marked."""
+    counts = [tokens for tokens, by_share in machine.absent_expert_us.items() if len(by_share) > 2]
+    for tokens in counts[:: 2 if len(counts) > 6 else 1]:
+        by_share = machine.absent_expert_us[tokens]
+        rates = {100 * share: machine.shape.expert_bytes / by_share[share] / 1e3 for share in sorted(by_share)}
+        (line,) = axes.plot(list(rates), list(rates.values()), marker=".", label=f"{tokens}")
+        best = max(rates, key=rates.get)
+        axes.plot([best], [rates[best]], marker="o", color=line.get_color())
+    axes.set(xlim=(-2, 102), ylim=(0, None), xlabel="% sent over the link, the CPU computes the rest", ylabel="GB/s")
+    axes.set_title("an expert in host memory, by tokens; dots: the best share", fontsize="medium")
+    axes.legend(title="tokens")

@@ -5,8 +5,8 @@ import re
 from rich.console import Console
 from rich.table import Table
 
-from fiddler_opt.machine import MachineProfile
-from fiddler_opt.routing import RoutingProfile
+from fiddler_opt.machine import Link, MachineProfile
+from fiddler_opt.routing import PromptSet, RoutingProfile
 from fiddler_opt.units import format_bytes
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan import Plan
@@ -15,31 +15,101 @@ from fiddler_run.yaml_file import read_text
 
 def print_machine(console: Console, machine: MachineProfile) -> None:
     """Rates of one expert's weights, by tokens; without a GPU the CPU's are all there is."""
-    gpu = machine.device.kind == "cuda"
-    console.print(f"{machine.cpu.name}: {machine.cpu.threads} of {machine.cpu.cores} cores used; device: {machine.device.name}")
-    table = _table("tokens of an expert", "CPU", *(("GPU", "CPU + link", "sent over the link") if gpu else ()))
-    for tokens in machine.absent_expert_us if gpu else machine.cpu_expert_us:
-        row = [str(tokens), _rate(machine, machine.cpu_expert_us.get(tokens))]
+    cpu, gpu = machine.cpu, machine.device.kind == "cuda"
+    console.print(
+        f"{cpu.name}: {cpu.threads} threads on {cpu.physical_cores} cores{', pinned' if cpu.pinned else ''}, {cpu.kernel}"
+    )
+    console.print(f"device: {machine.device.name}, {format_bytes(machine.device.memory_bytes)}")
+    table = _table("tokens of an expert", "CPU", *(("link", "CPU + link", "sent over the link", "GPU") if gpu else ()), "spread")
+    for tokens, by_share in machine.absent_expert_us.items():
+        columns = [by_share.get(0.0)]
         if gpu:
-            row += [_rate(machine, times.get(tokens)) for times in (machine.device_expert_us, machine.absent_expert_us)]
-            row.append(f"{machine.stream_share.get(tokens, 0):.0%}")
-        table.add_row(*row)
+            columns += [by_share.get(1.0), machine.best_absent_us[tokens]]
+        row = [_rate(machine, us) for us in columns]
+        if gpu:
+            row += [f"{machine.stream_share[tokens]:.0%}", _rate(machine, machine.device_expert_us.get(tokens))]
+        spread = machine.spread.get("absent_expert_us", {}).get(tokens)
+        table.add_row(str(tokens), *row, "-" if spread is None else f"{spread:.0%}")
     console.print(table)
-    if machine.h2d_bytes_per_s:
-        console.print(f"link: {format_bytes(machine.h2d_bytes_per_s)}/s from page-locked memory")
+    if machine.link:
+        console.print(f"link: {_link(machine.link)}")
+    layer = ", ".join(
+        f"{name} {times[1] / 1e3:.2f} ms"
+        for name, times in (
+            ("attention and router", machine.dense_layer_us),
+            ("of it on the device", machine.dense_device_us),
+            ("dispatch", machine.dispatch_us),
+        )
+    )
+    console.print(
+        f"a layer for one token, besides its experts: {layer}; besides the layers {machine.head_us[1] / 1e3:.2f} ms a token"
+    )
+    if machine.cpu.threads_us:
+        fastest = ", ".join(
+            f"{threads}{pinned} {machine.shape.expert_bytes / us / 1e3:.1f}"
+            for pinned, by_threads in (("", cpu.threads_us), (" pinned", cpu.pinned_threads_us))
+            for threads, us in by_threads.items()
+        )
+        console.print(f"an expert for one token by threads, GB/s: {fastest}")
+    if machine.memory.timed_bytes:
+        console.print(
+            f"timed in {format_bytes(machine.memory.timed_bytes)} of {format_bytes(machine.memory.available_bytes)} free memory"
+        )
+    if machine.disk_bytes_per_s:
+        console.print(f"the checkpoint's disk: {format_bytes(machine.disk_bytes_per_s)}/s")
+
+
+def _link(link: Link) -> str:
+    lanes = f"PCIe {link.generation} x{link.width}, " if link.generation and link.width else ""
+    rates = {
+        "to the GPU": link.h2d_bytes_per_s,
+        "from pageable memory": link.h2d_pageable_bytes_per_s,
+        "back": link.d2h_bytes_per_s,
+    }
+    told = ", ".join(f"{format_bytes(rate)}/s {name}" for name, rate in rates.items() if rate)
+    return f"{lanes}{told}" + (f", round trip {link.round_trip_us:.0f} us" if link.round_trip_us else "")
 
 
 def print_routing(console: Console, routing: RoutingProfile) -> None:
-    recorded, top = routing.recorded, max(1, routing.model.num_experts // 4)
-    table = _table("layer", "busiest experts, their part of all choices")
-    for layer, row in routing.activations.items():
-        order = sorted(range(len(row)), key=lambda e: -row[e])[:top]
-        table.add_row(str(layer), ", ".join(f"{e} ({row[e] / sum(row):.0%})" for e in order))
-    even = 1 / routing.model.num_experts
-    console.print(
-        f"{recorded.num_prompts} prompts of {recorded.prompts}, {recorded.tokens} tokens; even routing would be {even:.0%} each"
-    )
+    model, top = routing.model, max(1, routing.model.num_experts // 4)
+    sets = _table("prompts", "number", "prompt tokens", "generated", "chosen again")
+    for name, part in routing.sets.items():
+        sets.add_row(
+            name, str(part.prompts), str(part.prefill.tokens), str(part.decode.tokens), _reuse(part, model.num_experts_per_tok)
+        )
+    console.print(sets)
+    table = _table("layer", "busiest experts in prefill, their part of all choices", "in decode")
+    phases = [merged_activations(routing, phase) for phase in ("prefill", "decode")]
+    for layer in range(model.num_layers):
+        row = []
+        for activations in phases:
+            counts = activations[layer]
+            order = sorted(range(len(counts)), key=lambda e: -counts[e])[:top]
+            row.append(", ".join(f"{e} ({counts[e] / sum(counts):.0%})" for e in order) if sum(counts) else "-")
+        table.add_row(str(layer), *row)
     console.print(table)
+    console.print(
+        f"even routing would be {1 / model.num_experts:.0%} each, chosen again {model.num_experts_per_tok / model.num_experts:.0%}"
+    )
+
+
+def merged_activations(routing: RoutingProfile, phase: str) -> list[list[int]]:
+    """Choices of each expert by layer, over all sets, in `prefill` or `decode`."""
+    parts = [getattr(part, phase).activations for part in routing.sets.values()]
+    return [
+        [sum(counts) for counts in zip(*(part[layer] for part in parts), strict=True)] for layer in range(routing.model.num_layers)
+    ]
+
+
+def _reuse(part: PromptSet, top_k: int) -> str:
+    """Of the choices of tokens that follow another, how many that one had made too: by phase."""
+    phases = {"prefill": part.prefill, "decode": part.decode}
+    shares = {
+        name: sum(map(sum, counts.reuse.values())) / (counts.followers * top_k * len(counts.reuse))
+        for name, counts in phases.items()
+        if counts.followers
+    }
+    return ", ".join(f"{share:.0%} in {name}" for name, share in shares.items()) or "-"
 
 
 def print_file(console: Console, path: str) -> Plan | MachineProfile | RoutingProfile:
@@ -49,7 +119,7 @@ def print_file(console: Console, path: str) -> Plan | MachineProfile | RoutingPr
         FiddlerError: it cannot be read, or is none of them.
     """
     text = read_text(path)
-    kinds = {"resident_blocks": Plan, "cpu_expert_us": MachineProfile, "activations": RoutingProfile}
+    kinds = {"resident_blocks": Plan, "absent_expert_us": MachineProfile, "sets": RoutingProfile}
     kind = next((kind for key, kind in kinds.items() if re.search(rf"^{key}:", text, re.MULTILINE)), None)
     if kind is None:
         raise FiddlerError(f"{path}: neither a plan nor a profile; give a file that `fiddler-opt` wrote")

@@ -6,13 +6,13 @@ its weights at full bandwidth and computing at full speed. The CPU and the link 
 
 from pathlib import Path
 
-from fiddler_opt.machine import Cpu, Device, MachineProfile, Made, MeasuredShape
+from fiddler_opt.machine import Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
 from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
 
 GPU, GPU_MEMORY_BYTES, GPU_BYTES_PER_S, GPU_FLOPS = "NVIDIA GeForce RTX 4090", 24_564 * 2**20, 1008e9, 165.2e12
-LINK, LINK_BYTES_PER_S = "PCIe 4.0 x16", 31.5e9
+LINK, LINK_BYTES_PER_S = (4, 16), 31.5e9  # PCIe generation, lanes
 CPU, CPU_CORES, CPU_FLOPS = "AMD Ryzen 9 7950X", 16, 16 * 4.5e9 * 64  # AVX-512 bf16: 64 operations a cycle and core
-HOST_MEMORY, HOST_BYTES_PER_S = "2 channels of DDR5-5200", 83.2e9
+HOST_MEMORY, HOST_BYTES_PER_S, HOST_MEMORY_BYTES = "2 channels of DDR5-5200", 83.2e9, 128 * 2**30
 # No data sheet states these two; they are allowances.
 DRIVER_BYTES, DISPATCH_US = 600_000_000, 100.0
 
@@ -24,34 +24,54 @@ def roofline_us(weight_bytes: int, tokens: int, bytes_per_s: float, flops: float
     return round(1e6 * max(weight_bytes / bytes_per_s, tokens * weight_bytes / flops), 1)
 
 
-def absent_expert(expert_bytes: int, tokens: int) -> tuple[float, float]:
-    """Microseconds of an expert in host memory at the best share sent over the link, and that share."""
+def absent_expert(expert_bytes: int, tokens: int) -> dict[float, float]:
+    """Microseconds of an expert in host memory by the share sent over the link: none, the best, all."""
     host_us = 1e6 * expert_bytes / HOST_BYTES_PER_S
     cpu_us = roofline_us(expert_bytes, tokens, HOST_BYTES_PER_S, CPU_FLOPS)
     link_us = 1e6 * expert_bytes / LINK_BYTES_PER_S
     best_us = max(host_us, cpu_us * link_us / (cpu_us + link_us))
-    return round(best_us, 1), round(max(0.0, 1 - best_us / cpu_us), 3)
+    return {1.0: round(link_us, 1), round(max(0.0, 1 - best_us / cpu_us), 3): round(best_us, 1), 0.0: cpu_us}
 
 
 def data_sheet_profile() -> MachineProfile:
     model = ModelSpec.load(DEFAULT_MODEL)
     expert_bytes, layer_bytes = model.expert_bytes, model.dense_layer_bytes
     output_head_bytes = model.head_bytes // 2  # of the embedding table, a step reads one row
-    absent = {tokens: absent_expert(expert_bytes, tokens) for tokens in TOKENS}
+    dense_layer_us = {tokens: roofline_us(layer_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) for tokens in TOKENS}
     return MachineProfile(
-        version=1,
+        version=2,
         source="data sheet",
-        cpu=Cpu(name=f"{CPU}, {HOST_MEMORY}", cores=CPU_CORES, threads=CPU_CORES),
-        device=Device(kind="cuda", name=f"{GPU}, {LINK}", memory_bytes=GPU_MEMORY_BYTES, context_bytes=DRIVER_BYTES),
+        cpu=Cpu(
+            name=f"{CPU}, {HOST_MEMORY}",
+            cores=2 * CPU_CORES,
+            physical_cores=CPU_CORES,
+            kernel="avx512bf16",
+            threads=CPU_CORES,
+            pinned=False,
+            threads_us={},
+            pinned_threads_us={},
+        ),
+        memory=Memory(available_bytes=HOST_MEMORY_BYTES, timed_bytes=0, memlock_bytes=None),
+        device=Device(
+            kind="cuda", name=GPU, memory_bytes=GPU_MEMORY_BYTES, free_bytes=GPU_MEMORY_BYTES, context_bytes=DRIVER_BYTES
+        ),
+        link=Link(
+            generation=LINK[0],
+            width=LINK[1],
+            h2d_bytes_per_s=LINK_BYTES_PER_S,
+            h2d_pageable_bytes_per_s=None,
+            d2h_bytes_per_s=LINK_BYTES_PER_S,
+            round_trip_us=None,
+        ),
+        disk_bytes_per_s=None,
         shape=MeasuredShape.of(model),
-        h2d_bytes_per_s=LINK_BYTES_PER_S,
-        cpu_expert_us={tokens: roofline_us(expert_bytes, tokens, HOST_BYTES_PER_S, CPU_FLOPS) for tokens in TOKENS},
+        absent_expert_us={tokens: absent_expert(expert_bytes, tokens) for tokens in TOKENS},
         device_expert_us={tokens: roofline_us(expert_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) for tokens in TOKENS},
-        absent_expert_us={tokens: us for tokens, (us, _) in absent.items()},
-        stream_share={tokens: share for tokens, (_, share) in absent.items()},
         dispatch_us=dict.fromkeys(TOKENS, DISPATCH_US),
-        dense_layer_us={tokens: roofline_us(layer_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) for tokens in TOKENS},
+        dense_layer_us=dense_layer_us,
+        dense_device_us=dense_layer_us,
         head_us=dict.fromkeys(TOKENS, roofline_us(output_head_bytes, 1, GPU_BYTES_PER_S, GPU_FLOPS)),
+        spread={},
         provenance=Made(command="python profiles/data_sheet.py", created="2026-11-23", software="none: not measured"),
     )
 

@@ -50,13 +50,14 @@ def make_plan(
         experts=placed,
     )
     return Plan(
-        version=1,
+        version=2,
         model=shape,
         workload=Workload(prompt_tokens=16, output_tokens=64, num_beams=4, max_seq_len=256),
         gpu_memory_bytes=gpu,
         host_memory_bytes=HostMemory(experts=everything - placed),
         device="cuda",
         cpu_threads=threads,
+        cpu_pinned=threads > 1,
         prefill_chunk_tokens=128,
         block_neurons=block_neurons,
         stream_share=share or {1: 0.0},

@@ -3,9 +3,9 @@
 import random
 from itertools import combinations
 
-from fiddler_opt.machine import Cpu, Device, MachineProfile, Made, MeasuredShape
+from fiddler_opt.machine import Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
 from fiddler_opt.model import ModelSpec
-from fiddler_opt.routing import Routing
+from fiddler_opt.routing import PhaseRouting, Routing
 
 PAIRS = {count: list(combinations(range(count), 2)) for count in range(1, 9)}
 
@@ -37,29 +37,58 @@ def machine_profile(
     dispatch: float = 1.0,
     dense: float = 1.0,
     head: float = 1.0,
+    dense_device: float | None = None,
+    share: float = 0.25,
+    cpu: float | None = None,
     kind: str = "cuda",
     memory_bytes: int = 10**9,
     context_bytes: int = 0,
 ) -> MachineProfile:
-    """Microseconds of a machine on `model`'s own shape: flat in tokens up to 8, then in proportion to them."""
+    """Microseconds of a machine on `model`'s own shape: flat in tokens up to 8, then in proportion to them.
+
+    `absent`: of an expert in host memory at the best `share`; `cpu`: by the CPU alone (None: a little more than that).
+    `dense_device`: the device's part of `dense` (None: all of it).
+    """
 
     def flat(microseconds: float) -> dict[int, float]:
         return {1: microseconds, 8: microseconds}
 
+    on_gpu = kind == "cuda"
+    by_share = {0.0: cpu or absent * 1.01, share: absent} if on_gpu else {0.0: absent}
     return MachineProfile(
-        version=1,
+        version=2,
         source="measured",
-        cpu=Cpu(name="cpu", cores=2, threads=2),
-        device=Device(kind=kind, name="device", memory_bytes=memory_bytes, context_bytes=context_bytes),
+        cpu=Cpu(
+            name="cpu",
+            cores=2,
+            physical_cores=2,
+            kernel="avx2",
+            threads=2,
+            pinned=False,
+            threads_us={1: 90.0, 2: 80.0},
+            pinned_threads_us={1: 90.0, 2: 80.0},
+        ),
+        memory=Memory(available_bytes=10**9, timed_bytes=10**8, memlock_bytes=None),
+        device=Device(kind=kind, name="device", memory_bytes=memory_bytes, free_bytes=memory_bytes, context_bytes=context_bytes),
+        link=Link(
+            generation=4,
+            width=16,
+            h2d_bytes_per_s=1e9,
+            h2d_pageable_bytes_per_s=2e8,
+            d2h_bytes_per_s=1e9,
+            round_trip_us=20.0,
+        )
+        if on_gpu
+        else None,
+        disk_bytes_per_s=None,
         shape=MeasuredShape.of(model),
-        h2d_bytes_per_s=1e9 if kind == "cuda" else None,
-        cpu_expert_us=flat(absent),
+        absent_expert_us={1: by_share, 8: by_share},
         device_expert_us=flat(device),
-        absent_expert_us=flat(absent),
-        stream_share={1: 0.25} if kind == "cuda" else {1: 0.0},
         dispatch_us=flat(dispatch),
         dense_layer_us=flat(dense),
+        dense_device_us=flat(dense if dense_device is None else dense_device),
         head_us=flat(head),
+        spread={},
         provenance=Made(command="by hand", created="2026-01-01", software="none"),
     )
 
@@ -74,4 +103,10 @@ def random_routing(model: ModelSpec, rng: random.Random) -> Routing:
         chances = {p: w / sum(weights) for p, w in zip(PAIRS[experts], weights, strict=True)}
         pair.append(chances)
         expert.append([sum(c for p, c in chances.items() if e in p) for e in range(experts)])
-    return Routing("random", expert, pair)
+    return routed("random", expert, pair)
+
+
+def routed(origin: str, expert: list[list[float]], pair: list[dict[tuple[int, int], float]]) -> Routing:
+    """The same routing in prefill and decode."""
+    phase = PhaseRouting(expert, pair)
+    return Routing(origin, phase, phase)

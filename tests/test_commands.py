@@ -55,7 +55,7 @@ def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
 def demo(tmp_path_factory) -> Path:
     """A folder in which the demo was profiled and planned by the commands."""
     folder = tmp_path_factory.mktemp("demo")
-    profiled = run("fiddler-opt", "profile", "--model", DEMO, cwd=folder)
+    profiled = run("fiddler-opt", "profile", "--quick", "--force", "--model", DEMO, cwd=folder)
     assert profiled.returncode == 0, profiled.stderr
     assert profiled.stdout.split() == ["profiles/local.machine.yaml", "profiles/tiny-mixtral.routing.yaml"]
     # On a machine with a GPU the driver alone takes more than the 10 MB that suffice without one.
@@ -85,12 +85,12 @@ def test_routing_alone(demo, tmp_path):
     """It takes the machine profile that is there, and records the same."""
     folder = shutil.copytree(demo / "profiles", tmp_path / "profiles")
     machine, routing = folder / "local.machine.yaml", folder / "tiny-mixtral.routing.yaml"
-    before = machine.read_bytes(), yaml.safe_load(routing.read_text())["activations"]
+    before = machine.read_bytes(), yaml.safe_load(routing.read_text())["sets"]
     routing.unlink()
     result = run("fiddler-opt", "profile", "--model", DEMO, "--only", "routing", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["profiles/tiny-mixtral.routing.yaml"]
-    assert (machine.read_bytes(), yaml.safe_load(routing.read_text())["activations"]) == before
+    assert (machine.read_bytes(), yaml.safe_load(routing.read_text())["sets"]) == before
 
 
 def test_the_same_plan_from_the_same_profiles(demo):
@@ -186,9 +186,10 @@ def test_without_a_profile_it_asks_for_one(tmp_path):
     ("old", "new", "words"),
     [
         ("cpu:", "gpu:", ["gpu: unknown key"]),
-        ("{1: ", "{1: -", ["cpu_expert_us[1]"]),
-        ("{1: ", "{1: .nan, 3: ", ["cpu_expert_us[1]"]),
-        ("version: 1", "version: 7", ["reads version 1, the file says 7"]),
+        ("{0.0: ", "{0.0: -", ["absent_expert_us[1].0.0"]),
+        ("{0.0: ", "{0.0: .nan, 1.0: ", ["absent_expert_us[1].0.0"]),
+        ("{0.0: ", "{0.5: ", ["absent_expert_us[1]: needs an entry for the share 0.0"]),
+        ("version: 2", "version: 7", ["reads version 2, the file says 7"]),
     ],
 )
 def test_damaged_machine_profiles(tmp_path, old, new, words):
@@ -204,8 +205,11 @@ def test_damaged_machine_profiles(tmp_path, old, new, words):
         (["--profiles", "empty.txt"], ["empty.txt/local.machine.yaml: cannot write"]),
         (["--model", "./none"], ["none: no such folder"]),
         (["--only", "machine", "--prompts", "p.txt"], ["--only machine records no routing"]),
+        (["--only", "machine", "--trace", "t.npz"], ["--only machine records no routing"]),
+        (["--plan", "none.yaml"], ["none.yaml: cannot read"]),
+        (["--prompts", "empty.txt", "empty.txt"], ["empty.txt is given twice"]),
         (["--only", "routing"], ["profiles/local.machine.yaml: cannot read"]),
-        (["--only", "routing", "--model", "mistralai/Mixtral-8x7B-v0.1"], ["--only routing needs --prompts FILE"]),
+        (["--only", "routing", "--model", "mistralai/Mixtral-8x7B-v0.1"], ["recording routing needs --prompts FILE"]),
     ],
     ids=" ".join,
 )
@@ -229,7 +233,7 @@ def edited_plan(folder: Path, **changes) -> Path:
     ("changes", "words"),
     [
         ({"colour": "red"}, ["edited.yaml: colour: unknown key"]),
-        ({"version": 9}, ["edited.yaml: version: this release reads version 1, the file says 9"]),
+        ({"version": 9}, ["edited.yaml: version: this release reads version 2, the file says 9"]),
         ({"model": {"hidden_size": 64}}, ["edited.yaml: "]),
         ({"model": {"name": "./none"}}, ["none: no such folder; name the checkpoint's folder with --model"]),
         ({"cpu_threads": 4096}, ["edited.yaml: cpu_threads is 4096", "fiddler-opt profile"]),

@@ -3,12 +3,12 @@
 import random
 
 import pytest
-from planning import PAIRS, machine_profile, random_routing, small_model
+from planning import PAIRS, machine_profile, random_routing, routed, small_model
 
 from fiddler_opt.cost import CostModel, chance_called, workload_phases
 from fiddler_opt.lower import without_repetition
 from fiddler_opt.machine import seconds_at
-from fiddler_opt.routing import Routing
+from fiddler_opt.routing import PhaseRouting, Routing
 from fiddler_run.plan import Workload, interpolate
 
 WORKLOAD = Workload(prompt_tokens=10, output_tokens=5, num_beams=1, max_seq_len=64)
@@ -35,7 +35,7 @@ def test_phases():
 def test_decode_step_by_hand():
     """One layer, two of three experts: pairs (0,1) half, (0,2) a quarter, (1,2) a quarter of the time."""
     model = small_model(num_layers=1, num_experts=3)
-    routing = Routing("by hand", [[0.75, 0.75, 0.5]], [dict(zip(PAIRS[3], (0.5, 0.25, 0.25), strict=True))])
+    routing = routed("by hand", [[0.75, 0.75, 0.5]], [dict(zip(PAIRS[3], (0.5, 0.25, 0.25), strict=True))])
     machine = machine_profile(model, device=10.0, absent=80.0, dispatch=7.0, dense=5.0, head=3.0)
     cost = CostModel.build(model, machine, routing, WORKLOAD)
     assert cost.blocks_per_expert == 4
@@ -54,6 +54,27 @@ def test_without_a_gpu_the_parts_add_up():
     assert cost.decode_step_s([[4, 2]]) == pytest.approx((3 + 10 + 5 + 40) * 1e-6)
 
 
+def test_queueing_is_hidden_behind_experts():
+    """A layer without experts takes 50 us, of which the device is busy for 5: experts that take less than 45 cost 45."""
+    model = small_model(num_layers=1, num_experts=2)
+    machine = machine_profile(model, device=10.0, absent=80.0, dispatch=7.0, dense=50.0, dense_device=5.0, head=3.0)
+    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD)
+    assert cost.decode_step_s([[4, 4]]) == pytest.approx((3 + 7 + 5 + max(45, 20)) * 1e-6)
+    assert cost.decode_step_s([[0, 0]]) == pytest.approx((3 + 7 + 5 + max(45, 160)) * 1e-6)
+    alone = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, cpu_alone=True)
+    assert alone.decode_step_s([[0, 0]]) == pytest.approx((3 + 7 + 50 + 2 * 80.8) * 1e-6)
+
+
+def test_each_phase_has_its_own_routing():
+    model = small_model(num_layers=1, num_experts=2, num_experts_per_tok=1)
+    first, second = ([[1.0, 0.0]], [{(0, 1): 0.0}]), ([[0.0, 1.0]], [{(0, 1): 0.0}])
+    routing = Routing("by hand", PhaseRouting(*first), PhaseRouting(*second))
+    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD)
+    assert cost.hit_rate([[4, 0]]) == 0
+    assert cost.hit_rate([[0, 4]]) == 1
+    assert cost.ttft_s([[4, 0]]) < cost.ttft_s([[0, 4]])
+
+
 def test_times_scale_with_bytes():
     model, other = small_model(), small_model(intermediate_size=256)
     machine = machine_profile(model, device=10.0, absent=80.0)
@@ -65,8 +86,7 @@ def test_times_scale_with_bytes():
 def test_the_cpu_alone():
     """A machine with a GPU, of which a plan of no GPU memory makes no use: the CPU's own times, nothing at once."""
     model = small_model(num_layers=1, num_experts=2)
-    machine = machine_profile(model, device=10.0, absent=80.0, dispatch=1.0, dense=1.0, head=1.0)
-    machine = machine.model_copy(update={"cpu_expert_us": {1: 120.0, 8: 120.0}})
+    machine = machine_profile(model, device=10.0, absent=80.0, dispatch=1.0, dense=1.0, head=1.0, cpu=120.0)
     cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, cpu_alone=True)
     assert cost.decode_step_s([[0, 0]]) == pytest.approx((3 + 240) * 1e-6)
 
@@ -95,6 +115,6 @@ def test_total_is_the_sum_of_its_phases():
 
 def test_a_pair_never_seen_costs_nothing():
     model = small_model(num_layers=1, num_experts=3)
-    routing = Routing("by hand", [[1.0, 1.0, 0.0]], [{(0, 1): 1.0, (0, 2): 0.0, (1, 2): 0.0}])
+    routing = routed("by hand", [[1.0, 1.0, 0.0]], [{(0, 1): 1.0, (0, 2): 0.0, (1, 2): 0.0}])
     cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD)
     assert cost.total_s([[2, 2, 0]]) == cost.total_s([[2, 2, 4]])

@@ -104,16 +104,16 @@ def test_infinities_and_nans_are_not_hidden():
 
 
 def test_pytorch_takes_what_the_kernel_cannot():
-    assert isinstance(cpu_experts(1, 20, torch.bfloat16, HIDDEN, NEURONS), CompiledExperts)
+    assert isinstance(cpu_experts(1, False, 20, torch.bfloat16, HIDDEN, NEURONS), CompiledExperts)
     for dtype, hidden, neurons in ((torch.float32, 64, 64), (torch.bfloat16, 24, 64), (torch.bfloat16, 64, 16)):
-        assert isinstance(cpu_experts(1, 20, dtype, hidden, neurons), PyTorchExperts)
+        assert isinstance(cpu_experts(1, False, 20, dtype, hidden, neurons), PyTorchExperts)
 
 
 def test_without_a_kernel_it_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(cpu, "library", lambda: None)
     monkeypatch.setattr(cpu, "compiled", cache(cpu.compiled.__wrapped__))
     for _ in range(3):
-        assert isinstance(cpu_experts(1, 20, torch.bfloat16, HIDDEN, NEURONS), PyTorchExperts)
+        assert isinstance(cpu_experts(1, False, 20, torch.bfloat16, HIDDEN, NEURONS), PyTorchExperts)
     assert [record.message.split(",")[0] for record in caplog.records] == ["the CPU kernel is not built"]
 
 

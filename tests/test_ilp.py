@@ -4,11 +4,10 @@ import random
 from itertools import product
 
 import pytest
-from planning import machine_profile, random_routing, small_model
+from planning import machine_profile, random_routing, routed, small_model
 
 from fiddler_opt.cost import CostModel
 from fiddler_opt.ilp import RELATIVE_GAP, place
-from fiddler_opt.routing import Routing
 from fiddler_run.plan import Workload
 
 
@@ -20,9 +19,14 @@ def random_instance(rng: random.Random) -> tuple[CostModel, int]:
     routing = random_routing(model, rng)
     if top_k == 1:
         model = small_model(num_layers=layers, num_experts=experts, intermediate_size=neurons, num_experts_per_tok=1)
-        routing = Routing("random", [[p / 2 for p in row] for row in routing.expert], routing.pair)
+        routing = routed("random", [[p / 2 for p in row] for row in routing.decode.expert], routing.decode.pair)
     machine = machine_profile(
-        model, device=rng.uniform(1, 60), absent=rng.uniform(20, 100), kind=rng.choice(["cuda", "cuda", "host"])
+        model,
+        device=rng.uniform(1, 60),
+        absent=rng.uniform(20, 100),
+        dense=rng.uniform(1, 60),
+        dense_device=rng.uniform(1, 10),
+        kind=rng.choice(["cuda", "cuda", "host"]),
     )
     beams = rng.choice([1, 1, 3])
     workload = Workload(prompt_tokens=rng.randint(1, 20), output_tokens=rng.randint(1, 30), num_beams=beams, max_seq_len=64)
@@ -69,7 +73,7 @@ def test_one_token_and_a_slow_cpu_is_greedy_by_popularity():
     workload = Workload(prompt_tokens=1, output_tokens=63, num_beams=1, max_seq_len=64)
     cost = CostModel.build(model, machine, routing, workload)
     budget = 13
-    order = sorted(((-p, layer, e) for layer, row in enumerate(routing.expert) for e, p in enumerate(row)))
+    order = sorted(((-p, layer, e) for layer, row in enumerate(routing.decode.expert) for e, p in enumerate(row)))
     greedy, left = [[0] * 4, [0] * 4], budget
     for _, layer, expert in order:
         greedy[layer][expert] = min(left, cost.blocks_per_expert)

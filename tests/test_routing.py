@@ -1,117 +1,261 @@
-"""Counting router choices: exactly those of stock transformers, every token once a layer."""
+"""What routers choose: exactly what those of stock transformers do, every token once a layer, prefill and decode apart."""
 
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan
 from planning import small_model
 from transformers import AutoTokenizer, MixtralForCausalLM
 
+from fiddler_opt.prompts import encode_prompts
 from fiddler_opt.routing import Routing, RoutingProfile
-from fiddler_opt.trace_routing import encode_prompts, read_prompts, record_routing
+from fiddler_opt.trace_routing import RoutingJob, RoutingRecorder, RoutingTrace, routing_profile
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
 
-PROMPTS = ["Once upon a time there was a fox.", "12 + 30 = 42", "def add(a, b):\n    return a + b"]
+PROMPTS = {
+    "stories.txt": ["Once upon a time there was a fox.", "Long ago there was a curious bear named Pip. " * 8],
+    "code.jsonl": ["12 + 30 = 42", "def add(a, b):\n    return a + b", "x = 1\n" * 48],
+}
+SHAPE = demo_shape()
+OUTPUT_TOKENS, MAX_SEQ_LEN = 40, 256
+PAIRS = list(combinations(range(8), 2))
 
 
 @pytest.fixture(scope="module")
-def profile() -> RoutingProfile:
-    shape = demo_shape()
-    model, tokenizer = load_model(make_plan(shape, [[3] * 8] * 6), DEMO)
-    encoded = encode_prompts(tokenizer, PROMPTS, 1024, "prompts")
-    profile = record_routing(model, shape, encoded, "prompts", "test", lambda: None)
-    assert not any(module._forward_pre_hooks for module in model.experts_modules())
-    return profile
+def model():
+    return load_model(make_plan(SHAPE, [[3] * 8] * 6), DEMO)[0]
 
 
-def test_counts_are_those_of_stock_transformers(profile):
+@pytest.fixture(scope="module")
+def job() -> RoutingJob:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    stock = MixtralForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
-    activations = [[0] * 8 for _ in range(6)]
-    pairs = [dict.fromkeys(combinations(range(8), 2), 0) for _ in range(6)]
-    tokens = 0
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        tokens += ids.shape[1]
+    sets = {name: encode_prompts(tokenizer, prompts, MAX_SEQ_LEN, name) for name, prompts in PROMPTS.items()}
+    return RoutingJob(SHAPE, sets, OUTPUT_TOKENS, MAX_SEQ_LEN)
+
+
+@pytest.fixture(scope="module")
+def trace(model, job) -> RoutingTrace:
+    recorder = RoutingRecorder(job)
+    assert list(recorder.run(model)) == [1, 2, 3, 4, 5]
+    return recorder.trace()
+
+
+@pytest.fixture(scope="module")
+def profile(trace) -> RoutingProfile:
+    return routing_profile(trace, SHAPE, "test", OUTPUT_TOKENS)
+
+
+def by_hand(stock: MixtralForCausalLM, prompts: list[list[int]]) -> dict[str, dict]:
+    """One set's counts by stock transformers: it generates too, then routes prompt and continuation in one forward."""
+
+    def rows(length: int) -> dict[int, list[int]]:
+        return {layer: [0] * length for layer in range(6)}
+
+    phases = {
+        phase: {"tokens": 0, "followers": 0, "activations": rows(8), "pairs": rows(len(PAIRS)), "reuse": rows(8)}
+        for phase in ("prefill", "decode")
+    }
+    for ids in prompts:
+        new = min(OUTPUT_TOKENS, MAX_SEQ_LEN - len(ids))
         with torch.no_grad():
-            routers = stock(ids, output_router_logits=True).router_logits
-        for layer, logits in enumerate(routers):
-            for token in logits:
-                first, second = sorted(token.topk(2).indices.tolist())
-                activations[layer][first] += 1
-                activations[layer][second] += 1
-                pairs[layer][first, second] += 1
-    assert profile.recorded.tokens == tokens
-    assert profile.activations == dict(enumerate(activations))
-    assert profile.pairs == {layer: list(counts.values()) for layer, counts in enumerate(pairs)}
+            output = stock.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=new)
+            routers = stock(output[:, :-1], output_router_logits=True).router_logits
+        for position in range(output.shape[1] - 1):
+            counts = phases["prefill" if position < len(ids) else "decode"]
+            counts["tokens"] += 1
+            counts["followers"] += position > 0
+            for layer, logits in enumerate(routers):
+                chosen = sorted(logits[position].topk(2).indices.tolist())
+                before = logits[position - 1].topk(2).indices.tolist() if position > 0 else []
+                counts["pairs"][layer][PAIRS.index(tuple(chosen))] += 1
+                for expert in chosen:
+                    counts["activations"][layer][expert] += 1
+                    counts["reuse"][layer][expert] += expert in before
+    return {"prompts": len(prompts), **phases}
+
+
+def test_counts_are_those_of_stock_transformers(profile, job):
+    stock = MixtralForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    lengths = [len(ids) for prompts in job.sets.values() for ids in prompts]
+    assert any(length > 128 for length in lengths)  # comes in two chunks
+    assert any(length > MAX_SEQ_LEN - OUTPUT_TOKENS for length in lengths)  # the context ends its continuation
+    found = profile.model_dump()["sets"]
+    assert found == {name: by_hand(stock, prompts) for name, prompts in job.sets.items()}
+    assert all(part["decode"]["tokens"] > 40 for part in found.values())
+
+
+@pytest.mark.parametrize("done", [1, 3, 5])
+def test_a_recording_goes_on_where_it_was_cut(model, job, trace, tmp_path, done):
+    file = tmp_path / "part.npz"
+    first = RoutingRecorder(job)
+    for so_far in first.run(model):
+        if so_far == done:
+            first.trace().save(file)
+            break
+    second = RoutingRecorder(job, job.resume(file))
+    assert second.done == done
+    assert list(second.run(model)) == list(range(done + 1, 6))
+    second.trace().save(file)
+    trace.save(tmp_path / "whole.npz")
+    assert file.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert RoutingJob(SHAPE, job.sets, OUTPUT_TOKENS + 1, MAX_SEQ_LEN).resume(file) is None
+    assert job.resume(tmp_path / "none.npz") is None
+
+
+def test_a_saved_trace_counts_the_same(trace, profile, tmp_path):
+    trace.save(tmp_path / "trace.npz")
+    loaded = RoutingTrace.load(tmp_path / "trace.npz")
+    assert routing_profile(loaded, SHAPE, "test", OUTPUT_TOKENS) == profile
+    assert (loaded.experts.dtype, loaded.experts.shape[1:]) == (np.uint8, (6, 2))
+    assert loaded.set_names == list(PROMPTS)
+
+
+def test_counts_of_other_numbers_of_experts_per_token():
+    """Three tokens, the last two of one sequence, that choose 1 or 3 of 4 experts in a layer."""
+    for experts, pairs, reuse in (
+        ([[0], [3], [3]], [0] * 6, [0, 0, 0, 1]),
+        ([[2, 0, 1], [3, 1, 0], [1, 2, 3]], [2, 1, 1, 2, 2, 1], [0, 1, 0, 1]),
+    ):
+        top_k = len(experts[0])
+        shape = SHAPE.model_copy(update={"num_layers": 1, "num_experts": 4, "num_experts_per_tok": top_k})
+        trace = RoutingTrace(
+            experts=np.array(experts, dtype=np.uint8)[:, None, :],
+            prompt=np.array([0, 1, 1], dtype=np.int32),
+            decode=np.array([False, False, False]),
+            prompt_sets=np.array([0, 0], dtype=np.int32),
+            set_names=["set"],
+            fingerprint="",
+        )
+        part = routing_profile(trace, shape, "test", 1).sets["set"]
+        chosen = [sum(expert in row for row in experts) for expert in range(4)]
+        assert part.prefill.model_dump() == {
+            "tokens": 3,
+            "followers": 1,
+            "activations": {0: chosen},
+            "pairs": {0: pairs},
+            "reuse": {0: reuse},
+        }
+        assert part.decode.tokens == 0
+
+
+def test_no_hook_stays_when_something_fails(model, job, monkeypatch):
+    def fails(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.lm_head, "forward", fails)
+    recorder = RoutingRecorder(job)
+    with pytest.raises(KeyboardInterrupt):
+        next(recorder.run(model))
+    assert recorder.done == len(recorder.trace().experts) == 0
+    assert not any(module._forward_pre_hooks for module in model.experts_modules())
+
+
+def test_files_that_are_no_trace(trace, tmp_path):
+    file = tmp_path / "t.npz"
+    trace.save(file)
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    np.savez(tmp_path / "other.npz", experts=trace.experts)
+    np.save(tmp_path / "single.npy", trace.experts)
+    RoutingTrace(**{**vars(trace), "prompt": trace.prompt + 1}).save(file)
+    contents = {
+        "nothing": b"",
+        "cut": whole[:middle],
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+        "text": b"version: 2\n",
+        "another archive": (tmp_path / "other.npz").read_bytes(),
+        "an array": (tmp_path / "single.npy").read_bytes(),
+        "arrays that do not fit": file.read_bytes(),
+    }
+    for name, content in contents.items():
+        file.write_bytes(content)
+        with pytest.raises(FiddlerError, match="t.npz: not a routing trace: .+; remove it, and record one with") as caught:
+            RoutingTrace.load(file)
+        assert "\n" not in str(caught.value), name
+    with pytest.raises(FiddlerError, match="none.npz: cannot read: No such file"):
+        RoutingTrace.load(tmp_path / "none.npz")
 
 
 def test_round_trip(profile):
-    assert RoutingProfile.parse(profile.dump(), "here") == profile
+    text = profile.dump()
+    assert RoutingProfile.parse(text, "here") == profile
+    lists = [line for line in text.splitlines() if "[" in line]
+    assert len(lists) == 2 * 2 * 3 * 6  # sets, phases, keys, layers: a line each
+    assert all(line.lstrip()[:3] in {f"{layer}: " for layer in range(6)} for line in lists)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("num_prompts: 3", "num_prompts: x", "recorded.num_prompts"),
-        ("  2: [", "  7: [", "activations: needs exactly the layers 0 to 5"),
-        ("tokens: ", "tokens: 1", r"activations\[0\]: adds up to"),
+        ("version: 2", "version: 1", "version: this release reads version 2, the file says 1; make the file again"),
+        ("prompts: 2", "prompts: x", "sets.stories.txt.prompts"),
+        ("prompts: 2", "prompts: 3", "sets.stories.txt.prefill.followers: .* expected"),
+        ("        2: [", "        7: [", "sets.stories.txt.prefill.activations: needs exactly the layers 0 to 5"),
+        ("        0: [", "        0: [1, ", r"sets.stories.txt.prefill.activations\[0\]: 9 numbers, expected 8"),
+        (
+            "output_tokens: 40",
+            "output_tokens: 2",
+            "sets.stories.txt.decode.tokens: .* at most 2 follow from recorded.output_tokens",
+        ),
     ],
 )
 def test_inconsistent_profiles_do_not_load(profile, old, new, message):
+    text = profile.dump()
+    assert old in text
     with pytest.raises(FiddlerError, match=message):
-        RoutingProfile.parse(profile.dump().replace(old, new), "here")
+        RoutingProfile.parse(text.replace(old, new, 1), "here")
 
 
-def test_probabilities(profile):
+def test_counts_that_do_not_add_up(profile):
+    part = profile.sets["code.jsonl"].model_dump()
+    chosen = part["decode"]["activations"][3]
+    part["decode"]["reuse"][3][5] = chosen[5] + 1
+    with pytest.raises(ValueError, match=rf"sets.code.jsonl.decode.reuse\[3\]\[5\]: {chosen[5] + 1} of {chosen[5]} choices"):
+        RoutingProfile.model_validate({**profile.model_dump(), "sets": {"code.jsonl": part}})
+    chosen[0] += 1
+    with pytest.raises(ValueError, match=r"sets.code.jsonl.decode.activations\[3\]: adds up to"):
+        RoutingProfile.model_validate({**profile.model_dump(), "sets": {"code.jsonl": part}})
+
+
+def test_probabilities_of_chosen_sets(profile):
     model = small_model(num_layers=6, num_experts=8)
-    routing = Routing.from_profile(profile, model, "file")
-    for layer in range(6):
-        assert sum(routing.expert[layer]) == pytest.approx(2)
-        assert sum(routing.pair[layer].values()) == pytest.approx(1)
-        for expert in range(8):
-            assert sum(p for pair, p in routing.pair[layer].items() if expert in pair) == pytest.approx(
-                routing.expert[layer][expert]
-            )
+    everything = Routing.from_profile(profile, model, "file")
+    stories, code = (Routing.from_profile(profile, model, "file", [name]) for name in PROMPTS)
+    assert Routing.from_profile(profile, model, "file", list(PROMPTS)) == everything
+    for phase in ("prefill", "decode"):
+        weights = [getattr(part, phase).tokens for part in profile.sets.values()]
+        for layer in range(6):
+            expert, pair = getattr(everything, phase).expert[layer], getattr(everything, phase).pair[layer]
+            assert sum(expert) == pytest.approx(2)
+            assert sum(pair.values()) == pytest.approx(1)
+            for e in range(8):
+                assert sum(p for experts, p in pair.items() if e in experts) == pytest.approx(expert[e])
+                each = [getattr(routing, phase).expert[layer][e] for routing in (stories, code)]
+                assert expert[e] == pytest.approx(np.average(each, weights=weights))
+    assert stories.decode.expert != stories.prefill.expert != code.prefill.expert
+    with pytest.raises(FiddlerError, match="file: no set of prompts is named poems.txt; it has stories.txt, code.jsonl"):
+        Routing.from_profile(profile, model, "file", ["stories.txt", "poems.txt"])
+
+
+def test_without_decode_its_routing_is_prefills(model):
+    recorder = RoutingRecorder(RoutingJob(SHAPE, {"p": [[5, 6, 7]]}, output_tokens=1, max_seq_len=4))
+    list(recorder.run(model))
+    profile = routing_profile(recorder.trace(), SHAPE, "test", 1)
+    assert (profile.sets["p"].prefill.tokens, profile.sets["p"].decode.tokens) == (3, 0)
+    assert RoutingProfile.parse(profile.dump(), "here") == profile
+    routing = Routing.from_profile(profile, small_model(num_layers=6, num_experts=8), "file")
+    assert routing.decode == routing.prefill
 
 
 def test_uniform_probabilities():
     routing = Routing.uniform(small_model(num_experts=8))
-    assert routing.expert[0] == [0.25] * 8
-    assert sum(routing.pair[0].values()) == pytest.approx(1)
+    assert routing.prefill.expert[0] == routing.decode.expert[0] == [0.25] * 8
+    assert sum(routing.decode.pair[0].values()) == pytest.approx(1)
 
 
 def test_a_profile_of_another_model_is_refused(profile):
     with pytest.raises(FiddlerError, match="model.num_layers is 6, but small has 2: a profile of another model"):
         Routing.from_profile(profile, small_model(), "file")
-
-
-def test_a_prompt_longer_than_the_context():
-    tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    with pytest.raises(FiddlerError, match="file: prompt 2 has 301 tokens, more than the model's context of 256; shorten it"):
-        encode_prompts(tokenizer, ["short", "1" * 300], 256, "file")
-
-
-def test_read_prompts(tmp_path):
-    plain, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
-    plain.write_text("one\n\n two\n")
-    lines.write_text('{"prompt": "a\\nb"}\n"c"\n{"text": "d"}\n')
-    assert read_prompts(plain) == ["one", " two"]
-    assert read_prompts(lines) == ["a\nb", "c", "d"]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("p.txt", "\n  \n", "p.txt: holds no prompt"),
-        ("p.jsonl", '"fine"\n{"prompt": 3}\n', "p.jsonl:2: no text"),
-        ("p.jsonl", "{oops\n", "p.jsonl:1: not JSON"),
-        ("p.jsonl", "[1]\n", "p.jsonl:1: no text"),
-    ],
-)
-def test_bad_prompt_files(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(FiddlerError, match=message):
-        read_prompts(tmp_path / name)

@@ -24,18 +24,29 @@ SPIN_BESIDE_PYTORCH_US = 20  # where PyTorch needs the same cores for it
 class Executors:
     """CPU, link and device, shared by all layers of a model."""
 
-    def __init__(self, dtype: torch.dtype, hidden: int, block_neurons: int, threads: int, slots: int, device: torch.device):
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        hidden: int,
+        block_neurons: int,
+        threads: int,
+        slots: int,
+        device: torch.device,
+        pinned: bool = False,
+    ):
         """
         Args:
             dtype, hidden, block_neurons: of the blocks.
             threads: of the CPU.
             slots: blocks of device memory to stream through; 0 if nothing is ever streamed.
             device: where resident blocks are.
+            pinned: each thread stays on a CPU of its own.
         """
         on_gpu = device.type == "cuda"
         self.device, self._dtype, self._block_neurons = device, dtype, block_neurons
         self._block_bytes = 3 * block_neurons * hidden * dtype.itemsize
-        self.cpu = cpu_experts(threads, SPIN_US if on_gpu else SPIN_BESIDE_PYTORCH_US, dtype, hidden, block_neurons)
+        spin_us = SPIN_US if on_gpu else SPIN_BESIDE_PYTORCH_US
+        self.cpu = cpu_experts(threads, pinned, spin_us, dtype, hidden, block_neurons)
         self.ring = StagingRing(slots, 3 * block_neurons * hidden, dtype, device) if slots else None
         self.mailbox, self.timeline, self.traffic = Mailbox(device), Timeline(device), Traffic()
         self.kernels = _gpu_kernels(dtype, hidden, block_neurons) if on_gpu else None

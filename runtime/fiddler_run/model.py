@@ -79,4 +79,4 @@ def make_executors(plan: Plan, device: torch.device) -> Executors:
     """What the plan's experts are computed by: its CPU threads, its staging memory on `device`."""
     slots = plan.gpu_memory_bytes.staging // plan.block_bytes
     dtype = TORCH_DTYPES[plan.model.dtype]
-    return Executors(dtype, plan.model.hidden_size, plan.block_neurons, plan.cpu_threads, slots, device)
+    return Executors(dtype, plan.model.hidden_size, plan.block_neurons, plan.cpu_threads, slots, device, plan.cpu_pinned)

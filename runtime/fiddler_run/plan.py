@@ -115,13 +115,14 @@ class Provenance(Section):
 
 
 class Plan(YamlFile):
-    version: Literal[1]
+    version: Literal[2]
     model: ModelShape
     workload: Workload
     gpu_memory_bytes: GpuMemory
     host_memory_bytes: HostMemory
     device: Literal["cuda", "host"]
     cpu_threads: PositiveInt
+    cpu_pinned: bool
     prefill_chunk_tokens: PositiveInt
     block_neurons: PositiveInt
     stream_share: dict[PositiveInt, float]
@@ -133,6 +134,7 @@ class Plan(YamlFile):
     header: ClassVar[str] = 'Written by `fiddler-opt plan`; run it with `fiddler-run --plan <this file> "prompt"`.'
     key_comments: ClassVar[dict[str, str]] = {
         "device": "where the GPU part lies: in GPU memory, or, planned for a machine without CUDA, in host memory",
+        "cpu_pinned": "whether each of the CPU's threads stays on a core of its own",
         "block_neurons": "an expert is cut into blocks of this many neurons",
         "stream_share": "by tokens of an expert, linear in between: share of its absent blocks sent over the link",
         "bytes_per_s": "expert bytes that the profiled machine handles for one token; absent: by CPU and link together",

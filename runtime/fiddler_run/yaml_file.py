@@ -86,8 +86,8 @@ def read_text(path: str | Path) -> str:
         raise FiddlerError(f"{path}: cannot read: {_reason(error)}") from None
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Writes to a temporary file beside `path`, then renames it, so that `path` never holds half a file.
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Writes to a temporary file beside `path`, then renames it, so that `path` never holds half a file. Text becomes UTF-8.
 
     Raises:
         FiddlerError: the place cannot be written.
@@ -97,9 +97,9 @@ def write_whole(path: str | Path, text: str) -> None:
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = Path(file.name)
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())

@@ -22,6 +22,9 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
+#if defined(__linux__)
+#include <pthread.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -194,8 +197,8 @@ extern "C" {
 int fiddler_supports(const char* variant) { return find_variant(variant) != nullptr; }
 
 // `threads` counts the one that calls `fiddler_wait`, which takes part; the others sleep after `spin_us` without work.
-void* fiddler_pool_create(const char* variant, int threads, int spin_us) {
-    return new Pool(*find_variant(variant), threads, int64_t{1000} * spin_us);
+void* fiddler_pool_create(const char* variant, int threads, int spin_us, const int* cpus) {
+    return new Pool(*find_variant(variant), threads, int64_t{1000} * spin_us, cpus);
 }
 
 void fiddler_pool_destroy(void* pool) { delete static_cast<Pool*>(pool); }

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fiddler_run.host import core_order
 from fiddler_run.kernels.pytorch import apply_blocks
 
 VARIANTS = ("amx", "avx512bf16", "avx512", "avx2", "portable")  # best first
@@ -38,6 +39,7 @@ class CpuCall:
 class CpuExperts:
     """Computes experts' blocks in host memory with `threads` threads, the caller of `wait` included."""
 
+    variant = "PyTorch"
     finishes_alone = False  # whether a job is finished without `wait`
 
     def __init__(self):
@@ -80,15 +82,17 @@ class CompiledExperts(CpuExperts):
     """The kernel of cpu.cpp. For bfloat16; hidden size and block_neurons must be multiples of `ALIGNMENT`.
 
     Its threads wait for the next job in a loop for `spin_us` before they sleep: waking all takes as long as a small job.
+    `pinned`: each stays on a CPU of its own, except the caller of `wait`.
     """
 
-    def __init__(self, threads: int, spin_us: int = 20, variant: str | None = None):
+    def __init__(self, threads: int, spin_us: int = 20, pinned: bool = False, variant: str | None = None):
         super().__init__()
         self._library = library()
         self.variant = variant or supported_variants()[0]
         if self.variant not in supported_variants():
             raise ValueError(f"{self.variant}: not one of {', '.join(supported_variants())}, which this CPU has")
-        self._pool = self._library.fiddler_pool_create(self.variant.encode(), threads, spin_us)
+        cpus = (ctypes.c_int * (threads - 1))(*(core_order() * threads)[1:threads]) if pinned else None
+        self._pool = self._library.fiddler_pool_create(self.variant.encode(), threads, spin_us, cpus)
         self.finishes_alone = threads > 1
         self._job = None
 
@@ -149,10 +153,10 @@ class PyTorchExperts(CpuExperts):
         return self._finished_s
 
 
-def cpu_experts(threads: int, spin_us: int, dtype: torch.dtype, hidden: int, block_neurons: int) -> CpuExperts:
+def cpu_experts(threads: int, pinned: bool, spin_us: int, dtype: torch.dtype, hidden: int, block_neurons: int) -> CpuExperts:
     """The fastest of the two for such blocks."""
     if dtype == torch.bfloat16 and hidden % ALIGNMENT == 0 and block_neurons % ALIGNMENT == 0 and compiled():
-        return _pool(threads, spin_us)
+        return _pool(threads, spin_us, pinned)
     return PyTorchExperts()
 
 
@@ -180,7 +184,7 @@ def library() -> ctypes.CDLL | None:
     loaded = ctypes.CDLL(os.fspath(found))
     pointer, integer, text, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64
     loaded.fiddler_supports.argtypes = [text]
-    loaded.fiddler_pool_create.argtypes, loaded.fiddler_pool_create.restype = [text, integer, integer], pointer
+    loaded.fiddler_pool_create.argtypes, loaded.fiddler_pool_create.restype = [text, integer, integer, pointer], pointer
     loaded.fiddler_pool_destroy.argtypes = [pointer]
     job = [pointer, integer, integer, pointer, integer, pointer, integer, pointer, pointer, ctypes.c_int64]
     loaded.fiddler_submit.argtypes = job

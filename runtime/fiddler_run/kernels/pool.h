@@ -4,6 +4,16 @@ constexpr int SPINS = 2000;  // looks at a flag before a thread lets others of i
 
 int64_t now_ns() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+// Where the system knows no such thing, the thread stays free.
+inline void pin([[maybe_unused]] std::thread& thread, [[maybe_unused]] int cpu) {
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
+#endif
+}
+
 inline void relax() {
 #if defined(__x86_64__)
     _mm_pause();
@@ -22,8 +32,12 @@ void spin_until(F&& ready) {
 
 class Pool {
    public:
-    Pool(const Variant& variant, int threads, int64_t spin_ns) : variant_(variant), spin_ns_(spin_ns) {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { serve(); });
+    // Worker i stays on CPU cpus[i - 1]; null: wherever the system puts it. The caller of `wait` is the first of the threads.
+    Pool(const Variant& variant, int threads, int64_t spin_ns, const int* cpus) : variant_(variant), spin_ns_(spin_ns) {
+        for (int i = 1; i < threads; ++i) {
+            workers_.emplace_back([this] { serve(); });
+            if (cpus) pin(workers_.back(), cpus[i - 1]);
+        }
     }
 
     ~Pool() {

@@ -1,0 +1,167 @@
+"""Times experts through the runtime's own dispatch. Rule: they lie, and are visited, all over the memory.
+
+What lies far from the CPU is slower, on some machines by a fifth, and a run reads from everywhere.
+"""
+
+from collections.abc import Callable
+from itertools import cycle
+from math import gcd
+
+import torch
+
+from fiddler_opt.bench_timing import Stopwatch, Timing
+from fiddler_opt.memory import STAGED_BLOCKS
+from fiddler_opt.model import ModelSpec
+from fiddler_run.arena import TORCH_DTYPES, Arena
+from fiddler_run.dispatch import LayerDispatch
+from fiddler_run.executors import Executors
+from fiddler_run.host import num_cores, num_physical_cores
+
+GPU_WORKING_SET_BYTES = 1_500_000_000
+MAX_CPU_TOKENS = 512  # more are never best computed by a CPU alone
+AROUND_BALANCE = (
+    -0.16,
+    -0.12,
+    -0.08,
+    -0.04,
+    0.0,
+    0.04,
+    0.08,
+    0.12,
+)  # shares tried, from the one that keeps CPU and link equally busy
+MANY_TOKENS = 64  # of an expert in a prompt: threads that decode does not need
+CLOSE = 1.05  # times that differ by less are equal: then fewer threads, and free ones, are better
+
+
+class ExpertBench:
+    """Random experts of a model's shape, in host memory and, where there is a GPU, in its memory; timed dispatches over them."""
+
+    def __init__(self, model: ModelSpec, host_bytes: int, stopwatch: Stopwatch, device: torch.device):
+        """`host_bytes`: take so much host memory, but no more than all of the model's experts do."""
+        self.device, self.on_gpu, self.stopwatch = device, device.type == "cuda", stopwatch
+        self.top_k, self.hidden_size = model.shape.num_experts_per_tok, model.shape.hidden_size
+        self.dtype, self.block_neurons = TORCH_DTYPES[model.shape.dtype], model.block_neurons
+        self.blocks = model.shape.blocks_per_expert(model.block_neurons)
+        everything = model.shape.num_layers * model.shape.num_experts
+        self.num_experts = min(everything, max(3, self.top_k, host_bytes // model.expert_bytes))
+        self.timed_bytes = self.num_experts * model.expert_bytes
+        host = Arena(self.num_experts * self.blocks, model.block_elements, self.dtype, torch.device("cpu"))
+        self.absent = list(host.blocks.split(self.blocks))
+        self.absent[0].normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+        for expert in self.absent[1:]:
+            expert.copy_(self.absent[0])
+        self.resident = self.absent  # with a count of 0
+        if self.on_gpu:
+            host.pin()
+            # As many as exceed the GPU's caches; some stand for several.
+            on_gpu = [expert.to(device) for expert in self.absent[: max(1, GPU_WORKING_SET_BYTES // model.expert_bytes)]]
+            self.resident = [on_gpu[number % len(on_gpu)] for number in range(self.num_experts)]
+        self.host = host
+        self.use_threads(num_cores(), pinned=False)
+
+    def use_threads(self, threads: int, pinned: bool) -> None:
+        torch.set_num_threads(threads)
+        slots = STAGED_BLOCKS if self.on_gpu else 0
+        self.executors = Executors(self.dtype, self.hidden_size, self.block_neurons, threads, slots, self.device, pinned)
+
+    @property
+    def kernel(self) -> str:
+        """What computes experts on the CPU."""
+        return self.executors.cpu.variant
+
+    def threads(self) -> dict:
+        """The best number of threads, and whether pinned: by the time of an expert for one token and for a prompt's, which
+        count alike. Tried: all physical cores, one less, half of them; and all logical ones, if those are more."""
+        physical, logical = min(num_physical_cores(), num_cores()), num_cores()
+        counts = sorted({max(1, physical // 2), max(1, physical - 1), physical, logical})
+        one, many = {}, {}
+        for which in [(threads, pinned) for threads in counts for pinned in (False, True)]:
+            self.use_threads(*which)
+            one[which], many[which] = (self._expert(tokens, 0, 0.0).us for tokens in (1, MANY_TOKENS))
+        score = {which: one[which] / min(one.values()) + many[which] / min(many.values()) for which in one}
+        good = [which for which in score if score[which] <= CLOSE * min(score.values())]
+        threads, pinned = min(good, key=lambda which: (which[1], which[0]))
+        by_threads = {pinned: {count: round(one[count, pinned], 1) for count in counts} for pinned in (False, True)}
+        return {"threads": threads, "pinned": pinned, "threads_us": by_threads[False], "pinned_threads_us": by_threads[True]}
+
+    def shares(self, tokens: int) -> dict[float, Timing]:
+        """One absent expert called by `tokens` tokens, by the share sent over the link: none, all, and around the best."""
+        if not self.on_gpu:
+            return {0.0: self._expert(tokens, 0, 0.0)}
+        ends = [0.0, 1.0] if tokens <= MAX_CPU_TOKENS else [1.0]
+        times = self._experts(tokens, 0, ends)
+        balance = times[0.0].us / (times[0.0].us + times[1.0].us) if 0.0 in times else 0.96
+        between = {min(1.0, max(0.0, round(balance + step, 2))) for step in AROUND_BALANCE}
+        times |= self._experts(tokens, 0, sorted(between - set(times)))
+        best = min(times, key=lambda share: times[share].us)
+        return times | self._experts(tokens, 0, [best])  # once more: the least of several noisy figures is too small
+
+    def resident_expert(self, tokens: int) -> Timing:
+        """One expert in GPU memory."""
+        return self._expert(tokens, self.blocks, 0.0)
+
+    def dispatch(self, tokens: int) -> Timing:
+        """A dispatch whose experts have no blocks: grouping tokens, waiting for the router, adding up."""
+        return self.stopwatch.time(self._dispatch(self._rows(0, 0), tokens, 0.0))[0]
+
+    def copies(self) -> dict[str, float]:
+        """Bytes per second to the GPU and back, block by block as the runtime copies for prompts; and one token's round trip."""
+        slots = torch.empty_like(self.absent[0], device=self.device)
+        pinned, pageable = cycle(self._in_places()), self.absent[0].clone()
+        state = torch.ones(1, self.hidden_size, dtype=self.dtype, device=self.device)
+        mailbox = torch.empty(state.shape, dtype=self.dtype, pin_memory=True)
+
+        def copy(source, target):
+            for to, block in zip(target, source, strict=True):
+                to.copy_(block, non_blocking=True)
+
+        def round_trip():
+            mailbox.copy_(state, non_blocking=True)
+            torch.cuda.current_stream().record_event().synchronize()
+            state.copy_(mailbox, non_blocking=True)
+
+        calls = (
+            lambda: copy(self.absent[next(pinned)], slots),
+            lambda: copy(pageable, slots),
+            lambda: copy(slots, self.absent[next(pinned)]),
+            round_trip,
+        )
+        *seconds, trip = (timing.us * 1e-6 for timing in self.stopwatch.time(*calls))
+        h2d, pageable_h2d, d2h = (round(slots.nbytes / each) for each in seconds)
+        return {
+            "h2d_bytes_per_s": h2d,
+            "h2d_pageable_bytes_per_s": pageable_h2d,
+            "d2h_bytes_per_s": d2h,
+            "round_trip_us": round(trip * 1e6, 1),
+        }
+
+    def _expert(self, tokens: int, resident: int, share: float) -> Timing:
+        return self._experts(tokens, resident, [share])[share]
+
+    def _experts(self, tokens: int, resident: int, shares: list[float]) -> dict[float, Timing]:
+        """What one expert, with `resident` of its blocks on the device, adds to a dispatch in which every token chooses the same
+        experts, as many as the model's tokens choose; by the share of its other blocks that is sent over the link."""
+        calls = [self._dispatch(self._rows(resident, self.blocks), tokens, share) for share in shares]
+        empty, *filled = self.stopwatch.time(self._dispatch(self._rows(0, 0), tokens, 0.0), *calls)
+        return {share: (timing - empty) / self.top_k for share, timing in zip(shares, filled, strict=True)}
+
+    def _rows(self, resident: int, stop: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(on[:resident], off[resident:stop]) for on, off in zip(self.resident, self.absent, strict=True)]
+
+    def _dispatch(self, rows: list, tokens: int, share: float) -> Callable[[], object]:
+        """A call that dispatches `tokens` tokens to the same experts, to other ones each time."""
+        resident, absent = zip(*rows, strict=True)
+        dispatch = LayerDispatch(0, list(resident), list(absent), lambda _: share, self.executors)
+        states = torch.randn(tokens, self.hidden_size, dtype=self.dtype, device=self.device)
+        weights = torch.full((tokens, self.top_k), 1 / self.top_k, device=self.device)
+        order = self._in_places() * self.top_k
+        chosen = torch.tensor(order, device=self.device).view(-1, 1, self.top_k).expand(-1, tokens, -1).contiguous()
+        in_turn = cycle(chosen)
+        return lambda: dispatch(states, next(in_turn), weights)
+
+    def _in_places(self) -> list[int]:
+        """All experts, in an order in which any few in a row lie all over the memory."""
+        stride = next(
+            s for s in range(max(1, round(0.618 * self.num_experts)), 2 * self.num_experts) if gcd(s, self.num_experts) == 1
+        )
+        return [number * stride % self.num_experts for number in range(self.num_experts)]

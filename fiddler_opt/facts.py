@@ -1,0 +1,242 @@
+"""What the system tells of this machine and of who else uses it. Rule: None where it does not tell; nothing is judged here."""
+
+import os
+import re
+import resource
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fiddler_run import host
+from fiddler_run.host import read
+
+GENERATIONS = {"2.5": 1, "5": 2, "8": 3, "16": 4, "32": 5, "64": 6}  # by GT/s
+LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}  # after the line's coding
+DISK_SAMPLE_BYTES, DISK_MINIMUM_BYTES, DISK_READ_BYTES, DISK_THREADS = 512_000_000, 64_000_000, 4_194_304, 8
+
+
+@dataclass(frozen=True)
+class NumaNode:
+    number: int
+    cpus: list[int]
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class PcieLink:
+    """A GPU's link as it is now, and the most that card and slot can both do. Widths are lanes."""
+
+    generation: int
+    width: int
+    max_generation: int
+    max_width: int
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What the link carries now, in one direction, before the overhead of packets."""
+        return self.width * LANE_BYTES_PER_S[self.generation]
+
+    @property
+    def max_bytes_per_s(self) -> float:
+        return self.max_width * LANE_BYTES_PER_S[self.max_generation]
+
+
+@dataclass
+class GpuUse:
+    """How busy a GPU is, 0 to 1, and the bytes of its memory that each process holds, by its id; None: not told."""
+
+    utilisation: float | None
+    processes: dict[int, int | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """NVIDIA's driver: its version, and the newest CUDA version it supports."""
+
+    version: str | None
+    cuda: str | None
+
+
+def memlock_limit_bytes() -> int | None:
+    """Memory that this process may lock; None is no limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def numa_nodes() -> list[NumaNode] | None:
+    folders = (host.ROOT / "sys/devices/system/node").glob("node[0-9]*")
+    nodes = []
+    for folder in sorted(folders, key=lambda folder: int(folder.name[4:])):
+        memory = re.search(r"MemTotal:\s+(\d+) kB", read(folder / "meminfo"))
+        cpus = host.cpu_list(read(folder / "cpulist"))
+        nodes.append(NumaNode(int(folder.name[4:]), cpus, int(memory[1]) * 1024 if memory else 0))
+    return nodes or None
+
+
+def governor() -> str | None:
+    """How the clock of the first CPU that this process may use is set: `performance`, `powersave`, ..."""
+    return read(f"sys/devices/system/cpu/cpu{min(host.allowed_cpus())}/cpufreq/scaling_governor") or None
+
+
+def transparent_huge_pages() -> str | None:
+    """`always`, `madvise` or `never`."""
+    chosen = re.search(r"\[(\w+)\]", read("sys/kernel/mm/transparent_hugepage/enabled"))
+    return chosen[1] if chosen else None
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether there is one, with or without a driver."""
+    devices = list((host.ROOT / "sys/bus/pci/devices").glob("*"))
+    display = any(read(device / "vendor") == "0x10de" and read(device / "class").startswith("0x03") for device in devices)
+    return display or bool(read("proc/driver/nvidia/version")) or bool(_nvidia_smi("-L"))
+
+
+def nvidia_driver() -> Driver | None:
+    summary = _nvidia_smi() or ""
+    version = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", read("proc/driver/nvidia/version") or summary)
+    cuda = re.search(r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)", summary)
+    return Driver(version and version[0], cuda and cuda[1]) if version or cuda else None
+
+
+def pcie_link(bus_id: str) -> PcieLink | None:
+    """The link of the GPU `0000:01:00.0`. An idle GPU drops its generation: ask while it copies."""
+    for ask in (_link_by_sysfs, _link_by_nvidia_smi):
+        link = ask(_sysfs_name(bus_id))
+        if link and 0 < link.width <= 32 and 0 < link.max_width <= 32:  # virtual machines show 0, 63 or 255
+            return link
+    return None
+
+
+def _link_by_sysfs(name: str) -> PcieLink | None:
+    device = (host.ROOT / "sys/bus/pci/devices" / name).resolve()  # its parent is the slot's bridge
+
+    def generation(file: Path) -> int | None:
+        speed = re.match(r"(\d+(?:\.\d+)?) GT/s", read(file))
+        return speed and GENERATIONS.get(speed[1].removesuffix(".0"))
+
+    def width(file: Path) -> int | None:
+        return int(read(file)) if read(file).isdigit() else None
+
+    now = generation(device / "current_link_speed"), width(device / "current_link_width")
+    card, slot = ((generation(end / "max_link_speed"), width(end / "max_link_width")) for end in (device, device.parent))
+    if None in (*now, *card):
+        return None
+    return PcieLink(*now, *(min(of_card, of_slot or of_card) for of_card, of_slot in zip(card, slot, strict=True)))
+
+
+def _link_by_nvidia_smi(bus_id: str) -> PcieLink | None:
+    keys = "pcie.link.gen.current,pcie.link.width.current,pcie.link.gen.max,pcie.link.width.max"
+    fields = next(iter(_query(f"--query-gpu={keys}", "-i", bus_id)), [])
+    known = len(fields) == 4 and all(field.isdigit() for field in fields)
+    link = PcieLink(*map(int, fields)) if known else None
+    return link if link and {link.generation, link.max_generation} <= LANE_BYTES_PER_S.keys() else None
+
+
+def gpu_numa_node(bus_id: str) -> int | None:
+    node = read(f"sys/bus/pci/devices/{_sysfs_name(bus_id)}/numa_node")
+    return int(node) if node.isdigit() else None  # -1: the firmware does not say
+
+
+def gpu_use() -> dict[str, GpuUse]:
+    """By bus id (`0000:01:00.0`): who uses each GPU besides this process. In a container, other processes may not be seen."""
+    use = {
+        _sysfs_name(bus_id): GpuUse(int(percent) / 100 if percent.isdigit() else None)
+        for bus_id, percent in _query("--query-gpu=pci.bus_id,utilization.gpu")
+    }
+    for bus_id, pid, mebibytes in _query("--query-compute-apps=gpu_bus_id,pid,used_memory"):
+        if pid.isdigit() and int(pid) != os.getpid() and _sysfs_name(bus_id) in use:
+            use[_sysfs_name(bus_id)].processes[int(pid)] = int(mebibytes) * 2**20 if mebibytes.isdigit() else None
+    return use
+
+
+def _sysfs_name(bus_id: str) -> str:
+    """`0000:01:00.0` for nvidia-smi's `00000000:01:00.0`."""
+    domain, _, rest = bus_id.partition(":")
+    return f"{int(domain, 16):04x}:{rest.lower()}"
+
+
+def _query(*arguments: str) -> list[list[str]]:
+    """The rows that nvidia-smi answers, each a list of fields."""
+    answer = _nvidia_smi(*arguments, "--format=csv,noheader,nounits") or ""
+    return [[field.strip() for field in line.split(",")] for line in answer.splitlines() if line.strip()]
+
+
+def _nvidia_smi(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+class Others:
+    """CPU time that others take, on the CPUs that this process may use, from the making of this object on."""
+
+    def __init__(self):
+        self._cpus = host.allowed_cpus()
+        self._start = self._now()
+
+    def cores(self) -> float | None:
+        """Cores' worth of it until now: what was not idle, and what other virtual machines took, less what this process and its
+        finished children used."""
+        (start_s, start_busy, start_own), (now_s, now_busy, now_own) = self._start, self._now()
+        if start_busy is None or now_busy is None or now_s <= start_s:
+            return None
+        return max(0.0, (now_busy - start_busy - (now_own - start_own)) / (now_s - start_s))
+
+    def _now(self) -> tuple[float, float | None, float]:
+        """Seconds on the clock, of these CPUs' work, and of our own."""
+        ticks = 0
+        for name, *counts in (line.split() for line in read("proc/stat").splitlines()):
+            if re.fullmatch(r"cpu\d+", name) and int(name[3:]) in self._cpus:
+                user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, counts[:8])  # guests' time is in user
+                ticks += user + nice + system + sum(interrupts_and_steal)
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") if ticks else None, sum(os.times()[:4])
+
+
+def busy_cores(seconds: float) -> float | None:
+    """Cores' worth of CPU time that others take on this process's CPUs during the next `seconds`."""
+    others = Others()
+    time.sleep(seconds)
+    return others.cores()
+
+
+def busiest(seconds: float, count: int = 3) -> list[tuple[str, float]]:
+    """The other processes with the most CPU time during the next `seconds`: name and cores' worth, those above 0.05."""
+    before, start_s = _ticks_by_process(), time.monotonic()
+    time.sleep(seconds)
+    after, elapsed_s = _ticks_by_process(), time.monotonic() - start_s
+    per_core = elapsed_s * os.sysconf("SC_CLK_TCK")
+    used = [(name, (ticks - before.get((pid, name), ticks)) / per_core) for (pid, name), ticks in after.items()]
+    return sorted((entry for entry in used if entry[1] > 0.05), key=lambda entry: -entry[1])[:count]
+
+
+def _ticks_by_process() -> dict[tuple[int, str], int]:
+    ticks = {}
+    for folder in (host.ROOT / "proc").glob("[0-9]*"):
+        name, _, rest = read(folder / "stat").partition("(")[2].rpartition(")")  # the name may contain anything
+        if rest and int(folder.name) != os.getpid():
+            fields = rest.split()
+            ticks[int(folder.name), name] = int(fields[11]) + int(fields[12])  # utime, stime
+    return ticks
+
+
+def disk_bytes_per_s(folder: str | Path) -> float | None:
+    """Sequential read speed of the largest file in a checkpoint's folder, by several threads; None below 64 MB.
+
+    The system is asked to forget what it has cached of the file; where it ignores that, this is the speed of its cache.
+    """
+    files = [path for path in Path(folder).glob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size, default=None)
+    if largest is None or largest.stat().st_size < DISK_MINIMUM_BYTES:
+        return None
+    size = min(largest.stat().st_size, DISK_SAMPLE_BYTES)
+    with largest.open("rb", buffering=0) as file, ThreadPoolExecutor(DISK_THREADS) as threads:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+        start_s = time.perf_counter()
+        pieces = range(0, size, DISK_READ_BYTES)
+        read_bytes = sum(threads.map(lambda offset: os.preadv(file.fileno(), [bytearray(DISK_READ_BYTES)], offset), pieces))
+        return read_bytes / (time.perf_counter() - start_s)

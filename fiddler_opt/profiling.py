@@ -1,0 +1,122 @@
+"""The stages of `fiddler-opt profile`. Rule: what was finished is kept, and the next call goes on where one was cut short."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fiddler_opt.compiler import compile_plan
+from fiddler_opt.machine import MachineProfile
+from fiddler_opt.model import ModelSpec
+from fiddler_opt.prompts import encode_prompts, name_sets, read_prompts
+from fiddler_opt.routing import Routing, RoutingProfile
+from fiddler_opt.unfinished import Unfinished, forget_unfinished, unfinished_path
+from fiddler_run.cli import byte_progress
+from fiddler_run.locate import model_folder
+from fiddler_run.plan import Plan, Workload
+
+if TYPE_CHECKING:
+    from fiddler_opt.trace_routing import RoutingJob
+
+SAVE_EVERY_S = 20.0  # of recording: what may be lost
+
+
+def profile_machine(
+    model: ModelSpec, path: Path, quick: bool, force: bool, folder: Path | None, command: str, console: Console
+) -> MachineProfile:
+    """Times this machine and saves its profile.
+
+    Raises:
+        FiddlerError: others use the machine, and not `force`.
+    """
+    with console.status("importing torch and transformers"):
+        from fiddler_opt.bench_machine import QUICK, THOROUGH, MachineBench, measure_machine
+
+    bench = MachineBench(model, QUICK if quick else THOROUGH, folder)
+    unfinished = Unfinished(path, bench.identity)
+    if unfinished.parts:
+        console.print(f"going on with an unfinished profile: {len(unfinished.parts)} of {len(bench.parts)} parts are timed")
+    with _progress(console) as progress:
+        task = progress.add_task("timing", total=len(bench.parts))
+
+        def on_part(name: str, finished: int) -> None:
+            progress.update(task, description=f"timing {name}", completed=finished)
+
+        machine = measure_machine(bench, unfinished, command, force, on_part)
+        progress.update(task, description="timing", completed=len(bench.parts))
+    machine.save(path)
+    forget_unfinished(path)
+    return machine
+
+
+def routing_job(model: ModelSpec, name: str, prompts: list[Path], output_tokens: int, context: int) -> RoutingJob:
+    """What to record: `output_tokens` are generated after each prompt, where `context` leaves room for so many.
+
+    Args:
+        name: the checkpoint's folder or Hugging Face id.
+
+    Raises:
+        FiddlerError: the checkpoint is incomplete, or the prompts cannot be read or are too long.
+    """
+    from fiddler_opt.trace_routing import RoutingJob
+    from fiddler_run.checkpoint import Checkpoint
+    from fiddler_run.load import load_tokenizer
+
+    folder = model_folder(name)
+    Checkpoint(folder, model.shape)
+    read = {name: (read_prompts(path), str(path)) for name, path in name_sets(prompts).items()}
+    tokenizer = load_tokenizer(folder)
+    sets = {name: encode_prompts(tokenizer, texts, context, origin) for name, (texts, origin) in read.items()}
+    return RoutingJob(model.shape, sets, output_tokens, context)
+
+
+def cpu_plan(model: ModelSpec, machine: MachineProfile, context: int, made: dict[str, str]) -> Plan:
+    """A plan that runs the model on the CPU alone, which fits every machine whose RAM holds it."""
+    workload = Workload(prompt_tokens=context - 1, output_tokens=1, num_beams=1, max_seq_len=context)
+    return compile_plan(model, machine, Routing.uniform(model), workload, 0, made)
+
+
+def profile_routing(
+    job: RoutingJob, name: str, plan: Plan | Path, path: Path, trace_path: Path | None, command: str, console: Console
+) -> RoutingProfile:
+    """Records a job's routing with the checkpoint `name` run by `plan`; saves its profile, and its trace where one is wanted."""
+    from fiddler_opt.trace_routing import RoutingRecorder, routing_profile
+    from fiddler_run.load import ModelLoader
+
+    partial = unfinished_path(path)
+    recorder = RoutingRecorder(job, job.resume(partial))
+    if recorder.done:
+        console.print(f"going on with an unfinished recording: {recorder.done} of {recorder.total} prompts are done")
+    if recorder.done < recorder.total:
+        loader = ModelLoader(plan, name)
+        with byte_progress(console) as progress:
+            task = progress.add_task("loading experts", total=loader.total_bytes)
+            model = loader.load(lambda count: progress.advance(task, count))
+        with _progress(console) as progress:
+            task = progress.add_task("prompts", total=recorder.total, completed=recorder.done)
+            saved_s = time.monotonic()
+            try:
+                for done in recorder.run(model):
+                    progress.update(task, completed=done)
+                    if time.monotonic() - saved_s > SAVE_EVERY_S:
+                        recorder.trace().save(partial)
+                        saved_s = time.monotonic()
+            except BaseException:  # an interrupt, or whatever else
+                recorder.trace().save(partial)
+                raise
+    trace = recorder.trace()
+    routing = routing_profile(trace, job.shape, command, job.output_tokens)
+    if trace_path is not None:
+        trace.save(trace_path)
+    routing.save(path)
+    forget_unfinished(path)
+    return routing
+
+
+def _progress(console: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console)

@@ -1,0 +1,104 @@
+"""`fiddler-opt profile`: what cuts it short costs nothing that was finished; several sets of prompts; a busy machine."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import yaml
+from conftest import DEMO, ROOT
+from test_commands import files_in, run
+
+from fiddler_opt.machine import MachineProfile
+from fiddler_opt.routing import RoutingProfile
+from fiddler_opt.trace_routing import RoutingTrace
+from fiddler_run.host import num_cores
+
+QUICK = ("profile", "--quick", "--force", "--model", DEMO)
+UNFINISHED = Path("profiles/.local.machine.yaml.unfinished")
+
+
+def start(folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fiddler_opt.cli", *map(str, QUICK), "--output-tokens", "8"]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finished_parts(folder: Path) -> int:
+    file = folder / UNFINISHED
+    return len(yaml.safe_load(file.read_text())["parts"]) if file.exists() else 0
+
+
+def test_killed_again_and_again_it_goes_on(tmp_path):
+    """Each kill comes at another moment of another part; a second call never does a finished part again."""
+    for kill, delay_s in enumerate((0.0, 0.05, 0.0, 0.2, 0.01, 0.1)):
+        before, process = finished_parts(tmp_path), start(tmp_path)
+        while finished_parts(tmp_path) == before:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        time.sleep(delay_s)
+        process.kill()
+        said = process.communicate()[1]
+        assert f"{before} of " in said or kill == 0
+        assert finished_parts(tmp_path) > before
+        assert [path.name for path in (tmp_path / "profiles").glob("[!.]*")] == []
+    last = start(tmp_path)
+    assert "parts are timed" in last.communicate(timeout=240)[1]
+    assert last.returncode == 0
+    MachineProfile.load(tmp_path / "profiles/local.machine.yaml")
+    assert RoutingProfile.load(tmp_path / "profiles/tiny-mixtral.routing.yaml").sets["prompts.jsonl"].prompts == 48
+    assert set(files_in(tmp_path)) == {"profiles/local.machine.yaml", "profiles/tiny-mixtral.routing.yaml"}
+
+
+def test_parts_of_another_machine_are_not_taken(tmp_path):
+    (tmp_path / "profiles").mkdir()
+    file = tmp_path / UNFINISHED
+    for content in ("not: [yaml", yaml.safe_dump({"made_with": {"cpu": "another"}, "parts": {"host": {}, "threads": {}}})):
+        file.write_text(content)
+        process = start(tmp_path)
+        while file.exists() and file.read_text() == content:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.kill()
+        assert "going on" not in process.communicate()[1]
+
+
+def test_several_sets_of_prompts_and_their_trace(tmp_path):
+    """Recorded by a plan, with no machine profile at hand; the trace holds what the profile counts."""
+    (tmp_path / "stories.txt").write_text("Once upon a time\nThe sun was warm. Pip went for a walk\n")
+    (tmp_path / "code.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "def count(n):"}]}) + "\n")
+    flags = ("--only", "routing", "--plan", ROOT / "plans/demo.yaml", "--trace", "trace.npz", "--output-tokens", "5")
+    result = run("fiddler-opt", "profile", "--model", DEMO, "--prompts", "stories.txt", "code.jsonl", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["profiles/tiny-mixtral.routing.yaml"]
+    profile = RoutingProfile.load(tmp_path / "profiles/tiny-mixtral.routing.yaml")
+    assert {name: part.prompts for name, part in profile.sets.items()} == {"stories.txt": 2, "code.jsonl": 1}
+    assert {name: part.decode.tokens for name, part in profile.sets.items()} == {"stories.txt": 8, "code.jsonl": 4}
+    trace = RoutingTrace.load(tmp_path / "trace.npz")
+    assert trace.set_names == ["stories.txt", "code.jsonl"]
+    counted = np.bincount(trace.experts[trace.decode & (trace.prompt == 2), 0].ravel(), minlength=8)
+    assert counted.tolist() == profile.sets["code.jsonl"].decode.activations[0]
+
+
+@contextmanager
+def every_core_busy():
+    spinners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_cores())]
+    try:
+        yield
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
+
+
+def test_a_busy_machine_is_not_profiled(tmp_path):
+    with every_core_busy():
+        result = run("fiddler-opt", "profile", "--quick", "--model", DEMO, "--only", "machine", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "the machine is busy: other programs took" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "profiles/local.machine.yaml").exists()
