@@ -9,7 +9,7 @@ from transformers import MixtralConfig
 from fiddler_opt.bench_timing import Stopwatch, Timing
 from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES
-from fiddler_run.model import DispatchedMixtral
+from fiddler_run.model import DispatchedMixtral, HostEmbedding
 
 LAYERS, STEPS, PROMPT = 5, 16, 16
 BUSY_S = 3e-3  # a layer's experts that keep the GPU busy: longer than Python needs to queue a layer
@@ -17,11 +17,15 @@ BUSY_S = 3e-3  # a layer's experts that keep the GPU busy: longer than Python ne
 
 @dataclass(frozen=True)
 class DenseTimes:
-    """`layer`: one layer without experts. `device`: what it adds to experts that keep the device busy. `head`: a step's rest."""
+    """`layer`: one layer without experts. `device`: what it adds to experts that keep the device busy. `head`: a step's rest.
+
+    `host_embedding`: what the embedding takes longer from host memory; None without a GPU.
+    """
 
     layer: Timing
     device: Timing
     head: Timing
+    host_embedding: Timing | None
 
 
 class DenseBench:
@@ -36,7 +40,16 @@ class DenseBench:
         """One pass with so many tokens, through `generate()`: a decode step for 1 token, else a prompt."""
         head, whole = self._passes(tokens)
         layer = (whole - head) / LAYERS
-        return DenseTimes(layer, self._behind_experts(tokens) if self.device.type == "cuda" else layer, head)
+        if self.device.type == "cpu":
+            return DenseTimes(layer, layer, head, None)
+        return DenseTimes(layer, self._behind_experts(tokens), head, self._host_embedding(tokens))
+
+    def _host_embedding(self, tokens: int) -> Timing:
+        ids = torch.zeros((1, tokens), dtype=torch.long, device=self.device)
+        on_device = self.models[0].model.embed_tokens
+        in_host = HostEmbedding(on_device.weight)
+        device, host = self.stopwatch.time(lambda: on_device(ids), lambda: in_host(ids))
+        return host - device
 
     def _behind_experts(self, tokens: int) -> Timing:
         """A layer's time with a busy device, less the time it was kept busy."""

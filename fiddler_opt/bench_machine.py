@@ -23,7 +23,8 @@ from fiddler_opt.unfinished import Unfinished
 from fiddler_run.errors import FiddlerError
 from fiddler_run.host import available_memory_bytes, cpu_name, num_cores, num_physical_cores
 
-TABLES = ("absent_expert_us", "device_expert_us", "dispatch_us", "dense_layer_us", "dense_device_us", "head_us")
+EXPERT_TABLES = "absent_expert_us", "device_expert_us", "dispatch_us"
+DENSE_TABLES = "dense_layer_us", "dense_device_us", "head_us", "host_embedding_us"
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class MachineBench:
         torch.set_num_threads(self._threads[0])
         times = self._dense.time(tokens)
         named = {"dense_layer_us": times.layer, "dense_device_us": times.device, "head_us": times.head}
+        if times.host_embedding is not None:
+            named["host_embedding_us"] = times.host_embedding
         return {**_rounded(named), "spread": _spreads(named)}
 
     def _link(self) -> dict:
@@ -163,8 +166,8 @@ def measure_machine(
             bench.use_threads(unfinished.parts[name])
     parts = {name: unfinished.parts[name] for name in bench.parts}
     threads, host = parts["threads"], parts["host"]
-    tables = {name: {} for name in TABLES}
-    spread = {name: {} for name in TABLES}
+    tables = {name: {} for name in (*EXPERT_TABLES, *DENSE_TABLES)}
+    spread = {name: {} for name in tables}
     for prefix, counts in (("experts", bench.tokens), ("layers without experts", bench.dense_tokens)):
         for tokens in counts:
             part = parts[f"{prefix}, {tokens} tokens"]
@@ -186,8 +189,8 @@ def measure_machine(
         link=Link(**parts["link"]) if "link" in parts else None,
         disk_bytes_per_s=host["disk_bytes_per_s"],
         shape=MeasuredShape.of(bench.model),
-        **tables,
-        spread=spread,
+        **{name: table or None for name, table in tables.items()},
+        spread={name: table for name, table in spread.items() if table},
         provenance=Made(command=command, created=date.today().isoformat(), software=f"PyTorch {torch.__version__}"),
     )
 

@@ -9,10 +9,16 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fiddler_opt.baselines import BASELINES
+from fiddler_opt.compare import compare, print_comparison
+from fiddler_opt.explain import placement_of, print_explanation, print_worths, sources, worths
 from fiddler_opt.machine import MachineProfile
 from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
+from fiddler_opt.problem import Budget
 from fiddler_opt.report import plan_notes, print_file, print_machine, print_plan, print_routing
 from fiddler_opt.routing import Routing, RoutingProfile
+from fiddler_opt.sweep_flags import add_whatif_flags, parse_whatif
+from fiddler_opt.target import least_memory, parse_rate
 from fiddler_opt.units import parse_bytes
 from fiddler_run.cli import exit_status, positive
 from fiddler_run.errors import FiddlerError
@@ -20,7 +26,7 @@ from fiddler_run.locate import name_in_plan, shipped_file
 from fiddler_run.plan import Plan, Workload
 from fiddler_run.yaml_file import require_writable
 
-WORKLOAD = {"prompt_tokens": 512, "output_tokens": 128, "num_beams": 1, "max_seq_len": 4096}
+WORKLOAD = {"prompt_tokens": 512, "output_tokens": 128, "num_beams": 1, "batch_size": 1, "max_seq_len": 4096}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -57,29 +63,63 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     plan = commands.add_parser("plan", help="solve for the best placement within a GPU memory budget")
     plan.set_defaults(command=run_plan)
     _add_common(plan)
+    budget = plan.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--gpu-mem", metavar="SIZE", help="GPU memory to use, such as 24GB; 0GB plans for the CPU alone")
+    budget.add_argument("--target", metavar="RATE", help="instead: as little GPU memory as decodes so fast, such as 6tok/s")
     plan.add_argument(
-        "--gpu-mem", metavar="SIZE", required=True, help="GPU memory to use, such as 24GB; 0GB plans for the CPU alone"
+        "--host-mem", metavar="SIZE", help="host memory for experts; what exceeds it lies on disk (default: as much as they need)"
     )
-    plan.add_argument("--machine", metavar="FILE", help="machine profile (default: local.machine.yaml in --profiles)")
-    plan.add_argument(
-        "--routing", metavar="FILE", help="routing profile (default: the model's in --profiles, else uniform routing)"
-    )
-    plan.add_argument("-o", "--output", metavar="FILE", help="plan to write (default: plans/MODEL-SIZE.yaml)")
+    _add_profiles_used(plan)
     for key, default in WORKLOAD.items():
         words = key.replace("_", " ").replace("max seq len", "longest prompt + output, in tokens,")
         plan.add_argument(
             f"--{key.replace('_', '-')}", type=positive, metavar="N", help=f"{words} to plan for (default: {default})"
         )
+    plan.add_argument("-o", "--output", metavar="FILE", help="plan to write (default: plans/MODEL-SIZE.yaml)")
+    plan.add_argument(
+        "--robust", action="store_true", help="plan for that set of prompts of the routing profile for which the plan is worst"
+    )
+    plan.add_argument("--baseline", choices=BASELINES, help="write the plan of a rule of thumb instead, to compare with")
+    plan.add_argument("--emit", metavar="FILE", help="write the integer program as well, in the LP format")
 
     show = commands.add_parser("show", help="print a profile or a plan as tables")
     show.set_defaults(command=run_show)
     show.add_argument("file", help="a plan, a machine profile or a routing profile")
     show.add_argument("--plot", metavar="FILE", help="draw it as well, into a .png, .svg or .pdf (needs the extra `plots`)")
 
+    whatif = commands.add_parser("whatif", help="predict over a range of GPU memory, link or RAM speed, context or beams")
+    whatif.set_defaults(command=run_whatif_command)
+    _add_common(whatif)
+    _add_profiles_used(whatif)
+    add_whatif_flags(whatif)
+
+    explain = commands.add_parser("explain", help="say where a plan's bytes and milliseconds go, and why")
+    explain.set_defaults(command=run_explain)
+    explain.add_argument("plan", metavar="PLAN")
+    explain.add_argument("--machine", metavar="FILE", help="machine profile it was made from (default: where the plan says)")
+    explain.add_argument("--routing", metavar="FILE", help="routing profile it was made from (default: where the plan says)")
+
+    check = commands.add_parser("check", help="say everything that keeps a plan from running here")
+    check.set_defaults(command=run_check)
+    check.add_argument("plan", metavar="PLAN")
+    check.add_argument("--model", help="checkpoint folder or Hugging Face id (default: the one that the plan names)")
+
+    diff = commands.add_parser("diff", help="say what differs between two plans, and what it gains")
+    diff.set_defaults(command=run_diff)
+    diff.add_argument("first", metavar="PLAN")
+    diff.add_argument("second", metavar="PLAN")
+
     doctor = commands.add_parser("doctor", help="say what limits this machine, and what to do about it")
     doctor.set_defaults(command=run_doctor)
     _add_common(doctor)
     return parser.parse_args(arguments)
+
+
+def _add_profiles_used(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--machine", metavar="FILE", help="machine profile (default: local.machine.yaml in --profiles)")
+    parser.add_argument(
+        "--routing", metavar="FILE", help="routing profile (default: the model's in --profiles, else uniform routing)"
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +164,58 @@ def run_profile(flags: argparse.Namespace, console: Console) -> None:
         console.print("note: no --prompts: routing was not recorded, plans will assume it is uniform", style="yellow")
 
 
+def run_whatif_command(flags: argparse.Namespace, console: Console) -> None:
+    from fiddler_opt.compiler import compile_plan
+    from fiddler_opt.whatif import run_whatif
+
+    asked, model = parse_whatif(flags), ModelSpec.load(flags.model)
+    workload = plan_workload(asked.workload_flags(), model)
+    machine, path = load_machine(flags)
+    routing = load_routing(flags, model)
+    made = provenance(str(path), machine, routing.origin)
+
+    def solve(machine: MachineProfile, workload: Workload, gpu_bytes: int) -> Plan:
+        return compile_plan(model, machine, routing, workload, Budget(gpu_bytes), made)
+
+    with console.status("solving"):
+        run_whatif(asked, model, machine, workload, solve, flags.plot, tables())
+
+
+def run_explain(flags: argparse.Namespace, console: Console) -> None:
+    path = shipped_file(flags.plan)
+    plan, out = Plan.load(path), tables()
+    print_explanation(out, plan)
+    try:
+        problem, routing = sources(plan, path, flags.machine, flags.routing)
+    except FiddlerError as error:
+        if flags.machine or flags.routing:
+            raise
+        console.print(f"note: what each expert is worth is left out: {error}", style="yellow")
+        return
+    print_worths(out, worths(problem.cost(routing), placement_of(plan)), plan.blocks_per_expert)
+
+
+def run_check(flags: argparse.Namespace, console: Console) -> None:
+    from fiddler_run.check import check_plan
+
+    path = shipped_file(flags.plan)
+    with console.status("checking"):
+        problems, notes = check_plan(path, flags.model)
+    for problem in problems:
+        tables().print(problem)
+    for note in notes:
+        console.print(f"note: {note}", style="yellow")
+    if problems:
+        raise FiddlerError(
+            f"{path}: cannot run here: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}, listed above"
+        )
+    tables().print(f"{path} fits its model and this machine")
+
+
+def run_diff(flags: argparse.Namespace, console: Console) -> None:
+    print_comparison(tables(), compare(*(Plan.load(shipped_file(path)) for path in (flags.first, flags.second))))
+
+
 def run_doctor(flags: argparse.Namespace, console: Console) -> None:
     from fiddler_opt.doctor import examine, print_findings, stops
 
@@ -131,7 +223,7 @@ def run_doctor(flags: argparse.Namespace, console: Console) -> None:
     model, machine = ModelSpec.load(flags.model), MachineProfile.load(path) if path.is_file() else None
     with console.status("looking at this machine"):
         findings = examine(model, machine)
-    print_findings(Console(highlight=False, soft_wrap=True, markup=False), findings)
+    print_findings(tables(), findings)
     if stops(findings):
         raise FiddlerError(f"{model.shape.name} cannot run here; what stops it is listed first")
 
@@ -139,18 +231,26 @@ def run_doctor(flags: argparse.Namespace, console: Console) -> None:
 def run_plan(flags: argparse.Namespace, console: Console) -> None:
     from fiddler_opt.compiler import compile_plan
 
-    total = parse_bytes(flags.gpu_mem, "--gpu-mem")
+    total = None if flags.gpu_mem is None else parse_bytes(flags.gpu_mem, "--gpu-mem")
+    rate = None if flags.target is None else parse_rate(flags.target)
+    host_bytes = None if flags.host_mem is None else parse_bytes(flags.host_mem, "--host-mem")
     model = ModelSpec.load(flags.model)
-    output = Path(flags.output or f"plans/{model.short_name}-{flags.gpu_mem}.yaml")
+    size = flags.gpu_mem or f"{rate:g}toks"
+    output = Path(flags.output or f"plans/{model.short_name}-{size}.yaml")
     workload = plan_workload(flags, model)
-    machine_path = machine_file(flags)
-    if not machine_path.is_file():
-        raise FiddlerError(f"{machine_path}: no such machine profile; run `fiddler-opt profile` first, or name one with --machine")
-    machine = MachineProfile.load(machine_path)
+    machine, machine_path = load_machine(flags)
     routing = load_routing(flags, model)
-    require_writable(output)
+    for path in (output, flags.emit):
+        if path is not None:
+            require_writable(path)
+
+    def solve(gpu_bytes: int) -> Plan:
+        made = provenance(str(machine_path), machine, routing.origin)
+        budget = Budget(gpu_bytes, host_bytes)
+        return compile_plan(model, machine, routing, workload, budget, made, flags.robust, flags.baseline, flags.emit)
+
     with console.status("solving"):
-        plan = compile_plan(model, machine, routing, workload, total, provenance(str(machine_path), machine, routing.origin))
+        plan = solve(total) if rate is None else least_memory(solve, rate, machine.device.memory_bytes)
     named = plan.model.model_copy(update={"name": name_in_plan(flags.model, output)})
     plan = plan.model_copy(update={"model": named})
     plan.save(output)
@@ -158,11 +258,15 @@ def run_plan(flags: argparse.Namespace, console: Console) -> None:
     print(output)
 
 
+def tables() -> Console:
+    """On stdout: for commands whose tables are what was asked for."""
+    return Console(highlight=False, soft_wrap=True, markup=False)
+
+
 def run_show(flags: argparse.Namespace, console: Console) -> None:
     if flags.plot is not None:
         require_writable(flags.plot)
-    tables = Console(highlight=False, soft_wrap=True, markup=False)  # on stdout: they are what was asked for
-    shown = print_file(tables, str(shipped_file(flags.file)))
+    shown = print_file(tables(), str(shipped_file(flags.file)))
     if flags.plot is not None:
         from fiddler_opt.plots import plot
 
@@ -182,8 +286,15 @@ def plan_workload(flags: argparse.Namespace, model: ModelSpec) -> Workload:
         raise FiddlerError(
             f"--prompt-tokens {prompt} and --output-tokens {output} exceed --max-seq-len {context}; lower them or raise it"
         )
-    beams = given.get("num_beams", WORKLOAD["num_beams"])
-    return Workload(prompt_tokens=prompt, output_tokens=output, num_beams=beams, max_seq_len=context)
+    beams, batch = (given.get(key, WORKLOAD[key]) for key in ("num_beams", "batch_size"))
+    return Workload(prompt_tokens=prompt, output_tokens=output, num_beams=beams, batch_size=batch, max_seq_len=context)
+
+
+def load_machine(flags: argparse.Namespace) -> tuple[MachineProfile, Path]:
+    path = machine_file(flags)
+    if not path.is_file():
+        raise FiddlerError(f"{path}: no such machine profile; run `fiddler-opt profile` first, or name one with --machine")
+    return MachineProfile.load(path), path
 
 
 def load_routing(flags: argparse.Namespace, model: ModelSpec) -> Routing:

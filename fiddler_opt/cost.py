@@ -2,25 +2,43 @@
 
 For one layer and a number of tokens
 
-    time = dense + dispatch + E[ max( device(resident blocks), absent(absent blocks), queueing ) ]
+    time = dense + dispatch + E[ max( resident, absent + disk, queueing ) ]
 
-where device() is the GPU's time for blocks in its memory and absent() is the measured time of CPU and link together for
-blocks that are not, both linear in blocks; dense is the GPU's time for the rest of the layer, and queueing what Python needs
-more than that to queue it, which goes on while experts are at work. Where the CPU stands in for the GPU nothing overlaps: max
-becomes a sum.
+    dense      the GPU's time for the layer without experts           resident   its time for blocks in its memory
+    dispatch   grouping tokens, router's result, adding up            absent     CPU and link together, blocks in host memory
+    queueing   what Python needs longer than dense to queue a layer   disk       reading blocks on disk, for the CPU
+
+The last four are linear in blocks and go on at once; where the CPU stands in for the GPU nothing overlaps: max becomes a sum.
 The expectation runs over which experts the router chooses: exactly, by pairs, when one token chooses two experts; for more
-tokens the expected work of each expert stands in for its distribution.
+tokens the expected work of each expert stands in for its distribution. A step adds the embedding (if in host memory) and the head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from fiddler_opt.machine import MachineProfile, seconds_at
-from fiddler_opt.memory import prefill_chunk_tokens
+from fiddler_opt.machine import MachineProfile, Times, seconds_at
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.routing import PhaseRouting, Routing
 from fiddler_run.plan import Workload
 
-Placement = list[list[int]]  # resident blocks by layer and expert
+PARTS = ("head", "embedding", "dense", "dispatch", "resident", "absent", "disk", "queueing")
+Rows = list[list[int]]  # blocks by layer and expert
+Policy = Literal["together", "cpu", "link", "better"]  # what serves absent blocks; better: for each token count one of cpu and link
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Of each expert the first `resident` blocks lie in GPU memory, the last `on_disk` ones on disk, the others in host memory."""
+
+    resident: Rows
+    on_disk: Rows
+    host_embedding: bool = False
+
+    @classmethod
+    def of(cls, resident: Rows) -> "Placement":
+        """With nothing on disk and the embedding on the GPU."""
+        return cls(resident, [[0] * len(row) for row in resident])
 
 
 @dataclass(frozen=True)
@@ -36,23 +54,30 @@ class Phase:
 class Scenario:
     """A set of experts called in a layer, with its probability.
 
-    `device_s` and `absent_s`: seconds of each called expert if all its blocks were resident, or all absent.
+    `resident_s`, `absent_s`, `disk_s`: seconds of each called expert if all its blocks were there.
     """
 
     probability: float
-    device_s: dict[int, float]
+    resident_s: dict[int, float]
     absent_s: dict[int, float]
+    disk_s: dict[int, float]
 
 
 @dataclass(frozen=True)
 class CostModel:
+    """`fixed_s`: by phase, seconds of a step that no placement changes, by part; `queueing_s`: at least so long take a layer's
+    experts; `host_embedding_s`: what a step takes longer with the embedding in host memory; `called`: by layer and expert, the
+    probability that a decode step calls it."""
+
     blocks_per_expert: int
     overlap: bool
+    batch_size: int
     phases: list[Phase]
-    fixed_s: dict[str, float]  # by phase: seconds of a step that no placement changes
-    queueing_s: dict[str, float]  # by phase: the least seconds of a layer's experts
+    fixed_s: dict[str, dict[str, float]]
+    queueing_s: dict[str, float]
+    host_embedding_s: dict[str, float]
     scenarios: dict[str, list[list[Scenario]]]  # by phase and layer
-    called: list[list[float]]  # by layer and expert: probability that a decode step calls it
+    called: list[list[float]]
 
     @classmethod
     def build(
@@ -61,38 +86,42 @@ class CostModel:
         machine: MachineProfile,
         routing: Routing,
         workload: Workload,
+        chunk_tokens: int,
+        policy: Policy = "together",
         cpu_alone: bool = False,
     ) -> "CostModel":
-        """The costs on a machine, or, for `cpu_alone`, on its CPU without its GPU."""
+        """The costs on a machine, or, for `cpu_alone`, on its CPU without its GPU; prompts pass in chunks of `chunk_tokens`."""
         shape, timed = model.shape, machine.shape
         expert_scale = model.expert_bytes / timed.expert_bytes
         dense_scale = model.dense_layer_bytes / timed.dense_layer_bytes
-        head_scale = model.head_bytes / timed.head_bytes
-
-        def fixed(tokens: int) -> float:
-            layer = (dense(tokens) if overlap else queued(tokens)) + seconds_at(machine.dispatch_us, tokens)
-            return shape.num_layers * layer + seconds_at(machine.head_us, tokens) * head_scale
-
-        def dense(tokens: int) -> float:
-            return seconds_at(machine.dense_device_us, tokens) * dense_scale
-
-        def queued(tokens: int) -> float:
-            return seconds_at(machine.dense_layer_us, tokens) * dense_scale
-
-        def expert_times(tokens: float) -> tuple[float, float]:
-            return (
-                seconds_at(machine.device_expert_us, tokens) * expert_scale,
-                seconds_at(machine.cpu_expert_us if cpu_alone else machine.best_absent_us, tokens) * expert_scale,
-            )
-
         overlap = machine.device.kind == "cuda" and not cpu_alone
-        phases = workload_phases(workload)
+        absent_us = machine.cpu_expert_us if cpu_alone else absent_times(machine, policy)
+        disk_s = model.expert_bytes / machine.disk_bytes_per_s if machine.disk_bytes_per_s else float("inf")
+
+        def expert_times(tokens: float) -> tuple[float, float, float]:
+            resident, absent = seconds_at(machine.device_expert_us, tokens), seconds_at(absent_us, tokens)
+            return resident * expert_scale, absent * expert_scale, disk_s
+
+        phases = workload_phases(workload, chunk_tokens)
+        fixed_s, queueing_s, host_embedding_s = {}, {}, {}
+        for phase in phases:
+            queued = seconds_at(machine.dense_layer_us, phase.tokens) * dense_scale
+            dense = seconds_at(machine.dense_device_us, phase.tokens) * dense_scale if overlap else queued
+            fixed_s[phase.name] = {
+                "head": seconds_at(machine.head_us, phase.tokens) * model.head_bytes / timed.head_bytes,
+                "dense": shape.num_layers * dense,
+                "dispatch": shape.num_layers * seconds_at(machine.dispatch_us, phase.tokens),
+            }
+            queueing_s[phase.name] = max(0.0, queued - dense)
+            host_embedding_s[phase.name] = seconds_at(machine.host_embedding_us, phase.tokens) if machine.host_embedding_us else 0.0
         return cls(
             blocks_per_expert=shape.blocks_per_expert(model.block_neurons),
             overlap=overlap,
+            batch_size=workload.batch_size,
             phases=phases,
-            fixed_s={phase.name: fixed(phase.tokens) for phase in phases},
-            queueing_s={phase.name: max(0.0, queued(phase.tokens) - dense(phase.tokens)) if overlap else 0.0 for phase in phases},
+            fixed_s=fixed_s,
+            queueing_s=queueing_s,
+            host_embedding_s=host_embedding_s,
             scenarios={
                 phase.name: [
                     layer_scenarios(observed, layer, phase.tokens, shape.num_experts_per_tok, expert_times)
@@ -101,34 +130,63 @@ class CostModel:
                 for phase in phases
                 for observed in [routing.decode if phase.name == "decode" else routing.prefill]
             },
-            called=[[chance_called(p, workload.num_beams) for p in row] for row in routing.decode.expert],
+            called=[[chance_called(p, workload.sequences) for p in row] for row in routing.decode.expert],
         )
 
-    def scenario_s(self, scenario: Scenario, resident: list[int], queueing_s: float) -> float:
-        """Seconds of one layer's experts in a scenario, for its row of resident blocks."""
+    def scenario_parts(self, phase: str, scenario: Scenario, resident: list[int], on_disk: list[int]) -> dict[str, float]:
+        """Seconds of one layer's experts in a scenario, for its rows of blocks, by what they are spent on."""
         blocks = self.blocks_per_expert
-        device = sum(seconds * resident[expert] / blocks for expert, seconds in scenario.device_s.items())
-        absent = sum(seconds * (blocks - resident[expert]) / blocks for expert, seconds in scenario.absent_s.items())
-        return max(device, absent, queueing_s) if self.overlap else device + absent
+        device = sum(seconds * resident[e] / blocks for e, seconds in scenario.resident_s.items())
+        absent = sum(seconds * (blocks - resident[e] - on_disk[e]) / blocks for e, seconds in scenario.absent_s.items())
+        disk = sum(seconds * on_disk[e] / blocks for e, seconds in scenario.disk_s.items() if on_disk[e])
+        if not self.overlap:
+            return {"resident": device, "absent": absent, "disk": disk}
+        if absent + disk >= max(device, self.queueing_s[phase]):
+            return {"absent": absent, "disk": disk}
+        return {"resident": device} if device >= self.queueing_s[phase] else {"queueing": self.queueing_s[phase]}
+
+    def layer_parts(self, phase: str, layer: int, resident: list[int], on_disk: list[int]) -> dict[str, float]:
+        """Expected seconds of one layer's experts, by what they are spent on: where several go on at once, the longest."""
+        parts = dict.fromkeys(PARTS, 0.0)
+        for scenario in self.scenarios[phase][layer]:
+            for name, seconds in self.scenario_parts(phase, scenario, resident, on_disk).items():
+                parts[name] += scenario.probability * seconds
+        return parts
+
+    def step_parts(self, phase: Phase, placement: Placement) -> dict[str, float]:
+        """Expected seconds of one step of a phase by part; their sum is the step's."""
+        parts = {**dict.fromkeys(PARTS, 0.0), **self.fixed_s[phase.name]}
+        parts["embedding"] = self.host_embedding_s[phase.name] * placement.host_embedding
+        for layer, (resident, on_disk) in enumerate(zip(placement.resident, placement.on_disk, strict=True)):
+            for name, seconds in self.layer_parts(phase.name, layer, resident, on_disk).items():
+                parts[name] += seconds
+        return parts
 
     def step_s(self, phase: Phase, placement: Placement) -> float:
-        """Expected seconds of one step of a phase."""
-        experts = sum(
-            scenario.probability * self.scenario_s(scenario, row, self.queueing_s[phase.name])
-            for scenarios, row in zip(self.scenarios[phase.name], placement, strict=True)
-            for scenario in scenarios
-        )
-        return self.fixed_s[phase.name] + experts
+        return sum(self.step_parts(phase, placement).values())
+
+    def layer_s(self, layer: int, resident: list[int], on_disk: list[int]) -> float:
+        """Expected seconds that one layer's experts take of the whole workload."""
+        return sum(phase.steps * sum(self.layer_parts(phase.name, layer, resident, on_disk).values()) for phase in self.phases)
 
     def total_s(self, placement: Placement) -> float:
         """Expected seconds of the whole workload."""
         return sum(phase.steps * self.step_s(phase, placement) for phase in self.phases)
 
+    def ttft_parts(self, placement: Placement) -> dict[str, float]:
+        """Expected seconds until the first token, by part."""
+        steps = [(phase.steps, self.step_parts(phase, placement)) for phase in self.phases if phase is not self.decode]
+        return {name: sum(count * parts[name] for count, parts in steps) for name in PARTS}
+
     def ttft_s(self, placement: Placement) -> float:
-        return sum(phase.steps * self.step_s(phase, placement) for phase in self.phases if phase is not self.decode)
+        return sum(self.ttft_parts(placement).values())
 
     def decode_step_s(self, placement: Placement) -> float:
         return self.step_s(self.decode, placement)
+
+    def decode_tokens_per_s(self, step_s: float) -> float:
+        """Of all sequences of the batch, when a step takes `step_s`; beams search one sequence together."""
+        return self.batch_size / step_s
 
     @property
     def decode(self) -> Phase:
@@ -137,20 +195,32 @@ class CostModel:
     def hit_rate(self, placement: Placement) -> float:
         """Resident part of the expert blocks that decode needs."""
         needed = self.blocks_per_expert * sum(map(sum, self.called))
-        found = sum(c * r for calls, row in zip(self.called, placement, strict=True) for c, r in zip(calls, row, strict=True))
-        return found / needed
+        rows = zip(self.called, placement.resident, strict=True)
+        return sum(c * r for calls, row in rows for c, r in zip(calls, row, strict=True)) / needed
 
 
-def workload_phases(workload: Workload) -> list[Phase]:
+def absent_times(machine: MachineProfile, policy: Policy) -> Times:
+    """Microseconds of one absent expert, by tokens, served by that policy, which the machine must have a link for."""
+    if policy == "cpu":
+        return machine.cpu_expert_us
+    if policy == "together":
+        return machine.best_absent_us
+    link = {tokens: times[1.0] for tokens, times in machine.absent_expert_us.items() if 1.0 in times}
+    if policy == "link":
+        return link
+    cpu = machine.cpu_expert_us
+    return {tokens: min(times[tokens] for times in (cpu, link) if tokens in times) for tokens in sorted(cpu | link)}
+
+
+def workload_phases(workload: Workload, chunk_tokens: int) -> list[Phase]:
     """Prefill in chunks (beam search runs the prompt once for every beam), then decode, always last."""
-    chunk = prefill_chunk_tokens(workload)
-    whole, rest = divmod(workload.prompt_tokens, chunk)
+    whole, rest = divmod(workload.prompt_tokens, chunk_tokens)
     phases = []
     if whole:
-        phases.append(Phase("prefill", whole, chunk * workload.num_beams))
+        phases.append(Phase("prefill", whole, chunk_tokens * workload.sequences))
     if rest:
-        phases.append(Phase("prefill of the rest", 1, rest * workload.num_beams))
-    return [*phases, Phase("decode", workload.output_tokens - 1, workload.num_beams)]
+        phases.append(Phase("prefill of the rest", 1, rest * workload.sequences))
+    return [*phases, Phase("decode", workload.output_tokens - 1, workload.sequences)]
 
 
 def chance_called(probability: float, tokens: int) -> float:
@@ -158,16 +228,18 @@ def chance_called(probability: float, tokens: int) -> float:
     return 1 - (1 - probability) ** tokens
 
 
-def layer_scenarios(routing: PhaseRouting, layer: int, tokens: int, top_k: int, expert_times) -> list[Scenario]:
-    """What can happen in one layer; `expert_times(tokens)` gives an expert's seconds when resident and when absent."""
+def layer_scenarios(
+    routing: PhaseRouting, layer: int, tokens: int, top_k: int, expert_times: Callable[[float], tuple[float, float, float]]
+) -> list[Scenario]:
+    """What can happen in one layer; `expert_times(tokens)`: an expert's seconds when resident, absent, on disk."""
     if tokens == 1 and top_k <= 2:
-        device, absent = expert_times(1)
+        times = expert_times(1)
         sets = routing.pair[layer].items() if top_k == 2 else (((e,), p) for e, p in enumerate(routing.expert[layer]))
-        return [Scenario(p, dict.fromkeys(chosen, device), dict.fromkeys(chosen, absent)) for chosen, p in sets if p > 0]
-    device_s, absent_s = {}, {}
+        return [Scenario(p, *(dict.fromkeys(chosen, seconds) for seconds in times)) for chosen, p in sets if p > 0]
+    by_place = {}, {}, {}
     for expert, probability in enumerate(routing.expert[layer]):
         if probability > 0:
             called = chance_called(probability, tokens)
-            device, absent = expert_times(tokens * probability / called)
-            device_s[expert], absent_s[expert] = called * device, called * absent
-    return [Scenario(1.0, device_s, absent_s)]
+            for place, seconds in zip(by_place, expert_times(tokens * probability / called), strict=True):
+                place[expert] = called * seconds
+    return [Scenario(1.0, *by_place)]

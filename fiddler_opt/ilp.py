@@ -1,19 +1,25 @@
-"""The integer program: which blocks are resident, so that the workload takes the least time within the GPU budget.
+"""The integer program: where weights lie, so that the workload takes the least time within the budgets of GPU and host memory.
 
 Variables
-    r[l,e]    integer, 0 .. blocks_per_expert: resident blocks of expert e in layer l
+    r[l,e]    integer, 0 .. blocks: blocks of expert e in layer l that are resident, in GPU memory
+    d[l,e]    integer, 0 .. blocks: its blocks on disk; the others are in host memory
+    x         0 or 1: whether the embedding table is in GPU memory
     t[p,l,s]  seconds of layer l's experts in scenario s of phase p
 
-Minimise    sum over p, l, s of  steps(p) * probability(s) * t[p,l,s]                                        (objective)
-subject to  t[p,l,s] >= sum over e called in s of device_s(e) * r[l,e] / blocks                                       (A)
-            t[p,l,s] >= sum over e called in s of absent_s(e) * (blocks - r[l,e]) / blocks                            (B)
-            t[p,l,s] >= queueing(p)                                                                                       (C)
-            sum over l, e of r[l,e] * block_bytes <= budget                                                           (D)
+Minimise    sum over p of  steps(p) * [ (1 - x) * embedding(p) + sum over l, s of probability(s) * t[p,l,s] ]         (objective)
+subject to  t[p,l,s] >= sum over e called in s of  resident_s(e) * r / blocks                                                 (A)
+            t[p,l,s] >= sum over e called in s of  absent_s(e) * (blocks - r - d) / blocks + disk_s(e) * d / blocks           (B)
+            t[p,l,s] >= queueing(p)                                                                                           (C)
+            sum over l, e of r[l,e] * block_bytes + x * embedding_bytes <= gpu_bytes                                          (D)
+            sum over l, e of (blocks - r - d) * block_bytes + (1 - x) * embedding_bytes <= host_bytes                         (E)
+            r[l,e] + d[l,e] <= blocks                                                                                         (F)
 
-Where device and absent blocks cannot run at once, t is the sum of the two right sides and (A), (B) fall away.
+Where nothing overlaps, t is the sum of the right sides of (A) and (B). Without a limit on host memory d = 0, and (E), (F) fall
+away. For several routings at once (`robust`) the longest of their objectives is minimised.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pulp
@@ -26,10 +32,20 @@ MS = 1e3  # the solver's tolerances suit numbers around 1: seconds become millis
 
 
 @dataclass(frozen=True)
-class Solution:
-    """`objective_s` and `bound_s`: seconds of the whole workload, for this placement and at best for any within the budget.
+class Room:
+    """Bytes for what the program places. `host_bytes` None: no limit; `embedding_bytes` 0: the embedding is not to be moved."""
 
-    `decode_bound_s`: seconds of one decode step at best, for a placement within the budget made for decode alone.
+    block_bytes: int
+    gpu_bytes: int
+    host_bytes: int | None = None
+    embedding_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`objective_s` and `bound_s`: seconds of the whole workload, for this placement and at best for any within the budgets.
+
+    `decode_bound_s`: seconds of one decode step at best, for a placement within the budgets made for decode alone.
     """
 
     placement: Placement
@@ -44,94 +60,146 @@ class Solution:
         return max(0.0, (self.objective_s - self.bound_s) / self.objective_s)
 
 
-def place(cost: CostModel, block_bytes: int, budget_bytes: int, time_limit_s: float = 60.0) -> Solution:
-    """Solves the program above.
+def place(costs: Sequence[CostModel], room: Room, time_limit_s: float = 60.0, emit: str | None = None) -> Solution:
+    """Solves the program above; `emit`: also writes it there, in the LP format.
 
     Raises:
         FiddlerError: the solver ended without a placement.
     """
     started = time.perf_counter()
-    num_layers, num_experts, blocks = len(cost.called), len(cost.called[0]), cost.blocks_per_expert
-    budget_blocks = min(budget_bytes // block_bytes, num_layers * num_experts * blocks)
+    program = Program(costs, room, {phase: phase.steps for phase in costs[0].phases}, pulp.LpInteger)
+    if emit is not None:
+        program.lp.writeLP(emit)
+    program.lp.solve(pulp.HiGHS(msg=False, gapRel=RELATIVE_GAP, timeLimit=time_limit_s))
+    status = {pulp.LpSolutionOptimal: "optimal", pulp.LpSolutionIntegerFeasible: "time limit"}.get(program.lp.sol_status)
+    if status is None or any(variable.varValue is None for row in program.r for variable in row):
+        reason = pulp.LpSolution[program.lp.sol_status]
+        raise FiddlerError(f"the solver found no placement in {time_limit_s:.0f} s (status: {reason}); give it more room or time")
 
-    program, r = _program(cost, {phase: phase.steps for phase in cost.phases}, budget_blocks, pulp.LpInteger)
-    program.solve(pulp.HiGHS(msg=False, gapRel=RELATIVE_GAP, timeLimit=time_limit_s))
-    status = {pulp.LpSolutionOptimal: "optimal", pulp.LpSolutionIntegerFeasible: "time limit"}.get(program.sol_status)
-    if status is None or any(variable.varValue is None for row in r for variable in row):
-        raise FiddlerError(f"the solver found no placement in {time_limit_s:.0f} s (status: {pulp.LpSolution[program.sol_status]})")
-    solved = [[round(variable.varValue) for variable in row] for row in r]
-    popular = [[0] * num_experts for _ in range(num_layers)]  # filled, the most used experts: simplest where it is as good
-    placement = min((fill_leftover(cost, start, budget_blocks) for start in (popular, solved)), key=cost.total_s)
-    fixed_s = sum(phase.steps * cost.fixed_s[phase.name] for phase in cost.phases)
-    bound_ms = program.solverModel.getInfo().mip_dual_bound + program.objective.constant  # PuLP keeps the constant to itself
-    objective_s = cost.total_s(placement)
+    def longest_s(placement: Placement) -> float:
+        return max(cost.total_s(placement) for cost in costs)
+
+    starts = [program.placement()]
+    if room.host_bytes is None:  # the most used experts alone: simplest where it is as good
+        nothing = [[0] * len(row) for row in costs[0].called]
+        starts.insert(0, Placement(nothing, nothing, starts[0].host_embedding))
+    placement = min((fill_leftover(costs, room, start) for start in starts), key=longest_s)
+    objective_s = longest_s(placement)
+    bound_s = (program.lp.solverModel.getInfo().mip_dual_bound + program.constant_ms) / MS
     return Solution(
         placement=placement,
         objective_s=objective_s,
-        bound_s=min(objective_s, bound_ms / MS + fixed_s),
-        decode_bound_s=decode_bound_s(cost, budget_blocks),
+        bound_s=min(objective_s, bound_s),
+        decode_bound_s=max(decode_bound_s(cost, room) for cost in costs),
         status=status,
         solve_s=time.perf_counter() - started,
     )
 
 
-def decode_bound_s(cost: CostModel, budget_blocks: int) -> float:
-    """Seconds below which no placement within the budget brings a decode step: the program's relaxation for that step alone."""
-    program, _ = _program(cost, {cost.decode: 1}, budget_blocks, pulp.LpContinuous)
-    program.solve(pulp.HiGHS(msg=False))
-    assert program.sol_status == pulp.LpSolutionOptimal, pulp.LpSolution[program.sol_status]  # all resident or none is feasible
-    return program.objective.value() / MS + cost.fixed_s[cost.decode.name]
+def decode_bound_s(cost: CostModel, room: Room) -> float:
+    """Seconds below which no placement within the budgets brings a decode step."""
+    return relaxed_s([cost], room, {cost.decode: 1})
 
 
-def _program(cost: CostModel, steps: dict[Phase, int], budget_blocks: int, category: str):
-    """The program over the given phases, and its variables r; in milliseconds, without the seconds that no placement changes."""
-    program = pulp.LpProblem("placement", pulp.LpMinimize)
-    r = [
-        [pulp.LpVariable(f"r_{layer}_{expert}", 0, cost.blocks_per_expert, category) for expert in range(len(row))]
-        for layer, row in enumerate(cost.called)
-    ]
-    objective = []
-    for p, phase in enumerate(steps):
-        for layer, scenarios in enumerate(cost.scenarios[phase.name]):
-            for s, scenario in enumerate(scenarios):
-                weight = steps[phase] * scenario.probability
-                device, absent = _both_sides(scenario, r[layer], cost.blocks_per_expert)
-                if cost.overlap:
-                    t = pulp.LpVariable(f"t_{p}_{layer}_{s}", MS * cost.queueing_s[phase.name])  # (C)
-                    program += t >= device  # (A)
-                    program += t >= absent  # (B)
-                    objective.append(weight * t)
-                else:
-                    objective.append(weight * (device + absent))
-    program += pulp.lpSum(objective)
-    program += pulp.lpSum(variable for row in r for variable in row) <= budget_blocks  # (D), in blocks
-    return program, r
+def relaxed_s(costs: Sequence[CostModel], room: Room, steps: dict[Phase, int]) -> float:
+    """Seconds of those steps at best if blocks could be divided: the program's relaxation."""
+    program = Program(costs, room, steps, pulp.LpContinuous)
+    program.lp.solve(pulp.HiGHS(msg=False))
+    assert program.lp.sol_status == pulp.LpSolutionOptimal, pulp.LpSolution[program.lp.sol_status]  # all on disk is feasible
+    return (program.lp.objective.value() + program.missing_ms) / MS
 
 
-def _both_sides(scenario: Scenario, r: list, blocks: int):
-    """The right sides of (A) and (B) in milliseconds."""
-    device = pulp.lpSum(MS * seconds / blocks * r[expert] for expert, seconds in scenario.device_s.items())
-    absent = pulp.lpSum(MS * seconds / blocks * (blocks - r[expert]) for expert, seconds in scenario.absent_s.items())
-    return device, absent
+class Program:
+    """The program for the given steps of each phase, in milliseconds."""
+
+    def __init__(self, costs: Sequence[CostModel], room: Room, steps: dict[Phase, int], category: str):
+        self.lp, self._cost = pulp.LpProblem("placement", pulp.LpMinimize), costs[0]
+        blocks, sizes = self._cost.blocks_per_expert, [len(row) for row in self._cost.called]
+
+        def rows(name: str, most: int) -> list[list[pulp.LpVariable]]:
+            return [
+                [pulp.LpVariable(f"{name}_{layer}_{expert}", 0, most, category) for expert in range(size)]
+                for layer, size in enumerate(sizes)
+            ]
+
+        limited = room.host_bytes is not None
+        self.r = rows("r", blocks)
+        self.d = rows("d", blocks) if limited else [[0] * size for size in sizes]
+        self.x = pulp.LpVariable("x", 0, 1, category) if room.embedding_bytes else 1
+        objectives = [pulp.lpSum(self._objective(number, cost, steps)) for number, cost in enumerate(costs)]
+        # What no placement changes would only blunt the solver's relative gap, unless several routings differ in it.
+        fixed_ms = [MS * sum(count * sum(cost.fixed_s[phase.name].values()) for phase, count in steps.items()) for cost in costs]
+        if len(costs) == 1:
+            self.lp += objectives[0]
+            self.missing_ms = fixed_ms[0]
+        else:
+            longest = pulp.LpVariable("longest", 0)
+            self.lp += longest
+            for objective, fixed in zip(objectives, fixed_ms, strict=True):
+                self.lp += longest >= objective + fixed
+            self.missing_ms = 0.0
+        embedding = room.embedding_bytes / room.block_bytes  # (D) and (E) count in blocks
+        resident = pulp.lpSum(variable for row in self.r for variable in row)
+        self.lp += resident + self.x * embedding <= room.gpu_bytes / room.block_bytes  # (D)
+        if limited:
+            on_disk = pulp.lpSum(variable for row in self.d for variable in row)
+            absent = blocks * sum(sizes) - resident - on_disk
+            self.lp += absent + (1 - self.x) * embedding <= room.host_bytes / room.block_bytes  # (E)
+            for of_resident, of_disk in zip(self.r, self.d, strict=True):
+                for r, d in zip(of_resident, of_disk, strict=True):
+                    self.lp += r + d <= blocks  # (F)
+
+    @property
+    def constant_ms(self) -> float:
+        """What the solver's bound leaves out: PuLP keeps the objective's constant to itself."""
+        return self.lp.objective.constant + self.missing_ms
+
+    def placement(self) -> Placement:
+        """The solution's."""
+        resident = [[round(variable.varValue) for variable in row] for row in self.r]
+        on_disk = [[round(pulp.value(variable)) for variable in row] for row in self.d]
+        return Placement(resident, on_disk, host_embedding=round(pulp.value(self.x)) == 0)
+
+    def _objective(self, number: int, cost: CostModel, steps: dict[Phase, int]):
+        for p, (phase, count) in enumerate(steps.items()):
+            yield count * MS * cost.host_embedding_s[phase.name] * (1 - self.x)
+            for layer, scenarios in enumerate(cost.scenarios[phase.name]):
+                for s, scenario in enumerate(scenarios):
+                    resident, absent = self._both_sides(cost, scenario, layer)
+                    if cost.overlap:
+                        t = pulp.LpVariable(f"t_{number}_{p}_{layer}_{s}", MS * cost.queueing_s[phase.name])  # (C)
+                        self.lp += t >= resident  # (A)
+                        self.lp += t >= absent  # (B)
+                        yield count * scenario.probability * t
+                    else:
+                        yield count * scenario.probability * (resident + absent)
+
+    def _both_sides(self, cost: CostModel, scenario: Scenario, layer: int):
+        """The right sides of (A) and (B) in milliseconds."""
+        blocks, r, d = cost.blocks_per_expert, self.r[layer], self.d[layer]
+        resident = pulp.lpSum(MS * seconds / blocks * r[e] for e, seconds in scenario.resident_s.items())
+        absent = pulp.lpSum(MS * seconds / blocks * (blocks - r[e] - d[e]) for e, seconds in scenario.absent_s.items())
+        if any(isinstance(variable, pulp.LpVariable) for variable in d):
+            absent += pulp.lpSum(MS * seconds / blocks * d[e] for e, seconds in scenario.disk_s.items())
+        return resident, absent
 
 
-def fill_leftover(cost: CostModel, placement: Placement, budget_blocks: int) -> Placement:
-    """Gives blocks that the solver left free to the most used experts where that costs nothing.
+def fill_leftover(costs: Sequence[CostModel], room: Room, placement: Placement) -> Placement:
+    """Gives GPU memory that the solver left free to the most used experts where that costs nothing.
 
     The solver stops at its gap, and does not care where the objective is flat; memory left empty serves nobody.
     """
-    placement = [list(row) for row in placement]
-    left = budget_blocks - sum(map(sum, placement))
-    total_s = cost.total_s(placement)
-    order = sorted(((-called, layer, expert) for layer, row in enumerate(cost.called) for expert, called in enumerate(row)))
+    called, blocks = costs[0].called, costs[0].blocks_per_expert
+    resident = [list(row) for row in placement.resident]
+    embedding_bytes = 0 if placement.host_embedding else room.embedding_bytes
+    left = (room.gpu_bytes - embedding_bytes) // room.block_bytes - sum(map(sum, resident))
+    order = sorted((-chance, layer, expert) for layer, row in enumerate(called) for expert, chance in enumerate(row))
     for _, layer, expert in order:
-        added = min(left, cost.blocks_per_expert - placement[layer][expert])
-        if added == 0:
+        row, on_disk = resident[layer], placement.on_disk[layer]
+        added = min(left, blocks - row[expert] - on_disk[expert])
+        if added <= 0:
             continue
-        placement[layer][expert] += added
-        filled_s = cost.total_s(placement)
-        if filled_s > total_s * (1 + 1e-12):
-            placement[layer][expert] -= added
-        else:
-            left, total_s = left - added, filled_s
-    return placement
+        fuller = [*row[:expert], row[expert] + added, *row[expert + 1 :]]
+        if all(cost.layer_s(layer, fuller, on_disk) <= cost.layer_s(layer, row, on_disk) * (1 + 1e-12) for cost in costs):
+            resident[layer], left = fuller, left - added
+    return Placement(resident, placement.on_disk, placement.host_embedding)

@@ -109,6 +109,7 @@ class MachineProfile(YamlFile):
     dense_layer_us: Times
     dense_device_us: Times
     head_us: Times
+    host_embedding_us: Times | None
     spread: dict[str, dict[PositiveInt, NonNegativeFloat]]
     provenance: Made
 
@@ -124,6 +125,7 @@ class MachineProfile(YamlFile):
         "dense_layer_us": "one layer without its experts, until the next one may begin",
         "dense_device_us": "the device's part of that: the rest is Python's, hidden while experts are at work",
         "head_us": "once a step: embedding, output head, choice of the token",
+        "host_embedding_us": "what a step takes longer with the embedding table in host memory; null: there is no GPU",
         "spread": "how far the middle half of the samples lies from each median, as a part of it",
     }
 

@@ -11,15 +11,15 @@ LIBRARY_WORKSPACE_BYTES = 2**26
 ALLOCATOR_SLACK = 1.1
 PINNED_BYTES_PER_GPU_BYTE = 512  # the GPU maps page-locked host memory with 8 bytes for each 4 KiB; measured: 140.5 MB for 72 GB
 STAGED_BLOCKS = 8  # the GPU reads one while the next ones arrive
-MAX_PREFILL_CHUNK_TOKENS = 2048
+PREFILL_CHUNKS = (256, 512, 1024, 2048, 4096)
 
 
-def prefill_chunk_tokens(workload: Workload) -> int:
-    """Tokens of a prompt that pass the layers at once; bounds the activations, not the speed of short prompts."""
-    return min(MAX_PREFILL_CHUNK_TOKENS, workload.max_seq_len)
+def chunk_candidates(workload: Workload) -> list[int]:
+    """Tokens of a prompt that could pass the layers at once."""
+    return sorted({min(chunk, workload.max_seq_len) for chunk in PREFILL_CHUNKS})
 
 
-def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, total: int) -> GpuMemory:
+def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, total: int, chunk_tokens: int) -> GpuMemory:
     """The GPU bytes of a plan with no expert resident yet.
 
     A total of zero is a plan without a GPU: nothing lies there. On a machine without CUDA the driver and the link, and so
@@ -40,9 +40,9 @@ def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, 
     memory = GpuMemory(
         total=total,
         non_expert_weights=model.non_expert_bytes,
-        kv_cache=model.kv_bytes_per_token * workload.max_seq_len * workload.num_beams,
+        kv_cache=model.kv_bytes_per_token * workload.max_seq_len * workload.sequences,
         staging=STAGED_BLOCKS * model.block_bytes if on_gpu else 0,
-        activations=activation_bytes(model, workload) + (LIBRARY_WORKSPACE_BYTES if on_gpu else 0),
+        activations=activation_bytes(model, workload, chunk_tokens) + (LIBRARY_WORKSPACE_BYTES if on_gpu else 0),
         reserve=device.context_bytes + model.all_expert_bytes // PINNED_BYTES_PER_GPU_BYTE if on_gpu else 0,
         experts=0,
     )
@@ -50,24 +50,24 @@ def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, 
         needs = ", ".join(f"{purpose.replace('_', ' ')} {format_bytes(size)}" for purpose, size in memory.parts().items() if size)
         raise FiddlerError(
             f"--gpu-mem {format_bytes(total)} is too small: {format_bytes(memory.used)} are needed before any expert ({needs}); "
-            "give more, lower --max-seq-len or --num-beams, or plan for the CPU alone with --gpu-mem 0GB"
+            "give more, lower --max-seq-len, --num-beams or --batch-size, or plan for the CPU alone with --gpu-mem 0GB"
         )
     return memory
 
 
-def activation_bytes(model: ModelSpec, workload: Workload) -> int:
-    """Upper estimate of what one forward pass holds besides weights and cache, for a chunk of the prompt of every beam.
+def activation_bytes(model: ModelSpec, workload: Workload, chunk_tokens: int) -> int:
+    """Upper estimate of what one forward pass holds besides weights and cache, for a chunk of every sequence's prompt.
 
     Per token: about ten vectors of hidden size in the model's dtype (residual, norm, q, k, v, attention's output) and six in
     float32 (norm, sums of the dispatch), and for each expert it chose its input and the sum of that expert's blocks.
     Per token and block that the GPU computes at once: gate and up, their product, and the result, in float32.
-    Per beam: the attention mask of the chunk, keys and values expanded to all heads, and the logits in float32 thrice.
+    Per sequence: the attention mask of the chunk, keys and values expanded to all heads, and the logits in float32 thrice.
     """
     shape, width = model.shape, DTYPE_BYTES[model.shape.dtype]
-    tokens = prefill_chunk_tokens(workload) * workload.num_beams
+    tokens = chunk_tokens * workload.sequences
     per_token = shape.hidden_size * (10 * width + 6 * 4 + shape.num_experts_per_tok * (width + 4))
     products = max(tokens, TOKEN_BLOCKS) * 4 * (4 * model.block_neurons + 2 * shape.hidden_size)
-    mask = prefill_chunk_tokens(workload) * workload.max_seq_len * width
+    mask = chunk_tokens * workload.max_seq_len * width
     expanded = 2 * workload.max_seq_len * model.num_attention_heads * model.head_dim * width
     logits = 3 * 4 * model.vocab_size
-    return int(ALLOCATOR_SLACK * (tokens * per_token + products + workload.num_beams * (mask + expanded + logits)))
+    return int(ALLOCATOR_SLACK * (tokens * per_token + products + workload.sequences * (mask + expanded + logits)))

@@ -101,6 +101,10 @@ class ModelSpec:
         return (tables * self.vocab_size * self.shape.hidden_size + self.shape.hidden_size) * DTYPE_BYTES[self.shape.dtype]
 
     @property
+    def embedding_bytes(self) -> int:
+        return self.vocab_size * self.shape.hidden_size * DTYPE_BYTES[self.shape.dtype]
+
+    @property
     def non_expert_bytes(self) -> int:
         return self.shape.num_layers * self.dense_layer_bytes + self.head_bytes
 

@@ -1,11 +1,13 @@
-"""Pictures of profiles and plans. The only module that needs matplotlib, which comes with the extra `plots`."""
+"""Pictures of profiles, plans and what-ifs. The only module that needs matplotlib, which comes with the extra `plots`."""
 
 from pathlib import Path
 
 from fiddler_opt.machine import MachineProfile
 from fiddler_opt.report import merged_activations
 from fiddler_opt.routing import RoutingProfile
+from fiddler_opt.sweep_flags import Quantity
 from fiddler_opt.units import format_bytes
+from fiddler_opt.whatif import Row
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan import Plan
 
@@ -16,13 +18,60 @@ def plot(shown: Plan | MachineProfile | RoutingProfile, path: str | Path) -> Non
     Raises:
         FiddlerError: matplotlib is not installed, knows no such format, or cannot write there.
     """
+    _require_matplotlib()
+    figure = {Plan: _plan, MachineProfile: _machine, RoutingProfile: _routing}[type(shown)](shown)
+    _save(figure, path)
+
+
+def plot_curves(rows: list[Row], quantity: Quantity, profiled: float | None, title: str, path: str | Path) -> None:
+    """Draws a what-if: left the tokens/s, right the time to first token, over the varied quantity.
+
+    Args:
+        profiled: the machine's own value, marked if it lies among the others.
+
+    Raises:
+        FiddlerError: as for `plot`.
+    """
+    _require_matplotlib()
+    from matplotlib.figure import Figure
+
+    per, label = quantity.axis(rows[-1].point.value)
+    values = [row.point.value / per for row in rows]
+    found = [(value, row.plan.predicted) for value, row in zip(values, rows, strict=True) if row.plan]
+    missing = [value for value, row in zip(values, rows, strict=True) if row.plan is None]
+    curves = {
+        "decode, tokens/s": [told.decode_tokens_per_s for _, told in found],
+        "time to first token, s": [told.ttft_s for _, told in found],
+    }
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    for axes, (name, heights), color in zip(figure.subplots(1, 2), curves.items(), ("C0", "C1"), strict=True):
+        axes.plot([value for value, _ in found], heights, marker="o", color=color)
+        if profiled is not None and values[0] <= profiled / per <= values[-1]:
+            axes.axvline(profiled / per, color="gray", linestyle="--", linewidth=1, label="as profiled")
+        if missing:
+            axes.plot(missing, [0] * len(missing), linestyle="", marker="x", color="C3", clip_on=False, label="no plan")
+        axes.set(xlabel=label, ylabel=name, ylim=(0, 1.1 * max(heights)))
+        ticks = [f"{value:g}" for value in values]
+        axes.set_xticks(values, ticks, rotation=45 if sum(map(len, ticks)) > 40 else 0)
+        axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(title, fontsize="medium", wrap=True)
+    _save(figure, path)
+
+
+def _require_matplotlib() -> None:
     try:
         import matplotlib
     except ImportError:
         raise FiddlerError("--plot needs matplotlib; pip install matplotlib") from None
     matplotlib.use("Agg")
-    figure = {Plan: _plan, MachineProfile: _machine, RoutingProfile: _routing}[type(shown)](shown)
+
+
+def _save(figure, path: str | Path) -> None:
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise FiddlerError(f"{path}: cannot write: {str(error).splitlines()[0]}") from None

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fiddler_opt.compiler import compile_plan
 from fiddler_opt.machine import MachineProfile
 from fiddler_opt.model import ModelSpec
+from fiddler_opt.problem import Budget
 from fiddler_opt.prompts import encode_prompts, name_sets, read_prompts
 from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.unfinished import Unfinished, forget_unfinished, unfinished_path
@@ -76,8 +77,8 @@ def routing_job(model: ModelSpec, name: str, prompts: list[Path], output_tokens:
 
 def cpu_plan(model: ModelSpec, machine: MachineProfile, context: int, made: dict[str, str]) -> Plan:
     """A plan that runs the model on the CPU alone, which fits every machine whose RAM holds it."""
-    workload = Workload(prompt_tokens=context - 1, output_tokens=1, num_beams=1, max_seq_len=context)
-    return compile_plan(model, machine, Routing.uniform(model), workload, 0, made)
+    workload = Workload(prompt_tokens=context - 1, output_tokens=1, num_beams=1, batch_size=1, max_seq_len=context)
+    return compile_plan(model, machine, Routing.uniform(model), workload, Budget(0), made)
 
 
 def profile_routing(

@@ -5,6 +5,7 @@ import re
 from rich.console import Console
 from rich.table import Table
 
+from fiddler_opt.baselines import BASELINES
 from fiddler_opt.machine import Link, MachineProfile
 from fiddler_opt.routing import PromptSet, RoutingProfile
 from fiddler_opt.units import format_bytes
@@ -20,7 +21,7 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
         f"{cpu.name}: {cpu.threads} threads on {cpu.physical_cores} cores{', pinned' if cpu.pinned else ''}, {cpu.kernel}"
     )
     console.print(f"device: {machine.device.name}, {format_bytes(machine.device.memory_bytes)}")
-    table = _table("tokens of an expert", "CPU", *(("link", "CPU + link", "sent over the link", "GPU") if gpu else ()), "spread")
+    rates = table("tokens of an expert", "CPU", *(("link", "CPU + link", "sent over the link", "GPU") if gpu else ()), "spread")
     for tokens, by_share in machine.absent_expert_us.items():
         columns = [by_share.get(0.0)]
         if gpu:
@@ -29,8 +30,8 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
         if gpu:
             row += [f"{machine.stream_share[tokens]:.0%}", _rate(machine, machine.device_expert_us.get(tokens))]
         spread = machine.spread.get("absent_expert_us", {}).get(tokens)
-        table.add_row(str(tokens), *row, "-" if spread is None else f"{spread:.0%}")
-    console.print(table)
+        rates.add_row(str(tokens), *row, "-" if spread is None else f"{spread:.0%}")
+    console.print(rates)
     if machine.link:
         console.print(f"link: {_link(machine.link)}")
     layer = ", ".join(
@@ -72,13 +73,13 @@ def _link(link: Link) -> str:
 
 def print_routing(console: Console, routing: RoutingProfile) -> None:
     model, top = routing.model, max(1, routing.model.num_experts // 4)
-    sets = _table("prompts", "number", "prompt tokens", "generated", "chosen again")
+    sets = table("prompts", "number", "prompt tokens", "generated", "chosen again")
     for name, part in routing.sets.items():
         sets.add_row(
             name, str(part.prompts), str(part.prefill.tokens), str(part.decode.tokens), _reuse(part, model.num_experts_per_tok)
         )
     console.print(sets)
-    table = _table("layer", "busiest experts in prefill, their part of all choices", "in decode")
+    busiest = table("layer", "busiest experts in prefill, their part of all choices", "in decode")
     phases = [merged_activations(routing, phase) for phase in ("prefill", "decode")]
     for layer in range(model.num_layers):
         row = []
@@ -86,8 +87,8 @@ def print_routing(console: Console, routing: RoutingProfile) -> None:
             counts = activations[layer]
             order = sorted(range(len(counts)), key=lambda e: -counts[e])[:top]
             row.append(", ".join(f"{e} ({counts[e] / sum(counts):.0%})" for e in order) if sum(counts) else "-")
-        table.add_row(str(layer), *row)
-    console.print(table)
+        busiest.add_row(str(layer), *row)
+    console.print(busiest)
     console.print(
         f"even routing would be {1 / model.num_experts:.0%} each, chosen again {model.num_experts_per_tok / model.num_experts:.0%}"
     )
@@ -138,30 +139,51 @@ def print_file(console: Console, path: str) -> Plan | MachineProfile | RoutingPr
 
 
 def print_placement(console: Console, plan: Plan) -> None:
-    table = _table("layer", *map(str, range(plan.model.num_experts)))
+    placed = table("layer", *map(str, range(plan.model.num_experts)))
     for layer, row in plan.resident_blocks.items():
-        table.add_row(str(layer), *(str(count) if count else "·" for count in row))
+        placed.add_row(str(layer), *(str(count) if count else "·" for count in row))
     console.print(f"blocks in GPU memory by expert, of {plan.blocks_per_expert} each:")
-    console.print(table)
+    console.print(placed)
     made = plan.provenance
     console.print(f"made on {made.created} by `{made.command}`, from {made.machine} and {made.routing}")
 
 
-def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
-    gpu, predicted = plan.gpu_memory_bytes, plan.predicted
-    memory = _table("GPU memory", "bytes", "")
+def print_memory(console: Console, plan: Plan) -> None:
+    gpu, host = plan.gpu_memory_bytes, plan.host_memory_bytes
+    memory = table("GPU memory", "bytes", "")
     for purpose, size in gpu.parts().items():
         memory.add_row(purpose.replace("_", " "), f"{size:,}", format_bytes(size))
     memory.add_row("free", f"{gpu.total - gpu.used:,}", format_bytes(gpu.total - gpu.used))
     memory.add_row("total", f"{gpu.total:,}", format_bytes(gpu.total), style="bold")
     console.print(memory)
 
-    blocks = plan.num_resident_blocks + plan.num_absent_blocks
+    blocks = plan.num_resident_blocks + plan.num_absent_blocks + plan.num_disk_blocks
     whole = plan.num_resident_blocks / plan.blocks_per_expert
+    elsewhere = f"{format_bytes(host.experts)} in host memory"
+    if host.embedding:
+        elsewhere += f" (and {format_bytes(host.embedding)}, the embedding table)"
+    if plan.disk_bytes:
+        elsewhere += f", {format_bytes(plan.disk_bytes)} on disk"
     console.print(
-        f"experts: {plan.num_resident_blocks} of {blocks} blocks on the GPU (as much as {whole:.1f} experts), "
-        f"{format_bytes(plan.host_memory_bytes.experts)} in host memory"
+        f"experts: {plan.num_resident_blocks} of {blocks} blocks on the GPU (as much as {whole:.1f} experts), {elsewhere}"
     )
+
+
+def print_alternatives(console: Console, plan: Plan) -> None:
+    """What rules of thumb would give in the same memory, by the same cost model."""
+    predicted = plan.predicted
+    others = table("by rules of thumb instead", "tokens/s", "first token")
+    for name, other in predicted.alternatives.items():
+        words = f"{name}: {BASELINES[name].words}" if name in BASELINES else name
+        others.add_row(words, f"{other.decode_tokens_per_s:.2f}", f"{other.ttft_s:.2f} s")
+    others.add_row("this plan", f"{predicted.decode_tokens_per_s:.2f}", f"{predicted.ttft_s:.2f} s", style="bold")
+    console.print(others)
+
+
+def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
+    predicted = plan.predicted
+    print_memory(console, plan)
+    print_alternatives(console, plan)
     console.print(
         f"predicted for {plan.workload.prompt_tokens} prompt + {plan.workload.output_tokens} output tokens: "
         f"{predicted.decode_tokens_per_s:.2f} tokens/s, first token after {predicted.ttft_s:.2f} s, "
@@ -169,8 +191,12 @@ def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
     )
     console.print(
         f"solver: {plan.provenance.status} in {plan.provenance.solve_s:.1f} s, within {predicted.gap:.3%} of the best possible; "
-        f"by this profile no placement in this memory decodes faster than {predicted.bound_tokens_per_s:.2f} tokens/s"
+        f"by this profile no placement in this memory decodes faster than {predicted.bound_tokens_per_s:.2f} tokens/s; "
+        f"another GB of GPU memory would add {predicted.next_gb_tokens_per_s:.2f}"
     )
+    if predicted.regret:
+        told = ", ".join(f"{name} {part:.1%}" for name, part in predicted.regret.items())
+        console.print(f"slower than a plan made for one set of prompts alone: {told}")
     for note in notes:
         console.print(f"note: {note}", style="yellow")
 
@@ -196,11 +222,12 @@ def plan_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> list[s
     return notes
 
 
-def _table(*columns: str) -> Table:
-    table = Table()
+def table(*columns: str) -> Table:
+    """The first column's words on the left, the others' numbers on the right."""
+    made = Table()
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    return table
+        made.add_column(column, justify="right" if number else "left")
+    return made
 
 
 def _rate(machine: MachineProfile, microseconds: float | None) -> str:

@@ -1,7 +1,7 @@
 """RoutingProfile: how often a model's router chose each expert, each pair, and the same expert again, on sets of prompts."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import comb
 from typing import ClassVar, Literal, Self
@@ -116,11 +116,15 @@ class PhaseRouting:
 
 @dataclass(frozen=True)
 class Routing:
-    """How tokens of each phase are routed. `origin` is a file, or "uniform (assumed)"."""
+    """How tokens of each phase are routed. `origin` is a file, or "uniform (assumed)".
+
+    `sets`: the same for each set of prompts by itself, by name, if there are several.
+    """
 
     origin: str
     prefill: PhaseRouting
     decode: PhaseRouting
+    sets: dict[str, "Routing"] = field(default_factory=dict)
 
     @classmethod
     def uniform(cls, model: ModelSpec) -> "Routing":
@@ -153,7 +157,8 @@ class Routing:
         prefill = _frequencies([part.prefill for part in parts], profile.model)
         decoded = any(part.decode.tokens for part in parts)
         decode = _frequencies([part.decode for part in parts], profile.model) if decoded else prefill
-        return cls(origin, prefill, decode)
+        several = chosen if len(parts) > 1 else []
+        return cls(origin, prefill, decode, {name: cls.from_profile(profile, model, origin, [name]) for name in several})
 
 
 def _frequencies(parts: list[Counts], model: RoutedModel) -> PhaseRouting:

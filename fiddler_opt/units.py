@@ -1,6 +1,7 @@
-"""Sizes as people write them. Rule: a size always carries its unit; GB is 10^9 bytes, GiB is 2^30."""
+"""Quantities as people write them. Rule: a size always carries its unit; GB is 10^9 bytes, GiB is 2^30."""
 
 import re
+from collections.abc import Callable
 
 from fiddler_run.errors import FiddlerError
 
@@ -33,9 +34,81 @@ def parse_bytes(text: str, where: str) -> int:
     return int(float(number) * UNITS[unit])
 
 
+def parse_bytes_per_s(text: str, where: str) -> int:
+    """Bytes per second of a rate such as `25GB/s`.
+
+    Raises:
+        FiddlerError: no number, no unit, not per second, or zero.
+    """
+    size, per, second = text.partition("/")
+    if (per, second.strip()) != ("/", "s"):
+        raise FiddlerError(f"{where} {text}: not a rate; write for example 25GB/s")
+    return _more_than_zero(parse_bytes(size, where), text, where)
+
+
+def parse_count(text: str, where: str) -> int:
+    """A whole number above zero.
+
+    Raises:
+        FiddlerError: it is none.
+    """
+    if not re.fullmatch(r"\s*[0-9]+\s*", text):
+        raise FiddlerError(f"{where} {text}: not a whole number")
+    return _more_than_zero(int(text), text, where)
+
+
+def _more_than_zero(value: int, text: str, where: str) -> int:
+    if value == 0:
+        raise FiddlerError(f"{where} {text}: must be more than zero")
+    return value
+
+
+def parse_values(text: str, where: str, parse: Callable[[str, str], int]) -> list[int]:
+    """The values of `8GB`, of a list `8GB,16GB,24GB`, ascending, or of a range `8GB..48GB`; `parse(text, where)` reads one.
+
+    Raises:
+        FiddlerError: `parse` refuses one, or a range does not go from a smaller to a larger value.
+    """
+    ends = text.split("..")
+    if len(ends) == 1:
+        return sorted({parse(item, where) for item in text.split(",")})
+    if len(ends) > 2 or "," in text:
+        raise FiddlerError(f"{where} {text}: give either a list, A,B,C, or a range, A..B")
+    low, high = (parse(end, where) for end in ends)
+    if low >= high:
+        raise FiddlerError(f"{where} {text}: a range goes from a smaller to a larger value")
+    return round_values(low, high)
+
+
+def round_values(low: int, high: int) -> list[int]:
+    """Both ends, and between them the multiples of a round step: about nine values in all.
+
+    A step is 1, 2, 4, 5 or 8 times a power of ten, counted in a power of two that divides both ends where a coarse
+    one does: 2048..32768 goes by 4096. A step of which both ends are multiples is preferred.
+    """
+    both = low | high
+    binary = both & -both
+    unit = binary if binary >= 128 and high <= 1000 * binary else 1
+    while unit > 1 and high - low < 8 * unit:
+        unit //= 2
+    steps = [unit * digit * 10**power for power in range(len(str(high))) for digit in (1, 2, 4, 5, 8)]
+    choices = {step: sorted({low, high, *range(-(-low // step) * step, high, step)}) for step in steps if step * 20 > high - low}
+    few = {step: values for step, values in choices.items() if len(values) <= 13}
+
+    def merit(step: int) -> tuple[bool, bool, int]:
+        aligned = low % step == 0 and high % step == 0
+        return len(few[step]) >= 6, aligned, -abs(len(few[step]) - 9)
+
+    return few[max(few, key=merit)]
+
+
 def format_bytes(size: float) -> str:
     """Bytes in the largest decimal unit that leaves at least 1: `5.25 GB`."""
     for unit in ("TB", "GB", "MB", "KB"):
         if abs(size) >= UNITS[unit]:
             return f"{size / UNITS[unit]:.2f} {unit}"
     return f"{size:.0f} B"
+
+
+def format_bytes_per_s(bytes_per_s: float) -> str:
+    return f"{format_bytes(bytes_per_s)}/s"

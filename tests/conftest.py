@@ -34,11 +34,16 @@ def demo_shape(dtype: str = "float32") -> ModelShape:
 
 
 def make_plan(
-    shape: ModelShape, resident: list[list[int]], block_neurons: int = 32, share: dict[int, float] | None = None, threads: int = 1
+    shape: ModelShape,
+    resident: list[list[int]],
+    block_neurons: int = 32,
+    share: dict[int, float] | None = None,
+    threads: int = 1,
+    on_disk: list[list[int]] | None = None,
 ) -> Plan:
-    """A plan with the given resident blocks, for one GB of GPU memory."""
+    """A plan with the given resident blocks, and those on disk, for one GB of GPU memory."""
     block_bytes = shape.block_bytes(block_neurons)
-    placed = sum(map(sum, resident)) * block_bytes
+    placed, spilt = (sum(map(sum, rows)) * block_bytes for rows in (resident, on_disk or [[]]))
     everything = shape.num_layers * shape.num_experts * shape.expert_bytes(block_neurons)
     gpu = GpuMemory(
         total=2**30,
@@ -52,9 +57,10 @@ def make_plan(
     return Plan(
         version=2,
         model=shape,
-        workload=Workload(prompt_tokens=16, output_tokens=64, num_beams=4, max_seq_len=256),
+        workload=Workload(prompt_tokens=16, output_tokens=64, num_beams=4, batch_size=1, max_seq_len=256),
         gpu_memory_bytes=gpu,
-        host_memory_bytes=HostMemory(experts=everything - placed),
+        host_memory_bytes=HostMemory(experts=everything - placed - spilt, embedding=0),
+        disk_bytes=spilt,
         device="cuda",
         cpu_threads=threads,
         cpu_pinned=threads > 1,
@@ -62,12 +68,19 @@ def make_plan(
         block_neurons=block_neurons,
         stream_share=share or {1: 0.0},
         resident_blocks=dict(enumerate(resident)),
+        disk_blocks=dict(enumerate(on_disk)) if on_disk else {},
         predicted=Predicted(
             decode_tokens_per_s=1.0,
             ttft_s=1.0,
             gpu_hit_rate=0.5,
             bound_tokens_per_s=1.0,
             gap=0.0,
+            decode_ms={"absent": 1000.0},
+            ttft_ms={"absent": 1000.0},
+            binding="GPU memory",
+            next_gb_tokens_per_s=0.1,
+            regret={},
+            alternatives={},
         ),
         bytes_per_s=Rates(resident=4e9, link=1e9, cpu=2e9, absent=3e9),
         provenance=Provenance(
@@ -85,11 +98,13 @@ def make_plan(
 
 
 def random_plan(shape: ModelShape, rng: random.Random, block_neurons: int = 32, max_threads: int = 2) -> Plan:
-    """Any number of resident blocks for each expert, any stream share for few and for many tokens, any thread count."""
+    """Any number of resident blocks for each expert, any stream share for few and for many tokens, any thread count; for every
+    other plan, any number of blocks on disk."""
     blocks = shape.blocks_per_expert(block_neurons)
     resident = [[rng.randint(0, blocks) for _ in range(shape.num_experts)] for _ in range(shape.num_layers)]
     share = {1: rng.random(), rng.randint(2, 40): rng.choice([0.0, rng.random(), 1.0])}
-    return make_plan(shape, resident, block_neurons, share, rng.randint(1, max_threads))
+    on_disk = [[rng.randint(0, blocks - count) for count in row] for row in resident] if rng.random() < 0.5 else None
+    return make_plan(shape, resident, block_neurons, share, rng.randint(1, max_threads), on_disk)
 
 
 @pytest.fixture(scope="session")

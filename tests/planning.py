@@ -40,6 +40,7 @@ def machine_profile(
     dense_device: float | None = None,
     share: float = 0.25,
     cpu: float | None = None,
+    disk_bytes_per_s: float | None = None,
     kind: str = "cuda",
     memory_bytes: int = 10**9,
     context_bytes: int = 0,
@@ -54,7 +55,7 @@ def machine_profile(
         return {1: microseconds, 8: microseconds}
 
     on_gpu = kind == "cuda"
-    by_share = {0.0: cpu or absent * 1.01, share: absent} if on_gpu else {0.0: absent}
+    by_share = {0.0: cpu or absent * 1.01, share: absent, 1.0: absent * 1.5} if on_gpu else {0.0: absent}
     return MachineProfile(
         version=2,
         source="measured",
@@ -80,7 +81,7 @@ def machine_profile(
         )
         if on_gpu
         else None,
-        disk_bytes_per_s=None,
+        disk_bytes_per_s=disk_bytes_per_s,
         shape=MeasuredShape.of(model),
         absent_expert_us={1: by_share, 8: by_share},
         device_expert_us=flat(device),
@@ -88,6 +89,7 @@ def machine_profile(
         dense_layer_us=flat(dense),
         dense_device_us=flat(dense if dense_device is None else dense_device),
         head_us=flat(head),
+        host_embedding_us={1: 2.0} if on_gpu else None,
         spread={},
         provenance=Made(command="by hand", created="2026-01-01", software="none"),
     )
@@ -95,14 +97,14 @@ def machine_profile(
 
 def random_routing(model: ModelSpec, rng: random.Random) -> Routing:
     """Skewed choices: pair probabilities drawn at random, some zero, and the experts' that follow from them."""
-    experts = model.shape.num_experts
+    experts, top_k = model.shape.num_experts, model.shape.num_experts_per_tok
     expert, pair = [], []
     for _ in range(model.shape.num_layers):
         weights = [rng.choice([0.0, 1.0, 1.0]) * rng.random() ** 3 for _ in PAIRS[experts]]
         weights[0] += 0.01
         chances = {p: w / sum(weights) for p, w in zip(PAIRS[experts], weights, strict=True)}
         pair.append(chances)
-        expert.append([sum(c for p, c in chances.items() if e in p) for e in range(experts)])
+        expert.append([sum(c for p, c in chances.items() if e in p) * top_k / 2 for e in range(experts)])
     return routed("random", expert, pair)
 
 

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from conftest import demo_shape, make_plan
 from torch.nn.functional import silu
 
-from fiddler_run.arena import fill_blocks
+from fiddler_run.arena import Arena, fill_blocks, will_need
+from fiddler_run.check import disk_problems, refuse
+from fiddler_run.errors import FiddlerError
 from fiddler_run.kernels.pytorch import apply_blocks
 
 HIDDEN = 24
@@ -40,3 +43,21 @@ def test_block_layout():
     fill_blocks(blocks, gate, up, down, first_neuron=0)
     expected = torch.cat([gate[2:4].flatten(), up[2:4].flatten(), down[:, 2:4].flatten()])
     assert torch.equal(blocks[1], expected)
+
+
+def test_an_arena_on_disk(tmp_path):
+    arena = Arena(3, 5000, torch.float32, torch.device("cpu"), tmp_path)
+    assert not any(tmp_path.iterdir())
+    first, second = arena.take(1), arena.take(2)
+    second.copy_(torch.arange(10000.0).view(2, 5000))
+    will_need(second)
+    assert torch.equal(arena.blocks[2], torch.arange(5000.0, 10000.0))
+    assert not first.any()
+    with pytest.raises(FiddlerError, match="none: cannot keep experts there: No such file or directory; name another folder"):
+        Arena(1, 8, torch.float32, torch.device("cpu"), tmp_path / "none")
+
+
+def test_too_little_disk(tmp_path):
+    plan = make_plan(demo_shape(), [[0] * 8] * 6)
+    with pytest.raises(FiddlerError, match="1000000.00 GB of experts are to lie on disk, but .* GB are free there; name another"):
+        refuse(disk_problems(plan.model_copy(update={"disk_bytes": 10**15}), tmp_path))

@@ -5,13 +5,13 @@ import random
 import pytest
 from planning import PAIRS, machine_profile, random_routing, routed, small_model
 
-from fiddler_opt.cost import CostModel, chance_called, workload_phases
+from fiddler_opt.cost import CostModel, Placement, chance_called, workload_phases
 from fiddler_opt.lower import without_repetition
 from fiddler_opt.machine import seconds_at
 from fiddler_opt.routing import PhaseRouting, Routing
 from fiddler_run.plan import Workload, interpolate
 
-WORKLOAD = Workload(prompt_tokens=10, output_tokens=5, num_beams=1, max_seq_len=64)
+WORKLOAD = Workload(prompt_tokens=10, output_tokens=5, num_beams=1, batch_size=1, max_seq_len=64)
 
 
 def test_seconds_at():
@@ -24,8 +24,8 @@ def test_seconds_at():
 
 
 def test_phases():
-    long = Workload(prompt_tokens=5000, output_tokens=100, num_beams=4, max_seq_len=8192)
-    assert [(p.name, p.steps, p.tokens) for p in workload_phases(long)] == [
+    long = Workload(prompt_tokens=5000, output_tokens=100, num_beams=4, batch_size=1, max_seq_len=8192)
+    assert [(p.name, p.steps, p.tokens) for p in workload_phases(long, 2048)] == [
         ("prefill", 2, 8192),
         ("prefill of the rest", 1, 4 * 904),
         ("decode", 99, 4),
@@ -37,10 +37,10 @@ def test_decode_step_by_hand():
     model = small_model(num_layers=1, num_experts=3)
     routing = routed("by hand", [[0.75, 0.75, 0.5]], [dict(zip(PAIRS[3], (0.5, 0.25, 0.25), strict=True))])
     machine = machine_profile(model, device=10.0, absent=80.0, dispatch=7.0, dense=5.0, head=3.0)
-    cost = CostModel.build(model, machine, routing, WORKLOAD)
+    cost = CostModel.build(model, machine, routing, WORKLOAD, 64)
     assert cost.blocks_per_expert == 4
     # resident: expert 0 whole, expert 1 half, expert 2 not at all
-    placement = [[4, 2, 0]]
+    placement = Placement.of([[4, 2, 0]])
     pair_us = {(0, 1): max(10 + 5, 0 + 40), (0, 2): max(10 + 0, 0 + 80), (1, 2): max(5 + 0, 40 + 80)}
     experts_us = 0.5 * pair_us[0, 1] + 0.25 * pair_us[0, 2] + 0.25 * pair_us[1, 2]
     assert cost.decode_step_s(placement) == pytest.approx((3 + 5 + 7 + experts_us) * 1e-6)
@@ -50,35 +50,35 @@ def test_decode_step_by_hand():
 def test_without_a_gpu_the_parts_add_up():
     model = small_model(num_layers=1, num_experts=2)
     machine = machine_profile(model, device=10.0, absent=80.0, kind="host", dispatch=1.0, dense=1.0, head=1.0)
-    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD)
-    assert cost.decode_step_s([[4, 2]]) == pytest.approx((3 + 10 + 5 + 40) * 1e-6)
+    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, 64)
+    assert cost.decode_step_s(Placement.of([[4, 2]])) == pytest.approx((3 + 10 + 5 + 40) * 1e-6)
 
 
 def test_queueing_is_hidden_behind_experts():
     """A layer without experts takes 50 us, of which the device is busy for 5: experts that take less than 45 cost 45."""
     model = small_model(num_layers=1, num_experts=2)
     machine = machine_profile(model, device=10.0, absent=80.0, dispatch=7.0, dense=50.0, dense_device=5.0, head=3.0)
-    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD)
-    assert cost.decode_step_s([[4, 4]]) == pytest.approx((3 + 7 + 5 + max(45, 20)) * 1e-6)
-    assert cost.decode_step_s([[0, 0]]) == pytest.approx((3 + 7 + 5 + max(45, 160)) * 1e-6)
-    alone = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, cpu_alone=True)
-    assert alone.decode_step_s([[0, 0]]) == pytest.approx((3 + 7 + 50 + 2 * 80.8) * 1e-6)
+    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, 64)
+    assert cost.decode_step_s(Placement.of([[4, 4]])) == pytest.approx((3 + 7 + 5 + max(45, 20)) * 1e-6)
+    assert cost.decode_step_s(Placement.of([[0, 0]])) == pytest.approx((3 + 7 + 5 + max(45, 160)) * 1e-6)
+    alone = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, 64, cpu_alone=True)
+    assert alone.decode_step_s(Placement.of([[0, 0]])) == pytest.approx((3 + 7 + 50 + 2 * 80.8) * 1e-6)
 
 
 def test_each_phase_has_its_own_routing():
     model = small_model(num_layers=1, num_experts=2, num_experts_per_tok=1)
     first, second = ([[1.0, 0.0]], [{(0, 1): 0.0}]), ([[0.0, 1.0]], [{(0, 1): 0.0}])
     routing = Routing("by hand", PhaseRouting(*first), PhaseRouting(*second))
-    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD)
-    assert cost.hit_rate([[4, 0]]) == 0
-    assert cost.hit_rate([[0, 4]]) == 1
-    assert cost.ttft_s([[4, 0]]) < cost.ttft_s([[0, 4]])
+    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD, 64)
+    assert cost.hit_rate(Placement.of([[4, 0]])) == 0
+    assert cost.hit_rate(Placement.of([[0, 4]])) == 1
+    assert cost.ttft_s(Placement.of([[4, 0]])) < cost.ttft_s(Placement.of([[0, 4]]))
 
 
 def test_times_scale_with_bytes():
     model, other = small_model(), small_model(intermediate_size=256)
     machine = machine_profile(model, device=10.0, absent=80.0)
-    small, large = (CostModel.build(m, machine, Routing.uniform(m), WORKLOAD) for m in (model, other))
+    small, large = (CostModel.build(m, machine, Routing.uniform(m), WORKLOAD, 64) for m in (model, other))
     first, second = (next(iter(c.scenarios["decode"][0])).absent_s for c in (small, large))
     assert second[0] == pytest.approx(2 * first[0])
 
@@ -87,8 +87,8 @@ def test_the_cpu_alone():
     """A machine with a GPU, of which a plan of no GPU memory makes no use: the CPU's own times, nothing at once."""
     model = small_model(num_layers=1, num_experts=2)
     machine = machine_profile(model, device=10.0, absent=80.0, dispatch=1.0, dense=1.0, head=1.0, cpu=120.0)
-    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, cpu_alone=True)
-    assert cost.decode_step_s([[0, 0]]) == pytest.approx((3 + 240) * 1e-6)
+    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, 64, cpu_alone=True)
+    assert cost.decode_step_s(Placement.of([[0, 0]])) == pytest.approx((3 + 240) * 1e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 24, 100])
@@ -108,13 +108,13 @@ def test_chance_called():
 def test_total_is_the_sum_of_its_phases():
     model = small_model()
     routing = random_routing(model, random.Random(0))
-    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD)
-    placement = [[1, 2, 3, 0], [4, 4, 0, 0]]
+    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD, 64)
+    placement = Placement.of([[1, 2, 3, 0], [4, 4, 0, 0]])
     assert cost.total_s(placement) == pytest.approx(cost.ttft_s(placement) + 4 * cost.decode_step_s(placement))
 
 
 def test_a_pair_never_seen_costs_nothing():
     model = small_model(num_layers=1, num_experts=3)
     routing = routed("by hand", [[1.0, 1.0, 0.0]], [{(0, 1): 1.0, (0, 2): 0.0, (1, 2): 0.0}])
-    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD)
-    assert cost.total_s([[2, 2, 0]]) == cost.total_s([[2, 2, 4]])
+    cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD, 64)
+    assert cost.total_s(Placement.of([[2, 2, 0]])) == cost.total_s(Placement.of([[2, 2, 4]]))

@@ -4,6 +4,7 @@ import gc
 import random
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_loading_can_be_interrupted():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ExpertStore(plan, CPU).load(Counting(), interrupt)
+        ExpertStore(plan, CPU, Path()).load(Counting(), interrupt)
     assert len(read) < 48
 
 

@@ -130,7 +130,7 @@ def exact_layer(states, index, weights, experts):
 def test_bfloat16_layer_against_float64(tokens, device):
     rng = random.Random(tokens)
     plan = random_plan(demo_shape("bfloat16"), rng)
-    checkpoint, store = Checkpoint(DEMO, plan.model), ExpertStore(plan, device)
+    checkpoint, store = Checkpoint(DEMO, plan.model), ExpertStore(plan, device, DEMO)
     store.load(checkpoint)
     executors = make_executors(plan, device)
     torch.manual_seed(tokens)
@@ -142,11 +142,25 @@ def test_bfloat16_layer_against_float64(tokens, device):
         expected = exact_layer(states, index, weights, experts)
         for _ in range(4):  # shares of none to all of the absent blocks
             share = rng.choice([0.0, rng.random(), 1.0])
-            dispatch = LayerDispatch(layer, store.resident[layer], store.absent[layer], lambda _, s=share: s, executors)
+            places = store.resident[layer], store.absent[layer]
+            dispatch = LayerDispatch(layer, *places, lambda _, s=share: s, executors, store.on_disk[layer])
             output = dispatch(states.to(device), index.to(device), weights.to(device))
             assert output.dtype == torch.bfloat16
             error = (output.double().cpu() - expected).norm() / expected.norm()
             assert error <= BF16_TOLERANCE
+
+
+def test_embedding_in_host_memory(device, tmp_path):
+    """With any tokens and shapes; and some experts on another disk, of which nothing is left to see."""
+    shape = demo_shape()
+    plan = make_plan(shape, [[2] * 8] * 6, on_disk=[[1, 0, 6, 2, 3, 0, 0, 4]] * 6)
+    in_host = plan.host_memory_bytes.model_copy(update={"embedding": 1})
+    model, tokenizer = load_model(plan.model_copy(update={"host_memory_bytes": in_host}), DEMO, disk_folder=tmp_path)
+    assert not any(tmp_path.iterdir())
+    assert not any("embed_tokens" in name for name, _ in model.named_parameters())
+    assert model.device.type == device.type
+    encoded = tokenizer(TEXTS, return_tensors="pt", padding=True).to(device)
+    assert_same(model, Reference(DEMO, device), "texts", encoded["input_ids"], encoded["attention_mask"], 16)
 
 
 def test_the_same_input_gives_the_same_bits(device):

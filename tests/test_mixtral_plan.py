@@ -9,11 +9,12 @@ from fiddler_opt.compiler import compile_plan
 from fiddler_opt.machine import MachineProfile
 from fiddler_opt.memory import activation_bytes
 from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
+from fiddler_opt.problem import Budget
 from fiddler_opt.routing import Routing
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan import Plan, Workload
 
-WORKLOAD = Workload(prompt_tokens=512, output_tokens=128, num_beams=1, max_seq_len=4096)
+WORKLOAD = Workload(prompt_tokens=512, output_tokens=128, num_beams=1, batch_size=1, max_seq_len=4096)
 MADE = {
     "command": "test",
     "machine": "rtx4090",
@@ -36,14 +37,15 @@ def machine() -> MachineProfile:
 
 
 def plan_for(model, machine, total, workload=WORKLOAD) -> Plan:
-    return compile_plan(model, machine, Routing.uniform(model), workload, total, MADE)
+    return compile_plan(model, machine, Routing.uniform(model), workload, Budget(total), MADE)
 
 
 def test_bytes_by_purpose(model, machine):
     plan = plan_for(model, machine, 24_000_000_000)
     gpu = plan.gpu_memory_bytes
     assert gpu.total == 24_000_000_000
-    assert gpu.non_expert_weights == 3_211_272_192
+    assert gpu.non_expert_weights == 3_211_272_192 - 262_144_000  # the embedding table lies in host memory
+    assert plan.host_memory_bytes.embedding == 262_144_000
     assert gpu.kv_cache == 4096 * 131_072
     assert gpu.staging == 8 * BLOCK_BYTES
     assert gpu.reserve == 600_000_000 + 176_160_768  # the driver, and its map of up to 90.2 GB of page-locked memory
@@ -70,12 +72,12 @@ def test_more_memory_is_predicted_no_slower(model, machine):
 
 def test_more_beams_take_more_memory(model):
     beams = WORKLOAD.model_copy(update={"num_beams": 4})
-    assert activation_bytes(model, beams) > 3 * activation_bytes(model, WORKLOAD)
+    assert activation_bytes(model, beams, 2048) > 3 * activation_bytes(model, WORKLOAD, 2048)
 
 
 def test_too_small_a_budget_says_what_is_needed(model, machine):
-    with pytest.raises(FiddlerError, match=r"--gpu-mem 5.00 GB is too small: 5.48 GB are needed before any expert \(non expert"):
-        plan_for(model, machine, 5 * 10**9)
+    with pytest.raises(FiddlerError, match=r"--gpu-mem 4.00 GB is too small: 4.96 GB are needed before any expert \(non expert"):
+        plan_for(model, machine, 4 * 10**9)
 
 
 def test_shipped_plan(model, machine):

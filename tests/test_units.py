@@ -1,7 +1,17 @@
 import pytest
 
-from fiddler_opt.units import format_bytes, parse_bytes
+from fiddler_opt.units import (
+    format_bytes,
+    format_bytes_per_s,
+    parse_bytes,
+    parse_bytes_per_s,
+    parse_count,
+    parse_values,
+    round_values,
+)
 from fiddler_run.errors import FiddlerError
+
+GB, GIB = 10**9, 2**30
 
 
 @pytest.mark.parametrize(
@@ -21,6 +31,49 @@ def test_refuses(text):
 def test_a_bare_number_is_told_both_units():
     with pytest.raises(FiddlerError, match=r"24GB \(10\^9 bytes\) or 24GiB \(2\^30 bytes\)"):
         parse_bytes("24", "--gpu-mem")
+
+
+def test_rates():
+    assert parse_bytes_per_s("31.5GB/s", "--link") == 31_500_000_000
+    assert format_bytes_per_s(31.5e9) == "31.50 GB/s"
+    for text in ("25GB", "25/s", "25GB/", "25GB/min", "0GB/s", "fast"):
+        with pytest.raises(FiddlerError, match="--link"):
+            parse_bytes_per_s(text, "--link")
+
+
+def test_values():
+    assert parse_values("8GB", "--gpu-mem", parse_bytes) == [8 * GB]
+    assert parse_values("24GB, 8GB,8000MB", "--gpu-mem", parse_bytes) == [8 * GB, 24 * GB]
+    assert parse_values("1..4", "--beams", parse_count) == [1, 2, 3, 4]
+    for text in ("1,,2", "1..", "..2", "2..1", "2..2", "1..2..3", "1,2..3", "", "-1..3", "1.5"):
+        with pytest.raises(FiddlerError, match=r"^--beams"):
+            parse_values(text, "--beams", parse_count)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "values"),
+    [
+        (8 * GB, 48 * GB, [n * GB for n in range(8, 49, 4)]),
+        (8 * GB, 24 * GB, [n * GB for n in range(8, 25, 2)]),
+        (12 * GB, 50 * GB, [n * GB for n in (12, 15, 20, 25, 30, 35, 40, 45, 50)]),
+        (8 * GIB, 48 * GIB, [n * GIB for n in range(8, 49, 4)]),
+        (2048, 32768, [2048, *range(4096, 32769, 4096)]),
+        (128, 4096, [128, *range(512, 4097, 512)]),
+        (1, 8, [1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+)
+def test_round_values(low, high, values):
+    assert round_values(low, high) == values
+
+
+def test_any_range_has_a_handful_of_values():
+    for low in (0, 1, 7, 100, 1024, 10**9 + 1):
+        for span in (1, 2, 5, 6, 13, 97, 1000, 4096, 12345, 10**9, 10**15):
+            values = round_values(low, low + span)
+            assert values[0] == low
+            assert values[-1] == low + span
+            assert min(span + 1, 6) <= len(values) <= 13
+            assert values == sorted(set(values))
 
 
 def test_format():

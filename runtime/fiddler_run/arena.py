@@ -1,13 +1,16 @@
-"""Where expert weights live: one arena of blocks in device memory, one in host memory.
+"""Where expert weights live: one arena of blocks in device memory, one in host memory, and one on disk if those are too small.
 
 A block is `block_neurons` neurons of one expert, stored contiguously: gate rows [b, hidden], up rows [b, hidden], down
 columns [hidden, b]. It is a small dense expert of its own, and one contiguous copy over the link.
 """
 
+import ctypes
 import mmap
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -23,12 +26,17 @@ LOADING_THREADS = 8  # more hold more memory and read no faster
 class Arena:
     """`num_blocks` equal blocks in one allocation of exactly their size, handed out in order.
 
+    With a `folder` they lie in a file there, which has no name and is gone with the process; the system keeps in memory what
+    of it there is room for.
+
     In host memory it consists of huge pages where the system grants them; `pin` page-locks it, so that copies to a GPU are
     asynchronous and at full speed. (`Tensor.pin_memory()` would round the size up to a power of two.)
     """
 
-    def __init__(self, num_blocks: int, block_elements: int, dtype: torch.dtype, device: torch.device):
-        if device.type == "cpu" and num_blocks > 0:
+    def __init__(self, num_blocks: int, block_elements: int, dtype: torch.dtype, device: torch.device, folder: Path | None = None):
+        if folder is not None and num_blocks > 0:
+            self.blocks = _on_disk(num_blocks * block_elements, dtype, folder).view(num_blocks, block_elements)
+        elif device.type == "cpu" and num_blocks > 0:
             self.blocks = _huge_pages(num_blocks * block_elements, dtype).view(num_blocks, block_elements)
         else:
             self.blocks = torch.empty((num_blocks, block_elements), dtype=dtype, device=device)
@@ -74,21 +82,54 @@ def _huge_pages(elements: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype)
 
 
+def _on_disk(elements: int, dtype: torch.dtype, folder: Path) -> torch.Tensor:
+    """A mapped file in `folder` that no other process sees.
+
+    Raises:
+        FiddlerError: the folder cannot be written.
+    """
+    size = elements * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(size)
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype)
+    except OSError as error:
+        raise FiddlerError(
+            f"{folder}: cannot keep experts there: {error.strerror or error}; name another folder with --disk-folder"
+        ) from None
+
+
+def will_need(blocks: torch.Tensor) -> None:
+    """Asks the system to read blocks of an arena on disk [count, block_elements] ahead of their use."""
+    start = blocks.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(blocks.data_ptr() + blocks.nbytes - start), mmap.MADV_WILLNEED)
+
+
+_libc = ctypes.CDLL(None)
+
+
 class ExpertStore:
     """All experts of a model, placed as the plan says.
 
-    `resident[layer][expert]` and `absent[layer][expert]` are [count, block_elements] views of the two arenas.
+    `resident[layer][expert]`, `absent[layer][expert]`, `on_disk[layer][expert]`: [count, block_elements] views of three arenas.
     """
 
-    def __init__(self, plan: Plan, device: torch.device):
+    def __init__(self, plan: Plan, device: torch.device, disk_folder: Path):
         self.block_neurons = plan.block_neurons
         self.block_elements = 3 * plan.block_neurons * plan.model.hidden_size
         self.dtype, self.device = TORCH_DTYPES[plan.model.dtype], device
         self._device_arena = Arena(plan.num_resident_blocks, self.block_elements, self.dtype, device)
         self._host_arena = Arena(plan.num_absent_blocks, self.block_elements, self.dtype, torch.device("cpu"))
+        self._disk_arena = Arena(plan.num_disk_blocks, self.block_elements, self.dtype, torch.device("cpu"), disk_folder)
         rows = [plan.resident_blocks[layer] for layer in range(plan.model.num_layers)]
+        spilt = [plan.disk_blocks.get(layer, [0] * plan.model.num_experts) for layer in range(plan.model.num_layers)]
+        blocks = plan.blocks_per_expert
         self.resident = [[self._device_arena.take(count) for count in row] for row in rows]
-        self.absent = [[self._host_arena.take(plan.blocks_per_expert - count) for count in row] for row in rows]
+        self.on_disk = [[self._disk_arena.take(count) for count in row] for row in spilt]
+        self.absent = [
+            [self._host_arena.take(blocks - count - disk) for count, disk in zip(row, of_disk, strict=True)]
+            for row, of_disk in zip(rows, spilt, strict=True)
+        ]
 
     def load(self, weights: Weights, on_bytes: Callable[[int], None] = lambda _: None) -> None:
         """Fills the arenas, several experts at once; calls `on_bytes` with the bytes placed since the last call."""
@@ -104,10 +145,11 @@ class ExpertStore:
             self._host_arena.pin()
 
     def _place(self, weights: Weights, layer: int, expert: int) -> int:
-        """Cuts one expert into its two places: bytes."""
-        resident, absent = self.resident[layer][expert], self.absent[layer][expert]
+        """Cuts one expert into its three places: bytes."""
+        resident, absent, on_disk = (place[layer][expert] for place in (self.resident, self.absent, self.on_disk))
         gate, up, down = weights.expert(layer, expert)
         fill_blocks(absent, gate, up, down, first_neuron=len(resident) * self.block_neurons)
+        fill_blocks(on_disk, gate, up, down, first_neuron=(len(resident) + len(absent)) * self.block_neurons)
         if resident.is_cuda:
             packed = torch.empty_like(resident[:1], device="cpu", pin_memory=True)
             for number, block in enumerate(resident):
@@ -115,7 +157,7 @@ class ExpertStore:
                 block.copy_(packed[0])
         else:
             fill_blocks(resident, gate, up, down, first_neuron=0)
-        return resident.nbytes + absent.nbytes
+        return resident.nbytes + absent.nbytes + on_disk.nbytes
 
 
 @contextmanager

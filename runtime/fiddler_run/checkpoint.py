@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.locate import read_json, require_mixtral
-from fiddler_run.plan import ModelShape, Plan
+from fiddler_run.locate import read_json
+from fiddler_run.plan import ModelShape
 
 EXPERT_TENSOR = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
 MATRICES = ("w1", "w3", "w2")  # gate [intermediate, hidden], up [intermediate, hidden], down [hidden, intermediate]
+INDEX = "model.safetensors.index.json"
 READ_BYTES = 2**25  # at once
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 LOSSLESS = {"bfloat16": {"BF16"}, "float16": {"F16"}, "float32": {"BF16", "F16", "F32"}}
@@ -62,20 +63,17 @@ class Checkpoint:
 
     def __init__(self, folder: Path, shape: ModelShape):
         self.folder = folder
-        self._file_of = _tensor_files(folder)
-        self._shards = {path: _Shard(path) for path in sorted(set(self._file_of.values()))}
+        self.files = TensorFiles(folder)
         self._buffers = threading.local()
-        row, column = [shape.intermediate_size, shape.hidden_size], [shape.hidden_size, shape.intermediate_size]
-        for layer in range(shape.num_layers):
-            for expert in range(shape.num_experts):
-                for matrix, expected in zip(MATRICES, (row, row, column), strict=True):
-                    self.check(EXPERT_TENSOR.format(layer=layer, expert=expert, matrix=matrix), expected, shape.dtype)
+        problems = self.files.problems(expert_tensors(shape), shape.dtype)
+        if problems:
+            raise FiddlerError(problems[0])
 
     def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return tuple(self._read(EXPERT_TENSOR.format(layer=layer, expert=expert, matrix=matrix), matrix) for matrix in MATRICES)
 
     def _read(self, name: str, buffer: str) -> torch.Tensor:
-        shard = self._shards[self._file_of[name]]
+        shard = self.files.shard(name)
         stored = shard.tensors[name]
         target = getattr(self._buffers, buffer, None)
         if target is None or len(target) < stored.num_bytes:
@@ -85,55 +83,76 @@ class Checkpoint:
         shard.read(stored.start, target)
         return target.view(STORED_DTYPES[stored.dtype]).view(stored.shape)
 
-    def check(self, name: str, shape: list[int], dtype: str) -> None:
-        """Whether tensor `name` is there, of that shape, and fits `dtype` without loss.
 
-        Raises:
-            FiddlerError: it is not.
-        """
-        path = self._file_of.get(name)
-        if path is None or name not in self._shards[path].tensors:
-            raise FiddlerError(f"{path or self.folder}: tensor {name} is missing; download the checkpoint again")
-        stored = self._shards[path].tensors[name]
-        if stored.shape != shape:
-            raise FiddlerError(f"{path}: tensor {name} has shape {stored.shape}, by config.json it would be {shape}")
-        if stored.dtype not in LOSSLESS[dtype]:
-            raise FiddlerError(f"{path}: tensor {name} is {stored.dtype}, which the plan's {dtype} cannot hold without loss")
+def expert_tensors(shape: ModelShape) -> dict[str, list[int]]:
+    """The names of all tensors of experts, and their shapes."""
+    row, column = [shape.intermediate_size, shape.hidden_size], [shape.hidden_size, shape.intermediate_size]
+    return {
+        EXPERT_TENSOR.format(layer=layer, expert=expert, matrix=matrix): size
+        for layer in range(shape.num_layers)
+        for expert in range(shape.num_experts)
+        for matrix, size in zip(MATRICES, (row, row, column), strict=True)
+    }
 
 
-def check_model(plan: Plan, config: dict, origin: str, config_file: Path) -> None:
-    """Whether a config.json describes the model that a plan was made for.
+class TensorFiles:
+    """The safetensors files of the checkpoint in `folder`: which tensor each holds, and where.
 
     Raises:
-        FiddlerError: it does not; the message names the first number that differs.
+        FiddlerError: there are none, or their index cannot be read.
     """
-    remedy = "make a plan for this model with `fiddler-opt plan --model`"
-    require_mixtral(config, config_file)
-    names = {
-        "num_layers": "num_hidden_layers",
-        "num_experts": "num_local_experts",
-        "num_experts_per_tok": "num_experts_per_tok",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
-    }
-    for ours, theirs in names.items():
-        planned, found = getattr(plan.model, ours), config.get(theirs)
-        if planned != found:
-            raise FiddlerError(f"{origin}: model.{ours} is {planned}, but {theirs} is {found} in {config_file}; {remedy}")
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._file_of = _tensor_files(folder)
+        self._shards: dict[Path, _Shard] = {}
+        self._damage: dict[Path, str] = {}
+        for path in sorted(set(self._file_of.values())):
+            try:
+                self._shards[path] = _Shard(path)
+            except FiddlerError as error:
+                self._damage[path] = str(error)
+
+    def shard(self, name: str) -> "_Shard":
+        """The file that holds tensor `name`."""
+        return self._shards[self._file_of[name]]
+
+    @property
+    def missing(self) -> list[Path]:
+        """The files that the index names and that are not there."""
+        return [path for path in self._damage if not path.exists()]
+
+    def problems(self, expected: dict[str, list[int]], dtype: str) -> list[str]:
+        """Of each file the first thing that is wrong: it is missing, damaged or cut off, or of the tensors that are expected in
+        it, by name, one is missing, has another shape, or does not fit `dtype` without loss."""
+        found: dict[Path | None, str] = {**self._damage}
+        for name, shape in expected.items():
+            path = self._file_of.get(name)
+            if path not in found:
+                problem = self._problem(name, path, shape, dtype)
+                if problem is not None:
+                    found[path] = problem
+        return list(found.values())
+
+    def _problem(self, name: str, path: Path | None, shape: list[int], dtype: str) -> str | None:
+        if path is None or name not in self._shards[path].tensors:
+            return f"{path or self._folder}: tensor {name} is missing; download the checkpoint again"
+        stored = self._shards[path].tensors[name]
+        if stored.shape != shape:
+            return f"{path}: tensor {name} has shape {stored.shape}, by config.json it would be {shape}"
+        if stored.dtype not in LOSSLESS[dtype]:
+            return f"{path}: tensor {name} is {stored.dtype}, which the plan's {dtype} cannot hold without loss"
+        return None
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     single = folder / "model.safetensors"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise FiddlerError(f"{index}: holds no weight_map; download the checkpoint again")
-        files = {name: folder / file for name, file in weight_map.items()}
-        for path in sorted(set(files.values())):
-            if not path.is_file():
-                raise FiddlerError(f"{path}: missing, though {index.name} names it; download the checkpoint again")
-        return files
+        return {name: folder / file for name, file in weight_map.items()}
     if single.is_file():
         return dict.fromkeys(_Shard(single).tensors, single)
     raise FiddlerError(f"{folder}: holds neither {index.name} nor {single.name}; --model names a checkpoint in safetensors format")
@@ -153,10 +172,12 @@ class _Shard:
     """A safetensors file: 8 bytes of header length, the header in JSON, then the data. `tensors`: what it holds, by name.
 
     Raises:
-        FiddlerError: the file is damaged or cut off.
+        FiddlerError: the file is missing, damaged or cut off.
     """
 
     def __init__(self, path: Path):
+        if not path.is_file():
+            raise FiddlerError(f"{path}: missing, though {INDEX} names it; download the checkpoint again")
         try:
             with safe_open(path, framework="pt"):  # checks all of the header against the file
                 pass

@@ -9,6 +9,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from fiddler_run.check import device_note
 from fiddler_run.errors import FiddlerError
 from fiddler_run.locate import shipped_file
 from fiddler_run.plan import Plan
@@ -58,6 +59,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         choices=["safetensors", "dummy"],
         default="safetensors",
         help="`dummy` takes random weights, to try a plan's speed and memory without the checkpoint (default: %(default)s)",
+    )
+    add(
+        "--disk-folder",
+        metavar="DIR",
+        help="where experts lie that the plan leaves on disk (default: the checkpoint's folder, for random weights this one)",
     )
     add("--bench", action="store_true", help="instead of a prompt: measure speeds, on random token ids, and what time goes into")
     add("--prompt-tokens", type=positive, metavar="N", help="with --bench: length of the prompt (default: the plan's)")
@@ -148,7 +154,7 @@ def run(flags: argparse.Namespace) -> None:
         seed=flags.seed,
         chat=flags.chat,
     )
-    loader = ModelLoader(plan_path, flags.model, flags.load_format)
+    loader = ModelLoader(plan_path, flags.model, flags.load_format, flags.disk_folder)
     # Better refused now than after loading.
     if flags.bench:
         if options.max_new_tokens < 2:
@@ -160,9 +166,9 @@ def run(flags: argparse.Namespace) -> None:
         if flags.load_format == "dummy":
             stderr.print("random weights: the text will mean nothing")
         encode_prompt(loader.tokenizer, prompt, options, plan)
-    if plan.gpu_memory_bytes.total > 0 and loader.device.type == "cpu":
-        reason = "the plan is for a machine without CUDA" if plan.device == "host" else "no CUDA device here"
-        stderr.print(f"{reason}: its GPU part is held in host memory and computed by the CPU")
+    note = device_note(plan, on_gpu=loader.device.type == "cuda")
+    if note is not None:
+        stderr.print(note)
     started = time.perf_counter()
     with byte_progress(stderr) as progress:
         task = progress.add_task("loading experts", total=loader.total_bytes)

@@ -2,6 +2,8 @@
 
     [0 ... resident) device, in place  |  [resident ... streamed) over the link, then device  |  [streamed ... end) CPU, in place
 
+Blocks on disk are mapped and come last: the CPU reads them as if they were in host memory.
+
 Any split gives the same result up to the order of addition, because an expert is a sum over its neurons. The host waits for
 the device once, for the router's result; then CPU, link and device work at the same time.
 """
@@ -41,17 +43,17 @@ class Traffic:
 
 
 class Expert:
-    """One expert's blocks [count, block_elements]: `resident` in device memory, `absent` in host memory; their addresses."""
+    """One expert's blocks [count, block_elements] in device memory, in host memory, mapped from disk; addresses where needed."""
 
-    def __init__(self, resident: torch.Tensor, absent: torch.Tensor):
-        self.resident, self.absent = resident, absent
-        self.num_resident, self.num_absent = len(resident), len(absent)
+    def __init__(self, resident: torch.Tensor, absent: torch.Tensor, on_disk: torch.Tensor):
+        self.resident, self.absent, self.on_disk = resident, absent, on_disk
+        self.num_resident, self.num_absent, self.num_on_disk = len(resident), len(absent), len(on_disk)
         self.resident_address, self.absent_address = resident.data_ptr(), absent.data_ptr()
 
 
 @dataclass(frozen=True)
 class ExpertCall:
-    """The tokens that chose one expert, and how many of its absent blocks are streamed; the CPU computes the others.
+    """The tokens that chose one expert, and how many of its absent blocks are streamed; the CPU computes all that are left.
 
     Its tokens are choices `start` to `start + len(rows)` of the layer's choices sorted by expert: `rows` [n] int64 into the
     layer's tokens, the router's `weights` [n] float32.
@@ -65,7 +67,7 @@ class ExpertCall:
 
     @property
     def num_on_cpu(self) -> int:
-        return self.expert.num_absent - self.num_streamed
+        return self.expert.num_absent - self.num_streamed + self.expert.num_on_disk
 
     @property
     def on_device(self) -> bool:
@@ -82,16 +84,19 @@ class LayerDispatch:
         absent: list[torch.Tensor],
         stream_share: Callable[[int], float],
         executors: Executors,
+        on_disk: list[torch.Tensor] | None = None,
     ):
         """
         Args:
             layer: its number.
             resident: for each expert, its blocks in device memory, [count, block_elements].
-            absent: for each expert, its other blocks, in host memory.
+            absent: for each expert, its blocks in host memory.
             stream_share: tokens of a call -> the share of its expert's absent blocks that goes over the link.
             executors: what computes them; shared by all layers.
+            on_disk: for each expert, its blocks that are mapped from disk; None: there are none.
         """
-        self.layer, self.experts = layer, [Expert(*blocks) for blocks in zip(resident, absent, strict=True)]
+        on_disk = on_disk or [blocks[:0] for blocks in absent]
+        self.layer, self.experts = layer, [Expert(*blocks) for blocks in zip(resident, absent, on_disk, strict=True)]
         self.stream_share, self.executors = stream_share, executors
 
     def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
+from fiddler_run.arena import will_need
 from fiddler_run.dispatch import ExpertCall, Traffic
 from fiddler_run.errors import FiddlerError
 from fiddler_run.kernels.cpu import CpuCall, cpu_experts
@@ -103,7 +104,14 @@ class Executors:
 
     def _start_cpu(self, calls: list[ExpertCall], host_states: torch.Tensor) -> torch.Tensor | None:
         """Starts the CPU on its blocks of all calls: where its result will be, or None if there are none."""
-        for_cpu = [CpuCall(call.expert.absent[call.num_streamed :], call.rows, call.weights) for call in calls if call.num_on_cpu]
+        for_cpu = []
+        for call in calls:
+            if call.num_streamed < call.expert.num_absent:
+                for_cpu.append(CpuCall(call.expert.absent[call.num_streamed :], call.rows, call.weights))
+        for call in calls:  # last: they are on their way from the disk meanwhile
+            if call.expert.num_on_disk:
+                will_need(call.expert.on_disk)
+                for_cpu.append(CpuCall(call.expert.on_disk, call.rows, call.weights))
         if not for_cpu:
             return None
         output = self.mailbox.output(host_states.shape)

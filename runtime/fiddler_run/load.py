@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer, MixtralConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from fiddler_run.arena import LOADING_THREADS, TORCH_DTYPES, ExpertStore
-from fiddler_run.checkpoint import Checkpoint, DummyWeights, check_model
+from fiddler_run.arena import TORCH_DTYPES, ExpertStore
+from fiddler_run.check import disk_problems, find_gpu, machine_problems, model_problems, refuse
+from fiddler_run.checkpoint import Checkpoint, DummyWeights
 from fiddler_run.dispatch import Traffic
 from fiddler_run.errors import FiddlerError
-from fiddler_run.host import available_memory_bytes, num_cores
 from fiddler_run.locate import model_config_file, model_folder, read_json, shipped_file
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan
@@ -24,7 +24,10 @@ WARM_UP_TOKENS = (20, 40, 130)
 
 
 def load_model(
-    plan: Plan | str | Path, model: str | Path | None = None, load_format: LoadFormat = "safetensors"
+    plan: Plan | str | Path,
+    model: str | Path | None = None,
+    load_format: LoadFormat = "safetensors",
+    disk_folder: str | Path | None = None,
 ) -> tuple[DispatchedMixtral, PreTrainedTokenizerBase | None]:
     """Loads a model and its tokenizer as a plan says.
 
@@ -36,11 +39,12 @@ def load_model(
         model: the checkpoint's folder or Hugging Face id; None takes the plan's, relative to the plan's file.
         load_format: `dummy` takes random weights for those of a checkpoint; nothing but the model's config.json is read, and
             there may be no tokenizer.
+        disk_folder: where experts lie that the plan leaves on disk; None: beside the checkpoint, or for random weights here.
 
     Raises:
         FiddlerError: the plan does not fit this model or this machine, or the checkpoint is incomplete.
     """
-    loader = ModelLoader(plan, model, load_format)
+    loader = ModelLoader(plan, model, load_format, disk_folder)
     tokenizer = loader.tokenizer
     return loader.load(), tokenizer
 
@@ -51,7 +55,13 @@ class ModelLoader:
     Takes the arguments of `load_model` and raises what it raises.
     """
 
-    def __init__(self, plan: Plan | str | Path, model: str | Path | None = None, load_format: LoadFormat = "safetensors"):
+    def __init__(
+        self,
+        plan: Plan | str | Path,
+        model: str | Path | None = None,
+        load_format: LoadFormat = "safetensors",
+        disk_folder: str | Path | None = None,
+    ):
         origin, relative_to = "plan", Path()
         if not isinstance(plan, Plan):
             path = shipped_file(plan)
@@ -63,13 +73,16 @@ class ModelLoader:
             config_file = model_config_file(name, relative_to)
         else:
             config_file = model_folder(name, relative_to) / "config.json"
-        check_model(plan, read_json(config_file), origin, config_file)
-        self._folder, self._skeleton = config_file.parent, _skeleton(config_file)
+        refuse(model_problems(plan, read_json(config_file), origin, config_file))
+        self._folder, self._skeleton = config_file.parent, skeleton(config_file)
         if load_format == "dummy":
             self.weights = DummyWeights(plan.model, self.dtype)
         else:
             self.weights = Checkpoint(self._folder, plan.model)
-            _check_dense(self.weights, self._skeleton, plan)
+            refuse(self.weights.files.problems(dense_tensors(self._skeleton), plan.model.dtype))
+        beside = Path() if load_format == "dummy" else self._folder
+        self._disk_folder = beside if disk_folder is None else Path(disk_folder)
+        refuse(disk_problems(plan, self._disk_folder))
         self.device = prepare_device(plan, origin)
 
     @cached_property
@@ -86,7 +99,7 @@ class ModelLoader:
     @property
     def total_bytes(self) -> int:
         """Bytes of experts to place."""
-        return self.plan.gpu_memory_bytes.experts + self.plan.host_memory_bytes.experts
+        return self.plan.gpu_memory_bytes.experts + self.plan.host_memory_bytes.experts + self.plan.disk_bytes
 
     @torch.inference_mode(False)  # what is made in that mode cannot be written to outside of it
     def load(self, on_bytes: Callable[[int], None] = lambda count: None) -> DispatchedMixtral:
@@ -97,7 +110,9 @@ class ModelLoader:
         else:
             model = with_random_dense_weights(self._skeleton, self.dtype, self.device)
         model = model.eval().requires_grad_(False)
-        store = ExpertStore(self.plan, self.device)
+        if self.plan.host_memory_bytes.embedding:
+            model.move_embedding_to_host()
+        store = ExpertStore(self.plan, self.device, self._disk_folder)
         store.load(self.weights, on_bytes)
         model.attach_experts(self.plan, store)
         if self.device.type == "cuda":
@@ -135,8 +150,12 @@ def with_random_dense_weights(model: DispatchedMixtral, dtype: torch.dtype, devi
     return model
 
 
-def _skeleton(config_file: Path) -> DispatchedMixtral:
-    """The model without data."""
+def skeleton(config_file: Path) -> DispatchedMixtral:
+    """The model of a config.json, without data.
+
+    Raises:
+        FiddlerError: transformers finds something wrong with it.
+    """
     try:
         with torch.device("meta"), _quiet_transformers():
             return DispatchedMixtral(MixtralConfig.from_json_file(config_file))
@@ -144,49 +163,27 @@ def _skeleton(config_file: Path) -> DispatchedMixtral:
         raise FiddlerError(f"{config_file}: transformers cannot use it: {' '.join(str(error).split())}") from None
 
 
+def dense_tensors(model: DispatchedMixtral) -> dict[str, list[int]]:
+    """The names in a checkpoint of all that transformers will load, and their shapes; it would only warn of what is not there."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return {name.replace(".mlp.", ".block_sparse_moe."): shape for name, shape in shapes.items()}
+
+
 def prepare_device(plan: Plan, origin: str = "plan") -> torch.device:
     """The device for the plan's GPU part, with the plan's thread count set and its GPU memory capped.
 
-    That is host memory, in which a plan's three ranges run the same way, where there is no CUDA device or the plan is for none.
-
     Raises:
-        FiddlerError: the machine has fewer cores than the plan's threads, or less free memory of either kind than the plan needs.
+        FiddlerError: the machine lacks what the plan needs; see `machine_problems`.
     """
-    cores = num_cores()
-    if plan.cpu_threads > cores:
-        raise FiddlerError(
-            f"{origin}: cpu_threads is {plan.cpu_threads}, but {cores} cores are available here; "
-            "profile this machine with `fiddler-opt profile` and plan again"
-        )
+    gpu = find_gpu(plan)
+    refuse(machine_problems(plan, gpu, origin))
     torch.set_num_threads(plan.cpu_threads)
-    gpu = plan.gpu_memory_bytes
-    reading = LOADING_THREADS * plan.model.expert_bytes(plan.block_neurons)
-    if plan.device == "host" or gpu.total == 0 or not torch.cuda.is_available():
-        _check_host_memory(plan.host_memory_bytes.experts + gpu.experts, reading, origin)
+    if gpu is None:
         return torch.device("cpu")
-    _check_host_memory(plan.host_memory_bytes.experts, reading, origin)
-    device = torch.device("cuda", torch.cuda.current_device())
-    free, total = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if gpu.total - gpu.reserve > free + cached:
-        name = torch.cuda.get_device_name(device)
-        raise FiddlerError(
-            f"{origin}: gpu_memory_bytes.total is {gpu.total / 1e9:.2f} GB, but {name} has {free / 1e9:.2f} GB free; "
-            "free GPU memory, or plan again with a smaller --gpu-mem"
-        )
-    torch.cuda.set_per_process_memory_fraction((gpu.total - gpu.reserve) / total, device)
+    memory, device = plan.gpu_memory_bytes, torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_per_process_memory_fraction((memory.total - memory.reserve) / gpu.total_bytes, device)
     return device
-
-
-def _check_host_memory(expert_bytes: int, loading_bytes: int, origin: str) -> None:
-    """Rather refused now than killed by the kernel half-way through the loading."""
-    available = available_memory_bytes()
-    if expert_bytes + loading_bytes > available:
-        raise FiddlerError(
-            f"{origin}: its experts need {expert_bytes / 1e9:.2f} GB of host memory, and loading them {loading_bytes / 1e9:.2f}, "
-            f"but {available / 1e9:.2f} GB are available; "
-            "close other programs, add memory, or plan with more --gpu-mem"
-        )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -202,14 +199,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _check_dense(checkpoint: Checkpoint, skeleton: DispatchedMixtral, plan: Plan) -> None:
-    """Whether all that transformers will load is there; it would only warn, or say so in forty lines."""
-    tied = {"lm_head.weight"} if skeleton.config.tie_word_embeddings else set()
-    for name, tensor in skeleton.state_dict().items():
-        if name not in tied:
-            checkpoint.check(name.replace(".mlp.", ".block_sparse_moe."), list(tensor.shape), plan.model.dtype)
 
 
 @contextmanager

@@ -71,8 +71,28 @@ class DispatchedMixtral(MixtralForCausalLM):
         self.store = store  # owns the arenas; the dispatches only hold views
         self.executors = make_executors(plan, self.device)
         for layer, experts in enumerate(self.experts_modules()):
-            places = store.resident[layer], store.absent[layer]
-            experts.dispatch = LayerDispatch(layer, *places, plan.stream_share_at, self.executors)
+            places = store.resident[layer], store.absent[layer], plan.stream_share_at, self.executors, store.on_disk[layer]
+            experts.dispatch = LayerDispatch(layer, *places)
+
+    def move_embedding_to_host(self) -> None:
+        """Leaves the embedding table in host memory, from which each step copies its rows."""
+        self.model.embed_tokens = HostEmbedding(self.model.embed_tokens.weight)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class HostEmbedding(torch.nn.Module):
+    """An embedding table in host memory, of which the rows that are asked for go where `weight` [vocabulary, hidden] was.
+
+    The table is no parameter: transformers takes a model's first one for the place of all.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.device, self.table = weight.device, weight.detach().cpu()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(ids.cpu(), self.table).to(self.device)
 
 
 def make_executors(plan: Plan, device: torch.device) -> Executors:

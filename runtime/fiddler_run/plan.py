@@ -1,14 +1,14 @@
 """The plan: the file that the planner writes and the runtime executes. Rule: a plan that loads can be executed.
 
 Every decision is a plain number. An expert's intermediate neurons are cut into blocks of `block_neurons`; for expert e of
-layer l the first `resident_blocks[l][e]` lie in GPU memory, the rest (the absent ones) in host memory, of which each call
-streams a share over the link and computes the remainder on the CPU.
+layer l the first `resident_blocks[l][e]` lie in GPU memory, the last `disk_blocks[l][e]` on disk, those between (the absent ones)
+in host memory, of which each call streams a share over the link and computes the remainder, and those on disk, on the CPU.
 """
 
 from bisect import bisect_right
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fiddler_run.yaml_file import Section, YamlFile
 
@@ -41,21 +41,27 @@ class ModelShape(Section):
 
 
 class Workload(Section):
-    """What the plan was made for: one sequence of `prompt_tokens` then `output_tokens`, searched with `num_beams`."""
+    """What the plan was made for: `batch_size` sequences at once, each of `prompt_tokens` then `output_tokens`, searched with
+    `num_beams`."""
 
     prompt_tokens: PositiveInt
     output_tokens: PositiveInt
     num_beams: PositiveInt
+    batch_size: PositiveInt
     max_seq_len: PositiveInt
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.prompt_tokens + self.output_tokens > self.max_seq_len:
-            raise ValueError(
-                f"workload.max_seq_len: {self.max_seq_len} is less than "
-                f"{self.prompt_tokens} prompt + {self.output_tokens} output tokens"
-            )
-        return self
+    @property
+    def sequences(self) -> int:
+        """That pass the model at once."""
+        return self.num_beams * self.batch_size
+
+    def problems(self) -> list[str]:
+        if self.prompt_tokens + self.output_tokens <= self.max_seq_len:
+            return []
+        return [
+            f"workload.max_seq_len: {self.max_seq_len} is less than "
+            f"{self.prompt_tokens} prompt + {self.output_tokens} output tokens"
+        ]
 
 
 class GpuMemory(Section):
@@ -78,7 +84,10 @@ class GpuMemory(Section):
 
 
 class HostMemory(Section):
+    """Bytes of host memory: absent experts, and the embedding table if it lies there."""
+
     experts: NonNegativeInt
+    embedding: NonNegativeInt
 
 
 class Rates(Section):
@@ -90,14 +99,30 @@ class Rates(Section):
     absent: PositiveFloat
 
 
+class Alternative(Section):
+    decode_tokens_per_s: PositiveFloat
+    ttft_s: PositiveFloat
+
+
 class Predicted(Section):
-    """What the planner expects of this plan on the profiled machine. `gap` is relative: (found - bound) / found, in seconds."""
+    """What the planner expects of this plan on the profiled machine. `gap` is relative: (found - bound) / found, in seconds.
+
+    `decode_ms`, `ttft_ms`: milliseconds of a decode step, and until the first token, by what they are spent on. `binding`: what
+    more of would be used; `next_gb_tokens_per_s`: what another GB of GPU memory would add. `regret`: by set of prompts, how
+    much longer the workload takes there than with a plan for that set, as a part. `alternatives`: what rules of thumb give.
+    """
 
     decode_tokens_per_s: PositiveFloat
     ttft_s: PositiveFloat
     gpu_hit_rate: float = Field(ge=0, le=1)
     bound_tokens_per_s: PositiveFloat
     gap: NonNegativeFloat
+    decode_ms: dict[str, NonNegativeFloat]
+    ttft_ms: dict[str, NonNegativeFloat]
+    binding: Literal["GPU memory", "GPU and host memory", "host memory", "nothing"]
+    next_gb_tokens_per_s: NonNegativeFloat
+    regret: dict[str, NonNegativeFloat]
+    alternatives: dict[str, Alternative]
 
 
 class Provenance(Section):
@@ -120,6 +145,7 @@ class Plan(YamlFile):
     workload: Workload
     gpu_memory_bytes: GpuMemory
     host_memory_bytes: HostMemory
+    disk_bytes: NonNegativeInt
     device: Literal["cuda", "host"]
     cpu_threads: PositiveInt
     cpu_pinned: bool
@@ -127,6 +153,7 @@ class Plan(YamlFile):
     block_neurons: PositiveInt
     stream_share: dict[PositiveInt, float]
     resident_blocks: dict[NonNegativeInt, list[NonNegativeInt]]
+    disk_blocks: dict[NonNegativeInt, list[NonNegativeInt]]
     predicted: Predicted
     bytes_per_s: Rates
     provenance: Provenance
@@ -138,41 +165,41 @@ class Plan(YamlFile):
         "block_neurons": "an expert is cut into blocks of this many neurons",
         "stream_share": "by tokens of an expert, linear in between: share of its absent blocks sent over the link",
         "bytes_per_s": "expert bytes that the profiled machine handles for one token; absent: by CPU and link together",
+        "disk_blocks": "the same for blocks on disk, the last ones of an expert; empty: there are none",
         "resident_blocks": "per layer, for each expert: how many of its blocks are in GPU memory",
     }
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        check_shares(self.stream_share)
-        self._check_placement()
-        self._check_memory()
-        return self
+    def problems(self) -> list[str]:
+        misplaced = self._placement_problems()
+        return [*share_problems(self.stream_share), *misplaced, *self._memory_problems(counted=not misplaced)]
 
-    def _check_placement(self) -> None:
+    def _placement_problems(self) -> list[str]:
+        """Blocks on disk are looked at where those in GPU memory are right, which decide how many are left."""
         model, blocks = self.model, self.blocks_per_expert
-        if sorted(self.resident_blocks) != list(range(model.num_layers)):
-            raise ValueError(f"resident_blocks: needs exactly the layers 0 to {model.num_layers - 1}")
-        for layer, row in self.resident_blocks.items():
-            if len(row) != model.num_experts:
-                raise ValueError(f"resident_blocks[{layer}]: {len(row)} numbers for {model.num_experts} experts")
-            for expert, count in enumerate(row):
-                if count > blocks:
-                    raise ValueError(f"resident_blocks[{layer}][{expert}]: {count} is more than the {blocks} blocks of an expert")
+        problems = row_problems("resident_blocks", self.resident_blocks, [[blocks] * model.num_experts] * model.num_layers)
+        if problems or not self.disk_blocks:
+            return problems
+        left = [[blocks - count for count in self.resident_blocks[layer]] for layer in range(model.num_layers)]
+        return row_problems("disk_blocks", self.disk_blocks, left, "that are not resident")
 
-    def _check_memory(self) -> None:
-        gpu = self.gpu_memory_bytes
-        placed = self.num_resident_blocks * self.block_bytes
-        absent = self.num_absent_blocks * self.block_bytes
-        if placed != gpu.experts:
-            raise ValueError(f"gpu_memory_bytes.experts: {gpu.experts}, but resident_blocks hold {placed} bytes")
-        if absent != self.host_memory_bytes.experts:
-            raise ValueError(
-                f"host_memory_bytes.experts: {self.host_memory_bytes.experts}, but the absent blocks hold {absent} bytes"
-            )
+    def _memory_problems(self, counted: bool) -> list[str]:
+        """`counted`: whether the blocks are such that they can be counted."""
+        gpu, host = self.gpu_memory_bytes, self.host_memory_bytes
+        stated = [
+            ("gpu_memory_bytes.experts", gpu.experts, "resident_blocks", self.num_resident_blocks),
+            ("host_memory_bytes.experts", host.experts, "the absent blocks", self.num_absent_blocks),
+            ("disk_bytes", self.disk_bytes, "disk_blocks", self.num_disk_blocks),
+        ]
+        problems = [
+            f"{key}: {size}, but {what} hold {count * self.block_bytes} bytes"
+            for key, size, what, count in stated
+            if counted and size != count * self.block_bytes
+        ]
         if gpu.used > gpu.total:
-            raise ValueError(f"gpu_memory_bytes.total: {gpu.total} is less than the sum of its parts, {gpu.used}")
-        if absent and any(self.stream_share.values()) and gpu.staging < self.block_bytes:
-            raise ValueError(f"gpu_memory_bytes.staging: {gpu.staging} cannot hold one block of {self.block_bytes} bytes to stream")
+            problems.append(f"gpu_memory_bytes.total: {gpu.total} is less than the sum of its parts, {gpu.used}")
+        if host.experts and any(self.stream_share.values()) and gpu.staging < self.block_bytes:
+            problems.append(f"gpu_memory_bytes.staging: {gpu.staging} cannot hold one block of {self.block_bytes} bytes to stream")
+        return problems
 
     @property
     def blocks_per_expert(self) -> int:
@@ -187,8 +214,14 @@ class Plan(YamlFile):
         return sum(sum(row) for row in self.resident_blocks.values())
 
     @property
+    def num_disk_blocks(self) -> int:
+        return sum(sum(row) for row in self.disk_blocks.values())
+
+    @property
     def num_absent_blocks(self) -> int:
-        return self.model.num_layers * self.model.num_experts * self.blocks_per_expert - self.num_resident_blocks
+        """Blocks in host memory."""
+        everything = self.model.num_layers * self.model.num_experts * self.blocks_per_expert
+        return everything - self.num_resident_blocks - self.num_disk_blocks
 
     def stream_share_at(self, tokens: int) -> float:
         """Share of an expert's absent blocks that is streamed when `tokens` tokens call it; the CPU computes the others.
@@ -198,13 +231,29 @@ class Plan(YamlFile):
         return interpolate(self.stream_share, tokens)
 
 
-def check_shares(stream_share: dict[int, float]) -> None:
-    """Raises ValueError, naming the entry, unless there is a share for 1 token and all are between 0 and 1."""
-    if 1 not in stream_share:
-        raise ValueError("stream_share: needs an entry for 1 token")
-    for tokens, share in stream_share.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"stream_share[{tokens}]: {share} is not between 0 and 1")
+def row_problems(name: str, rows: dict[int, list[int]], most: list[list[int]], of: str = "of an expert") -> list[str]:
+    """Whether there are rows for all layers, with a number for each expert, of at most so many blocks as `most` says."""
+    if sorted(rows) != list(range(len(most))):
+        return [f"{name}: needs exactly the layers 0 to {len(most) - 1}"]
+    problems = []
+    for layer, row in rows.items():
+        if len(row) != len(most[layer]):
+            problems.append(f"{name}[{layer}]: {len(row)} numbers for {len(most[layer])} experts")
+            continue
+        problems += [
+            f"{name}[{layer}][{expert}]: {count} is more than the {limit} blocks {of}"
+            for expert, (count, limit) in enumerate(zip(row, most[layer], strict=True))
+            if count > limit
+        ]
+    return problems
+
+
+def share_problems(stream_share: dict[int, float]) -> list[str]:
+    """Whether there is a share for 1 token, and all are between 0 and 1."""
+    problems = [] if 1 in stream_share else ["stream_share: needs an entry for 1 token"]
+    return problems + [
+        f"stream_share[{tokens}]: {share} is not between 0 and 1" for tokens, share in stream_share.items() if not 0 <= share <= 1
+    ]
 
 
 def interpolate(values: dict[int, float], tokens: float) -> float:

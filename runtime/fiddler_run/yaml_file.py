@@ -9,15 +9,30 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic_core import ErrorDetails
 
 from fiddler_run.errors import FiddlerError
 
 
 class Section(BaseModel):
-    """A mapping inside a file: immutable, no unknown keys, no conversions between types, no NaN."""
+    """A mapping inside a file: immutable, no unknown keys, no conversions between types, no NaN, no broken rule."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def problems(self) -> list[str]:
+        """The rules between its values that are broken, each naming its key and number; types have been checked before."""
+        return []
+
+    @model_validator(mode="after")
+    def _keep_rules(self, info: ValidationInfo) -> Self:
+        """The first broken rule is an error; where the context is a list, all are added to that instead."""
+        problems = self.problems()
+        if info.context is not None:
+            info.context.extend(problems)
+        elif problems:
+            raise ValueError(problems[0])
+        return self
 
 
 class YamlFile(Section):
@@ -38,22 +53,35 @@ class YamlFile(Section):
     @classmethod
     def parse(cls, text: str, origin: str) -> Self:
         """The same for text that came from `origin` (a name for messages)."""
+        content, problems = cls.examine(text, origin)
+        if problems:
+            raise FiddlerError(problems[0])
+        return content
+
+    @classmethod
+    def examine(cls, text: str, origin: str) -> tuple[Self | None, list[str]]:
+        """The content of a file's text, and everything that is wrong with it, each naming file and key.
+
+        There is no content where a key or a type is wrong; where only rules between values are broken, there is.
+        """
         try:
             data = yaml.load(text, Loader=_UniqueKeyLoader)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
-            raise FiddlerError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+            return None, [f"{origin}: not valid YAML: {' '.join(str(error).split())}"]
         if not isinstance(data, dict):
-            raise FiddlerError(f"{origin}: expected a mapping of keys, found {type(data).__name__}")
+            return None, [f"{origin}: expected a mapping of keys, found {type(data).__name__}"]
         (known_version,) = cls.model_fields["version"].annotation.__args__
         if data.get("version") != known_version:
-            raise FiddlerError(
+            return None, [
                 f"{origin}: version: this release reads version {known_version}, the file says {data.get('version')!r}; "
                 "make the file again with this release"
-            )
+            ]
+        content, wrong, broken = None, [], []
         try:
-            return cls.model_validate(data)
+            content = cls.model_validate(data, context=broken)
         except ValidationError as error:
-            raise FiddlerError(f"{origin}: {_first_error(error)}") from None
+            wrong = _problems(error)
+        return content, [f"{origin}: {problem}" for problem in [*wrong, *broken]]
 
     def dump(self) -> str:
         """The file's text: one line for each value that holds no other mapping or list. `parse(dump(x)) == x`."""
@@ -145,13 +173,17 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _first_error(error: ValidationError) -> str:
+def _problems(error: ValidationError) -> list[str]:
+    """Unknown keys first: a misspelt key is also a missing one."""
     errors = error.errors(include_url=False)
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a misspelt key is also a missing one
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    if first["type"] == "value_error":  # raised by our own checks, which name the place themselves
-        return str(first["ctx"]["error"])
-    what = {"extra_forbidden": "unknown key", "missing": "missing"}.get(first["type"], first["msg"])
+    return [_problem(each) for each in sorted(errors, key=lambda each: each["type"] != "extra_forbidden")]
+
+
+def _problem(error: ErrorDetails) -> str:
+    if error["type"] == "value_error":  # raised by our own checks, which name the place themselves
+        return str(error["ctx"]["error"])
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    what = {"extra_forbidden": "unknown key", "missing": "missing"}.get(error["type"], error["msg"])
     return f"{where}: {what}"
 
 

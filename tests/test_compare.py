@@ -1,0 +1,117 @@
+"""What differs between two plans, by plans made by hand."""
+
+import io
+
+import pytest
+from conftest import demo_shape, make_plan
+from rich.console import Console
+
+from fiddler_opt.compare import Change, Comparison, Move, compare, print_comparison
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan import Plan
+
+FIRST = [[0, 8, 0, 0, 0, 0, 0, 0], *[[0] * 8] * 5]
+SECOND = [[0, 3, 4, 0, 0, 0, 0, 0], *[[0] * 8] * 4, [0, 0, 0, 0, 0, 0, 0, 8]]
+
+
+def plan(resident: list[list[int]], **changes) -> Plan:
+    """A plan of blocks of 49,152 bytes, for 16 + 64 tokens; `a__b=1` sets key b in a."""
+    made = make_plan(demo_shape(), resident)
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        value = getattr(made, section).model_copy(update={key: value}) if key else value
+        made = made.model_copy(update={section: value})
+    return made
+
+
+def printed(comparison: Comparison) -> list[list[str]]:
+    """The words of each line, without a table's frame."""
+    console = Console(file=io.StringIO(), width=80, soft_wrap=True)
+    print_comparison(console, comparison)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    return [line.replace("│", " ").split() for line in text.splitlines()]
+
+
+@pytest.fixture
+def better() -> Comparison:
+    """25 % more tokens/s, of which 64 - 1 follow the first."""
+    faster = {"predicted__decode_tokens_per_s": 1.25, "predicted__ttft_s": 0.8, "predicted__gpu_hit_rate": 0.62}
+    return compare(plan(FIRST), plan(SECOND, cpu_threads=2, stream_share={1: 0.0, 9: 0.5}, workload__max_seq_len=512, **faster))
+
+
+def test_what_moved(better):
+    assert better.moves == [Move(0, 1, 8, 3), Move(0, 2, 0, 4), Move(5, 7, 0, 8)]
+    assert better.resident_blocks == Change("resident_blocks", 8, 15)
+    words = [" ".join(line) for line in printed(better)]
+    assert words[0] == "blocks in GPU memory: 8 -> 15; 12 (589.82 KB) come, 5 (245.76 KB) go"
+    assert "0 4 5 1: 8 -> 3, 2: 0 -> 4" in words
+    assert "5 8 - 7: 0 -> 8" in words
+
+
+def test_which_settings_differ(better):
+    assert better.settings == [
+        Change("workload.max_seq_len", 256, 512),
+        Change("gpu_memory_bytes.experts", 8 * 49_152, 15 * 49_152),
+        Change("host_memory_bytes.experts", 376 * 49_152, 369 * 49_152),
+        Change("cpu_threads", 1, 2),
+        Change("stream_share[9]", 0.0, 0.5),
+    ]
+    lines = printed(better)
+    for line in (["cpu_threads", "1", "2"], ["stream_share[9]", "0.0%", "50.0%"], ["gpu_memory_bytes.experts", "393.22", "KB"]):
+        assert line in [words[: len(line)] for words in lines]
+
+
+def test_what_it_gains(better):
+    """1 + 63 / 1 seconds for the workload become 0.8 + 63 / 1.25."""
+    values = {change.name: (change.before, change.after) for change in better.predictions}
+    assert values == {
+        "decode_tokens_per_s": (1.0, 1.25),
+        "ttft_s": (1.0, 0.8),
+        "gpu_hit_rate": (0.5, 0.62),
+        "workload_s": (64.0, pytest.approx(51.2)),
+    }
+    words = [" ".join(line) for line in printed(better)]
+    assert "decode 1.00 tokens/s 1.25 tokens/s +25.0%" in words
+    assert "time to first token 1.000 s 0.800 s -20.0%" in words
+    assert "GPU hit rate 50.0% 62.0% +12.0 points" in words
+    assert "prompt and output 64.00 s 51.20 s -20.0%" in words
+    assert better.notes == []
+
+
+def test_predictions_for_other_work_are_told_apart():
+    other = compare(plan(FIRST), plan(FIRST, workload__output_tokens=32, provenance__machine_sha256="0123456789"))
+    assert "workload_s" not in {change.name for change in other.predictions}
+    assert [note.split(",")[0] for note in other.notes] == [
+        "the plans are for different workloads",
+        "the plans were made from different machine profiles",
+    ]
+    assert [change.name for change in other.settings] == ["machine", "workload.output_tokens"]
+    batch = compare(*[plan(FIRST, workload__batch_size=2)] * 2)  # tokens/s of both sequences: 1 + 2 * 63 / 1
+    assert batch.predictions[-1] == Change("workload_s", 127.0, 127.0)
+
+
+def test_the_same_plan():
+    """Made at another time, from the folder of the model named in another way."""
+    again = plan(FIRST, provenance__created="2026-02-02", provenance__solve_s=1.0, model__name="../examples/tiny-mixtral")
+    assert compare(plan(FIRST), again).same
+    assert len(printed(compare(plan(FIRST), again))) == 1
+    for change in ({"predicted__ttft_s": 2.0}, {"cpu_pinned": True}, {"disk_blocks": {0: [0] * 7 + [1]}}):
+        different = compare(plan(FIRST), plan(FIRST, **change))
+        assert not different.same
+        assert len(printed(different)) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model__name": "mistralai/Mixtral-8x7B-v0.1"}, "of different models .*tiny-mixtral and mistralai/Mixtral-8x7B-v0.1"),
+        ({"model__dtype": "bfloat16"}, "of different models cannot be compared: model.dtype is float32 and bfloat16"),
+        ({"block_neurons": 64}, "of different block sizes cannot be compared: block_neurons is 32 and 64"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compared(change, words):
+    with pytest.raises(FiddlerError, match=words) as refusal:
+        compare(plan(FIRST), plan(FIRST, **change))
+    assert "\n" not in str(refusal.value)
