@@ -1,4 +1,7 @@
-"""Times all of a model but its experts: attention, router and norms of a layer, and what a step costs outside the layers."""
+"""Times all of a model but its experts: attention, router, norms and dispatch of a layer, and a step outside the layers.
+
+Rule: the layers run the runtime's own dispatch, to experts that have no blocks, since what runs between two layers slows both.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +12,8 @@ from transformers import MixtralConfig
 from fiddler_opt.bench_timing import Stopwatch, Timing
 from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES
+from fiddler_run.dispatch import LayerDispatch
+from fiddler_run.executors import Executors
 from fiddler_run.model import DispatchedMixtral, HostEmbedding
 
 LAYERS, STEPS, PROMPT = 5, 16, 16
@@ -31,9 +36,13 @@ class DenseTimes:
 class DenseBench:
     """Two models, of no layer and of some, without experts: what one takes longer than the other is the layers'."""
 
-    def __init__(self, spec: ModelSpec, device: torch.device, stopwatch: Stopwatch):
+    def __init__(self, spec: ModelSpec, device: torch.device, stopwatch: Stopwatch, executors: Executors):
         self.device, self.stopwatch = device, stopwatch
         self.models = [_model_without_experts(spec, layers, device) for layers in (0, LAYERS)]
+        nothing = [torch.empty((0, spec.block_elements), dtype=TORCH_DTYPES[spec.shape.dtype])] * spec.shape.num_experts
+        on_device = [blocks.to(device) for blocks in nothing]
+        self.dispatch = LayerDispatch(0, on_device, nothing, lambda _: 0.0, executors)
+        self._set_experts(self.dispatch)
 
     @torch.inference_mode()
     def time(self, tokens: int) -> DenseTimes:
@@ -55,13 +64,14 @@ class DenseBench:
         """A layer's time with a busy device, less the time it was kept busy."""
         cycles = round(BUSY_S * 1.5e9)  # the clock's rate need not be known: what it makes is timed
 
-        def busy(hidden_states, *_):
+        def busy(*arguments):
+            output = self.dispatch(*arguments)
             torch.cuda._sleep(cycles)
-            return hidden_states
+            return output
 
         self._set_experts(busy)
         head, whole = self._passes(tokens)
-        self._set_experts(_nothing)
+        self._set_experts(self.dispatch)
         (asleep,) = self.stopwatch.time(lambda: [torch.cuda._sleep(cycles) for _ in range(LAYERS)])
         return (whole - head - asleep) / LAYERS
 
@@ -79,10 +89,6 @@ class DenseBench:
                 experts.dispatch = dispatch
 
 
-def _nothing(hidden_states, *_):
-    return hidden_states
-
-
 def _model_without_experts(spec: ModelSpec, num_layers: int, device: torch.device) -> DispatchedMixtral:
     config = MixtralConfig(**{**spec.config, "num_hidden_layers": num_layers})
     with torch.device("meta"):
@@ -90,8 +96,6 @@ def _model_without_experts(spec: ModelSpec, num_layers: int, device: torch.devic
     model = model.to(TORCH_DTYPES[spec.shape.dtype]).to_empty(device=device).eval().requires_grad_(False)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.uniform_(-0.02, 0.02)
-    for experts in model.experts_modules():
-        experts.dispatch = _nothing
     return model
 
 

@@ -100,10 +100,6 @@ class ExpertBench:
         """One expert in GPU memory."""
         return self._expert(tokens, self.blocks, 0.0)
 
-    def dispatch(self, tokens: int) -> Timing:
-        """A dispatch whose experts have no blocks: grouping tokens, waiting for the router, adding up."""
-        return self.stopwatch.time(self._dispatch(self._rows(0, 0), tokens, 0.0))[0]
-
     def copies(self) -> dict[str, float]:
         """Bytes per second to the GPU and back, block by block as the runtime copies for prompts; and one token's round trip."""
         slots = torch.empty_like(self.absent[0], device=self.device)

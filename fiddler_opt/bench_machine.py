@@ -18,12 +18,15 @@ from fiddler_opt.bench_experts import MAX_CPU_TOKENS, ExpertBench
 from fiddler_opt.bench_probe import bus_id
 from fiddler_opt.bench_timing import Stopwatch, Timing
 from fiddler_opt.machine import Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
+from fiddler_opt.memory import STAGED_BLOCKS
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.unfinished import Unfinished
+from fiddler_run.arena import TORCH_DTYPES
 from fiddler_run.errors import FiddlerError
+from fiddler_run.executors import Executors
 from fiddler_run.host import available_memory_bytes, cpu_name, num_cores, num_physical_cores
 
-EXPERT_TABLES = "absent_expert_us", "device_expert_us", "dispatch_us"
+EXPERT_TABLES = "absent_expert_us", "device_expert_us"
 DENSE_TABLES = "dense_layer_us", "dense_device_us", "head_us", "host_embedding_us"
 
 
@@ -92,7 +95,11 @@ class MachineBench:
 
     @cached_property
     def _dense(self) -> DenseBench:
-        return DenseBench(self.model, self.device, self._stopwatch)
+        shape, threads = self.model.shape, self._threads
+        slots = STAGED_BLOCKS if self.device.type == "cuda" else 0
+        sizes = TORCH_DTYPES[shape.dtype], shape.hidden_size, self.model.block_neurons
+        executors = Executors(*sizes, threads[0], slots, self.device, threads[1])
+        return DenseBench(self.model, self.device, self._stopwatch, executors)
 
     def _host(self) -> dict:
         disk = facts.disk_bytes_per_s(self._folder) if self._folder else None
@@ -109,11 +116,10 @@ class MachineBench:
         best = min(shares.values(), key=lambda timing: timing.us)
         # Without a GPU the same cores compute a "resident" expert at the same speed.
         resident = bench.resident_expert(tokens) if bench.on_gpu else best
-        times = {"device_expert_us": resident, "dispatch_us": bench.dispatch(tokens)}
         return {
             "absent_expert_us": {share: round(shares[share].us, 1) for share in sorted(shares)},
-            **_rounded(times),
-            "spread": _spreads({"absent_expert_us": best, **times}),
+            "device_expert_us": round(resident.us, 1),
+            "spread": _spreads({"absent_expert_us": best, "device_expert_us": resident}),
         }
 
     def _time_dense(self, tokens: int) -> dict:
@@ -122,7 +128,7 @@ class MachineBench:
         named = {"dense_layer_us": times.layer, "dense_device_us": times.device, "head_us": times.head}
         if times.host_embedding is not None:
             named["host_embedding_us"] = times.host_embedding
-        return {**_rounded(named), "spread": _spreads(named)}
+        return {**{name: round(timing.us, 1) for name, timing in named.items()}, "spread": _spreads(named)}
 
     def _link(self) -> dict:
         copies = self._experts.copies()
@@ -211,10 +217,6 @@ def undisturbed(name: str, measure: Callable[[], dict]) -> dict:
             "close them and run this again, which goes on from here, or time it all the same with --force"
         )
     return measured
-
-
-def _rounded(times: dict[str, Timing]) -> dict[str, float]:
-    return {name: round(timing.us, 1) for name, timing in times.items()}
 
 
 def _spreads(times: dict[str, Timing]) -> dict[str, float]:

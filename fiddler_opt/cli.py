@@ -41,7 +41,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="FILE",
         help="sets of prompts to record routing on: text files with one a line, .jsonl or .json files, folders of Hugging Face "
-        "datasets (default: prompts.jsonl in the model's folder)",
+        "datasets (default: all that the folder `prompts` in the model's holds)",
     )
     profile.add_argument(
         "--output-tokens",
@@ -325,11 +325,11 @@ def prompts_files(flags: argparse.Namespace) -> list[Path]:
         return []
     if flags.prompts:
         return [Path(name) for name in flags.prompts]
-    beside_model = Path(flags.model) / "prompts.jsonl"
-    if beside_model.is_file():
-        return [beside_model]
+    beside_model = sorted((Path(flags.model) / "prompts").glob("[!.]*"))
+    if beside_model:
+        return beside_model
     if flags.only == "routing" or flags.plan or flags.trace:
-        raise FiddlerError("recording routing needs --prompts FILE: there is no prompts.jsonl beside the model")
+        raise FiddlerError("recording routing needs --prompts FILE: the model's folder has no folder `prompts`")
     return []
 
 

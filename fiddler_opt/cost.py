@@ -2,15 +2,16 @@
 
 For one layer and a number of tokens
 
-    time = dense + dispatch + E[ max( resident, absent + disk, queueing ) ]
+    time = dense + E[ max( resident, absent + disk, queueing ) ]
 
-    dense      the GPU's time for the layer without experts           resident   its time for blocks in its memory
-    dispatch   grouping tokens, router's result, adding up            absent     CPU and link together, blocks in host memory
-    queueing   what Python needs longer than dense to queue a layer   disk       reading blocks on disk, for the CPU
+    dense      attention, router and dispatch, which experts wait for   resident   the GPU's time for blocks in its memory
+    queueing   what Python needs longer than dense for all of a layer   absent     CPU and link together, blocks in host memory
+                                                                        disk       reading blocks on disk, for the CPU
 
-The last four are linear in blocks and go on at once; where the CPU stands in for the GPU nothing overlaps: max becomes a sum.
-The expectation runs over which experts the router chooses: exactly, by pairs, when one token chooses two experts; for more
-tokens the expected work of each expert stands in for its distribution. A step adds the embedding (if in host memory) and the head.
+All but dense go on at once, and all but queueing are linear in blocks; where the CPU stands in for the GPU nothing overlaps: max
+becomes a sum. The expectation runs over which experts the router chooses: exactly, by pairs, when one token chooses two experts;
+for more tokens the expected work of each expert stands in for its distribution. A step adds the head, and the embedding if that
+is in host memory.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from fiddler_opt.model import ModelSpec
 from fiddler_opt.routing import PhaseRouting, Routing
 from fiddler_run.plan import Workload
 
-PARTS = ("head", "embedding", "dense", "dispatch", "resident", "absent", "disk", "queueing")
+PARTS = ("head", "embedding", "dense", "resident", "absent", "disk", "queueing")
 Rows = list[list[int]]  # blocks by layer and expert
 Policy = Literal["together", "cpu", "link", "better"]  # what serves absent blocks; better: for each token count one of cpu and link
 
@@ -110,7 +111,6 @@ class CostModel:
             fixed_s[phase.name] = {
                 "head": seconds_at(machine.head_us, phase.tokens) * model.head_bytes / timed.head_bytes,
                 "dense": shape.num_layers * dense,
-                "dispatch": shape.num_layers * seconds_at(machine.dispatch_us, phase.tokens),
             }
             queueing_s[phase.name] = max(0.0, queued - dense)
             host_embedding_s[phase.name] = seconds_at(machine.host_embedding_us, phase.tokens) if machine.host_embedding_us else 0.0

@@ -19,8 +19,7 @@ from fiddler_run.plan import Plan
 WORDS = {
     "head": "output head and the rest of a step",
     "embedding": "embedding rows from host memory",
-    "dense": "attention and routers",
-    "dispatch": "dispatch of tokens to experts",
+    "dense": "attention, routers, dispatch",
     "resident": "experts: GPU",
     "absent": "experts: CPU and link",
     "disk": "experts: disk",

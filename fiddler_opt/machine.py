@@ -105,7 +105,6 @@ class MachineProfile(YamlFile):
     shape: MeasuredShape
     absent_expert_us: dict[PositiveInt, dict[Share, PositiveFloat]]
     device_expert_us: Times
-    dispatch_us: Times
     dense_layer_us: Times
     dense_device_us: Times
     head_us: Times
@@ -121,9 +120,8 @@ class MachineProfile(YamlFile):
         "disk_bytes_per_s": "reading the checkpoint; null: there was none to read",
         "absent_expert_us": "one expert in host memory, by the share sent over the link: the CPU computes the rest meanwhile",
         "device_expert_us": "one expert in GPU memory",
-        "dispatch_us": "one layer's dispatch besides its experts",
-        "dense_layer_us": "one layer without its experts, until the next one may begin",
-        "dense_device_us": "the device's part of that: the rest is Python's, hidden while experts are at work",
+        "dense_layer_us": "one layer whose experts have no blocks, dispatch included, until the next one may begin",
+        "dense_device_us": "what it adds to experts that keep the device busy: the rest is Python's, hidden behind them",
         "head_us": "once a step: embedding, output head, choice of the token",
         "host_embedding_us": "what a step takes longer with the embedding table in host memory; null: there is no GPU",
         "spread": "how far the middle half of the samples lies from each median, as a part of it",
@@ -131,7 +129,7 @@ class MachineProfile(YamlFile):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        for name in ("absent_expert_us", "device_expert_us", "dispatch_us", "dense_layer_us", "dense_device_us", "head_us"):
+        for name in ("absent_expert_us", "device_expert_us", "dense_layer_us", "dense_device_us", "head_us"):
             if 1 not in getattr(self, name):
                 raise ValueError(f"{name}: needs an entry for 1 token")
         for tokens, times in self.absent_expert_us.items():

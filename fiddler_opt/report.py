@@ -21,7 +21,8 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
         f"{cpu.name}: {cpu.threads} threads on {cpu.physical_cores} cores{', pinned' if cpu.pinned else ''}, {cpu.kernel}"
     )
     console.print(f"device: {machine.device.name}, {format_bytes(machine.device.memory_bytes)}")
-    rates = table("tokens of an expert", "CPU", *(("link", "CPU + link", "sent over the link", "GPU") if gpu else ()), "spread")
+    rates = table("tokens", "CPU", *(("link", "both", "share of the link", "GPU") if gpu else ()), "spread")
+    rates.title, rates.title_justify = "GB/s of an expert's weights, by the tokens that call it", "left"
     for tokens, by_share in machine.absent_expert_us.items():
         columns = [by_share.get(0.0)]
         if gpu:
@@ -37,9 +38,8 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
     layer = ", ".join(
         f"{name} {times[1] / 1e3:.2f} ms"
         for name, times in (
-            ("attention and router", machine.dense_layer_us),
-            ("of it on the device", machine.dense_device_us),
-            ("dispatch", machine.dispatch_us),
+            ("attention, router, dispatch", machine.dense_layer_us),
+            ("of it not hidden behind experts", machine.dense_device_us),
         )
     )
     console.print(
@@ -73,13 +73,13 @@ def _link(link: Link) -> str:
 
 def print_routing(console: Console, routing: RoutingProfile) -> None:
     model, top = routing.model, max(1, routing.model.num_experts // 4)
-    sets = table("prompts", "number", "prompt tokens", "generated", "chosen again")
+    sets = table("prompts", "number", "prompt tokens", "generated", "experts chosen again")
     for name, part in routing.sets.items():
         sets.add_row(
             name, str(part.prompts), str(part.prefill.tokens), str(part.decode.tokens), _reuse(part, model.num_experts_per_tok)
         )
     console.print(sets)
-    busiest = table("layer", "busiest experts in prefill, their part of all choices", "in decode")
+    busiest = table("layer", "busiest experts in prefill, part of choices", "in decode")
     phases = [merged_activations(routing, phase) for phase in ("prefill", "decode")]
     for layer in range(model.num_layers):
         row = []
@@ -110,7 +110,7 @@ def _reuse(part: PromptSet, top_k: int) -> str:
         for name, counts in phases.items()
         if counts.followers
     }
-    return ", ".join(f"{share:.0%} in {name}" for name, share in shares.items()) or "-"
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) or "-"
 
 
 def print_file(console: Console, path: str) -> Plan | MachineProfile | RoutingProfile:
@@ -231,4 +231,4 @@ def table(*columns: str) -> Table:
 
 
 def _rate(machine: MachineProfile, microseconds: float | None) -> str:
-    return "-" if microseconds is None else f"{machine.shape.expert_bytes / microseconds / 1e3:.1f} GB/s"
+    return "-" if microseconds is None else f"{machine.shape.expert_bytes / microseconds / 1e3:.1f}"

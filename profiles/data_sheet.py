@@ -25,19 +25,20 @@ def roofline_us(weight_bytes: int, tokens: int, bytes_per_s: float, flops: float
 
 
 def absent_expert(expert_bytes: int, tokens: int) -> dict[float, float]:
-    """Microseconds of an expert in host memory by the share sent over the link: none, the best, all."""
+    """Microseconds of an expert in host memory by the share sent over the link: from none to all, with the best between."""
     host_us = 1e6 * expert_bytes / HOST_BYTES_PER_S
     cpu_us = roofline_us(expert_bytes, tokens, HOST_BYTES_PER_S, CPU_FLOPS)
     link_us = 1e6 * expert_bytes / LINK_BYTES_PER_S
     best_us = max(host_us, cpu_us * link_us / (cpu_us + link_us))
-    return {1.0: round(link_us, 1), round(max(0.0, 1 - best_us / cpu_us), 3): round(best_us, 1), 0.0: cpu_us}
+    shares = sorted({*(tenth / 10 for tenth in range(11)), round(max(0.0, 1 - best_us / cpu_us), 5)})
+    return {share: round(max(host_us, (1 - share) * cpu_us, share * link_us), 1) for share in shares}
 
 
 def data_sheet_profile() -> MachineProfile:
     model = ModelSpec.load(DEFAULT_MODEL)
     expert_bytes, layer_bytes = model.expert_bytes, model.dense_layer_bytes
     output_head_bytes = model.head_bytes // 2  # of the embedding table, a step reads one row
-    dense_layer_us = {tokens: roofline_us(layer_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) for tokens in TOKENS}
+    dense_layer_us = {tokens: roofline_us(layer_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) + DISPATCH_US for tokens in TOKENS}
     return MachineProfile(
         version=2,
         source="data sheet",
@@ -67,7 +68,6 @@ def data_sheet_profile() -> MachineProfile:
         shape=MeasuredShape.of(model),
         absent_expert_us={tokens: absent_expert(expert_bytes, tokens) for tokens in TOKENS},
         device_expert_us={tokens: roofline_us(expert_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) for tokens in TOKENS},
-        dispatch_us=dict.fromkeys(TOKENS, DISPATCH_US),
         dense_layer_us=dense_layer_us,
         dense_device_us=dense_layer_us,
         head_us=dict.fromkeys(TOKENS, roofline_us(output_head_bytes, 1, GPU_BYTES_PER_S, GPU_FLOPS)),

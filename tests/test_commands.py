@@ -131,7 +131,7 @@ def test_sampling_and_beams(demo):
     [
         (["fiddler-run"], ["temperature T", "0.0)", "top-p P", "1.0)", "the plan's)", "the one that the plan names)"]),
         (["fiddler-opt", "plan"], ["512)", "128)", "4096)", "mistralai/Mixtral-8x7B-v0.1)", "(default: profiles)"]),
-        (["fiddler-opt", "profile"], ["prompts.jsonl in the model's folder)"]),
+        (["fiddler-opt", "profile"], ["all that the folder `prompts` in the model's holds)"]),
     ],
 )
 def test_help_states_defaults(command, defaults):

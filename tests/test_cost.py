@@ -36,33 +36,33 @@ def test_decode_step_by_hand():
     """One layer, two of three experts: pairs (0,1) half, (0,2) a quarter, (1,2) a quarter of the time."""
     model = small_model(num_layers=1, num_experts=3)
     routing = routed("by hand", [[0.75, 0.75, 0.5]], [dict(zip(PAIRS[3], (0.5, 0.25, 0.25), strict=True))])
-    machine = machine_profile(model, device=10.0, absent=80.0, dispatch=7.0, dense=5.0, head=3.0)
+    machine = machine_profile(model, device=10.0, absent=80.0, dense=12.0, head=3.0)
     cost = CostModel.build(model, machine, routing, WORKLOAD, 64)
     assert cost.blocks_per_expert == 4
     # resident: expert 0 whole, expert 1 half, expert 2 not at all
     placement = Placement.of([[4, 2, 0]])
     pair_us = {(0, 1): max(10 + 5, 0 + 40), (0, 2): max(10 + 0, 0 + 80), (1, 2): max(5 + 0, 40 + 80)}
     experts_us = 0.5 * pair_us[0, 1] + 0.25 * pair_us[0, 2] + 0.25 * pair_us[1, 2]
-    assert cost.decode_step_s(placement) == pytest.approx((3 + 5 + 7 + experts_us) * 1e-6)
+    assert cost.decode_step_s(placement) == pytest.approx((3 + 12 + experts_us) * 1e-6)
     assert cost.hit_rate(placement) == pytest.approx((0.75 * 4 + 0.75 * 2) / (4 * 2))
 
 
 def test_without_a_gpu_the_parts_add_up():
     model = small_model(num_layers=1, num_experts=2)
-    machine = machine_profile(model, device=10.0, absent=80.0, kind="host", dispatch=1.0, dense=1.0, head=1.0)
+    machine = machine_profile(model, device=10.0, absent=80.0, kind="host", dense=2.0, head=1.0)
     cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, 64)
     assert cost.decode_step_s(Placement.of([[4, 2]])) == pytest.approx((3 + 10 + 5 + 40) * 1e-6)
 
 
 def test_queueing_is_hidden_behind_experts():
-    """A layer without experts takes 50 us, of which the device is busy for 5: experts that take less than 45 cost 45."""
+    """A layer without experts takes 57 us, of which experts wait for 12: experts that take less than 45 cost 45."""
     model = small_model(num_layers=1, num_experts=2)
-    machine = machine_profile(model, device=10.0, absent=80.0, dispatch=7.0, dense=50.0, dense_device=5.0, head=3.0)
+    machine = machine_profile(model, device=10.0, absent=80.0, dense=57.0, dense_device=12.0, head=3.0)
     cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, 64)
-    assert cost.decode_step_s(Placement.of([[4, 4]])) == pytest.approx((3 + 7 + 5 + max(45, 20)) * 1e-6)
-    assert cost.decode_step_s(Placement.of([[0, 0]])) == pytest.approx((3 + 7 + 5 + max(45, 160)) * 1e-6)
+    assert cost.decode_step_s(Placement.of([[4, 4]])) == pytest.approx((3 + 12 + max(45, 20)) * 1e-6)
+    assert cost.decode_step_s(Placement.of([[0, 0]])) == pytest.approx((3 + 12 + max(45, 160)) * 1e-6)
     alone = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, 64, cpu_alone=True)
-    assert alone.decode_step_s(Placement.of([[0, 0]])) == pytest.approx((3 + 7 + 50 + 2 * 80.8) * 1e-6)
+    assert alone.decode_step_s(Placement.of([[0, 0]])) == pytest.approx((3 + 57 + 2 * 80.8) * 1e-6)
 
 
 def test_each_phase_has_its_own_routing():
@@ -86,7 +86,7 @@ def test_times_scale_with_bytes():
 def test_the_cpu_alone():
     """A machine with a GPU, of which a plan of no GPU memory makes no use: the CPU's own times, nothing at once."""
     model = small_model(num_layers=1, num_experts=2)
-    machine = machine_profile(model, device=10.0, absent=80.0, dispatch=1.0, dense=1.0, head=1.0, cpu=120.0)
+    machine = machine_profile(model, device=10.0, absent=80.0, dense=2.0, head=1.0, cpu=120.0)
     cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, 64, cpu_alone=True)
     assert cost.decode_step_s(Placement.of([[0, 0]])) == pytest.approx((3 + 240) * 1e-6)
 

@@ -50,7 +50,7 @@ def test_killed_again_and_again_it_goes_on(tmp_path):
     assert "parts are timed" in last.communicate(timeout=240)[1]
     assert last.returncode == 0
     MachineProfile.load(tmp_path / "profiles/local.machine.yaml")
-    assert RoutingProfile.load(tmp_path / "profiles/tiny-mixtral.routing.yaml").sets["prompts.jsonl"].prompts == 48
+    assert RoutingProfile.load(tmp_path / "profiles/tiny-mixtral.routing.yaml").sets["stories.jsonl"].prompts == 16
     assert set(files_in(tmp_path)) == {"profiles/local.machine.yaml", "profiles/tiny-mixtral.routing.yaml"}
 
 

@@ -54,7 +54,7 @@ def random_machine(rng: random.Random) -> MachineProfile:
         if tokens == 512:
             del absent[tokens][rng.choice([0.0, 1.0])]
         device[tokens] = gpu
-    machine = machine_profile(MODEL, dispatch=50.0, dense=100.0)
+    machine = machine_profile(MODEL, dense=150.0)
     link = machine.link.model_copy(update={"h2d_bytes_per_s": MODEL.expert_bytes / copy * 1e6})
     return machine.model_copy(update={"absent_expert_us": absent, "device_expert_us": device, "link": link})
 

@@ -138,9 +138,11 @@ def evaluate(model, tokenizer) -> None:
 
 
 def write_prompts() -> None:
-    """prompts.jsonl: held-out documents on which `fiddler-opt profile` records the routing by default."""
-    lines = [json.dumps({"prompt": text}) for domain in DOMAINS for text in documents(domain, HELD_OUT_SEED, 16)]
-    (HERE / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    """prompts/: first halves of held-out documents of each domain; `fiddler-opt profile` records the routing on them by default."""
+    (HERE / "prompts").mkdir(exist_ok=True)
+    for domain in DOMAINS:
+        lines = [json.dumps({"prompt": text[: len(text) // 2]}) for text in documents(domain, HELD_OUT_SEED, 16)]
+        (HERE / "prompts" / f"{domain}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
