@@ -84,10 +84,13 @@ class ExpertBench:
         by_threads = {pinned: {count: round(one[count, pinned], 1) for count in counts} for pinned in (False, True)}
         return {"threads": threads, "pinned": pinned, "threads_us": by_threads[False], "pinned_threads_us": by_threads[True]}
 
-    def shares(self, tokens: int) -> dict[float, Timing]:
-        """One absent expert called by `tokens` tokens, by the share sent over the link: none, all, and around the best."""
+    def shares(self, tokens: int, known: list[float] | None = None) -> dict[float, Timing]:
+        """One absent expert called by `tokens` tokens, by the share sent over the link: those of `known`, if given, otherwise none,
+        all, and around the best."""
         if not self.on_gpu:
             return {0.0: self._expert(tokens, 0, 0.0)}
+        if known is not None:
+            return self._experts(tokens, 0, known)
         ends = [0.0, 1.0] if tokens <= MAX_CPU_TOKENS else [1.0]
         times = self._experts(tokens, 0, ends)
         balance = times[0.0].us / (times[0.0].us + times[1.0].us) if 0.0 in times else 0.96

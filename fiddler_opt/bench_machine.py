@@ -1,19 +1,18 @@
 """Measures a MachineProfile, part by part. Rule: it times the functions that the runtime calls, on weights of the model's shape."""
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from fiddler_opt import facts
 from fiddler_opt.bench_dense import DenseBench
+from fiddler_opt.bench_device import describe_device
 from fiddler_opt.bench_experts import MAX_CPU_TOKENS, ExpertBench
 from fiddler_opt.bench_probe import bus_id
 from fiddler_opt.bench_timing import Stopwatch, Timing
@@ -26,46 +25,53 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
 from fiddler_run.host import available_memory_bytes, cpu_name, num_cores, num_physical_cores
 
-EXPERT_TABLES = "absent_expert_us", "device_expert_us"
-DENSE_TABLES = "dense_layer_us", "dense_device_us", "head_us", "host_embedding_us"
-
 
 @dataclass(frozen=True)
 class Effort:
-    """How thorough: token counts, about how many seconds for a figure, the part of free host memory to time in, and its limit."""
+    """How thorough: token counts, how many rounds, about how many seconds for a figure in each, the part of free host memory to
+    time in, and its limit. Rounds lie a minute or more apart: what slows a machine for a while meets one of them."""
 
     tokens: tuple[int, ...]
     dense_tokens: tuple[int, ...]
+    rounds: int
     seconds: float
     part_of_memory: float
     max_host_bytes: int
 
 
-THOROUGH = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), (1, 16, 128, 512, 2048), 0.4, 0.75, 10**15)
-QUICK = Effort((1, 4, 16, 64, 256, 1024), (1, 128, 512), 0.1, 0.25, 8 * 10**9)
+THOROUGH = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), (1, 16, 128, 512, 2048), 2, 0.25, 0.75, 10**15)
+QUICK = Effort((1, 4, 16, 64, 256, 1024), (1, 128, 512), 1, 0.1, 0.25, 8 * 10**9)
 
 
 class MachineBench:
-    """The parts of a machine profile: plain values by name, each measured by one call. What they need is made when first used."""
+    """The parts of a machine profile: plain values by name, each measured by one call. What they need is made when first used.
+
+    `timed`: names of the parts that time something for a number of tokens, and that number.
+    """
 
     def __init__(self, model: ModelSpec, effort: Effort, folder: Path | None):
         """`folder`: of the checkpoint, whose disk is timed too."""
+        self.found: dict[str, dict] = {}  # parts measured so far, which later ones depend on
         self.model, self.effort, self._folder = model, effort, folder
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         on_gpu = self.device.type == "cuda"
         self._stopwatch = Stopwatch(self.device, effort.seconds)
-        self._threads = None
         self.parts: dict[str, Callable[[], dict]] = {
             "host": self._host,
-            "device": self._describe_device,
+            "device": lambda: describe_device(self.device),
             "threads": self._choose_threads,
         }
-        self.tokens = [tokens for tokens in effort.tokens if on_gpu or tokens <= MAX_CPU_TOKENS]
-        for tokens in self.tokens:
-            self.parts[f"experts, {tokens} tokens"] = lambda tokens=tokens: self._time_experts(tokens)
-        self.dense_tokens = [tokens for tokens in effort.dense_tokens if tokens < model.max_position_embeddings]
-        for tokens in self.dense_tokens:
-            self.parts[f"layers without experts, {tokens} tokens"] = lambda tokens=tokens: self._time_dense(tokens)
+        most = model.max_position_embeddings - 1 if on_gpu else min(MAX_CPU_TOKENS, model.max_position_embeddings - 1)
+        self.timed: dict[str, int] = {}
+        for number in range(1, effort.rounds + 1):
+            for what, measure, counts in (
+                ("experts", self._time_experts, effort.tokens),
+                ("layers without experts", self._time_dense, effort.dense_tokens),
+            ):
+                for tokens in (tokens for tokens in counts if tokens <= most):
+                    name = f"{what}, {tokens} tokens, round {number}"
+                    self.timed[name] = tokens
+                    self.parts[name] = lambda measure=measure, tokens=tokens: measure(tokens)
         if on_gpu:
             self.parts["link"] = self._link
 
@@ -84,9 +90,10 @@ class MachineBench:
             "seconds": self.effort.seconds,
         }
 
-    def use_threads(self, choice: dict) -> None:
+    @property
+    def _threads(self) -> tuple[int, bool]:
         """The choice that the part `threads` made holds for all parts after it."""
-        self._threads = choice["threads"], choice["pinned"]
+        return self.found["threads"]["threads"], self.found["threads"]["pinned"]
 
     @cached_property
     def _experts(self) -> ExpertBench:
@@ -112,13 +119,14 @@ class MachineBench:
     def _time_experts(self, tokens: int) -> dict:
         bench = self._experts
         bench.use_threads(*self._threads)
-        shares = bench.shares(tokens)
+        first = self.found.get(f"experts, {tokens} tokens, round 1")  # whose shares are timed again
+        shares = bench.shares(tokens, first and list(first["times"]["absent_expert_us"]))
         best = min(shares.values(), key=lambda timing: timing.us)
         # Without a GPU the same cores compute a "resident" expert at the same speed.
         resident = bench.resident_expert(tokens) if bench.on_gpu else best
+        by_share = {share: round(shares[share].us, 1) for share in sorted(shares)}
         return {
-            "absent_expert_us": {share: round(shares[share].us, 1) for share in sorted(shares)},
-            "device_expert_us": round(resident.us, 1),
+            "times": {"absent_expert_us": by_share, "device_expert_us": round(resident.us, 1)},
             "spread": _spreads({"absent_expert_us": best, "device_expert_us": resident}),
         }
 
@@ -128,7 +136,7 @@ class MachineBench:
         named = {"dense_layer_us": times.layer, "dense_device_us": times.device, "head_us": times.head}
         if times.host_embedding is not None:
             named["host_embedding_us"] = times.host_embedding
-        return {**{name: round(timing.us, 1) for name, timing in named.items()}, "spread": _spreads(named)}
+        return {"times": {name: round(timing.us, 1) for name, timing in named.items()}, "spread": _spreads(named)}
 
     def _link(self) -> dict:
         copies = self._experts.copies()
@@ -136,21 +144,6 @@ class MachineBench:
             bus_id(torch.cuda.get_device_properties(self.device))
         )  # right after the copies: an idle GPU lowers its link's speed
         return {"generation": link and link.generation, "width": link and link.width, **copies}
-
-    def _describe_device(self) -> dict:
-        if self.device.type == "cpu":
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            name = "the CPU (no CUDA device)"
-            return {
-                "kind": "host",
-                "name": name,
-                "memory_bytes": memory,
-                "free_bytes": available_memory_bytes(),
-                "context_bytes": 0,
-            }
-        free, total = torch.cuda.mem_get_info(self.device)
-        name, context = torch.cuda.get_device_name(self.device), context_bytes(self.device)
-        return {"kind": "cuda", "name": name, "memory_bytes": total, "free_bytes": free, "context_bytes": context}
 
 
 def measure_machine(
@@ -165,20 +158,12 @@ def measure_machine(
     Raises:
         FiddlerError: others use the machine while a part is timed; the parts before it are kept.
     """
+    bench.found = parts = unfinished.parts
     for finished, (name, measure) in enumerate(bench.parts.items()):
         on_part(name, finished)
         unfinished.part(name, measure if force else lambda name=name, measure=measure: undisturbed(name, measure))
-        if name == "threads":
-            bench.use_threads(unfinished.parts[name])
-    parts = {name: unfinished.parts[name] for name in bench.parts}
     threads, host = parts["threads"], parts["host"]
-    tables = {name: {} for name in (*EXPERT_TABLES, *DENSE_TABLES)}
-    spread = {name: {} for name in tables}
-    for prefix, counts in (("experts", bench.tokens), ("layers without experts", bench.dense_tokens)):
-        for tokens in counts:
-            part = parts[f"{prefix}, {tokens} tokens"]
-            for name in part.keys() & tables.keys():
-                tables[name][tokens], spread[name][tokens] = part[name], part["spread"][name]
+    tables, spread = averages(parts, bench.timed)
     return MachineProfile(
         version=2,
         source="measured",
@@ -195,10 +180,30 @@ def measure_machine(
         link=Link(**parts["link"]) if "link" in parts else None,
         disk_bytes_per_s=host["disk_bytes_per_s"],
         shape=MeasuredShape.of(bench.model),
-        **{name: table or None for name, table in tables.items()},
-        spread={name: table for name, table in spread.items() if table},
+        **{"host_embedding_us": None, **tables},
+        spread=spread,
         provenance=Made(command=command, created=date.today().isoformat(), software=f"PyTorch {torch.__version__}"),
     )
+
+
+def averages(parts: dict[str, dict], timed: dict[str, int]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The rounds' mean microseconds, and mean spread, by table and tokens. What was not timed in each round is left out."""
+    rounds: dict[str, dict[int, list[dict]]] = {}
+    spreads: dict[str, dict[int, list[float]]] = {}
+    for part, tokens in timed.items():
+        for table, us in parts[part]["times"].items():
+            by_share = us if isinstance(us, dict) else {None: us}
+            rounds.setdefault(table, {}).setdefault(tokens, []).append(by_share)
+            spreads.setdefault(table, {}).setdefault(tokens, []).append(parts[part]["spread"][table])
+
+    def mean(several: list[dict]) -> dict | float:
+        shares = [share for share in several[0] if all(share in by_share for by_share in several)]
+        means = {share: round(fmean(by_share[share] for by_share in several), 1) for share in shares}
+        return means.get(None, means)
+
+    tables = {table: {tokens: mean(several) for tokens, several in found.items()} for table, found in rounds.items()}
+    spread = {table: {tokens: round(fmean(of), 3) for tokens, of in found.items()} for table, found in spreads.items()}
+    return tables, spread
 
 
 def undisturbed(name: str, measure: Callable[[], dict]) -> dict:
@@ -221,19 +226,3 @@ def undisturbed(name: str, measure: Callable[[], dict]) -> dict:
 
 def _spreads(times: dict[str, Timing]) -> dict[str, float]:
     return {name: round(timing.spread, 3) for name, timing in times.items()}
-
-
-def context_bytes(device: torch.device) -> int:
-    """GPU memory that one process takes besides PyTorch's allocator: seen from here while another process starts to use it."""
-    program = (
-        "import sys, torch; torch.cuda.set_device(int(sys.argv[1])); x = torch.ones(64, 64, device='cuda', dtype=torch.bfloat16); "
-        "torch.nn.functional.silu(x @ x).sum().item(); print(torch.cuda.memory_reserved(), flush=True); sys.stdin.read()"
-    )
-    before, _ = torch.cuda.mem_get_info(device)
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(device.index)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        allocated = int(other.stdout.readline())
-        after, _ = torch.cuda.mem_get_info(device)
-        other.stdin.close()
-    return max(0, before - after - allocated)

@@ -13,7 +13,7 @@ from fiddler_opt.problem import Budget, Problem
 from fiddler_opt.report import print_alternatives, print_memory, table
 from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_run.errors import FiddlerError
-from fiddler_run.locate import model_config_file, read_json
+from fiddler_run.locate import model_config_file, read_json, shipped_file
 from fiddler_run.plan import Plan
 
 WORDS = {
@@ -48,7 +48,7 @@ def sources(plan: Plan, plan_path: Path, machine_path: str | None, routing_path:
         FiddlerError: a profile is not where the plan says, or has changed since.
     """
     made = plan.provenance
-    machine = MachineProfile.load(machine_path or made.machine)
+    machine = MachineProfile.load(shipped_file(machine_path or made.machine))
     if hashlib.sha256(machine.dump().encode()).hexdigest() != made.machine_sha256:
         raise FiddlerError(f"{machine_path or made.machine}: not the profile that the plan was made from; name that with --machine")
     config = model_config_file(plan.model.name, plan_path.resolve().parent)
@@ -57,7 +57,7 @@ def sources(plan: Plan, plan_path: Path, machine_path: str | None, routing_path:
     if origin.startswith("uniform"):
         routing = Routing.uniform(model)
     else:
-        routing = Routing.from_profile(RoutingProfile.load(origin), model, origin)
+        routing = Routing.from_profile(RoutingProfile.load(shipped_file(origin)), model, origin)
     budget = Budget(plan.gpu_memory_bytes.total, plan.host_memory_bytes.experts if plan.disk_bytes else None)
     return Problem(model, machine, plan.workload, budget, plan.prefill_chunk_tokens), routing
 

@@ -119,14 +119,16 @@ def test_refused(tmp_path, flags, words):
 
 
 def test_explain(tmp_path):
-    result = run("fiddler-opt", "explain", "plans/rtx4090.yaml", cwd=ROOT)
+    result = run("fiddler-opt", "explain", "plans/rtx4090.yaml", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for words in ("kv cache", "where the time goes", "experts: CPU and link", "GPU memory is used up", "Fiddler", "gets next"):
         assert words in result.stdout
-    elsewhere = run("fiddler-opt", "explain", "plans/rtx4090.yaml", cwd=tmp_path)
-    assert elsewhere.returncode == 0
-    assert "gets next" not in elsewhere.stdout
-    assert "rtx4090.machine.yaml: cannot read" in elsewhere.stderr
+    text = (ROOT / "plans/rtx4090.yaml").read_text()
+    (tmp_path / "lost.yaml").write_text(text.replace("machine: profiles/rtx4090", "machine: profiles/lost"))
+    lost = run("fiddler-opt", "explain", "lost.yaml", cwd=tmp_path)
+    assert lost.returncode == 0
+    assert "gets next" not in lost.stdout
+    assert "lost.machine.yaml: cannot read" in lost.stderr
     other = ROOT / "profiles/two-cores.machine.yaml"
     wrong = run("fiddler-opt", "explain", "plans/rtx4090.yaml", "--machine", other, cwd=ROOT)
     assert wrong.returncode == 1

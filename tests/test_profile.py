@@ -13,6 +13,7 @@ import yaml
 from conftest import DEMO, ROOT
 from test_commands import files_in, run
 
+from fiddler_opt.bench_machine import averages
 from fiddler_opt.machine import MachineProfile
 from fiddler_opt.routing import RoutingProfile
 from fiddler_opt.trace_routing import RoutingTrace
@@ -20,6 +21,23 @@ from fiddler_run.host import num_cores
 
 QUICK = ("profile", "--quick", "--force", "--model", DEMO)
 UNFINISHED = Path("profiles/.local.machine.yaml.unfinished")
+
+
+def test_rounds_are_averaged():
+    def part(shares: dict, device: float, spread: float) -> dict:
+        return {
+            "times": {"absent_expert_us": shares, "device_expert_us": device},
+            "spread": {"absent_expert_us": spread, "device_expert_us": 0.0},
+        }
+
+    parts = {
+        "a": part({0.0: 10.0, 0.3: 6.0, 1.0: 20.0}, 2.0, 0.1),
+        "b": part({0.0: 14.0, 0.3: 8.0}, 3.0, 0.2),
+        "c": part({0.0: 50.0}, 9.0, 0.0),
+    }
+    tables, spread = averages(parts, {"a": 1, "b": 1, "c": 8})
+    assert tables == {"absent_expert_us": {1: {0.0: 12.0, 0.3: 7.0}, 8: {0.0: 50.0}}, "device_expert_us": {1: 2.5, 8: 9.0}}
+    assert spread["absent_expert_us"] == {1: 0.15, 8: 0.0}
 
 
 def start(folder: Path) -> subprocess.Popen:
