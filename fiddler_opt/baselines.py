@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fiddler_opt.cost import CostModel, Placement, Policy, Rows
-from fiddler_opt.ilp import Room
+from fiddler_opt.ilp import Room, by_popularity
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,15 @@ def place_by_rule(baseline: Baseline, cost: CostModel, room: Room) -> Placement:
     on_disk = [[0] * len(row) for row in called]
     if room.host_bytes is not None:
         over = blocks * sum(map(len, called)) - sum(map(sum, resident)) - room.host_bytes // room.block_bytes
-        for layer, expert in reversed(_by_popularity(cost)):
+        for layer, expert in reversed(by_popularity(cost)):
             on_disk[layer][expert] = max(0, min(over, blocks - resident[layer][expert]))
             over -= on_disk[layer][expert]
     return Placement(resident, on_disk)
 
 
-def _by_popularity(cost: CostModel) -> list[tuple[int, int]]:
-    order = sorted((-chance, layer, expert) for layer, row in enumerate(cost.called) for expert, chance in enumerate(row))
-    return [(layer, expert) for _, layer, expert in order]
-
-
 def _popular(cost: CostModel, budget_blocks: int) -> Rows:
     resident = [[0] * len(row) for row in cost.called]
-    for layer, expert in _by_popularity(cost):
+    for layer, expert in by_popularity(cost):
         resident[layer][expert] = min(budget_blocks, cost.blocks_per_expert)
         budget_blocks -= resident[layer][expert]
     return resident

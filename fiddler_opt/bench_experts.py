@@ -30,7 +30,8 @@ AROUND_BALANCE = (
     0.12,
 )  # shares tried, from the one that keeps CPU and link equally busy
 MANY_TOKENS = 64  # of an expert in a prompt: threads that decode does not need
-CLOSE = 1.05  # times that differ by less are equal: then fewer threads, and free ones, are better
+CLOSE = 1.05  # times that differ by less are equal: then fewer threads are better
+PINNING_COSTS = 1.15  # a pinned thread waits where another program takes its core: it must be as much faster as this
 
 
 class ExpertBench:
@@ -78,9 +79,12 @@ class ExpertBench:
         for which in [(threads, pinned) for threads in counts for pinned in (False, True)]:
             self.use_threads(*which)
             one[which], many[which] = (self._expert(tokens, 0, 0.0).us for tokens in (1, MANY_TOKENS))
-        score = {which: one[which] / min(one.values()) + many[which] / min(many.values()) for which in one}
-        good = [which for which in score if score[which] <= CLOSE * min(score.values())]
-        threads, pinned = min(good, key=lambda which: (which[1], which[0]))
+        score = {
+            (threads, pinned): (PINNING_COSTS if pinned else 1)
+            * (one[threads, pinned] / min(one.values()) + many[threads, pinned] / min(many.values()))
+            for threads, pinned in one
+        }
+        threads, pinned = min(which for which in score if score[which] <= CLOSE * min(score.values()))
         by_threads = {pinned: {count: round(one[count, pinned], 1) for count in counts} for pinned in (False, True)}
         return {"threads": threads, "pinned": pinned, "threads_us": by_threads[False], "pinned_threads_us": by_threads[True]}
 

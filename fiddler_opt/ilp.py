@@ -28,6 +28,7 @@ from fiddler_opt.cost import CostModel, Phase, Placement, Scenario
 from fiddler_run.errors import FiddlerError
 
 RELATIVE_GAP = 1e-4
+TIE = 1e-9  # times that differ by less are equal
 MS = 1e3  # the solver's tolerances suit numbers around 1: seconds become milliseconds
 
 
@@ -79,11 +80,10 @@ def place(costs: Sequence[CostModel], room: Room, time_limit_s: float = 60.0, em
     def longest_s(placement: Placement) -> float:
         return max(cost.total_s(placement) for cost in costs)
 
-    starts = [program.placement()]
-    if room.host_bytes is None:  # the most used experts alone: simplest where it is as good
-        nothing = [[0] * len(row) for row in costs[0].called]
-        starts.insert(0, Placement(nothing, nothing, starts[0].host_embedding))
-    placement = min((fill_leftover(costs, room, start) for start in starts), key=longest_s)
+    solved = program.placement()
+    found = [fill_leftover(costs, room, start) for start in (*simple_starts(costs[0], room, solved), solved)]
+    least_s = min(map(longest_s, found))
+    placement = next(each for each in found if longest_s(each) <= least_s * (1 + TIE))
     objective_s = longest_s(placement)
     bound_s = (program.lp.solverModel.getInfo().mip_dual_bound + program.constant_ms) / MS
     return Solution(
@@ -94,6 +94,25 @@ def place(costs: Sequence[CostModel], room: Room, time_limit_s: float = 60.0, em
         status=status,
         solve_s=time.perf_counter() - started,
     )
+
+
+def simple_starts(cost: CostModel, room: Room, solved: Placement) -> list[Placement]:
+    """What is preferred where it is as good as the solution, which may be any of many: all experts alike, which routing that
+    turns out otherwise hurts least, and nothing, to be filled by popularity."""
+    if room.host_bytes is not None:
+        return []
+    nothing = [[0] * len(row) for row in cost.called]
+    each, more = divmod(sum(map(sum, solved.resident)), sum(map(len, nothing)))
+    alike = [[each] * len(row) for row in nothing]
+    for layer, expert in by_popularity(cost)[:more]:
+        alike[layer][expert] += 1
+    return [Placement(resident, nothing, solved.host_embedding) for resident in (alike, nothing)]
+
+
+def by_popularity(cost: CostModel) -> list[tuple[int, int]]:
+    """(layer, expert), those that decode calls most first."""
+    order = sorted((-chance, layer, expert) for layer, row in enumerate(cost.called) for expert, chance in enumerate(row))
+    return [(layer, expert) for _, layer, expert in order]
 
 
 def decode_bound_s(cost: CostModel, room: Room) -> float:
@@ -189,12 +208,11 @@ def fill_leftover(costs: Sequence[CostModel], room: Room, placement: Placement) 
 
     The solver stops at its gap, and does not care where the objective is flat; memory left empty serves nobody.
     """
-    called, blocks = costs[0].called, costs[0].blocks_per_expert
+    blocks = costs[0].blocks_per_expert
     resident = [list(row) for row in placement.resident]
     embedding_bytes = 0 if placement.host_embedding else room.embedding_bytes
     left = (room.gpu_bytes - embedding_bytes) // room.block_bytes - sum(map(sum, resident))
-    order = sorted((-chance, layer, expert) for layer, row in enumerate(called) for expert, chance in enumerate(row))
-    for _, layer, expert in order:
+    for layer, expert in by_popularity(costs[0]):
         row, on_disk = resident[layer], placement.on_disk[layer]
         added = min(left, blocks - row[expert] - on_disk[expert])
         if added <= 0:
