@@ -9,7 +9,7 @@ from transformers import DynamicCache, MixtralForCausalLM, StaticCache, TextStre
 
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
-from fiddler_run.generate import Options, generate
+from fiddler_run.generate import Options, generate, generate_ids
 
 TEXTS = ["Once upon a time there was a kind bear", "def count", "3 + 4 ="]
 
@@ -134,6 +134,24 @@ def test_the_hit_rate_is_that_of_decode(models):
         for expert in logits[token].topk(2).indices.tolist()
     ]
     assert measured.traffic.hit_rate == pytest.approx(sum(found) / (len(found) * plan.blocks_per_expert))
+
+
+@pytest.mark.parametrize(("batch", "beams"), [(1, 2), (1, 4), (1, 16), (2, 4), (4, 1), (16, 1)])
+def test_batches_and_beams(models, batch, beams):
+    """In one cache after the other way of decoding, and on prompts that are padded and that are not; then cut into chunks."""
+    dispatched, stock, tokenizer = models
+    encoded = tokenizer((TEXTS * 6)[:batch], return_tensors="pt", padding=True).to(dispatched.device)
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    expected = stock.generate(ids, attention_mask=mask, num_beams=beams, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    whole, chunked = dispatched.plan, dispatched.plan.model_copy(update={"prefill_chunk_tokens": 3})
+    for plan in (whole, chunked):
+        dispatched.plan = plan
+        output, measured = generate_ids(
+            dispatched, ids, Options(max_new_tokens=24, num_beams=beams), attention_mask=mask, min_new_tokens=24
+        )
+        assert torch.equal(output, expected)
+        assert (measured.prompt_tokens, measured.output_tokens) == (ids.shape[1], 24)
+    dispatched.plan = whole
 
 
 def test_seed(models):

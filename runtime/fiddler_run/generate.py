@@ -27,7 +27,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Measured:
-    """`ttft_s` from the call to the first token; tokens/s and the expert traffic are those of decode, after the first token.
+    """`ttft_s` from the call to the first token; tokens/s, of all sequences together, and the expert traffic are those of decode,
+    after the first token. `prompt_tokens` and `output_tokens` are one sequence's.
 
     `peak_gpu_bytes` is what PyTorch's allocator held at most; driver and libraries hold the plan's reserve besides.
     """
@@ -63,17 +64,20 @@ class _CallbackStreamer(TextStreamer):
         self._on_text(text)
 
 
-def check_length(prompt_tokens: int, options: Options, plan: Plan) -> None:
-    """Whether the plan has room for such a generation.
+def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: int = 1) -> None:
+    """Whether the plan has room for such a generation of so many sequences.
 
     Raises:
         FiddlerError: it has not.
     """
-    if options.num_beams > plan.workload.num_beams and plan.gpu_memory_bytes.total > 0:
-        raise FiddlerError(
-            f"--num-beams {options.num_beams} needs more GPU memory than the plan gives to {plan.workload.num_beams}; "
-            f"plan again with --num-beams {options.num_beams}"
-        )
+    for name, asked, planned in (
+        ("num-beams", options.num_beams, plan.workload.num_beams),
+        ("batch-size", batch_size, plan.workload.batch_size),
+    ):
+        if asked > planned and options.num_beams * batch_size > plan.workload.sequences and plan.gpu_memory_bytes.total > 0:
+            raise FiddlerError(
+                f"--{name} {asked} needs more GPU memory than the plan gives to {planned}; plan again with --{name} {asked}"
+            )
     if prompt_tokens + options.max_new_tokens > plan.workload.max_seq_len:
         raise FiddlerError(
             f"the prompt has {prompt_tokens} tokens and --max-new-tokens is {options.max_new_tokens}, together more than "
@@ -125,17 +129,21 @@ def generate(
 
 @torch.inference_mode()
 def generate_ids(model: DispatchedMixtral, ids: torch.Tensor, options: Options, **arguments) -> tuple[torch.Tensor, Measured]:
-    """Continues token ids [1, n]: ids [1, n + new], and what was measured. `arguments` go to transformers' `generate()`."""
+    """Continues token ids [sequences, n]: ids [sequences, n + new], and what was measured. `arguments` go to transformers'
+    `generate()`; the sequences are not padded, unless they hold an `attention_mask`."""
     ids = ids.to(model.device)
     if options.seed is not None:
         torch.manual_seed(options.seed)
     clock = StepClock(model.executors.traffic)
     sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     chunk = model.plan.prefill_chunk_tokens
+    arguments.setdefault("attention_mask", torch.ones_like(ids))
+    if model.config.sliding_window is None:  # else transformers' own keeps the window alone
+        model.cache.reset()
+        arguments["past_key_values"] = model.cache
     before, started = replace(model.executors.traffic), time.perf_counter()
     output = model.generate(
         ids,
-        attention_mask=torch.ones_like(ids),
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
         prefill_chunk_size=chunk if ids.shape[1] > chunk else None,
@@ -143,19 +151,19 @@ def generate_ids(model: DispatchedMixtral, ids: torch.Tensor, options: Options, 
         **(sampling if options.temperature > 0 else {"do_sample": False}),
         **arguments,
     )
-    return output, _measure(clock, before, started, ids.shape[1], model.device)
+    return output, _measure(clock, before, started, ids, model.device)
 
 
-def _measure(clock: StepClock, before: Traffic, started: float, prompt_tokens: int, device: torch.device) -> Measured:
+def _measure(clock: StepClock, before: Traffic, started: float, ids: torch.Tensor, device: torch.device) -> Measured:
     (first_s, first_traffic), (last_s, last_traffic) = clock.steps[0], clock.steps[-1]
     steps = len(clock.steps)
     # A single token has no decode phase: its prefill's traffic is all there is to report.
     traffic = last_traffic - first_traffic if steps > 1 else last_traffic - before
     return Measured(
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=ids.shape[1],
         output_tokens=steps,
         ttft_s=first_s - started,
-        decode_tokens_per_s=(steps - 1) / (last_s - first_s) if steps > 1 else 0.0,
+        decode_tokens_per_s=len(ids) * (steps - 1) / (last_s - first_s) if steps > 1 else 0.0,
         traffic=traffic,
         peak_gpu_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
     )

@@ -4,12 +4,16 @@ transformers stays in charge of attention, cache, router, sampling and `generate
 experts modules lose their parameters and hand each call to a `LayerDispatch`.
 """
 
+from functools import wraps
+
 import torch
 from transformers import MixtralForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from fiddler_run.arena import TORCH_DTYPES, ExpertStore
+from fiddler_run.cache import KeyValueCache
+from fiddler_run.decode import DecodeStep
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.executors import Executors
 from fiddler_run.plan import Plan
@@ -37,7 +41,8 @@ def _canonical_strides(_, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]
 class DispatchedMixtral(MixtralForCausalLM):
     """MixtralForCausalLM without expert parameters; `attach_experts` connects them.
 
-    `plan` is the plan it runs; `executors` compute its experts and count the blocks that calls needed.
+    `plan` is the plan it runs; `executors` compute its experts and count the blocks that calls needed; `cache` has room for the
+    plan's context.
     """
 
     _can_compile_fullgraph = False
@@ -51,6 +56,23 @@ class DispatchedMixtral(MixtralForCausalLM):
                 del experts._parameters[name]
             experts._is_hf_initialized = True  # nothing left to initialise
         self.lm_head.register_forward_pre_hook(_canonical_strides)
+        self._decode_step = None
+
+    @wraps(MixtralForCausalLM.forward)  # whose signature tells `generate()` what to pass
+    def forward(self, *arguments, **named):
+        if not arguments and self.decode_step.serves(named):
+            return self.decode_step(**named)
+        return super().forward(*arguments, **named)
+
+    @property
+    def decode_step(self) -> DecodeStep:
+        if self._decode_step is None:
+            self._decode_step = DecodeStep(self)
+        return self._decode_step
+
+    def _apply(self, *arguments, **named):
+        self._decode_step = None  # it may hold on to weights that now move
+        return super()._apply(*arguments, **named)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -73,6 +95,7 @@ class DispatchedMixtral(MixtralForCausalLM):
         for layer, experts in enumerate(self.experts_modules()):
             places = store.resident[layer], store.absent[layer], plan.stream_share_at, self.executors, store.on_disk[layer]
             experts.dispatch = LayerDispatch(layer, *places)
+        self.cache = KeyValueCache(self.config.num_hidden_layers, plan.workload.max_seq_len)
 
     def move_embedding_to_host(self) -> None:
         """Leaves the embedding table in host memory, from which each step copies its rows."""

@@ -1,0 +1,111 @@
+"""One token of each sequence through a model: what `MixtralForCausalLM.forward` computes, with less of its Python.
+
+The step is cut where something comes in whose shape or work is different each time: attention over the cache, the experts. What
+lies between is a segment of transformers' own modules, on a GPU recorded once as a CUDA graph and replayed:
+
+    [norm, q k v, rotary]  attention  [o, norm, router]  experts  [norm, q k v, rotary]  ...  experts  norm, output head
+"""
+
+from torch import Tensor
+from transformers import MixtralForCausalLM
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mixtral import modeling_mixtral as mixtral
+
+from fiddler_run.recording import Recorder
+
+HANDLED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+class DecodeStep:
+    """The step of one model."""
+
+    def __init__(self, model: MixtralForCausalLM):
+        self._model, self._head, self._config = model.model, model.lm_head, model.config
+        recorder, layers = Recorder(model.device), model.model.layers
+        self._layers = [(layer, recorder.segment(_Before(layer)), recorder.segment(_After(layer))) for layer in layers]
+        # Hooks that someone has put on these would not be called.
+        self._taken_apart = [self._model, *layers, *(part for layer in layers for part in (layer.self_attn, layer.mlp))]
+
+    def serves(self, arguments: dict) -> bool:
+        """Whether a call of `forward` with these keyword arguments asks for such a step, and for its logits alone."""
+        ids = arguments.get("input_ids")
+        return (
+            ids is not None
+            and ids.shape[1] == 1
+            and arguments.get("past_key_values") is not None
+            and arguments.get("return_dict") is not False
+            and isinstance(arguments.get("logits_to_keep", 0), int)
+            and not any(_asked(arguments[name]) for name in arguments.keys() - HANDLED)
+            and not any(_asked(getattr(self._config, name, None)) for name in MORE_OUTPUTS)
+            and not self._model.training
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in self._taken_apart)
+        )
+
+    def __call__(
+        self, input_ids: Tensor, past_key_values, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_
+    ) -> MoeCausalLMOutputWithPast:
+        """The next token's logits [sequences, 1, vocabulary], after input_ids [sequences, 1], which the cache takes in."""
+        config, cache = self._config, past_key_values
+        states = self._model.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = (input_ids.new_zeros(1) + cache.get_seq_length()).unsqueeze(0)
+        make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+        mask = make_mask(
+            config=config, inputs_embeds=states, attention_mask=attention_mask, past_key_values=cache, position_ids=position_ids
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, mixtral.eager_attention_forward)
+        rotary = self._model.rotary_emb(states, position_ids=position_ids)
+        parts = [states]  # of the residual stream, to be added
+        for layer, before, after in self._layers:
+            attention = layer.self_attn
+            residual, query, key, value = before(*rotary, *parts)
+            key, value = cache.update(key, value, attention.layer_idx)
+            how = {"scaling": attention.scaling, "sliding_window": config.sliding_window}
+            attended, _ = attend(attention, query, key, value, mask, **how)
+            residual, normed, index, weights = after(residual, attended)
+            parts = residual, layer.mlp.experts(normed, index, weights)
+        # Not recorded: a caller may keep its logits, which the next replay would overwrite.
+        return MoeCausalLMOutputWithPast(logits=self._head(self._model.norm(_sum(parts))), past_key_values=cache)
+
+
+class _Before:
+    """What comes before a layer's attention: the residual [sequences, 1, hidden], query, key and value [sequences, heads, 1,
+    head_dim]."""
+
+    def __init__(self, layer: mixtral.MixtralDecoderLayer):
+        self._norm, self._attention = layer.input_layernorm, layer.self_attn
+
+    def __call__(self, cos: Tensor, sin: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        attention, residual = self._attention, _sum(parts)
+        normed = self._norm(residual)
+        heads = (*normed.shape[:2], -1, attention.head_dim)
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        query, key, value = (projection(normed).view(heads).transpose(1, 2) for projection in projections)
+        return residual, *mixtral.apply_rotary_pos_emb(query, key, cos, sin), value
+
+
+class _After:
+    """What comes after it: residual and, for the experts, its norm [sequences, hidden], the router's choice and its weights."""
+
+    def __init__(self, layer: mixtral.MixtralDecoderLayer):
+        self._output, self._norm, self._router = layer.self_attn.o_proj, layer.post_attention_layernorm, layer.mlp.gate
+
+    def __call__(self, residual: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
+        residual = residual + self._output(attended.reshape(*residual.shape[:2], -1))
+        normed = self._norm(residual).flatten(0, 1)
+        _, weights, index = self._router(normed)
+        return residual, normed, index, weights
+
+
+def _sum(parts: tuple[Tensor, ...]) -> Tensor:
+    total, *others = parts
+    for part in others:
+        total = total + part.view_as(total)
+    return total
+
+
+def _asked(value: object) -> bool:
+    return value is not None and value is not False
