@@ -9,7 +9,8 @@ from conftest import DEMO, demo_shape, make_plan
 from test_commands import SHIPPED_PLAN, assert_refused, edited_plan, files_in, run
 
 from fiddler_run import load_model
-from fiddler_run.bench import bench
+from fiddler_run.bench import _phase, bench
+from fiddler_run.dispatch import Traffic
 from fiddler_run.kernels.cpu import library
 from fiddler_run.timeline import LANES, Span, Timeline, write_trace
 
@@ -24,16 +25,49 @@ def test_figures_add_up():
     assert measured.traffic.needed_blocks == steps * 6 * 2 * blocks  # layers, experts of a token
     assert measured.traffic.resident_blocks == steps * 6 * 2 * 4
     assert measured.traffic.streamed_blocks == measured.traffic.cpu_blocks == steps * 6 * 2 * 2
-    parts = result.layer_ms
-    assert parts["total"] > 0
-    assert all(0 <= part <= parts["total"] for part in parts.values())
-    assert set(result.bytes_per_s) >= {"link", "CPU", "absent"}
-    assert all(rate > 0 for rate in result.bytes_per_s.values())
+    assert measured.prefill_traffic.needed_blocks > 6 * 2 * blocks
+    for phase in (result.prefill, result.decode):
+        assert set(phase.ms) == {"absent", "resident", "dense", "head"}
+        assert all(part >= 0 for part in [*phase.ms.values(), *phase.at_work_ms.values()])
+        assert max(phase.at_work_ms.values()) <= sum(phase.ms.values())
+        assert set(phase.bytes_per_s) >= {"link", "CPU", "absent"}
+        assert all(rate > 0 for rate in phase.bytes_per_s.values())
+    assert result.decode.tokens_per_expert == 1
+    assert 1 < result.prefill.tokens_per_expert <= 12
     assert ("CPU" in result.bare_bytes_per_s) == (library() is not None)
     calls = {span.call for span in spans}
     assert calls == set(range(6 * (1 + steps)))
     assert {span.lane for span in spans} == set(LANES)
     assert all(span.layer == span.call % 6 for span in spans)
+
+
+def test_batches_beams_and_chunks():
+    plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6).model_copy(update={"prefill_chunk_tokens": 5})
+    model, _ = load_model(plan, DEMO)
+    result, spans = bench(model, prompt_tokens=12, output_tokens=4, num_beams=2, batch_size=2)
+    assert {span.call for span in spans} == set(range(6 * (3 + 3)))  # chunks and steps
+    step_ms = sum(result.decode.ms.values())
+    assert step_ms > 0
+    assert result.measured.decode_tokens_per_s > 0
+    assert 1 <= result.decode.tokens_per_expert <= 4
+    needed = result.measured.prefill_traffic.needed_blocks / plan.blocks_per_expert
+    assert result.prefill.tokens_per_expert == pytest.approx(12 * 4 * 2 * 6 / needed)
+
+
+def test_parts_of_the_time():
+    """Two layers, from router to router 10 s: the CPU 1 to 5, the link 3 to 6, resident 4 to 7, the dense part 8 to 10."""
+    spans = [Span("host", "wait for the router", layer, layer, start, start + 1.0) for layer, start in ((0, -1.0), (1, 9.0))]
+    spans += [Span("CPU", "blocks", 0, 0, 1.0, 5.0), Span("link", "copy", 0, 0, 3.0, 4.0), Span("link", "copy", 0, 0, 3.5, 6.0)]
+    spans += [Span("GPU", "resident", 0, 0, 4.0, 7.0), Span("GPU", "dense", 0, 0, 8.0, 12.0)]
+    plan = make_plan(demo_shape().model_copy(update={"num_layers": 2}), [[4] * 8] * 2)
+    traffic = Traffic(resident_blocks=12, streamed_blocks=6, cpu_blocks=14)
+    whole = _phase(plan, spans, slice(0, 1), 25.0, traffic, 2, 1)
+    assert whole.ms == pytest.approx({"absent": 10e3, "resident": 2e3, "dense": 8e3, "head": 5e3})  # of one layer, times two
+    at_work = {"CPU": 8e3, "link": 6e3, "resident": 6e3, "dense": 4e3, "streamed": 0.0, "idle": 4e3}
+    assert whole.at_work_ms == pytest.approx(at_work)
+    rates = {"CPU": 14 / 4, "link": 6 / 3, "absent": 20 / 5, "resident": 12 / 3}
+    assert whole.bytes_per_s == pytest.approx({name: rate * plan.block_bytes for name, rate in rates.items()})
+    assert whole.tokens_per_expert == 2 * 2 * 2 / (32 / 8)
 
 
 def test_a_timeline_that_is_off_keeps_nothing():
@@ -66,12 +100,12 @@ def test_the_command(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["b.json", "t.json"]
-    for words in ("9 prompt + 5 output tokens", "a layer in decode", "bare loop", "RAM at most"):
+    for words in ("9 prompt + 5 output tokens", "everything waits for Python", "bare loop", "RAM at most"):
         assert words in result.stderr
     figures = json.loads((tmp_path / "b.json").read_text())
     assert figures["measured"]["output_tokens"] == 5
     assert figures["measured"]["decode_tokens_per_s"] > 0
-    assert set(figures) >= {"command", "machine", "plan", "predicted", "load_s", "first", "layer_ms", "peak_host_bytes"}
+    assert set(figures) >= {"command", "machine", "plan", "predicted", "load_s", "first", "prefill", "decode", "peak_host_bytes"}
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
 
 
@@ -96,6 +130,7 @@ def test_refused_before_the_long_work(tmp_path):
         (["--json", "file/b.json"], "file/b.json: cannot write"),
         (["--prompt-tokens", "5000"], "the prompt has 5000 tokens"),
         (["--num-beams", "4"], "plan again with --num-beams 4"),
+        (["--batch-size", "4"], "plan again with --batch-size 4"),
     ):
         assert_refused(run("fiddler-run", "--plan", plan, "--bench", *flags, cwd=tmp_path), words)
     assert files_in(tmp_path) == before
@@ -106,6 +141,7 @@ def test_a_prompt_and_a_benchmark_exclude_each_other(tmp_path):
         ["Once", "--bench"],
         ["Once", "--json", "b.json"],
         ["Once", "--prompt-tokens", "3"],
+        ["Once", "--batch-size", "3"],
         ["--bench", "--temperature", "1"],
         ["--bench", "--max-new-tokens", "1"],
         ["--bench", "--json", "b.json", "--trace", "b.json"],

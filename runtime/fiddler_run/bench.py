@@ -1,10 +1,10 @@
-"""How fast a loaded model runs: speeds of whole generations, and in a further one what each layer's time goes into."""
+"""How fast a loaded model runs: speeds of whole generations, and in a further one what the time goes into."""
 
 import json
 import resource
 import time
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 
 import torch
 import transformers
@@ -20,35 +20,59 @@ from fiddler_run.timeline import Span
 
 TRACED_TOKENS = 16
 BARE_EXPERTS = 48  # at least so many, if there are
+Interval = tuple[float, float]  # seconds
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """What a decode step, or a whole prompt, spends its time on.
+
+    `ms`: milliseconds, together the whole time. `absent`: blocks in host memory or on disk were at work, on the CPU, over the link
+    or, having arrived, on the device; `resident`: none of those, but resident ones; `dense`: the rest of the layers; `head`: the
+    rest of the step.
+    `at_work_ms`: how long each part was at work, at the same time as others; `idle`: none was in the layers, all waited for
+    Python.
+    `bytes_per_s`: expert bytes that a part handled while at work (the link's time includes resident blocks that the same GPU
+    kernel computes), and, as `absent`, that CPU and link together handled while either was.
+    `tokens_per_expert`: that called an expert at once, on average.
+    """
+
+    ms: dict[str, float]
+    at_work_ms: dict[str, float]
+    bytes_per_s: dict[str, float]
+    tokens_per_expert: float
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """`first` is the first generation after loading; `measured` the one after it, whose speeds count.
+    """`first` is the first generation after loading; `measured` the one after it, whose speeds count; `prefill` and `decode`
+    a third one's, taken with the timeline on.
 
-    `layer_ms`: milliseconds of a layer in decode: from one router's result to the next (`total`), of which each part was at
-    work so long, and `waiting`, when neither the dense part nor any executor of experts was.
-    `bytes_per_s`: expert bytes that a part handled while at work (the link's time includes resident blocks that the same GPU
-    kernel computes), and, as `absent`, that CPU and link together handled while either was.
     `bare_bytes_per_s`: what the same memory gives to loops that only read with the CPU's threads, only copy to the GPU, and do
     both at once.
     Peaks: what PyTorch's allocator held, what the whole GPU held at the end, and what this process held in RAM.
     """
 
+    num_beams: int
+    batch_size: int
     first: Measured
     measured: Measured
-    layer_ms: dict[str, float]
-    bytes_per_s: dict[str, float]
+    prefill: PhaseTimes
+    decode: PhaseTimes
     bare_bytes_per_s: dict[str, float]
     peak_gpu_bytes: int
     used_gpu_bytes: int
     peak_host_bytes: int
 
 
-def bench(model: DispatchedMixtral, prompt_tokens: int, output_tokens: int, num_beams: int = 1) -> tuple[BenchResult, list[Span]]:
-    """Generates, greedily, after `prompt_tokens` random ones: a few tokens, then `output_tokens`, then a few under the timeline."""
-    timeline, layers = model.executors.timeline, model.plan.model.num_layers
-    ids = torch.randint(3, model.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+def bench(
+    model: DispatchedMixtral, prompt_tokens: int, output_tokens: int, num_beams: int = 1, batch_size: int = 1
+) -> tuple[BenchResult, list[Span]]:
+    """Generates, greedily, after `prompt_tokens` random ones of each sequence: a few tokens, then `output_tokens`, then a few
+    under the timeline."""
+    timeline = model.executors.timeline
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
     traced = min(output_tokens, TRACED_TOKENS)
 
     def run(tokens: int) -> Measured:
@@ -58,17 +82,22 @@ def bench(model: DispatchedMixtral, prompt_tokens: int, output_tokens: int, num_
     first, measured = run(traced), run(output_tokens)
     timeline.start()
     try:
-        traffic = run(traced).traffic
+        observed = run(traced)
         model.executors.finish_cpu()  # or its last job would be missing
     finally:
         spans = timeline.stop()
-    first_call = max(span.call for span in spans) + 1 - (traced - 1) * layers
-    decode = [span for span in spans if span.call >= first_call]
+    sequences, steps = num_beams * batch_size, traced - 1
+    chunks = -(-prompt_tokens // model.plan.prefill_chunk_tokens)
+    step_s = batch_size / observed.decode_tokens_per_s
     result = BenchResult(
+        num_beams=num_beams,
+        batch_size=batch_size,
         first=first,
         measured=measured,
-        layer_ms=_layer_ms(decode),
-        bytes_per_s=_rates(decode, traffic, model.plan.block_bytes),
+        prefill=_phase(
+            model.plan, spans, slice(0, chunks), observed.ttft_s, observed.prefill_traffic, prompt_tokens * sequences, 1
+        ),
+        decode=_phase(model.plan, spans, slice(chunks, None), step_s, observed.traffic, steps * sequences, steps),
         bare_bytes_per_s=_bare_rates(model),
         peak_gpu_bytes=measured.peak_gpu_bytes,
         used_gpu_bytes=_used_gpu_bytes(model.device),
@@ -90,18 +119,50 @@ def as_json(result: BenchResult, plan: Plan, load_s: float, command: str) -> str
     return json.dumps({**about, **expected, **asdict(result)}, indent=2)
 
 
-def _layer_ms(spans: list[Span]) -> dict[str, float]:
-    results = [span.stop_s for span in spans if span.name == "wait for the router"]
-    if len(results) < 2:
+def _phase(plan: Plan, spans: list[Span], passes: slice, whole_s: float, traffic: Traffic, tokens: int, parts: int) -> PhaseTimes:
+    """
+    Args:
+        passes: through the layers that belong to the phase.
+        whole_s: seconds of the phase, or of each of its `parts` equal ones.
+        traffic, tokens: of the whole phase.
+    """
+    layers = plan.model.num_layers
+    last = 1 + max(span.call for span in spans)
+    first, stop, _ = passes.indices(last // layers)
+    during = [span for span in spans if first * layers <= span.call < stop * layers]
+    at_work, ms = _at_work(during, layers * (stop - first) / parts), {}
+    if at_work:
+        of_layers = at_work.pop("layers")
+        ms = {"absent": at_work.pop("absent")}
+        ms["resident"] = at_work.pop("experts") - ms["absent"]
+        ms["dense"] = of_layers - ms["absent"] - ms["resident"]
+        ms["head"] = max(0.0, whole_s * 1e3 - of_layers)
+    calls = traffic.needed_blocks / plan.blocks_per_expert
+    per_expert = tokens * plan.model.num_experts_per_tok * layers / calls
+    return PhaseTimes(ms, at_work, _rates(during, traffic, plan.block_bytes), per_expert)
+
+
+def _at_work(spans: list[Span], layers: float) -> dict[str, float]:
+    """Milliseconds that so many layers took, and in which each part of them was at work, from what is seen between the routers'
+    results of one layer and the next."""
+    results = sorted((span for span in spans if span.name == "wait for the router"), key=lambda span: span.stop_s)
+    windows = [(a.stop_s, b.stop_s) for a, b in pairwise(results) if b.layer == a.layer + 1]
+    if not windows:
         return {}
-    calls = len(results) - 1
-    within = [span for span in spans if results[0] <= span.start_s < results[-1]]
-    lanes = {name: [span for span in within if span.name == name] for name in ("dense", "resident", "streamed")}
-    lanes |= {lane: [span for span in within if span.lane == lane] for lane in ("link", "CPU")}
-    total = results[-1] - results[0]
-    waiting = total - _covered_s([span for each in lanes.values() for span in each])
-    seconds = {"total": total, **{name: _covered_s(each) for name, each in lanes.items()}, "waiting": waiting}
-    return {name: value / calls * 1e3 for name, value in seconds.items()}
+
+    def milliseconds(*which: str) -> float:
+        at_work = _union([span for span in spans if span.lane in which or span.name in which])
+        return _length_s(_intersection(at_work, windows)) / len(windows) * layers * 1e3
+
+    total = _length_s(windows) / len(windows) * layers * 1e3
+    absent = "CPU", "link", "streamed"
+    return {
+        "layers": total,
+        "absent": milliseconds(*absent),
+        "experts": milliseconds(*absent, "resident"),
+        **{name: milliseconds(name) for name in ("dense", "resident", "streamed", "link", "CPU")},
+        "idle": total - milliseconds(*absent, "resident", "dense"),
+    }
 
 
 def _rates(spans: list[Span], traffic: Traffic, block_bytes: int) -> dict[str, float]:
@@ -113,7 +174,9 @@ def _rates(spans: list[Span], traffic: Traffic, block_bytes: int) -> dict[str, f
         "CPU": (traffic.cpu_blocks, cpu),
         "absent": (traffic.streamed_blocks + traffic.cpu_blocks, link + cpu),
     }
-    return {name: blocks * block_bytes / _covered_s(during) for name, (blocks, during) in handled.items() if blocks and during}
+    return {
+        name: blocks * block_bytes / _length_s(_union(during)) for name, (blocks, during) in handled.items() if blocks and during
+    }
 
 
 def _bare_rates(model: DispatchedMixtral) -> dict[str, float]:
@@ -146,13 +209,33 @@ def _bare_rate(executors: Executors, experts: list[torch.Tensor], share: float) 
     return sum(blocks.nbytes for blocks in experts) / (time.perf_counter() - started)
 
 
-def _covered_s(spans: list[Span]) -> float:
-    """Seconds in which at least one of the spans was under way."""
-    covered, until = 0.0, float("-inf")
+def _union(spans: list[Span]) -> list[Interval]:
+    """When at least one of the spans was under way: apart from each other, in order."""
+    merged: list[Interval] = []
     for span in sorted(spans, key=lambda span: span.start_s):
-        covered += max(0.0, span.stop_s - max(span.start_s, until))
-        until = max(until, span.stop_s)
-    return covered
+        if merged and span.start_s <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], span.stop_s)
+        else:
+            merged.append((span.start_s, span.stop_s))
+    return merged
+
+
+def _intersection(some: list[Interval], others: list[Interval]) -> list[Interval]:
+    """When both are under way; each is apart and in order."""
+    common, i, j = [], 0, 0
+    while i < len(some) and j < len(others):
+        start, stop = max(some[i][0], others[j][0]), min(some[i][1], others[j][1])
+        if start < stop:
+            common.append((start, stop))
+        if some[i][1] < others[j][1]:
+            i += 1
+        else:
+            j += 1
+    return common
+
+
+def _length_s(intervals: list[Interval]) -> float:
+    return sum(stop - start for start, stop in intervals)
 
 
 def _used_gpu_bytes(device: torch.device) -> int:

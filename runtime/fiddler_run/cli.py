@@ -13,7 +13,7 @@ from fiddler_run.check import device_note
 from fiddler_run.errors import FiddlerError
 from fiddler_run.locate import shipped_file
 from fiddler_run.plan import Plan
-from fiddler_run.report import figures, parts
+from fiddler_run.report import figures, parts, rates
 from fiddler_run.yaml_file import require_writable, write_whole
 
 
@@ -67,6 +67,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--bench", action="store_true", help="instead of a prompt: measure speeds, on random token ids, and what time goes into")
     add("--prompt-tokens", type=positive, metavar="N", help="with --bench: length of the prompt (default: the plan's)")
+    add("--batch-size", type=positive, metavar="N", help="with --bench: sequences at once (default: the plan's)")
     add("--json", metavar="FILE", help="with --bench: write all figures there")
     add("--trace", metavar="FILE", help="with --bench: write a timeline there, for chrome://tracing or ui.perfetto.dev")
     flags = parser.parse_args(arguments)
@@ -79,8 +80,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             parser.error("--bench measures decode: --max-new-tokens must be at least 2")
         if flags.json is not None and flags.json == flags.trace:
             parser.error("--json and --trace need a file each")
-    elif flags.prompt_tokens is not None or flags.json is not None or flags.trace is not None:
-        parser.error("--prompt-tokens, --json and --trace belong to --bench")
+    elif any(value is not None for value in (flags.prompt_tokens, flags.batch_size, flags.json, flags.trace)):
+        parser.error("--prompt-tokens, --batch-size, --json and --trace belong to --bench")
     return flags
 
 
@@ -159,7 +160,8 @@ def run(flags: argparse.Namespace) -> None:
     if flags.bench:
         if options.max_new_tokens < 2:
             raise FiddlerError("--bench measures decode, but the plan is for a single output token; give --max-new-tokens")
-        check_length(flags.prompt_tokens or plan.workload.prompt_tokens, options, plan)
+        batch_size = flags.batch_size or plan.workload.batch_size
+        check_length(flags.prompt_tokens or plan.workload.prompt_tokens, options, plan, batch_size)
     elif loader.tokenizer is None:
         raise FiddlerError("--load-format dummy: there is no tokenizer for a prompt beside the model's config.json; use --bench")
     else:
@@ -188,9 +190,12 @@ def run_bench(flags: argparse.Namespace, model, options, load_s: float, stderr: 
 
     plan = model.plan
     with stderr.status("measuring"):
-        result, spans = bench(model, flags.prompt_tokens or plan.workload.prompt_tokens, options.max_new_tokens, options.num_beams)
+        prompt_tokens = flags.prompt_tokens or plan.workload.prompt_tokens
+        batch_size = flags.batch_size or plan.workload.batch_size
+        result, spans = bench(model, prompt_tokens, options.max_new_tokens, options.num_beams, batch_size)
     stderr.print(figures(plan, result.measured))
     stderr.print(parts(plan, result))
+    stderr.print(rates(plan, result))
     if flags.json is not None:
         write_whole(flags.json, as_json(result, plan, load_s, shlex.join(["fiddler-run", *sys.argv[1:]])))
         print(flags.json)

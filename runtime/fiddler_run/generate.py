@@ -28,7 +28,7 @@ class Options:
 @dataclass(frozen=True)
 class Measured:
     """`ttft_s` from the call to the first token; tokens/s, of all sequences together, and the expert traffic are those of decode,
-    after the first token. `prompt_tokens` and `output_tokens` are one sequence's.
+    after the first token; `prefill_traffic` is that of before. `prompt_tokens` and `output_tokens` are one sequence's.
 
     `peak_gpu_bytes` is what PyTorch's allocator held at most; driver and libraries hold the plan's reserve besides.
     """
@@ -38,6 +38,7 @@ class Measured:
     ttft_s: float
     decode_tokens_per_s: float
     traffic: Traffic
+    prefill_traffic: Traffic
     peak_gpu_bytes: int
 
 
@@ -157,13 +158,12 @@ def generate_ids(model: DispatchedMixtral, ids: torch.Tensor, options: Options, 
 def _measure(clock: StepClock, before: Traffic, started: float, ids: torch.Tensor, device: torch.device) -> Measured:
     (first_s, first_traffic), (last_s, last_traffic) = clock.steps[0], clock.steps[-1]
     steps = len(clock.steps)
-    # A single token has no decode phase: its prefill's traffic is all there is to report.
-    traffic = last_traffic - first_traffic if steps > 1 else last_traffic - before
     return Measured(
         prompt_tokens=ids.shape[1],
         output_tokens=steps,
         ttft_s=first_s - started,
         decode_tokens_per_s=len(ids) * (steps - 1) / (last_s - first_s) if steps > 1 else 0.0,
-        traffic=traffic,
+        traffic=last_traffic - first_traffic,
+        prefill_traffic=first_traffic - before,
         peak_gpu_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
     )

@@ -13,7 +13,8 @@ def figures(plan: Plan, measured) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("time to first token", f"{measured.ttft_s:.3f} s", f"{predicted.ttft_s:.3f} s")
     table.add_row("decode", f"{measured.decode_tokens_per_s:.2f} tokens/s", f"{predicted.decode_tokens_per_s:.2f} tokens/s")
-    table.add_row("GPU hit rate", f"{measured.traffic.hit_rate:.1%}", f"{predicted.gpu_hit_rate:.1%}")
+    traffic = measured.traffic if measured.output_tokens > 1 else measured.prefill_traffic
+    table.add_row("GPU hit rate", f"{traffic.hit_rate:.1%}", f"{predicted.gpu_hit_rate:.1%}")
     if measured.peak_gpu_bytes:
         allowed = plan.gpu_memory_bytes.total - plan.gpu_memory_bytes.reserve
         table.add_row("GPU memory, peak", f"{measured.peak_gpu_bytes / 1e9:.2f} GB", f"{allowed / 1e9:.2f} GB")
@@ -21,22 +22,56 @@ def figures(plan: Plan, measured) -> Table:
 
 
 def parts(plan: Plan, result) -> Table:
-    """What a layer's time in decode goes into; rates of the executors, beside the profile's and what plain loops reach here."""
-    rates = plan.bytes_per_s
-    profiled = {"resident": rates.resident, "link": rates.link, "CPU": rates.cpu, "absent": rates.absent}
-    table = Table(title="a layer in decode", title_justify="left")
-    for column in ("", "at work", "rate", "profile", "bare loop"):
+    """What a token's time, and the time to the first one, go into, beside what the plan predicts for its own workload."""
+    expected = grouped(plan.predicted.decode_ms), grouped(plan.predicted.ttft_ms)
+    table = Table(title="milliseconds, under the timeline", title_justify="left")
+    for column in ("", "a step", "plan", "first token", "plan"):
+        table.add_column(column, justify="left" if not column else "right")
+    names = {
+        "absent": "experts in host memory",
+        "resident": "experts in GPU memory",
+        "dense": "attention, router, dispatch",
+        "head": "embedding, head, sampling",
+    }
+    columns = result.decode.ms, expected[0], result.prefill.ms, expected[1]
+    idle = [phase.at_work_ms.get("idle", 0.0) for phase in (result.decode, result.prefill)]
+    rows = {name: [column.get(part, 0.0) for column in columns] for part, name in names.items()}
+    rows["together"] = [sum(column.values()) for column in columns]
+    rows["of it everything waits for Python"] = [idle[0], 0.0, idle[1], 0.0]
+    for name, cells in rows.items():
+        table.add_row(name, *(f"{milliseconds:.2f}" if milliseconds else "" for milliseconds in cells))
+    table.caption = "where several go on at once, the first of these; the plan's are of its own workload"
+    return table
+
+
+def grouped(predicted_ms: dict[str, float]) -> dict[str, float]:
+    """The plan's parts of a time by what a timeline can tell apart."""
+    groups = {
+        "absent": ("absent", "disk"),
+        "resident": ("resident",),
+        "dense": ("dense", "queueing"),
+        "head": ("head", "embedding"),
+    }
+    return {name: sum(predicted_ms.get(part, 0.0) for part in group) for name, group in groups.items()}
+
+
+def rates(plan: Plan, result) -> Table:
+    """How fast each part was at work in decode, beside the profile's rate and what plain loops reach here."""
+    profile = plan.bytes_per_s
+    profiled = {"resident": profile.resident, "link": profile.link, "CPU": profile.cpu, "absent": profile.absent}
+    table = Table(title="expert bytes in decode", title_justify="left")
+    for column in ("", "at work, ms a step", "rate", "profile", "bare loop"):
         table.add_column(column, justify="left" if not column else "right")
 
     def rate(of: dict, name: str) -> str:
         return f"{of[name] / 1e9:.1f} GB/s" if of.get(name) else ""
 
-    for name in dict.fromkeys([*result.layer_ms, *result.bytes_per_s]):
-        milliseconds = result.layer_ms.get(name)
+    for name, measured in result.decode.bytes_per_s.items():
+        at_work = {**result.decode.at_work_ms, **result.decode.ms}.get(name)
         table.add_row(
-            {"absent": "CPU and link", "waiting": "none of these"}.get(name, name),
-            "" if milliseconds is None else f"{milliseconds:.3f} ms",
-            *(rate(of, name) for of in (result.bytes_per_s, profiled, result.bare_bytes_per_s)),
+            {"absent": "CPU and link"}.get(name, name),
+            "" if at_work is None else f"{at_work:.2f}",
+            *(rate(of, name) for of in ({name: measured}, profiled, result.bare_bytes_per_s)),
         )
     memory = f"{result.peak_host_bytes / 1e9:.2f} GB of RAM at most"
     if result.used_gpu_bytes:
