@@ -5,6 +5,7 @@ Rule: the layers run the runtime's own dispatch, to experts that have no blocks,
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from transformers import MixtralConfig
@@ -17,7 +18,8 @@ from fiddler_run.executors import Executors
 from fiddler_run.model import DispatchedMixtral, HostEmbedding
 
 LAYERS, STEPS, PROMPT = 5, 16, 16
-BUSY_S = 3e-3  # a layer's experts that keep the GPU busy: longer than Python needs to queue a layer
+MAX_CONTEXT = 4096  # more than is timed
+BUSY_CYCLES = 4_500_000  # of a GPU's clock, 2 or 3 ms: longer than Python needs to queue a layer
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class DenseBench:
     def __init__(self, spec: ModelSpec, device: torch.device, stopwatch: Stopwatch, executors: Executors):
         self.device, self.stopwatch = device, stopwatch
         self.models = [_model_without_experts(spec, layers, device) for layers in (0, LAYERS)]
+        for model in self.models:
+            model.make_cache(1, min(spec.max_position_embeddings, MAX_CONTEXT))
         nothing = [torch.empty((0, spec.block_elements), dtype=TORCH_DTYPES[spec.shape.dtype])] * spec.shape.num_experts
         on_device = [blocks.to(device) for blocks in nothing]
         self.dispatch = LayerDispatch(0, on_device, nothing, lambda _: 0.0, executors)
@@ -61,19 +65,33 @@ class DenseBench:
         return host - device
 
     def _behind_experts(self, tokens: int) -> Timing:
-        """A layer's time with a busy device, less the time it was kept busy."""
-        cycles = round(BUSY_S * 1.5e9)  # the clock's rate need not be known: what it makes is timed
+        """A layer's time between experts that keep the device busy: from the end of some to the start of the next ones."""
+        marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
         def busy(*arguments):
             output = self.dispatch(*arguments)
-            torch.cuda._sleep(cycles)
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            torch.cuda._sleep(BUSY_CYCLES)
+            ended.record()
+            marks.append((begun, ended))
             return output
 
+        steps = STEPS if tokens == 1 else 0
+        generation = _generation(self.models[1], PROMPT if steps else tokens, 1 + steps)
+
+        def between() -> list[float]:
+            marks.clear()
+            generation()
+            torch.cuda.synchronize()
+            asked_for = marks[LAYERS:] if steps else marks  # not the prompt's
+            passes = [asked_for[first : first + LAYERS] for first in range(0, len(asked_for), LAYERS)]
+            return [ended.elapsed_time(begun) * 1e3 for each in passes for (_, ended), (begun, _) in pairwise(each)]
+
         self._set_experts(busy)
-        head, whole = self._passes(tokens)
+        timing = self.stopwatch.gather(between)
         self._set_experts(self.dispatch)
-        (asleep,) = self.stopwatch.time(lambda: [torch.cuda._sleep(cycles) for _ in range(LAYERS)])
-        return (whole - head - asleep) / LAYERS
+        return timing
 
     def _passes(self, tokens: int) -> list[Timing]:
         """One pass of the model of no layer, and of the other."""

@@ -159,8 +159,9 @@ class ExpertBench:
         weights = torch.full((tokens, self.top_k), 1 / self.top_k, device=self.device)
         order = self._in_places() * self.top_k
         chosen = torch.tensor(order, device=self.device).view(-1, 1, self.top_k).expand(-1, tokens, -1).contiguous()
-        in_turn = cycle(chosen)
-        return lambda: dispatch(states, next(in_turn), weights)
+        in_turn, executors = cycle(chosen), self.executors
+        # The calling thread takes its part of the CPU's work, as it does when a model runs.
+        return lambda: (dispatch(states, next(in_turn), weights), executors.finish_cpu())
 
     def _in_places(self) -> list[int]:
         """All experts, in an order in which any few in a row lie all over the memory."""

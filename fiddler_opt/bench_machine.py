@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 
@@ -40,13 +40,14 @@ class Effort:
 
 
 THOROUGH = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), (1, 16, 128, 512, 2048), 2, 0.25, 0.75, 10**15)
+EXPERTS, LAYERS = "experts", "layers without experts"
 QUICK = Effort((1, 4, 16, 64, 256, 1024), (1, 128, 512), 1, 0.1, 0.25, 8 * 10**9)
 
 
 class MachineBench:
     """The parts of a machine profile: plain values by name, each measured by one call. What they need is made when first used.
 
-    `timed`: names of the parts that time something for a number of tokens, and that number.
+    `timed`: names of the parts that time something for a number of tokens: what, and that number.
     """
 
     def __init__(self, model: ModelSpec, effort: Effort, folder: Path | None):
@@ -54,26 +55,21 @@ class MachineBench:
         self.found: dict[str, dict] = {}  # parts measured so far, which later ones depend on
         self.model, self.effort, self._folder = model, effort, folder
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        on_gpu = self.device.type == "cuda"
         self._stopwatch = Stopwatch(self.device, effort.seconds)
-        self.parts: dict[str, Callable[[], dict]] = {
-            "host": self._host,
-            "device": lambda: describe_device(self.device),
-            "threads": self._choose_threads,
-        }
-        most = model.max_position_embeddings - 1 if on_gpu else min(MAX_CPU_TOKENS, model.max_position_embeddings - 1)
-        self.timed: dict[str, int] = {}
+        most = min(MAX_CPU_TOKENS if self.device.type == "cpu" else 10**6, model.max_position_embeddings - 1)
+        self.timed: dict[str, tuple[str, int]] = {}
         for number in range(1, effort.rounds + 1):
-            for what, measure, counts in (
-                ("experts", self._time_experts, effort.tokens),
-                ("layers without experts", self._time_dense, effort.dense_tokens),
-            ):
+            for what, counts in ((EXPERTS, effort.tokens), (LAYERS, effort.dense_tokens)):
                 for tokens in (tokens for tokens in counts if tokens <= most):
-                    name = f"{what}, {tokens} tokens, round {number}"
-                    self.timed[name] = tokens
-                    self.parts[name] = lambda measure=measure, tokens=tokens: measure(tokens)
-        if on_gpu:
-            self.parts["link"] = self._link
+                    self.timed[f"{what}, {tokens} tokens, round {number}"] = what, tokens
+
+    @property
+    def parts(self) -> dict[str, Callable[[], dict]]:
+        """Made when asked for: kept, they would keep this object, and the gigabytes that it times in, alive after it."""
+        timed = {EXPERTS: self._time_experts, LAYERS: self._time_dense}
+        parts = {"host": self._host, "device": lambda: describe_device(self.device), "threads": self._choose_threads}
+        parts |= {name: partial(timed[what], tokens) for name, (what, tokens) in self.timed.items()}
+        return parts | ({"link": self._link} if self.device.type == "cuda" else {})
 
     @property
     def identity(self) -> dict:
@@ -119,7 +115,7 @@ class MachineBench:
     def _time_experts(self, tokens: int) -> dict:
         bench = self._experts
         bench.use_threads(*self._threads)
-        first = self.found.get(f"experts, {tokens} tokens, round 1")  # whose shares are timed again
+        first = self.found.get(f"{EXPERTS}, {tokens} tokens, round 1")  # whose shares are timed again
         shares = bench.shares(tokens, first and list(first["times"]["absent_expert_us"]))
         best = min(shares.values(), key=lambda timing: timing.us)
         # Without a GPU the same cores compute a "resident" expert at the same speed.
@@ -186,11 +182,17 @@ def measure_machine(
     )
 
 
-def averages(parts: dict[str, dict], timed: dict[str, int]) -> tuple[dict[str, dict], dict[str, dict]]:
+def release_gpu_memory() -> None:
+    """Gives back what PyTorch keeps of it for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def averages(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> tuple[dict[str, dict], dict[str, dict]]:
     """The rounds' mean microseconds, and mean spread, by table and tokens. What was not timed in each round is left out."""
     rounds: dict[str, dict[int, list[dict]]] = {}
     spreads: dict[str, dict[int, list[float]]] = {}
-    for part, tokens in timed.items():
+    for part, (_, tokens) in timed.items():
         for table, us in parts[part]["times"].items():
             by_share = us if isinstance(us, dict) else {None: us}
             rounds.setdefault(table, {}).setdefault(tokens, []).append(by_share)

@@ -39,7 +39,7 @@ def describe_gpu(source: torch.Tensor, dtype: torch.dtype, hidden: int, block_ne
         "name": device.name,
         "bus_id": bus_id(device),
         "memory_bytes": device.total_memory,
-        "kernel_error": kernel_error(dtype, hidden, block_neurons),
+        **kernels(dtype, hidden, block_neurons),
         "locks_freely": locks_freely(source),
     }
 
@@ -49,17 +49,18 @@ def bus_id(device) -> str:
     return f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0"
 
 
-def kernel_error(dtype: torch.dtype, hidden: int, block_neurons: int) -> str | None:
-    """Why the GPU kernels cannot be used; None: they can."""
+def kernels(dtype: torch.dtype, hidden: int, block_neurons: int) -> dict:
+    """Whether the GPU kernels are for such blocks, and why they cannot be compiled; None: they can."""
+    suit, error = True, None
     try:
         from fiddler_run.kernels import gpu
 
-        if not gpu.supports(dtype, hidden, block_neurons):
-            return f"they are not for blocks of {block_neurons} x {hidden} in {dtype}"
-        gpu.compile_all(dtype, hidden, block_neurons)
-    except Exception as error:  # Triton raises what it likes
-        return str(error).strip() or type(error).__name__
-    return None
+        suit = gpu.supports(dtype, hidden, block_neurons)
+        if suit:
+            gpu.compile_all(dtype, hidden, block_neurons)
+    except Exception as caught:  # Triton raises what it likes
+        error = str(caught).strip() or type(caught).__name__
+    return {"kernels_suit": suit, "kernel_error": error}
 
 
 def locks_freely(source: torch.Tensor) -> bool:

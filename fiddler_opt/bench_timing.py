@@ -11,6 +11,7 @@ WARM_UP, REPETITIONS = 1, 5
 SURE = 0.01  # the median's standard error, as a part of it, at which repeating stops
 PATIENCE = 4  # times the usual seconds are spent on what stays noisy
 PAUSE_S = 3e-4  # before each call, as in a run where other work lies between two: threads that wait for work may fall asleep
+LEAST_US = 0.1  # what files can hold of it; nothing takes no time
 ROUND = 4  # calls to a sample: the same call is faster in some places of the memory than in others
 
 
@@ -23,11 +24,11 @@ class Timing:
 
     def __sub__(self, other: "Timing") -> "Timing":
         """A difference of two that were timed in turn; noise must not make it vanish or negative."""
-        us = max(0.1, self.us - other.us)
+        us = max(LEAST_US, self.us - other.us)
         return Timing(us, max(self.us * self.spread, other.us * other.spread) / us)
 
     def __truediv__(self, parts: float) -> "Timing":
-        return Timing(self.us / parts, self.spread)
+        return Timing(max(LEAST_US, self.us / parts), self.spread)
 
 
 class Stopwatch:
@@ -44,6 +45,15 @@ class Stopwatch:
             for call, taken in zip(calls, samples, strict=True):
                 taken.append(statistics.fmean(self._once(call) for _ in range(calls_per_sample)))
         return [_summary(taken[WARM_UP:]) for taken in samples]
+
+    @torch.inference_mode()
+    def gather(self, measure: Callable[[], list[float]]) -> Timing:
+        """Of something that measures itself, several times in each call: in microseconds."""
+        measure()  # warms up
+        samples, started = measure(), time.perf_counter()
+        while not self._enough([samples], time.perf_counter() - started):
+            samples += measure()
+        return _summary(samples[WARM_UP:])
 
     def _enough(self, samples: list[list[float]], elapsed_s: float) -> bool:
         if len(samples[0]) < WARM_UP + REPETITIONS or elapsed_s < self._seconds:

@@ -103,13 +103,20 @@ class CostModel:
             resident, absent = seconds_at(machine.device_expert_us, tokens), seconds_at(absent_us, tokens)
             return resident * expert_scale, absent * expert_scale, disk_s
 
+        def on_the_cpu(size_bytes: int, tokens: float) -> float:
+            """What weights add that a GPU was timed with: they take a CPU as long as so many bytes of an expert do."""
+            without_gpu = cpu_alone and machine.device.kind == "cuda"
+            return seconds_at(machine.cpu_expert_us, tokens) * size_bytes / timed.expert_bytes if without_gpu else 0.0
+
         phases = workload_phases(workload, chunk_tokens)
         fixed_s, queueing_s, host_embedding_s = {}, {}, {}
         for phase in phases:
             queued = seconds_at(machine.dense_layer_us, phase.tokens) * dense_scale
+            queued += on_the_cpu(model.dense_layer_bytes, phase.tokens)
             dense = seconds_at(machine.dense_device_us, phase.tokens) * dense_scale if overlap else queued
+            head = seconds_at(machine.head_us, phase.tokens) * model.head_bytes / timed.head_bytes
             fixed_s[phase.name] = {
-                "head": seconds_at(machine.head_us, phase.tokens) * model.head_bytes / timed.head_bytes,
+                "head": head + on_the_cpu(model.head_bytes, workload.sequences),  # of each sequence's last token alone
                 "dense": shape.num_layers * dense,
             }
             queueing_s[phase.name] = max(0.0, queued - dense)

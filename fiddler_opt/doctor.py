@@ -37,12 +37,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that PyTorch uses. `kernel_error`: why the GPU kernels cannot be compiled. `locks_freely`: whether memory is
-    page-locked whatever `ulimit -l` says. `h2d_bytes_per_s`: copies from page-locked memory."""
+    """The GPU that PyTorch uses. `kernels_suit`: whether the GPU kernels are for this model; `kernel_error`: why they cannot be
+    compiled. `locks_freely`: whether memory is page-locked whatever `ulimit -l` says. `h2d_bytes_per_s`: copies from page-locked
+    memory."""
 
     name: str
     bus_id: str
     memory_bytes: int
+    kernels_suit: bool
     kernel_error: str | None
     locks_freely: bool
     link: facts.PcieLink | None = None
@@ -74,7 +76,7 @@ def examine(model: ModelSpec, machine: MachineProfile | None) -> list[Finding]:
     if gpu:
         nodes = {host.numa_node(cpu) for cpu in cpus}
         findings += [
-            check_gpu_kernels(gpu.kernel_error),
+            check_gpu_kernels(gpu.kernels_suit, gpu.kernel_error),
             check_link(gpu.link, gpu.h2d_bytes_per_s),
             check_memlock(facts.memlock_limit_bytes(), in_ram, gpu.locks_freely),
             check_numa(facts.gpu_numa_node(gpu.bus_id), nodes, facts.numa_nodes(), in_ram),
@@ -140,7 +142,10 @@ def check_gpu(torch: Torch, model: ModelSpec, driver: facts.Driver | None, has_n
     return Finding("slow", f"{built}; {known}", f"update the driver and restart, or install {older}")
 
 
-def check_gpu_kernels(error: str | None) -> Finding:
+def check_gpu_kernels(suit: bool, error: str | None) -> Finding:
+    if not suit:
+        what = "the GPU kernels are not for weights of this model's type and sizes, decode will be slower"
+        return Finding("slow", what, "take a bfloat16 checkpoint")
     if error is None:
         return Finding("ok", "the GPU kernels compile")
     remedy = "install a C compiler and Python's headers (gcc, python3-dev), and Triton, which comes with PyTorch for CUDA"

@@ -175,7 +175,9 @@ class Others:
     """CPU time that others take, on the CPUs that this process may use, from the making of this object on."""
 
     def __init__(self):
-        self._cpus = host.allowed_cpus()
+        allowed = host.allowed_cpus()
+        # A control group that grants only some of their time leaves the rest to others, who disturb nobody.
+        self._cpus = allowed if host.num_cores() >= len(allowed) else []
         self._start = self._now()
 
     def cores(self) -> float | None:

@@ -35,7 +35,7 @@ def profile_machine(
         FiddlerError: others use the machine, and not `force`.
     """
     with console.status("importing torch and transformers"):
-        from fiddler_opt.bench_machine import QUICK, THOROUGH, MachineBench, measure_machine
+        from fiddler_opt.bench_machine import QUICK, THOROUGH, MachineBench, measure_machine, release_gpu_memory
 
     bench = MachineBench(model, QUICK if quick else THOROUGH, folder)
     unfinished = Unfinished(path, bench.identity)
@@ -51,6 +51,8 @@ def profile_machine(
         progress.update(task, description="timing", completed=len(bench.parts))
     machine.save(path)
     forget_unfinished(path)
+    del bench  # and what it timed in: the memory may be needed for a model
+    release_gpu_memory()
     return machine
 
 

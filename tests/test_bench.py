@@ -9,7 +9,7 @@ from conftest import DEMO, demo_shape, make_plan
 from test_commands import SHIPPED_PLAN, assert_refused, edited_plan, files_in, run
 
 from fiddler_run import load_model
-from fiddler_run.bench import _phase, bench
+from fiddler_run.bench import _phase, _rates, bench
 from fiddler_run.dispatch import Traffic
 from fiddler_run.kernels.cpu import library
 from fiddler_run.timeline import LANES, Span, Timeline, write_trace
@@ -68,6 +68,18 @@ def test_parts_of_the_time():
     rates = {"CPU": 14 / 4, "link": 6 / 3, "absent": 20 / 5, "resident": 12 / 3}
     assert whole.bytes_per_s == pytest.approx({name: rate * plan.block_bytes for name, rate in rates.items()})
     assert whole.tokens_per_expert == 2 * 2 * 2 / (32 / 8)
+
+
+def test_rates_of_blocks_read_in_place():
+    """Resident blocks that the same kernel computes have no rate of their own."""
+    spans = [
+        Span("CPU", "blocks", 0, 0, 0.0, 6.0),
+        Span("link", "in place", 0, 0, 1.0, 5.0),
+        Span("link", "in place", 0, 0, 7.0, 8.0),
+    ]
+    traffic = Traffic(resident_blocks=9, streamed_blocks=25, cpu_blocks=36)
+    assert _rates(spans, traffic, block_bytes=10) == {"link": 250 / 5, "CPU": 360 / 6, "absent": 610 / 7}
+    assert _rates([], traffic, block_bytes=10) == {}
 
 
 def test_a_timeline_that_is_off_keeps_nothing():

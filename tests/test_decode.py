@@ -22,7 +22,7 @@ def caches(model) -> dict:
     return {
         "dynamic": lambda: DynamicCache(config=model.config),
         "static": lambda: StaticCache(config=model.config, max_cache_len=64),
-        "ours": lambda: KeyValueCache(model.config.num_hidden_layers, 64),
+        "ours": lambda: KeyValueCache(6, 2, model.config.num_key_value_heads, 64, 32, model.dtype, model.device),
     }
 
 
@@ -103,23 +103,60 @@ def test_weights_that_change_afterwards(device):
     assert all(torch.equal(*pair) for pair in zip(step, whole, strict=True))
 
 
+def small_cache() -> KeyValueCache:
+    """2 layers, 3 sequences, 2 heads, 4 tokens of 2 numbers each."""
+    return KeyValueCache(2, 3, 2, 4, 2, torch.float32, torch.device("cpu"))
+
+
+PROMPT = torch.arange(24.0).view(3, 2, 2, 2)  # 2 tokens of such a cache
+
+
 def test_cache_stays_where_it_is():
-    """One memory for every generation of at most as many sequences."""
-    cache = KeyValueCache(num_layers=1, max_tokens=4)
-    prompt = torch.arange(24.0).view(3, 2, 2, 2)  # 3 sequences, 2 heads, 2 tokens
-    keys, values = cache.update(prompt, -prompt, 0)
+    cache = small_cache()
+    keys, values = cache.update(PROMPT, -PROMPT, 1)
     where = keys.data_ptr(), values.data_ptr()
-    assert torch.equal(keys, prompt)
-    assert cache.get_seq_length() == 2
-    cache.reorder_cache(torch.tensor([2, 2, 0]))
-    keys, values = cache.update(torch.ones(3, 2, 1, 2), torch.zeros(3, 2, 1, 2), 0)
-    assert torch.equal(keys[:, :, :2], prompt[[2, 2, 0]])
-    assert torch.equal(values[:, :, :2], -prompt[[2, 2, 0]])
+    assert torch.equal(keys, PROMPT)
+    assert cache.get_seq_length(1) == 2
+    cache.layers[1].reorder_cache(torch.tensor([2, 2, 0]))
+    keys, values = cache.update(torch.ones(3, 2, 1, 2), torch.zeros(3, 2, 1, 2), 1)
+    assert torch.equal(keys[:, :, :2], PROMPT[[2, 2, 0]])
+    assert torch.equal(values[:, :, :2], -PROMPT[[2, 2, 0]])
     assert torch.equal(keys[:, :, 2], torch.ones(3, 2, 2))
     cache.reset()
-    assert cache.get_seq_length() == 0
-    keys, values = cache.update(prompt[:2], prompt[:2], 0)
+    assert cache.get_seq_length(1) == 0
+    keys, values = cache.update(PROMPT[:2], PROMPT[:2], 1)
     assert (keys.data_ptr(), values.data_ptr()) == where
-    assert torch.equal(keys, prompt[:2])
-    with pytest.raises(AssertionError, match="6 tokens in a cache for 4"):
-        cache.update(torch.cat([prompt[:2]] * 2, dim=2), prompt[:2], 0)
+    assert torch.equal(keys, PROMPT[:2])
+
+
+@pytest.mark.parametrize("more", [torch.cat([PROMPT, PROMPT]), torch.cat([PROMPT] * 3, dim=2)], ids=["sequences", "tokens"])
+def test_more_than_the_cache_has_room_for(more):
+    cache, dynamic = small_cache(), DynamicCache()
+    for states in (more, more[:, :, :1]):
+        assert all(
+            torch.equal(*pair) for pair in zip(cache.update(states, -states, 0), dynamic.update(states, -states, 0), strict=True)
+        )
+
+
+def test_one_token_too_many():
+    cache, dynamic = small_cache(), DynamicCache()
+    for states in (PROMPT, PROMPT, PROMPT[:, :, :1], PROMPT):
+        assert all(
+            torch.equal(*pair) for pair in zip(cache.update(states, -states, 0), dynamic.update(states, -states, 0), strict=True)
+        )
+
+
+def test_generations_share_the_cache(dispatched, device):
+    """But one whose cache is handed out, or that brings its own."""
+    model, tokenizer = dispatched
+    ids = tokenizer(TEXTS[0], return_tensors="pt").to(device)["input_ids"]
+    first = model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert model.cache.get_seq_length() == ids.shape[1] + 11
+    model.cache.reset()
+    for arguments in ({"return_dict_in_generate": True}, {"past_key_values": DynamicCache()}, {"cache_implementation": "static"}):
+        output = model.generate(ids, max_new_tokens=12, do_sample=False, **arguments)
+        assert (
+            torch.equal(output.sequences if "return_dict_in_generate" in arguments else output, first)
+            or "cache_implementation" in arguments
+        )
+        assert model.cache.get_seq_length() == 0

@@ -12,11 +12,10 @@ from conftest import DEMO, demo_shape, make_plan, random_plan
 
 from fiddler_run import load_model
 from fiddler_run.arena import Arena, ExpertStore
-from fiddler_run.bench import _covered_s, _layer_ms, _rates
 from fiddler_run.checkpoint import Checkpoint
-from fiddler_run.dispatch import LayerDispatch, Traffic, expert_groups
+from fiddler_run.dispatch import LayerDispatch, expert_groups
 from fiddler_run.errors import FiddlerError
-from fiddler_run.timeline import Span, Timeline
+from fiddler_run.timeline import Timeline
 
 CPU = torch.device("cpu")
 
@@ -107,24 +106,3 @@ def test_a_span_belongs_to_the_call_in_which_it_began():
     timeline.end("CPU", "blocks")
     (span,) = timeline.stop()
     assert (span.layer, span.call) == (4, 0)
-
-
-def test_figures_of_hand_written_spans():
-    """Two layers of 10 s each: the router's result, experts for 6 s, the dense part for 3 s, nothing for 1 s."""
-    spans = []
-    for call, start in enumerate((0.0, 10.0, 20.0)):
-        spans += [
-            Span("host", "wait for the router", 0, call, start - 1, start),
-            Span("CPU", "blocks", 0, call, start, start + 6),
-            Span("link", "in place", 0, call, start + 1, start + 5),
-            Span("GPU", "dense", 0, call, start + 6, start + 9),
-        ]
-    parts = _layer_ms(spans)
-    assert parts == {"total": 1e4, "dense": 3e3, "resident": 0.0, "streamed": 0.0, "link": 4e3, "CPU": 6e3, "waiting": 1e3}
-    assert _rates(spans, Traffic(resident_blocks=9, streamed_blocks=24, cpu_blocks=36), block_bytes=10) == {
-        "link": 24 * 10 / 12,
-        "CPU": 36 * 10 / 18,
-        "absent": 60 * 10 / 18,
-    }
-    assert _covered_s(spans[1:3]) == 6.0
-    assert _covered_s([]) == 0.0

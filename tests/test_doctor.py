@@ -139,7 +139,7 @@ def test_weights_in_ram():
 
 
 def torch_with(cuda: str | None, gpu_bytes: int | None = None) -> Torch:
-    gpu = gpu_bytes and Gpu("RTX", GPU, gpu_bytes, None, True)
+    gpu = gpu_bytes and Gpu("RTX", GPU, gpu_bytes, True, None, True)
     return Torch("2.8.0", cuda, ["avx2"], None if gpu else "The NVIDIA driver on your system is too old", gpu)
 
 
@@ -158,8 +158,9 @@ X16 = PcieLink(4, 16, 4, 16)
         (doctor.check_gpu(torch_with("12.8"), MIXTRAL, OLD_DRIVER, True, None), "slow", "CUDA up to 12.2; update the driver"),
         (doctor.check_gpu(torch_with("12.8"), MIXTRAL, None, True, None), "slow", "install NVIDIA's driver"),
         (doctor.check_gpu(torch_with("12.8"), MIXTRAL, OLD_DRIVER, True, ""), "slow", "unset"),
-        (doctor.check_gpu_kernels(None), "ok", ""),
-        (doctor.check_gpu_kernels("no C compiler"), "slow", "(no C compiler); install"),
+        (doctor.check_gpu_kernels(True, None), "ok", ""),
+        (doctor.check_gpu_kernels(False, None), "slow", "not for weights of this model's type and sizes"),
+        (doctor.check_gpu_kernels(True, "no C compiler"), "slow", "(no C compiler); install"),
         (doctor.check_link(X16, 26e9), "ok", "4.0 x16 carries 31.50 GB/s, copies to the GPU reach 26.00 GB/s"),
         (doctor.check_link(X16, 6.5e9), "slow", "6.50 GB/s"),
         (doctor.check_link(PcieLink(3, 8, 4, 16), 6.5e9), "slow", "3.0 x8, card and slot can do 4.0 x16: 4.0 times"),

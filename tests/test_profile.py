@@ -5,16 +5,21 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from conftest import DEMO, ROOT
 from test_commands import files_in, run
 
-from fiddler_opt.bench_machine import averages
+from fiddler_opt.bench_machine import QUICK as QUICK_EFFORT
+from fiddler_opt.bench_machine import MachineBench, averages
+from fiddler_opt.bench_timing import LEAST_US, Stopwatch, Timing
 from fiddler_opt.machine import MachineProfile
+from fiddler_opt.model import ModelSpec
 from fiddler_opt.routing import RoutingProfile
 from fiddler_opt.trace_routing import RoutingTrace
 from fiddler_run.host import num_cores
@@ -35,9 +40,34 @@ def test_rounds_are_averaged():
         "b": part({0.0: 14.0, 0.3: 8.0}, 3.0, 0.2),
         "c": part({0.0: 50.0}, 9.0, 0.0),
     }
-    tables, spread = averages(parts, {"a": 1, "b": 1, "c": 8})
+    tables, spread = averages(parts, {"a": ("experts", 1), "b": ("experts", 1), "c": ("experts", 8)})
     assert tables == {"absent_expert_us": {1: {0.0: 12.0, 0.3: 7.0}, 8: {0.0: 50.0}}, "device_expert_us": {1: 2.5, 8: 9.0}}
     assert spread["absent_expert_us"] == {1: 0.15, 8: 0.0}
+
+
+def test_a_bench_leaves_no_memory_behind():
+    """Gigabytes, which the model that is loaded next may need."""
+    bench = MachineBench(ModelSpec.load(str(DEMO)), QUICK_EFFORT, None)
+    assert list(bench.parts)[:3] == ["host", "device", "threads"]
+    experts, alive = bench._experts, weakref.ref(bench)
+    arena = weakref.ref(experts.host)
+    del bench, experts
+    assert alive() is None
+    assert arena() is None
+
+
+def test_differences_do_not_vanish():
+    much, little = Timing(10.0, 0.1), Timing(1.0, 0.2)
+    assert much - little == Timing(9.0, 1.0 / 9.0)
+    assert (little - much).us == LEAST_US
+    assert ((little - much) / 5).us == LEAST_US
+
+
+def test_what_measures_itself():
+    rounds = iter([[1000.0], *([9.0, 10.0, 11.0] for _ in range(100))])  # the first one warms up
+    timing = Stopwatch(torch.device("cpu"), 0.0).gather(lambda: next(rounds))
+    assert timing.us == 10.0
+    assert 0 < timing.spread <= 0.1
 
 
 def start(folder: Path) -> subprocess.Popen:

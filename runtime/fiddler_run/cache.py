@@ -1,4 +1,4 @@
-"""The KV cache: memory for the plan's context, taken once, at the first token, and used by every generation.
+"""The KV cache: memory for the plan's context, taken once and used by every generation.
 
 transformers' own default grows by copying everything at each token, and needs room for both copies meanwhile.
 """
@@ -9,46 +9,44 @@ from transformers.cache_utils import DynamicLayer
 
 
 class KeyValueCache(DynamicCache):
-    """A DynamicCache whose layers stay where they are: they hand out views. `reset()` it before each generation."""
+    """A DynamicCache whose keys and values stay where they are. `reset()` it before each generation."""
 
-    def __init__(self, num_layers: int, max_tokens: int):
-        """
-        Args:
-            num_layers: of the model.
-            max_tokens: that a sequence can have.
-        """
-        Cache.__init__(self, layers=[_Layer(max_tokens) for _ in range(num_layers)])
+    def __init__(
+        self,
+        num_layers: int,
+        sequences: int,
+        num_heads: int,
+        max_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        """There is room for so many `sequences` of `max_tokens`; more are kept as transformers does."""
+        # One tensor: of many, PyTorch's allocator would leave gaps between. In inference mode it could not be written to outside.
+        with torch.inference_mode(False):
+            memory = torch.empty((num_layers, 2, sequences, num_heads, max_tokens, head_dim), dtype=dtype, device=device)
+        Cache.__init__(self, layers=[_Layer(*of_layer) for of_layer in memory])
 
 
 class _Layer(DynamicLayer):
-    """`keys` and `values` [sequences, heads, tokens so far, head_dim] are views of the memory."""
+    """`keys` and `values` [sequences, heads, tokens so far, head_dim] are views of the memory, as long as that has room."""
 
-    def __init__(self, max_tokens: int):
+    def __init__(self, *memory: torch.Tensor):
         super().__init__()
-        self._max_tokens = max_tokens
-        self._memory: tuple[torch.Tensor, ...] = ()
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        sequences, heads, _, head_dim = key_states.shape
-        if not self._memory or len(self._memory[0]) < sequences:
-            self._memory = ()  # before there are two
-            with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
-                self._memory = tuple(
-                    states.new_empty((sequences, heads, self._max_tokens, head_dim)) for states in (key_states, value_states)
-                )
-        self.keys, self.values = (memory[:sequences, :, :0] for memory in self._memory)
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self._memory = memory
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends [sequences, heads, new tokens, head_dim]; all that there is so far."""
+        sequences, _, tokens, _ = key_states.shape
+        start = self.get_seq_length()
+        room, _, stop_at, _ = self._memory[0].shape
+        if sequences > room or start + tokens > stop_at:
+            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        sequences, start = len(key_states), self.keys.shape[-2]
-        stop = start + key_states.shape[-2]
-        assert stop <= self._max_tokens, f"{stop} tokens in a cache for {self._max_tokens}: `check_length` lets none pass"
         for memory, new in zip(self._memory, (key_states, value_states), strict=True):
-            memory[:sequences, :, start:stop] = new
-        self.keys, self.values = (memory[:sequences, :, :stop] for memory in self._memory)
+            memory[:sequences, :, start : start + tokens] = new
+        self.keys, self.values = (memory[:sequences, :, : start + tokens] for memory in self._memory)
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -26,8 +26,10 @@ class DecodeStep:
         self._model, self._head, self._config = model.model, model.lm_head, model.config
         recorder, layers = Recorder(model.device), model.model.layers
         self._layers = [(layer, recorder.segment(_Before(layer)), recorder.segment(_After(layer))) for layer in layers]
-        # Hooks that someone has put on these would not be called.
-        self._taken_apart = [self._model, *layers, *(part for layer in layers for part in (layer.self_attn, layer.mlp))]
+        fixed = self._model.rotary_emb.rope_type == "default"  # others look at the positions
+        self._rotary = recorder.segment(self._model.rotary_emb) if fixed else self._model.rotary_emb
+        # Hooks that someone has put on these would not be called, by the step or by a recording.
+        self._hookable = [self._model, *(part for layer in layers for part in layer.modules() if part is not layer.mlp.experts)]
 
     def serves(self, arguments: dict) -> bool:
         """Whether a call of `forward` with these keyword arguments asks for such a step, and for its logits alone."""
@@ -41,7 +43,7 @@ class DecodeStep:
             and not any(_asked(arguments[name]) for name in arguments.keys() - HANDLED)
             and not any(_asked(getattr(self._config, name, None)) for name in MORE_OUTPUTS)
             and not self._model.training
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in self._taken_apart)
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in self._hookable)
         )
 
     def __call__(
@@ -57,7 +59,7 @@ class DecodeStep:
             config=config, inputs_embeds=states, attention_mask=attention_mask, past_key_values=cache, position_ids=position_ids
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, mixtral.eager_attention_forward)
-        rotary = self._model.rotary_emb(states, position_ids=position_ids)
+        rotary = self._rotary(states, position_ids)
         parts = [states]  # of the residual stream, to be added
         for layer, before, after in self._layers:
             attention = layer.self_attn

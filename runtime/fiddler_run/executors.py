@@ -155,7 +155,8 @@ class Executors:
                 table, num_blocks, len(calls), most_tokens, hidden_states, weights, self._block_neurons
             )
             self.timeline.end(*lane)
-        if cpu_output is not None and not self.cpu.finishes_alone:
+        # A kernel that waits for a disk could hold up a screen, or be ended for taking too long.
+        if cpu_output is not None and (not self.cpu.finishes_alone or any(call.expert.num_on_disk for call in calls)):
             self.finish_cpu()
         return self.kernels.add_up(results, cpu_output, self.mailbox.finished, self._jobs, hidden_states)
 

@@ -50,6 +50,8 @@ class StepClock(StoppingCriteria):
         self.steps: list[tuple[float, Traffic]] = []
 
     def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.is_cuda:  # as transformers does right after this
+            torch.cuda.current_stream(input_ids.device).synchronize()
         self.steps.append((time.perf_counter(), replace(self.traffic)))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -139,9 +141,6 @@ def generate_ids(model: DispatchedMixtral, ids: torch.Tensor, options: Options, 
     sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     chunk = model.plan.prefill_chunk_tokens
     arguments.setdefault("attention_mask", torch.ones_like(ids))
-    if model.config.sliding_window is None:  # else transformers' own keeps the window alone
-        model.cache.reset()
-        arguments["past_key_values"] = model.cache
     before, started = replace(model.executors.traffic), time.perf_counter()
     output = model.generate(
         ids,

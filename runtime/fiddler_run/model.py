@@ -56,13 +56,28 @@ class DispatchedMixtral(MixtralForCausalLM):
                 del experts._parameters[name]
             experts._is_hf_initialized = True  # nothing left to initialise
         self.lm_head.register_forward_pre_hook(_canonical_strides)
-        self._decode_step = None
+        self.cache: KeyValueCache | None = None
+        self._decode_step: DecodeStep | None = None
 
     @wraps(MixtralForCausalLM.forward)  # whose signature tells `generate()` what to pass
     def forward(self, *arguments, **named):
         if not arguments and self.decode_step.serves(named):
             return self.decode_step(**named)
         return super().forward(*arguments, **named)
+
+    def generate(self, inputs=None, generation_config=None, **arguments):
+        """As transformers', in the plan's cache unless the arguments ask for another, or for the cache itself as a result."""
+        config = generation_config or self.generation_config
+
+        def asked(name: str):
+            return arguments.get(name, getattr(config, name, None))
+
+        other = asked("cache_implementation") or asked("use_cache") is False or asked("return_dict_in_generate")
+        window = self.config.sliding_window is not None  # of which transformers' own cache keeps no more
+        if self.cache is not None and not other and not window and arguments.get("past_key_values") is None:
+            self.cache.reset()
+            arguments["past_key_values"] = self.cache
+        return super().generate(inputs, generation_config, **arguments)
 
     @property
     def decode_step(self) -> DecodeStep:
@@ -95,7 +110,15 @@ class DispatchedMixtral(MixtralForCausalLM):
         for layer, experts in enumerate(self.experts_modules()):
             places = store.resident[layer], store.absent[layer], plan.stream_share_at, self.executors, store.on_disk[layer]
             experts.dispatch = LayerDispatch(layer, *places)
-        self.cache = KeyValueCache(self.config.num_hidden_layers, plan.workload.max_seq_len)
+        self.make_cache(plan.workload.sequences, plan.workload.max_seq_len)
+
+    def make_cache(self, sequences: int, max_tokens: int) -> None:
+        config = self.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = config.num_key_value_heads
+        self.cache = KeyValueCache(
+            config.num_hidden_layers, sequences, heads, max_tokens, head_dim, dtype=self.dtype, device=self.device
+        )
 
     def move_embedding_to_host(self) -> None:
         """Leaves the embedding table in host memory, from which each step copies its rows."""

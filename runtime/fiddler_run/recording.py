@@ -20,6 +20,8 @@ class Recorder:
     def __init__(self, device: torch.device):
         self.active = device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.active else None
+        # One for all: cuBLAS keeps up to 32 MiB for each stream that it was ever used on.
+        self.stream = torch.cuda.Stream(device) if self.active else None
         self.kept: set[int] = set()  # addresses of recordings' inputs and outputs, which never change
 
     def segment(self, run: Callable[..., tuple[Tensor, ...] | Tensor]) -> Callable[..., tuple[Tensor, ...] | Tensor]:
@@ -54,15 +56,18 @@ class _Recording:
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = [tensor if tensor.data_ptr() in recorder.kept else tensor.clone() for tensor in inputs]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            recorder.stream.wait_stream(torch.cuda.current_stream())
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(recorder.stream):
                 for _ in range(WARM_UP_CALLS):
                     expected = run(*self._inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=recorder.pool, capture_error_mode="thread_local"):
-                self._outputs = run(*self._inputs)
+                recorder.stream.synchronize()
+                self._graph.capture_begin(recorder.pool, capture_error_mode="thread_local")
+                try:
+                    self._outputs = run(*self._inputs)
+                finally:
+                    self._graph.capture_end()
+            torch.cuda.current_stream().wait_stream(recorder.stream)
         for got, want in zip(_tensors(self(*inputs)), _tensors(expected), strict=True):
             if got.is_floating_point() and not (got - want).norm() <= TOLERANCE * want.norm():
                 raise RuntimeError("a replay differs from what was recorded")

@@ -10,11 +10,14 @@ from conftest import make_plan, random_plan
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from fiddler_opt import bench_timing
-from fiddler_opt.bench_machine import describe_device, measure_machine
+from fiddler_opt.bench_device import describe_device
+from fiddler_opt.bench_machine import Effort, MachineBench, measure_machine, release_gpu_memory
 from fiddler_opt.compiler import compile_plan
+from fiddler_opt.machine import Device
 from fiddler_opt.model import ModelSpec
+from fiddler_opt.problem import Budget
 from fiddler_opt.routing import Routing
+from fiddler_opt.unfinished import Unfinished
 from fiddler_run import load_model
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.errors import FiddlerError
@@ -22,10 +25,12 @@ from fiddler_run.executors import Executors
 from fiddler_run.generate import Options, generate
 from fiddler_run.kernels.pytorch import apply_blocks, block_views
 from fiddler_run.plan import Workload
+from fiddler_run.recording import Recorder
 from fiddler_run.timeline import Timeline
 from fiddler_run.transfer import StagingRing
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
+HASTY = Effort((1, 64, 1024), (1, 512), 1, 0.02, 0.1, 10**9)  # how precise the figures are does not matter here
 WIDE = {
     "hidden_size": 1024,
     "intermediate_size": 3584,
@@ -44,14 +49,17 @@ def used_bytes() -> int:
 
 
 @pytest.fixture(scope="module")
-def wide(random_checkpoint):
+def wide(random_checkpoint, tmp_path_factory):
     """A wider model (0.85 GB of experts in float32) and this machine's profile of it."""
     folder, _ = random_checkpoint(**WIDE)
     spec = ModelSpec.load(str(folder))
     torch.cuda.set_per_process_memory_fraction(1.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_timing, "SECONDS_PER_FIGURE", 0.02)  # how precise the figures are does not matter here
-        return folder, spec, measure_machine(spec, "test", lambda step: None)
+    bench = MachineBench(spec, HASTY, folder)
+    unfinished = Unfinished(tmp_path_factory.mktemp("profiles") / "wide.machine.yaml", bench.identity)
+    machine = measure_machine(bench, unfinished, "test", True, lambda name, finished: None)
+    del bench
+    release_gpu_memory()
+    return folder, spec, machine
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -62,8 +70,8 @@ def test_peak_memory_stays_under_the_plans_total(wide, beams, extra_mb):
     made = dict.fromkeys(("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "test")
     empty = 2**31 + extra_mb * 10**6
     torch.cuda.empty_cache()
-    machine = machine.model_copy(update={"device": describe_device(CUDA)})
-    plan = compile_plan(spec, machine, Routing.uniform(spec), workload, empty, made)
+    machine = machine.model_copy(update={"device": Device(**describe_device(CUDA))})
+    plan = compile_plan(spec, machine, Routing.uniform(spec), workload, Budget(empty), made)
     torch.cuda.reset_peak_memory_stats()
     model, tokenizer = load_model(plan, folder)
     measured = generate(model, tokenizer, "7 " * 300, Options(max_new_tokens=16, num_beams=beams), lambda text: None)
@@ -185,6 +193,48 @@ def test_no_kernel_is_compiled_during_decode(wide_bfloat16):
     ids = torch.randint(3, 700, (1, 20), device=CUDA)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, min_new_tokens=40, do_sample=False)
     assert [len(kernel.device_caches[0][0]) for kernel in (gpu._gate_up, gpu._down, gpu._add_up)] == variants
+
+
+@torch.inference_mode()
+def test_recordings_give_what_they_record():
+    """With new inputs each time, for each shape; results that are the next segment's inputs are not copied."""
+    torch.manual_seed(0)
+    first, second = (torch.randn(64, 64, device=CUDA) for _ in range(2))
+    recorder = Recorder(CUDA)
+    one = recorder.segment(lambda x: (x @ first, x.sum(dim=1)))
+    two = recorder.segment(lambda x, y: x @ second + y[:, None])
+    for rows in (1, 5, 1):
+        for _ in range(3):
+            states = torch.randn(rows, 64, device=CUDA)
+            expected = states @ first @ second + states.sum(dim=1)[:, None]
+            torch.testing.assert_close(two(*one(states)), expected, rtol=1e-3, atol=1e-2)
+    assert recorder.active
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(caplog):
+    recorder = Recorder(CUDA)
+    fine, waits = recorder.segment(lambda x: x + 1), recorder.segment(lambda x: x * x.sum().item())
+    states = torch.full((2,), 3.0, device=CUDA)
+    assert fine(states).tolist() == [4.0, 4.0]
+    assert waits(states).tolist() == [18.0, 18.0]
+    assert not recorder.active
+    assert "no CUDA graphs" in caplog.text
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert fine(states * 2).tolist() == [7.0, 7.0]
+    assert waits(states * 2).tolist() == [72.0, 72.0]
+
+
+def test_decode_is_recorded(wide_bfloat16, caplog):
+    """And gives the same tokens as the whole model does, step by step, however many sequences."""
+    model, _ = wide_bfloat16
+    for sequences in (1, 3):
+        ids = torch.randint(3, 700, (sequences, 20), generator=torch.Generator().manual_seed(1)).to(CUDA)
+        arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+        recorded = model.generate(ids, **arguments)
+        with model.model.layers[0].register_forward_hook(lambda *_: None):  # which only the whole model calls
+            whole = model.generate(ids, **arguments)
+        assert torch.equal(recorded, whole)
+    assert not caplog.text
 
 
 @pytest.fixture(scope="module")
