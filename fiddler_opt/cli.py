@@ -96,8 +96,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     explain = commands.add_parser("explain", help="say where a plan's bytes and milliseconds go, and why")
     explain.set_defaults(command=run_explain)
     explain.add_argument("plan", metavar="PLAN")
-    explain.add_argument("--machine", metavar="FILE", help="machine profile it was made from (default: where the plan says)")
-    explain.add_argument("--routing", metavar="FILE", help="routing profile it was made from (default: where the plan says)")
+    _add_sources(explain)
 
     check = commands.add_parser("check", help="say everything that keeps a plan from running here")
     check.set_defaults(command=run_check)
@@ -108,6 +107,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     diff.set_defaults(command=run_diff)
     diff.add_argument("first", metavar="PLAN")
     diff.add_argument("second", metavar="PLAN")
+
+    calibrate = commands.add_parser("calibrate", help="correct a machine profile by what a plan's run measured")
+    calibrate.set_defaults(command=run_calibrate)
+    calibrate.add_argument("plan", metavar="PLAN")
+    calibrate.add_argument("result", metavar="RESULT", help="what `fiddler-run --plan PLAN --bench --json RESULT` wrote")
+    _add_sources(calibrate)
+    calibrate.add_argument(
+        "-o", "--output", metavar="FILE", help="profile to write (default: profiles/OLD-calibrated.machine.yaml)"
+    )
 
     doctor = commands.add_parser("doctor", help="say what limits this machine, and what to do about it")
     doctor.set_defaults(command=run_doctor)
@@ -120,6 +128,11 @@ def _add_profiles_used(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--routing", metavar="FILE", help="routing profile (default: the model's in --profiles, else uniform routing)"
     )
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--machine", metavar="FILE", help="machine profile it was made from (default: where the plan says)")
+    parser.add_argument("--routing", metavar="FILE", help="routing profile it was made from (default: where the plan says)")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +206,23 @@ def run_explain(flags: argparse.Namespace, console: Console) -> None:
         console.print(f"note: what each expert is worth is left out: {error}", style="yellow")
         return
     print_worths(out, worths(problem.cost(routing), placement_of(plan)), plan.blocks_per_expert)
+
+
+def run_calibrate(flags: argparse.Namespace, console: Console) -> None:
+    from fiddler_opt.calibrate import Result, calibrate, print_calibration
+
+    path = shipped_file(flags.plan)
+    plan = Plan.load(path)
+    result = Result.load(flags.result, plan)
+    problem, routing = sources(plan, path, flags.machine, flags.routing)
+    old = Path(flags.machine or plan.provenance.machine).name.removesuffix(".machine.yaml")
+    output = Path(flags.output or f"profiles/{old}-calibrated.machine.yaml")
+    require_writable(output)
+    with console.status("solving"):
+        found = calibrate(plan, problem, routing, result, command_line())
+    found.machine.save(output)
+    print_calibration(console, plan, result, found, output)
+    print(output)
 
 
 def run_check(flags: argparse.Namespace, console: Console) -> None:

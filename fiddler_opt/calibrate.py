@@ -1,0 +1,198 @@
+"""Calibration: what a run measured, against the profile that its plan was made from; and whether another plan would now win.
+
+Rates of blocks are compared, not times: a run need not choose experts as the plan's routing expects.
+"""
+
+from dataclasses import dataclass, replace
+from datetime import date
+from math import log
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from rich.console import Console
+
+from fiddler_opt.compiler import choose_chunk, solve
+from fiddler_opt.cost import CostModel, Placement
+from fiddler_opt.explain import placement_of
+from fiddler_opt.machine import MachineProfile, Made, Times, seconds_at
+from fiddler_opt.problem import Problem
+from fiddler_opt.report import table
+from fiddler_opt.routing import Routing
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan import Plan, Provenance, interpolate
+from fiddler_run.yaml_file import read_text
+
+WORTH_IT = 0.02  # of the workload's time: plans closer than this are alike
+Part = Literal["absent", "resident", "dense", "head"]
+WORDS = {
+    "absent": "an expert in host memory",
+    "resident": "an expert in GPU memory",
+    "dense": "a layer without experts",
+    "head": "the rest of a step",
+}
+
+
+class _Lenient(BaseModel):
+    """Some keys of many."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class Phase(_Lenient):
+    ms: dict[str, float]
+    bytes_per_s: dict[str, PositiveFloat]
+    tokens_per_expert: PositiveFloat
+
+
+class Speeds(_Lenient):
+    prompt_tokens: PositiveInt
+    output_tokens: PositiveInt
+    ttft_s: PositiveFloat
+    decode_tokens_per_s: PositiveFloat
+
+
+class Result(_Lenient):
+    """What `fiddler-run --bench --json` writes, as far as it is needed here."""
+
+    plan: Provenance
+    num_beams: PositiveInt
+    batch_size: PositiveInt
+    measured: Speeds
+    prefill: Phase
+    decode: Phase
+
+    @classmethod
+    def load(cls, path: str | Path, plan: Plan) -> "Result":
+        """
+        Raises:
+            FiddlerError: the file cannot be read, is no such result, or another plan's.
+        """
+        try:
+            result = cls.model_validate_json(read_text(path))
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            told = f"{where}: {error.errors()[0]['msg']}" if where else "no JSON"
+            raise FiddlerError(f"{path}: not a result of `fiddler-run --bench --json` ({told})") from None
+        if result.plan != plan.provenance:
+            raise FiddlerError(f"{path}: the result of another plan; measure this one with `fiddler-run --plan ... --bench --json`")
+        return result
+
+
+@dataclass(frozen=True)
+class Term:
+    """A time of the profile at so many tokens, and what the run took for the same; microseconds."""
+
+    part: Part
+    tokens: float
+    profile_us: float
+    measured_us: float
+
+    @property
+    def factor(self) -> float:
+        return self.measured_us / self.profile_us
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`machine`: the profile with its times as `terms` found them; `now`: what the plan's placement takes by it, and `best` the
+    best one, seconds of the whole workload."""
+
+    terms: list[Term]
+    machine: MachineProfile
+    cost: CostModel
+    placement: Placement
+    best_s: float
+
+    @property
+    def now_s(self) -> float:
+        return self.cost.total_s(self.placement)
+
+    @property
+    def another_wins(self) -> bool:
+        return self.best_s < (1 - WORTH_IT) * self.now_s
+
+
+def calibrate(plan: Plan, problem: Problem, routing: Routing, result: Result, command: str) -> Calibration:
+    """`problem`, `routing`: what the plan was made from."""
+    terms = [term for term in compared(plan, problem.machine, result) if term.measured_us > 0]
+    machine = refitted(problem.machine, terms, command)
+    cost = replace(problem, machine=machine).cost(routing)
+    best = choose_chunk(problem.model, machine, routing, problem.workload, problem.budget)
+    solution, _ = solve(best, routing, robust=False, baseline=None, emit=None)
+    return Calibration(terms, machine, cost, placement_of(plan), solution.objective_s)
+
+
+def compared(plan: Plan, machine: MachineProfile, result: Result) -> list[Term]:
+    """Each time that the run shows, beside the profile's."""
+    expert_bytes, layers = plan.model.expert_bytes(plan.block_neurons), plan.model.num_layers
+    sequences, prompt = result.num_beams * result.batch_size, result.measured.prompt_tokens
+    chunks = -(-prompt // plan.prefill_chunk_tokens)
+    terms = []
+    for phase, passes, tokens in ((result.decode, 1, sequences), (result.prefill, chunks, prompt * sequences / chunks)):
+        scale = expert_bytes / machine.shape.expert_bytes
+        for part, times in (("absent", machine.best_absent_us), ("resident", machine.device_expert_us)):
+            if part in phase.bytes_per_s:
+                measured_us = expert_bytes / phase.bytes_per_s[part] / scale * 1e6
+                terms.append(Term(part, phase.tokens_per_expert, seconds_at(times, phase.tokens_per_expert) * 1e6, measured_us))
+        for part, times, count in (("dense", machine.dense_device_us, layers * passes), ("head", machine.head_us, passes)):
+            if part in phase.ms:
+                terms.append(Term(part, tokens, seconds_at(times, tokens) * 1e6, phase.ms[part] * 1e3 / count))
+    return terms
+
+
+def refitted(machine: MachineProfile, terms: list[Term], command: str) -> MachineProfile:
+    """The profile with each table multiplied by its terms' factors: between their tokens in proportion to the logarithm of those,
+    outside by the nearest."""
+
+    def factors(part: Part) -> dict[float, float]:
+        return {log(term.tokens): term.factor for term in terms if term.part == part} or {0.0: 1.0}
+
+    def fit(part: Part, times: Times) -> Times:
+        known = factors(part)
+        return {tokens: round(us * interpolate(known, log(tokens)), 1) for tokens, us in times.items()}
+
+    known = factors("absent")
+    absent = {
+        tokens: {share: round(us * interpolate(known, log(tokens)), 1) for share, us in row.items()}
+        for tokens, row in machine.absent_expert_us.items()
+    }
+    made = Made(command=command, created=date.today().isoformat(), software=machine.provenance.software)
+    return machine.model_copy(
+        update={
+            "absent_expert_us": absent,
+            "device_expert_us": fit("resident", machine.device_expert_us),
+            "dense_layer_us": fit("dense", machine.dense_layer_us),
+            "dense_device_us": fit("dense", machine.dense_device_us),
+            "head_us": fit("head", machine.head_us),
+            "provenance": made,
+        }
+    )
+
+
+def print_calibration(console: Console, plan: Plan, result: Result, found: Calibration, output: Path) -> None:
+    terms = table("microseconds", "tokens", "profile", "measured", "factor")
+    for term in found.terms:
+        cells = f"{term.tokens:.4g}", f"{term.profile_us:.1f}", f"{term.measured_us:.1f}", f"{term.factor:.2f}"
+        terms.add_row(WORDS[term.part], *cells)
+    console.print(terms)
+    cost, measured = found.cost, result.measured
+    rate = cost.decode_tokens_per_s(cost.decode_step_s(found.placement))
+    speeds = table("", "the plan predicted", "measured", "by the new profile")
+    of_plan = plan.predicted
+    speeds.add_row(
+        "decode", *(f"{each:.2f} tokens/s" for each in (of_plan.decode_tokens_per_s, measured.decode_tokens_per_s, rate))
+    )
+    speeds.add_row("first token", *(f"{each:.3f} s" for each in (of_plan.ttft_s, measured.ttft_s, cost.ttft_s(found.placement))))
+    console.print(speeds)
+    workload = plan.workload
+    if (measured.prompt_tokens, result.num_beams, result.batch_size) != (
+        workload.prompt_tokens,
+        workload.num_beams,
+        workload.batch_size,
+    ):
+        console.print("note: another workload than the plan's was measured", style="yellow")
+    if found.another_wins:
+        console.print(f"another plan would take {1 - found.best_s / found.now_s:.1%} less time: plan again with --machine {output}")
+    else:
+        console.print(f"no other plan would be faster by {WORTH_IT:.0%}: keep this one")
