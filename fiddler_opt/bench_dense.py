@@ -120,4 +120,9 @@ def _model_without_experts(spec: ModelSpec, num_layers: int, device: torch.devic
 def _generation(model: DispatchedMixtral, prompt_tokens: int, new_tokens: int) -> Callable[[], object]:
     ids = torch.zeros((1, prompt_tokens), dtype=torch.long, device=model.device)
     arguments = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+
+    def generate() -> None:
+        model.cache.reset()
+        model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=model.cache, **arguments)
+
+    return generate

@@ -197,3 +197,22 @@ def test_chat_template(models):
         tokenizer.chat_template = None
     expected = len(tokenizer("A story! Once upon a time", add_special_tokens=False)["input_ids"])
     assert measured.prompt_tokens == expected
+
+
+def test_long_prompts_are_cut_as_the_plan_says(models):
+    """By whoever calls `generate()`, unless it is told otherwise."""
+    dispatched, stock, tokenizer = models
+    encoded = tokenizer(TEXTS[0], return_tensors="pt").to(dispatched.device)
+    whole = dispatched.plan
+    dispatched.plan = whole.model_copy(update={"prefill_chunk_tokens": 4})
+    lengths = []
+    try:
+        with dispatched.model.layers[0].register_forward_hook(lambda layer, inputs, output: lengths.append(output.shape[1])):
+            for arguments in ({}, {"prefill_chunk_size": 5}):
+                output = dispatched.generate(**encoded, max_new_tokens=2, min_new_tokens=2, do_sample=False, **arguments)
+                assert torch.equal(output, stock.generate(**encoded, max_new_tokens=2, min_new_tokens=2, do_sample=False))
+    finally:
+        dispatched.plan = whole
+    tokens = encoded["input_ids"].shape[1]
+    chunks = [[size] * (tokens // size) + [tokens % size] * bool(tokens % size) for size in (4, 5)]
+    assert lengths == [*chunks[0], 1, *chunks[1], 1]

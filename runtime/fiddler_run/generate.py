@@ -139,14 +139,12 @@ def generate_ids(model: DispatchedMixtral, ids: torch.Tensor, options: Options, 
         torch.manual_seed(options.seed)
     clock = StepClock(model.executors.traffic)
     sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-    chunk = model.plan.prefill_chunk_tokens
     arguments.setdefault("attention_mask", torch.ones_like(ids))
     before, started = replace(model.executors.traffic), time.perf_counter()
     output = model.generate(
         ids,
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
-        prefill_chunk_size=chunk if ids.shape[1] > chunk else None,
         stopping_criteria=StoppingCriteriaList([clock]),
         **(sampling if options.temperature > 0 else {"do_sample": False}),
         **arguments,

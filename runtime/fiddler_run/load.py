@@ -31,8 +31,7 @@ def load_model(
 ) -> tuple[DispatchedMixtral, PreTrainedTokenizerBase | None]:
     """Loads a model and its tokenizer as a plan says.
 
-    The plan's GPU memory has room for prompts of `plan.prefill_chunk_tokens` at once; give longer ones to `generate()` with
-    `prefill_chunk_size=plan.prefill_chunk_tokens`.
+    The plan's GPU memory has room for prompts of `plan.prefill_chunk_tokens` at once; `generate()` cuts longer ones.
 
     Args:
         plan: a plan, or its file; `plans/demo.yaml` is found wherever the package is installed.

@@ -56,6 +56,7 @@ class DispatchedMixtral(MixtralForCausalLM):
                 del experts._parameters[name]
             experts._is_hf_initialized = True  # nothing left to initialise
         self.lm_head.register_forward_pre_hook(_canonical_strides)
+        self.plan: Plan | None = None
         self.cache: KeyValueCache | None = None
         self._decode_step: DecodeStep | None = None
 
@@ -66,17 +67,23 @@ class DispatchedMixtral(MixtralForCausalLM):
         return super().forward(*arguments, **named)
 
     def generate(self, inputs=None, generation_config=None, **arguments):
-        """As transformers', in the plan's cache unless the arguments ask for another, or for the cache itself as a result."""
-        config = generation_config or self.generation_config
+        """As transformers': in the plan's cache unless the arguments ask for another, or for the cache itself as a result; and in
+        chunks as the plan has memory for, unless they ask for others."""
+        if self.plan is None:
+            return super().generate(inputs, generation_config, **arguments)
+        config, ids = generation_config or self.generation_config, arguments.get("input_ids", inputs)
 
         def asked(name: str):
             return arguments.get(name, getattr(config, name, None))
 
-        other = asked("cache_implementation") or asked("use_cache") is False or asked("return_dict_in_generate")
-        window = self.config.sliding_window is not None  # of which transformers' own cache keeps no more
-        if self.cache is not None and not other and not window and arguments.get("past_key_values") is None:
+        own_cache = asked("cache_implementation") is None and asked("use_cache") is not False
+        own_cache = own_cache and not asked("return_dict_in_generate") and arguments.get("past_key_values") is None
+        if own_cache and self.config.sliding_window is None:  # of a window, transformers' own keeps no more
             self.cache.reset()
             arguments["past_key_values"] = self.cache
+        chunk = self.plan.prefill_chunk_tokens
+        if ids is not None and ids.shape[1] > chunk and asked("prefill_chunk_size") is None and asked("use_cache") is not False:
+            arguments["prefill_chunk_size"] = chunk
         return super().generate(inputs, generation_config, **arguments)
 
     @property
