@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 
@@ -29,7 +29,7 @@ from fiddler_run.host import available_memory_bytes, cpu_name, num_cores, num_ph
 @dataclass(frozen=True)
 class Effort:
     """How thorough: token counts, how many rounds, about how many seconds for a figure in each, the part of free host memory to
-    time in, and its limit. Rounds lie a minute or more apart: what slows a machine for a while meets one of them."""
+    time in, and its limit. Rounds lie a minute or more apart: what slows a machine for a while meets one of three."""
 
     tokens: tuple[int, ...]
     dense_tokens: tuple[int, ...]
@@ -39,7 +39,7 @@ class Effort:
     max_host_bytes: int
 
 
-THOROUGH = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), (1, 16, 128, 512, 2048), 2, 0.25, 0.75, 10**15)
+THOROUGH = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), (1, 16, 128, 512, 2048), 3, 0.2, 0.75, 10**15)
 EXPERTS, LAYERS = "experts", "layers without experts"
 QUICK = Effort((1, 4, 16, 64, 256, 1024), (1, 128, 512), 1, 0.1, 0.25, 8 * 10**9)
 
@@ -159,7 +159,7 @@ def measure_machine(
         on_part(name, finished)
         unfinished.part(name, measure if force else lambda name=name, measure=measure: undisturbed(name, measure))
     threads, host = parts["threads"], parts["host"]
-    tables, spread = averages(parts, bench.timed)
+    tables, spread = merged_rounds(parts, bench.timed)
     return MachineProfile(
         version=2,
         source="measured",
@@ -188,8 +188,8 @@ def release_gpu_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def averages(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> tuple[dict[str, dict], dict[str, dict]]:
-    """The rounds' mean microseconds, and mean spread, by table and tokens. What was not timed in each round is left out."""
+def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The rounds' median microseconds, and mean spread, by table and tokens. What was not timed in each round is left out."""
     rounds: dict[str, dict[int, list[dict]]] = {}
     spreads: dict[str, dict[int, list[float]]] = {}
     for part, (_, tokens) in timed.items():
@@ -198,12 +198,12 @@ def averages(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> tuple
             rounds.setdefault(table, {}).setdefault(tokens, []).append(by_share)
             spreads.setdefault(table, {}).setdefault(tokens, []).append(parts[part]["spread"][table])
 
-    def mean(several: list[dict]) -> dict | float:
+    def middle(several: list[dict]) -> dict | float:
         shares = [share for share in several[0] if all(share in by_share for by_share in several)]
-        means = {share: round(fmean(by_share[share] for by_share in several), 1) for share in shares}
-        return means.get(None, means)
+        medians = {share: round(median(by_share[share] for by_share in several), 1) for share in shares}
+        return medians.get(None, medians)
 
-    tables = {table: {tokens: mean(several) for tokens, several in found.items()} for table, found in rounds.items()}
+    tables = {table: {tokens: middle(several) for tokens, several in found.items()} for table, found in rounds.items()}
     spread = {table: {tokens: round(fmean(of), 3) for tokens, of in found.items()} for table, found in spreads.items()}
     return tables, spread
 

@@ -42,6 +42,8 @@ class _Lenient(BaseModel):
 class Phase(_Lenient):
     ms: dict[str, float]
     bytes_per_s: dict[str, PositiveFloat]
+    passes: PositiveFloat
+    tokens_per_pass: PositiveFloat
     tokens_per_expert: PositiveFloat
 
 
@@ -126,17 +128,19 @@ def calibrate(plan: Plan, problem: Problem, routing: Routing, result: Result, co
 def compared(plan: Plan, machine: MachineProfile, result: Result) -> list[Term]:
     """Each time that the run shows, beside the profile's."""
     expert_bytes, layers = plan.model.expert_bytes(plan.block_neurons), plan.model.num_layers
-    sequences, prompt = result.num_beams * result.batch_size, result.measured.prompt_tokens
-    chunks = -(-prompt // plan.prefill_chunk_tokens)
+    scale = expert_bytes / machine.shape.expert_bytes
     terms = []
-    for phase, passes, tokens in ((result.decode, 1, sequences), (result.prefill, chunks, prompt * sequences / chunks)):
-        scale = expert_bytes / machine.shape.expert_bytes
+    for phase in (result.decode, result.prefill):
         for part, times in (("absent", machine.best_absent_us), ("resident", machine.device_expert_us)):
             if part in phase.bytes_per_s:
                 measured_us = expert_bytes / phase.bytes_per_s[part] / scale * 1e6
                 terms.append(Term(part, phase.tokens_per_expert, seconds_at(times, phase.tokens_per_expert) * 1e6, measured_us))
-        for part, times, count in (("dense", machine.dense_device_us, layers * passes), ("head", machine.head_us, passes)):
+        for part, times, count in (
+            ("dense", machine.dense_device_us, layers * phase.passes),
+            ("head", machine.head_us, phase.passes),
+        ):
             if part in phase.ms:
+                tokens = phase.tokens_per_pass
                 terms.append(Term(part, tokens, seconds_at(times, tokens) * 1e6, phase.ms[part] * 1e3 / count))
     return terms
 

@@ -220,13 +220,16 @@ def absent_times(machine: MachineProfile, policy: Policy) -> Times:
 
 
 def workload_phases(workload: Workload, chunk_tokens: int) -> list[Phase]:
-    """Prefill in chunks (beam search runs the prompt once for every beam), then decode, always last."""
-    whole, rest = divmod(workload.prompt_tokens, chunk_tokens)
+    """Prefill in chunks, of each prompt once; for beams, its last token by itself, for each of them; then decode, always last."""
+    beams = workload.num_beams > 1
+    whole, rest = divmod(workload.prompt_tokens - beams, chunk_tokens)
     phases = []
     if whole:
-        phases.append(Phase("prefill", whole, chunk_tokens * workload.sequences))
+        phases.append(Phase("prefill", whole, chunk_tokens * workload.batch_size))
     if rest:
-        phases.append(Phase("prefill of the rest", 1, rest * workload.sequences))
+        phases.append(Phase("prefill of the rest", 1, rest * workload.batch_size))
+    if beams:
+        phases.append(Phase("prefill of the last token", 1, workload.sequences))
     return [*phases, Phase("decode", workload.output_tokens - 1, workload.sequences)]
 
 

@@ -57,18 +57,19 @@ def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, 
 
 
 def activation_bytes(model: ModelSpec, workload: Workload, chunk_tokens: int) -> int:
-    """Upper estimate of what one forward pass holds besides weights and cache, for a chunk of every sequence's prompt.
+    """Upper estimate of what one forward pass holds besides weights and cache: a chunk of each prompt, or a token of each sequence.
 
     Per token: about ten vectors of hidden size in the model's dtype (residual, norm, q, k, v, attention's output) and six in
     float32 (norm, sums of the dispatch), and for each expert it chose its input and the sum of that expert's blocks.
     Per token and block that the GPU computes at once: gate and up, their product, and the result, in float32.
-    Per sequence: the attention mask of the chunk, keys and values expanded to all heads, and the logits in float32 thrice.
+    Per prompt: the attention mask of the chunk. Per sequence: keys and values expanded to all heads, and the logits in float32
+    thrice.
     """
     shape, width = model.shape, DTYPE_BYTES[model.shape.dtype]
-    tokens = chunk_tokens * workload.sequences
+    tokens = max(chunk_tokens * workload.batch_size, workload.sequences)
     per_token = shape.hidden_size * (10 * width + 6 * 4 + shape.num_experts_per_tok * (width + 4))
     products = max(tokens, TOKEN_BLOCKS) * 4 * (4 * model.block_neurons + 2 * shape.hidden_size)
-    mask = chunk_tokens * workload.max_seq_len * width
+    masks = workload.batch_size * chunk_tokens * workload.max_seq_len * width
     expanded = 2 * workload.max_seq_len * model.num_attention_heads * model.head_dim * width
     logits = 3 * 4 * model.vocab_size
-    return int(ALLOCATOR_SLACK * (tokens * per_token + products + workload.sequences * (mask + expanded + logits)))
+    return int(ALLOCATOR_SLACK * (tokens * per_token + products + masks + workload.sequences * (expanded + logits)))

@@ -32,7 +32,8 @@ def test_figures_add_up():
         assert max(phase.at_work_ms.values()) <= sum(phase.ms.values())
         assert set(phase.bytes_per_s) >= {"link", "CPU", "absent"}
         assert all(rate > 0 for rate in phase.bytes_per_s.values())
-    assert result.decode.tokens_per_expert == 1
+    assert (result.prefill.passes, result.prefill.tokens_per_pass) == (1, 12)
+    assert (result.decode.passes, result.decode.tokens_per_pass, result.decode.tokens_per_expert) == (1, 1, 1)
     assert 1 < result.prefill.tokens_per_expert <= 12
     assert ("CPU" in result.bare_bytes_per_s) == (library() is not None)
     calls = {span.call for span in spans}
@@ -45,13 +46,15 @@ def test_batches_beams_and_chunks():
     plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6).model_copy(update={"prefill_chunk_tokens": 5})
     model, _ = load_model(plan, DEMO)
     result, spans = bench(model, prompt_tokens=12, output_tokens=4, num_beams=2, batch_size=2)
-    assert {span.call for span in spans} == set(range(6 * (3 + 3)))  # chunks and steps
+    assert {span.call for span in spans} == set(range(6 * (3 + 1 + 3)))  # chunks of all but the last token, that, and steps
+    assert (result.prefill.passes, result.prefill.tokens_per_pass) == (4, (2 * 11 + 4) / 4)
+    assert (result.decode.passes, result.decode.tokens_per_pass) == (1, 4)
     step_ms = sum(result.decode.ms.values())
     assert step_ms > 0
     assert result.measured.decode_tokens_per_s > 0
     assert 1 <= result.decode.tokens_per_expert <= 4
     needed = result.measured.prefill_traffic.needed_blocks / plan.blocks_per_expert
-    assert result.prefill.tokens_per_expert == pytest.approx(12 * 4 * 2 * 6 / needed)
+    assert result.prefill.tokens_per_expert == pytest.approx((2 * 11 + 4) * 2 * 6 / needed)
 
 
 def test_parts_of_the_time():

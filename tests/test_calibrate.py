@@ -45,6 +45,8 @@ def result_of(plan, prefill: dict[str, float], decode: dict[str, float]) -> Resu
                 "resident": rate("resident", MACHINE.device_expert_us),
                 "CPU": 1e9,
             },
+            passes=1,
+            tokens_per_pass=tokens,
             tokens_per_expert=per_expert,
         )
 

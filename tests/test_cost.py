@@ -26,9 +26,16 @@ def test_seconds_at():
 def test_phases():
     long = Workload(prompt_tokens=5000, output_tokens=100, num_beams=4, batch_size=1, max_seq_len=8192)
     assert [(p.name, p.steps, p.tokens) for p in workload_phases(long, 2048)] == [
-        ("prefill", 2, 8192),
-        ("prefill of the rest", 1, 4 * 904),
+        ("prefill", 2, 2048),
+        ("prefill of the rest", 1, 903),
+        ("prefill of the last token", 1, 4),
         ("decode", 99, 4),
+    ]
+    batch = long.model_copy(update={"num_beams": 1, "batch_size": 3})
+    assert [(p.name, p.steps, p.tokens) for p in workload_phases(batch, 2048)] == [
+        ("prefill", 2, 3 * 2048),
+        ("prefill of the rest", 1, 3 * 904),
+        ("decode", 99, 3),
     ]
 
 

@@ -216,3 +216,20 @@ def test_long_prompts_are_cut_as_the_plan_says(models):
     tokens = encoded["input_ids"].shape[1]
     chunks = [[size] * (tokens // size) + [tokens % size] * bool(tokens % size) for size in (4, 5)]
     assert lengths == [*chunks[0], 1, *chunks[1], 1]
+
+
+def test_beams_share_their_prompt(models):
+    """It passes the layers once, in the plan's chunks, and its last token for each beam; sampled continuations as well."""
+    dispatched, stock, tokenizer = models
+    encoded = tokenizer(TEXTS, return_tensors="pt", padding=True).to(dispatched.device)
+    prompts, tokens = encoded["input_ids"].shape
+    for arguments in ({"num_beams": 4, "do_sample": False}, {"num_return_sequences": 4, "do_sample": True}):
+        shapes = []
+        with dispatched.model.layers[0].register_forward_hook(
+            lambda layer, _, output, to=shapes: to.append(tuple(output.shape[:2]))
+        ):
+            torch.manual_seed(5)
+            output = dispatched.generate(**encoded, max_new_tokens=3, min_new_tokens=3, pad_token_id=2, **arguments)
+        assert shapes == [(prompts, tokens - 1), (4 * prompts, 1), (4 * prompts, 1), (4 * prompts, 1)]
+        torch.manual_seed(5)
+        assert torch.equal(output, stock.generate(**encoded, max_new_tokens=3, min_new_tokens=3, pad_token_id=2, **arguments))

@@ -70,9 +70,12 @@ def test_more_memory_is_predicted_no_slower(model, machine):
     assert rates[0] < rates[-1]
 
 
-def test_more_beams_take_more_memory(model):
-    beams = WORKLOAD.model_copy(update={"num_beams": 4})
-    assert activation_bytes(model, beams, 2048) > 3 * activation_bytes(model, WORKLOAD, 2048)
+def test_more_sequences_take_more_memory(model):
+    """Beams less than prompts: their prompt passes once."""
+    one = activation_bytes(model, WORKLOAD, 2048)
+    beams, batch = (activation_bytes(model, WORKLOAD.model_copy(update={key: 4}), 2048) for key in ("num_beams", "batch_size"))
+    assert one < beams < 2 * one
+    assert batch > 3 * one
 
 
 def test_too_small_a_budget_says_what_is_needed(model, machine):

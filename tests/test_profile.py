@@ -16,7 +16,7 @@ from conftest import DEMO, ROOT
 from test_commands import files_in, run
 
 from fiddler_opt.bench_machine import QUICK as QUICK_EFFORT
-from fiddler_opt.bench_machine import MachineBench, averages
+from fiddler_opt.bench_machine import MachineBench, merged_rounds
 from fiddler_opt.bench_timing import LEAST_US, Stopwatch, Timing
 from fiddler_opt.machine import MachineProfile
 from fiddler_opt.model import ModelSpec
@@ -28,7 +28,7 @@ QUICK = ("profile", "--quick", "--force", "--model", DEMO)
 UNFINISHED = Path("profiles/.local.machine.yaml.unfinished")
 
 
-def test_rounds_are_averaged():
+def test_rounds_are_merged():
     def part(shares: dict, device: float, spread: float) -> dict:
         return {
             "times": {"absent_expert_us": shares, "device_expert_us": device},
@@ -38,11 +38,12 @@ def test_rounds_are_averaged():
     parts = {
         "a": part({0.0: 10.0, 0.3: 6.0, 1.0: 20.0}, 2.0, 0.1),
         "b": part({0.0: 14.0, 0.3: 8.0}, 3.0, 0.2),
-        "c": part({0.0: 50.0}, 9.0, 0.0),
+        "c": part({0.0: 90.0, 0.3: 7.0}, 2.5, 0.6),  # the machine was busy
+        "d": part({0.0: 50.0}, 9.0, 0.0),
     }
-    tables, spread = averages(parts, {"a": ("experts", 1), "b": ("experts", 1), "c": ("experts", 8)})
-    assert tables == {"absent_expert_us": {1: {0.0: 12.0, 0.3: 7.0}, 8: {0.0: 50.0}}, "device_expert_us": {1: 2.5, 8: 9.0}}
-    assert spread["absent_expert_us"] == {1: 0.15, 8: 0.0}
+    tables, spread = merged_rounds(parts, {**dict.fromkeys("abc", ("experts", 1)), "d": ("experts", 8)})
+    assert tables == {"absent_expert_us": {1: {0.0: 14.0, 0.3: 7.0}, 8: {0.0: 50.0}}, "device_expert_us": {1: 2.5, 8: 9.0}}
+    assert spread["absent_expert_us"] == {1: 0.3, 8: 0.0}
 
 
 def test_a_bench_leaves_no_memory_behind():

@@ -34,13 +34,15 @@ class PhaseTimes:
     Python.
     `bytes_per_s`: expert bytes that a part handled while at work (the link's time includes resident blocks that the same GPU
     kernel computes), and, as `absent`, that CPU and link together handled while either was.
-    `tokens_per_expert`: that called an expert at once, on average.
+    `passes`: through all layers, of `tokens_per_pass` each, on average; of these, `tokens_per_expert` called an expert at once.
     """
 
+    passes: float
+    tokens_per_pass: float
+    tokens_per_expert: float
     ms: dict[str, float]
     at_work_ms: dict[str, float]
     bytes_per_s: dict[str, float]
-    tokens_per_expert: float
 
 
 @dataclass(frozen=True)
@@ -87,17 +89,16 @@ def bench(
     finally:
         spans = timeline.stop()
     sequences, steps = num_beams * batch_size, traced - 1
-    chunks = -(-prompt_tokens // model.plan.prefill_chunk_tokens)
+    passes = (1 + max(span.call for span in spans)) // model.plan.model.num_layers - steps  # of the prompt
+    prompts = batch_size * prompt_tokens + sequences - batch_size  # beams have their last token each
     step_s = batch_size / observed.decode_tokens_per_s
     result = BenchResult(
         num_beams=num_beams,
         batch_size=batch_size,
         first=first,
         measured=measured,
-        prefill=_phase(
-            model.plan, spans, slice(0, chunks), observed.ttft_s, observed.prefill_traffic, prompt_tokens * sequences, 1
-        ),
-        decode=_phase(model.plan, spans, slice(chunks, None), step_s, observed.traffic, steps * sequences, steps),
+        prefill=_phase(model.plan, spans, slice(0, passes), observed.ttft_s, observed.prefill_traffic, prompts, 1),
+        decode=_phase(model.plan, spans, slice(passes, None), step_s, observed.traffic, steps * sequences, steps),
         bare_bytes_per_s=_bare_rates(model),
         peak_gpu_bytes=measured.peak_gpu_bytes,
         used_gpu_bytes=_used_gpu_bytes(model.device),
@@ -130,7 +131,8 @@ def _phase(plan: Plan, spans: list[Span], passes: slice, whole_s: float, traffic
     last = 1 + max(span.call for span in spans)
     first, stop, _ = passes.indices(last // layers)
     during = [span for span in spans if first * layers <= span.call < stop * layers]
-    at_work, ms = _at_work(during, layers * (stop - first) / parts), {}
+    passes = (stop - first) / parts
+    at_work, ms = _at_work(during, layers * passes), {}
     if at_work:
         of_layers = at_work.pop("layers")
         ms = {"absent": at_work.pop("absent")}
@@ -139,7 +141,7 @@ def _phase(plan: Plan, spans: list[Span], passes: slice, whole_s: float, traffic
         ms["head"] = max(0.0, whole_s * 1e3 - of_layers)
     calls = traffic.needed_blocks / plan.blocks_per_expert
     per_expert = tokens * plan.model.num_experts_per_tok * layers / calls
-    return PhaseTimes(ms, at_work, _rates(during, traffic, plan.block_bytes), per_expert)
+    return PhaseTimes(passes, tokens / parts / passes, per_expert, ms, at_work, _rates(during, traffic, plan.block_bytes))
 
 
 def _at_work(spans: list[Span], layers: float) -> dict[str, float]:

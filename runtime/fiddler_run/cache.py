@@ -27,6 +27,13 @@ class KeyValueCache(DynamicCache):
             memory = torch.empty((num_layers, 2, sequences, num_heads, max_tokens, head_dim), dtype=dtype, device=device)
         Cache.__init__(self, layers=[_Layer(*of_layer) for of_layer in memory])
 
+    def copy_sequences(self, copies: int) -> None:
+        """Puts so many copies of each sequence in its place."""
+        for layer in self.layers:
+            states = layer.keys.repeat_interleave(copies, dim=0), layer.values.repeat_interleave(copies, dim=0)
+            layer.reset()
+            layer.update(*states)
+
 
 class _Layer(DynamicLayer):
     """`keys` and `values` [sequences, heads, tokens so far, head_dim] are views of the memory, as long as that has room."""

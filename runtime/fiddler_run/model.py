@@ -76,15 +76,31 @@ class DispatchedMixtral(MixtralForCausalLM):
         def asked(name: str):
             return arguments.get(name, getattr(config, name, None))
 
-        own_cache = asked("cache_implementation") is None and asked("use_cache") is not False
-        own_cache = own_cache and not asked("return_dict_in_generate") and arguments.get("past_key_values") is None
-        if own_cache and self.config.sliding_window is None:  # of a window, transformers' own keeps no more
+        cached, chunk = asked("use_cache") is not False, self.plan.prefill_chunk_tokens
+        if cached and ids is not None and ids.shape[1] > chunk and asked("prefill_chunk_size") is None:
+            arguments["prefill_chunk_size"] = chunk
+        other_cache = (
+            asked("cache_implementation") or asked("return_dict_in_generate") or arguments.get("past_key_values") is not None
+        )
+        if cached and not other_cache and self.config.sliding_window is None:  # of a window, transformers' own keeps no more
             self.cache.reset()
             arguments["past_key_values"] = self.cache
-        chunk = self.plan.prefill_chunk_tokens
-        if ids is not None and ids.shape[1] > chunk and asked("prefill_chunk_size") is None and asked("use_cache") is not False:
-            arguments["prefill_chunk_size"] = chunk
+            copies = max(asked("num_beams") or 1, asked("num_return_sequences") or 1)
+            if copies > 1 and ids is not None and ids.shape[1] > 1:
+                self._prefill_once(ids, arguments.get("attention_mask"), copies, asked("prefill_chunk_size") or ids.shape[1])
         return super().generate(inputs, generation_config, **arguments)
+
+    @torch.no_grad()
+    def _prefill_once(self, ids: torch.Tensor, attention_mask: torch.Tensor | None, copies: int, chunk: int) -> None:
+        """Takes all but the last token of each prompt [sequences, tokens] into the cache, for so many continuations of each.
+        transformers would run the same prompt for every one of them."""
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        for start in range(0, ids.shape[1] - 1, chunk):
+            stop = min(start + chunk, ids.shape[1] - 1)
+            of_chunk = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
+            self.model(**of_chunk, attention_mask=mask[:, :stop], past_key_values=self.cache, use_cache=True)
+        self.cache.copy_sequences(copies)
 
     @property
     def decode_step(self) -> DecodeStep:
