@@ -67,34 +67,37 @@ class DispatchedMixtral(MixtralForCausalLM):
         return super().forward(*arguments, **named)
 
     def generate(self, inputs=None, generation_config=None, **arguments):
-        """As transformers': in the plan's cache unless the arguments ask for another, or for the cache itself as a result; and in
-        chunks as the plan has memory for, unless they ask for others."""
-        if self.plan is None:
-            return super().generate(inputs, generation_config, **arguments)
-        config, ids = generation_config or self.generation_config, arguments.get("input_ids", inputs)
+        """As transformers': in chunks as the plan has memory for, and in its cache, unless the arguments ask for others."""
+        if self.plan is not None:
+            self._follow_plan(arguments, inputs, generation_config or self.generation_config)
+        return super().generate(inputs, generation_config, **arguments)
+
+    def _follow_plan(self, arguments: dict, inputs: torch.Tensor | None, config) -> None:
+        """Adds to the arguments of `generate()`."""
 
         def asked(name: str):
             return arguments.get(name, getattr(config, name, None))
 
-        cached, chunk = asked("use_cache") is not False, self.plan.prefill_chunk_tokens
-        if cached and ids is not None and ids.shape[1] > chunk and asked("prefill_chunk_size") is None:
-            arguments["prefill_chunk_size"] = chunk
-        other_cache = (
-            asked("cache_implementation") or asked("return_dict_in_generate") or arguments.get("past_key_values") is not None
-        )
-        if cached and not other_cache and self.config.sliding_window is None:  # of a window, transformers' own keeps no more
-            self.cache.reset()
-            arguments["past_key_values"] = self.cache
-            copies = max(asked("num_beams") or 1, asked("num_return_sequences") or 1)
-            if copies > 1 and ids is not None and ids.shape[1] > 1:
-                self._prefill_once(ids, arguments.get("attention_mask"), copies, asked("prefill_chunk_size") or ids.shape[1])
-        return super().generate(inputs, generation_config, **arguments)
+        if asked("use_cache") is False:
+            return
+        ids, mask = arguments.get("input_ids", inputs), arguments.get("attention_mask")
+        if ids is not None and asked("prefill_chunk_size") is None and ids.shape[1] > self.plan.prefill_chunk_tokens:
+            arguments["prefill_chunk_size"] = self.plan.prefill_chunk_tokens
+        other_cache = arguments.get("past_key_values") is not None or asked("cache_implementation")
+        # One that is handed out must not be overwritten by the next generation; of a window, transformers keeps no more.
+        if other_cache or asked("return_dict_in_generate") or self.config.sliding_window is not None:
+            return
+        self.cache.reset()
+        arguments["past_key_values"] = self.cache
+        copies = max(asked("num_beams") or 1, asked("num_return_sequences") or 1)
+        usual = mask is not None and mask.dim() == 2 and not any(name in arguments for name in ("inputs_embeds", "position_ids"))
+        if copies > 1 and usual and ids is not None and ids.shape[1] > 1:
+            self._prefill_once(ids, mask, copies, asked("prefill_chunk_size") or ids.shape[1])
 
     @torch.no_grad()
-    def _prefill_once(self, ids: torch.Tensor, attention_mask: torch.Tensor | None, copies: int, chunk: int) -> None:
+    def _prefill_once(self, ids: torch.Tensor, mask: torch.Tensor, copies: int, chunk: int) -> None:
         """Takes all but the last token of each prompt [sequences, tokens] into the cache, for so many continuations of each.
         transformers would run the same prompt for every one of them."""
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         for start in range(0, ids.shape[1] - 1, chunk):
             stop = min(start + chunk, ids.shape[1] - 1)
