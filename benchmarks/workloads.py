@@ -70,9 +70,7 @@ def main() -> None:
                 write_whole(folder / "workloads.json", json.dumps([asdict(each) for each in rows], indent=1))
         except FiddlerError as error:  # too small for so many beams
             print(f"{gpu_mem}, {beams} beams: {error}", file=sys.stderr)
-        gc.collect()  # the last plan's model
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        forget()
     table = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells for row in rows)]
     write_whole(folder / "workloads.md", "".join(f"| {' | '.join(cells)} |\n" for cells in table))
     figure(rows).savefig(folder / "workloads.png", dpi=130)
@@ -85,7 +83,7 @@ def measured(flags: argparse.Namespace, model: ModelSpec, machine: MachineProfil
     middle = Workload(prompt_tokens=sorted(flags.prompts)[len(flags.prompts) // 2], output_tokens=max(flags.outputs), **work)
     budget = Budget(parse_bytes(gpu_mem, "--gpu-mem"))
     plan = compile_plan(model, machine, routing, middle, budget, MADE)
-    loaded, placement = load(plan, flags), placement_of(plan)
+    loaded, placement = load(plan, flags.model, flags.load_format), placement_of(plan)
 
     def generate(prompt: int, output: int) -> Measured:
         ids = torch.randint(3, loaded.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(prompt))
@@ -100,12 +98,20 @@ def measured(flags: argparse.Namespace, model: ModelSpec, machine: MachineProfil
         yield Row(gpu_mem, beams, prompt, output, *speeds, found.peak_gpu_bytes)
 
 
-def load(plan: Plan, flags: argparse.Namespace):
+def load(plan: Plan, name: str, load_format: str):
+    """The model `name`, of whose weights `load_format` decides."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.yaml"
-        name = name_in_plan(flags.model, path)
-        plan.model_copy(update={"model": plan.model.model_copy(update={"name": name})}).save(path)
-        return ModelLoader(path, load_format=flags.load_format).load()
+        named = plan.model.model_copy(update={"name": name_in_plan(name, path)})
+        plan.model_copy(update={"model": named}).save(path)
+        return ModelLoader(path, load_format=load_format).load()
+
+
+def forget() -> None:
+    """A model that nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def figure(rows: list[Row]):

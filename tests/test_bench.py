@@ -83,6 +83,7 @@ def test_rates_of_blocks_read_in_place():
     traffic = Traffic(resident_blocks=9, streamed_blocks=25, cpu_blocks=36)
     assert _rates(spans, traffic, block_bytes=10) == {"link": 250 / 5, "CPU": 360 / 6, "absent": 610 / 7}
     assert _rates([], traffic, block_bytes=10) == {}
+    assert _rates(spans[:1], traffic, block_bytes=10)["CPU"] == 450 / 6  # without a GPU it computes those too
 
 
 def test_a_timeline_that_is_off_keeps_nothing():

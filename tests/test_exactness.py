@@ -89,6 +89,19 @@ def test_one_executor_alone(executor, reference, device):
     assert model.executors.traffic.hit_rate == (1.0 if executor == "resident" else 0.0)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_where_nothing_is_streamed(seed, reference, device):
+    """Then a machine without a GPU computes all blocks, wherever they lie, in one job."""
+    plan = random_plan(demo_shape(), random.Random(100 + seed))
+    memory = plan.gpu_memory_bytes.model_copy(update={"staging": 0})
+    plan = plan.model_copy(update={"gpu_memory_bytes": memory, "stream_share": {1: 0.0}})
+    model, tokenizer = load_model(plan, DEMO)
+    assert model.executors.ring is None
+    encoded = tokenizer(TEXTS, return_tensors="pt", padding=True).to(device)
+    assert_same(model, reference, "unstreamed", encoded["input_ids"], encoded["attention_mask"], 32)
+    assert 0 < model.executors.traffic.hit_rate < 1
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -169,12 +169,13 @@ def _at_work(spans: list[Span], layers: float) -> dict[str, float]:
 
 def _rates(spans: list[Span], traffic: Traffic, block_bytes: int) -> dict[str, float]:
     link, cpu = ([span for span in spans if span.lane == lane] for lane in ("link", "CPU"))
-    alone = [] if any(span.name == "in place" for span in spans) else [span for span in spans if span.name == "resident"]
+    in_place, alone = (any(span.name == "in place" for span in spans), [span for span in spans if span.name == "resident"])
+    cpu_blocks = traffic.cpu_blocks + (0 if in_place or alone else traffic.resident_blocks)  # without a GPU, it does all
     handled = {
-        "resident": (traffic.resident_blocks, alone),
+        "resident": (traffic.resident_blocks, [] if in_place else alone),
         "link": (traffic.streamed_blocks, link),
-        "CPU": (traffic.cpu_blocks, cpu),
-        "absent": (traffic.streamed_blocks + traffic.cpu_blocks, link + cpu),
+        "CPU": (cpu_blocks, cpu),
+        "absent": (traffic.streamed_blocks + cpu_blocks, link + cpu),
     }
     return {
         name: blocks * block_bytes / _length_s(_union(during)) for name, (blocks, during) in handled.items() if blocks and during

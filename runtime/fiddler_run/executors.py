@@ -51,8 +51,9 @@ class Executors:
         self.ring = StagingRing(slots, 3 * block_neurons * hidden, dtype, device) if slots else None
         self.mailbox, self.timeline, self.traffic = Mailbox(device), Timeline(device), Traffic()
         self.kernels = _gpu_kernels(dtype, hidden, block_neurons) if on_gpu else None
-        # Without a GPU the CPU stands in for it, one step after the other.
+        # Without a GPU the CPU stands in for it, one step after the other; where nothing is ever streamed, in the same job.
         self._apply = apply_blocks if on_gpu else self.cpu.apply
+        self._cpu_does_all = not on_gpu and self.ring is None
         self._jobs, self._job_under_way = 0, False  # of the CPU
 
     def receive(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -83,6 +84,8 @@ class Executors:
         cpu_output = self._start_cpu(calls, host_states)
         if self.device.type == "cpu":  # one after the other
             self.finish_cpu()
+            if self._cpu_does_all and cpu_output is not None:
+                return cpu_output.to(hidden_states.dtype)
         most_tokens = max(len(call.rows) for call in calls)
         self.timeline.begin("host", "queue device work")
         if self.kernels and most_tokens <= self.kernels.MAX_TOKENS:
@@ -106,6 +109,8 @@ class Executors:
         """Starts the CPU on its blocks of all calls: where its result will be, or None if there are none."""
         for_cpu = []
         for call in calls:
+            if self._cpu_does_all and call.expert.num_resident:
+                for_cpu.append(CpuCall(call.expert.resident, call.rows, call.weights))
             if call.num_streamed < call.expert.num_absent:
                 for_cpu.append(CpuCall(call.expert.absent[call.num_streamed :], call.rows, call.weights))
         for call in calls:  # last: they are on their way from the disk meanwhile

@@ -1,0 +1,113 @@
+"""The plan against the rules of thumb, run: `python benchmarks/baselines.py --machine profiles/local.machine.yaml -o FOLDER`.
+
+Random weights choose experts evenly, so their routers are skewed: each expert's scores are scaled at random. The routing is
+recorded first, and every plan is made from it. With `--load-format safetensors` the routers stay as they are. Writes baselines.md.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+from workloads import MADE, forget, load
+
+from fiddler_opt.baselines import BASELINES
+from fiddler_opt.compiler import compile_plan
+from fiddler_opt.machine import MachineProfile
+from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
+from fiddler_opt.problem import Budget
+from fiddler_opt.routing import Routing
+from fiddler_opt.trace_routing import RoutingJob, RoutingRecorder, routing_profile
+from fiddler_opt.units import parse_bytes
+from fiddler_run.errors import FiddlerError
+from fiddler_run.generate import Options, generate_ids
+from fiddler_run.model import DispatchedMixtral
+from fiddler_run.plan import Plan, Workload
+from fiddler_run.yaml_file import write_whole
+
+RECORDED_PROMPTS, RECORDED_TOKENS = 6, 24
+COLUMNS = ("plan", "decode, tokens/s", "predicted", "", "first token, s", "predicted", "", "GPU hit rate", "predicted")
+
+
+def main() -> None:
+    flags = parse_arguments()
+    model, machine = ModelSpec.load(flags.model), MachineProfile.load(flags.machine)
+    work = {"num_beams": 1, "batch_size": 1, "max_seq_len": flags.prompt_tokens + flags.output_tokens}
+    workload = Workload(prompt_tokens=flags.prompt_tokens, output_tokens=flags.output_tokens, **work)
+
+    def plan_for(routing: Routing, baseline: str | None = None) -> Plan:
+        budget = Budget(parse_bytes(flags.gpu_mem, "--gpu-mem"))
+        return compile_plan(model, machine, routing, workload, budget, MADE, baseline=baseline)
+
+    def loaded(plan: Plan) -> DispatchedMixtral:
+        forget()  # the one before
+        found = load(plan, flags.model, flags.load_format)
+        if flags.load_format == "dummy":
+            skew_routers(found, flags.skew)
+        return found
+
+    routing = recorded(loaded(plan_for(Routing.uniform(model))), model, workload)
+    table = [COLUMNS, ("---",) * len(COLUMNS)]
+    for baseline in (None, *BASELINES):
+        try:
+            plan = plan_for(routing, baseline)
+        except FiddlerError as error:
+            print(f"{baseline}: {error}", file=sys.stderr)
+            continue
+        running = loaded(plan)
+        ids = random_ids(running, flags.prompt_tokens, seed=1000)
+        generate_ids(running, ids, Options(2), min_new_tokens=2, pad_token_id=0)  # what is done but once
+        _, found = generate_ids(running, ids, Options(flags.output_tokens), min_new_tokens=flags.output_tokens, pad_token_id=0)
+        del running
+        told = plan.predicted
+        speed = f"{found.decode_tokens_per_s:.2f}", f"{told.decode_tokens_per_s:.2f}"
+        first = f"{found.ttft_s:.3f}", f"{told.ttft_s:.3f}"
+        off = [
+            f"{of / by - 1:+.0%}" for of, by in ((found.decode_tokens_per_s, told.decode_tokens_per_s), (found.ttft_s, told.ttft_s))
+        ]
+        hits = f"{found.traffic.hit_rate:.1%}", f"{told.gpu_hit_rate:.1%}"
+        table.append((baseline or "solved", *speed, off[0], *first, off[1], *hits))
+        print(*table[-1], file=sys.stderr)
+    folder = Path(flags.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "baselines.md", "".join(f"| {' | '.join(cells)} |\n" for cells in table))
+
+
+def skew_routers(model: DispatchedMixtral, skew: float) -> None:
+    """Experts with larger scores, of either sign, are chosen more often."""
+    rng = random.Random(0)
+    for layer in model.model.layers:
+        weight = layer.mlp.gate.weight
+        scales = [0.2 + rng.random() ** skew for _ in range(len(weight))]
+        weight.mul_(torch.tensor(scales, dtype=weight.dtype, device=weight.device).unsqueeze(1))
+
+
+def recorded(model: DispatchedMixtral, spec: ModelSpec, workload: Workload) -> Routing:
+    prompts = [random_ids(model, RECORDED_TOKENS, seed)[0].tolist() for seed in range(RECORDED_PROMPTS)]
+    job = RoutingJob(spec.shape, {"random": prompts}, RECORDED_TOKENS, workload.max_seq_len)
+    recorder = RoutingRecorder(job)
+    for _ in recorder.run(model):
+        pass
+    return Routing.from_profile(routing_profile(recorder.trace(), spec.shape, "benchmark", RECORDED_TOKENS), spec, "recorded")
+
+
+def random_ids(model: DispatchedMixtral, tokens: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", required=True, metavar="FILE", help="machine profile")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or Hugging Face id (default: %(default)s)")
+    parser.add_argument("--load-format", default="dummy", choices=["dummy", "safetensors"], help="(default: %(default)s)")
+    parser.add_argument("--gpu-mem", default="24GB", metavar="SIZE", help="(default: %(default)s)")
+    parser.add_argument("--skew", type=float, default=2.0, metavar="POWER", help="of the routers (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
