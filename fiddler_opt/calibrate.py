@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from datetime import date
 from math import log
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from rich.console import Console
 
 from fiddler_opt.compiler import choose_chunk, solve
 from fiddler_opt.cost import CostModel, Placement
 from fiddler_opt.explain import placement_of
-from fiddler_opt.machine import MachineProfile, Made, Times, seconds_at
+from fiddler_opt.machine import MachineProfile, Made, seconds_at
 from fiddler_opt.problem import Problem
 from fiddler_opt.report import table
 from fiddler_opt.routing import Routing
@@ -24,6 +24,8 @@ from fiddler_run.plan import Plan, Provenance, interpolate
 from fiddler_run.yaml_file import read_text
 
 WORTH_IT = 0.02  # of the workload's time: plans closer than this are alike
+LEAST_US = 0.1  # what files can hold
+Measure = Annotated[float, Field(gt=0, lt=1e18)]
 Part = Literal["absent", "resident", "dense", "head"]
 WORDS = {
     "absent": "an expert in host memory",
@@ -40,18 +42,18 @@ class _Lenient(BaseModel):
 
 
 class Phase(_Lenient):
-    ms: dict[str, float]
-    bytes_per_s: dict[str, PositiveFloat]
-    passes: PositiveFloat
-    tokens_per_pass: PositiveFloat
-    tokens_per_expert: PositiveFloat
+    ms: dict[str, Annotated[float, Field(ge=0, lt=1e9)]]
+    bytes_per_s: dict[str, Annotated[float, Field(gt=1, lt=1e18)]]
+    passes: Measure
+    tokens_per_pass: Measure
+    tokens_per_expert: Measure
 
 
 class Speeds(_Lenient):
     prompt_tokens: PositiveInt
     output_tokens: PositiveInt
-    ttft_s: PositiveFloat
-    decode_tokens_per_s: PositiveFloat
+    ttft_s: Measure
+    decode_tokens_per_s: Measure
 
 
 class Result(_Lenient):
@@ -74,7 +76,7 @@ class Result(_Lenient):
             result = cls.model_validate_json(read_text(path))
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"]))
-            told = f"{where}: {error.errors()[0]['msg']}" if where else "no JSON"
+            told = f"{where}: {error.errors()[0]['msg']}" if where else "no JSON object"
             raise FiddlerError(f"{path}: not a result of `fiddler-run --bench --json` ({told})") from None
         if result.plan != plan.provenance:
             raise FiddlerError(f"{path}: the result of another plan; measure this one with `fiddler-run --plan ... --bench --json`")
@@ -116,8 +118,16 @@ class Calibration:
 
 
 def calibrate(plan: Plan, problem: Problem, routing: Routing, result: Result, command: str) -> Calibration:
-    """`problem`, `routing`: what the plan was made from."""
-    terms = [term for term in compared(plan, problem.machine, result) if term.measured_us > 0]
+    """`problem`, `routing`: what the plan was made from.
+
+    Raises:
+        FiddlerError: the plan does not use what the profile timed.
+    """
+    if plan.provenance.status.startswith("not solved"):
+        raise FiddlerError("the plan of a rule of thumb is not run as the profile's best; calibrate with one that was solved")
+    if plan.gpu_memory_bytes.total == 0 and problem.machine.device.kind == "cuda":
+        raise FiddlerError("the plan makes no use of the GPU that its profile timed; calibrate with one that does")
+    terms = [term for term in compared(plan, problem, result) if term.measured_us > 0]
     machine = refitted(problem.machine, terms, command)
     cost = replace(problem, machine=machine).cost(routing)
     best = choose_chunk(problem.model, machine, routing, problem.workload, problem.budget)
@@ -125,23 +135,26 @@ def calibrate(plan: Plan, problem: Problem, routing: Routing, result: Result, co
     return Calibration(terms, machine, cost, placement_of(plan), solution.objective_s)
 
 
-def compared(plan: Plan, machine: MachineProfile, result: Result) -> list[Term]:
-    """Each time that the run shows, beside the profile's."""
-    expert_bytes, layers = plan.model.expert_bytes(plan.block_neurons), plan.model.num_layers
-    scale = expert_bytes / machine.shape.expert_bytes
-    terms = []
+def compared(plan: Plan, problem: Problem, result: Result) -> list[Term]:
+    """Each time that the run shows beside the profile's, for the profile's own shape; decode's first."""
+    model, machine, terms = problem.model, problem.machine, []
+    timed = machine.shape
     for phase in (result.decode, result.prefill):
+        tokens = phase.tokens_per_pass
         for part, times in (("absent", machine.best_absent_us), ("resident", machine.device_expert_us)):
-            if part in phase.bytes_per_s:
-                measured_us = expert_bytes / phase.bytes_per_s[part] / scale * 1e6
+            # What lies on disk is part of that rate, but no part of that time.
+            if part in phase.bytes_per_s and not (part == "absent" and plan.disk_bytes):
+                measured_us = timed.expert_bytes / phase.bytes_per_s[part] * 1e6
                 terms.append(Term(part, phase.tokens_per_expert, seconds_at(times, phase.tokens_per_expert) * 1e6, measured_us))
-        for part, times, count in (
-            ("dense", machine.dense_device_us, layers * phase.passes),
-            ("head", machine.head_us, phase.passes),
-        ):
-            if part in phase.ms:
-                tokens = phase.tokens_per_pass
-                terms.append(Term(part, tokens, seconds_at(times, tokens) * 1e6, phase.ms[part] * 1e3 / count))
+        if "dense" in phase.ms:
+            of_a_layer = phase.ms["dense"] * 1e3 / (phase.passes * model.shape.num_layers)
+            measured_us = of_a_layer * timed.dense_layer_bytes / model.dense_layer_bytes
+            terms.append(Term("dense", tokens, seconds_at(machine.dense_device_us, tokens) * 1e6, measured_us))
+        if "head" in phase.ms:
+            with_embedding = plan.host_memory_bytes.embedding and machine.host_embedding_us
+            embedding_us = seconds_at(machine.host_embedding_us, tokens) * 1e6 if with_embedding else 0.0
+            measured_us = (phase.ms["head"] * 1e3 / phase.passes - embedding_us) * timed.head_bytes / model.head_bytes
+            terms.append(Term("head", tokens, seconds_at(machine.head_us, tokens) * 1e6, measured_us))
     return terms
 
 
@@ -150,26 +163,27 @@ def refitted(machine: MachineProfile, terms: list[Term], command: str) -> Machin
     outside by the nearest."""
 
     def factors(part: Part) -> dict[float, float]:
-        return {log(term.tokens): term.factor for term in terms if term.part == part} or {0.0: 1.0}
+        return {log(term.tokens): term.factor for term in reversed(terms) if term.part == part} or {0.0: 1.0}
 
-    def fit(part: Part, times: Times) -> Times:
-        known = factors(part)
-        return {tokens: round(us * interpolate(known, log(tokens)), 1) for tokens, us in times.items()}
+    def fit(factors: dict[float, float], times: dict) -> dict:
+        return {tokens: max(LEAST_US, round(us * interpolate(factors, log(tokens)), 1)) for tokens, us in times.items()}
 
-    known = factors("absent")
-    absent = {
-        tokens: {share: round(us * interpolate(known, log(tokens)), 1) for share, us in row.items()}
+    absent, dense = factors("absent"), factors("dense")
+    # Decode need not show a rate of resident blocks by themselves: then it is left alone. Without a GPU there is but one rate.
+    resident = {0.0: 1.0} | factors("resident") if machine.device.kind == "cuda" else absent
+    by_share: dict[int, dict[float, float]] = {
+        tokens: {share: fit(absent, {tokens: us})[tokens] for share, us in row.items()}
         for tokens, row in machine.absent_expert_us.items()
     }
-    made = Made(command=command, created=date.today().isoformat(), software=machine.provenance.software)
     return machine.model_copy(
         update={
-            "absent_expert_us": absent,
-            "device_expert_us": fit("resident", machine.device_expert_us),
-            "dense_layer_us": fit("dense", machine.dense_layer_us),
-            "dense_device_us": fit("dense", machine.dense_device_us),
-            "head_us": fit("head", machine.head_us),
-            "provenance": made,
+            "source": "measured",
+            "absent_expert_us": by_share,
+            "device_expert_us": fit(resident, machine.device_expert_us),
+            "dense_layer_us": fit(dense, machine.dense_layer_us),
+            "dense_device_us": fit(dense, machine.dense_device_us),
+            "head_us": fit(factors("head"), machine.head_us),
+            "provenance": Made(command=command, created=date.today().isoformat(), software=machine.provenance.software),
         }
     )
 

@@ -43,7 +43,9 @@ def test_figures_add_up():
 
 
 def test_batches_beams_and_chunks():
-    plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6).model_copy(update={"prefill_chunk_tokens": 5})
+    plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6)
+    workload = plan.workload.model_copy(update={"num_beams": 2, "batch_size": 2})
+    plan = plan.model_copy(update={"prefill_chunk_tokens": 5, "workload": workload})
     model, _ = load_model(plan, DEMO)
     result, spans = bench(model, prompt_tokens=12, output_tokens=4, num_beams=2, batch_size=2)
     assert {span.call for span in spans} == set(range(6 * (3 + 1 + 3)))  # chunks of all but the last token, that, and steps
@@ -139,7 +141,7 @@ def test_without_a_checkpoint(tmp_path):
 
 
 def test_refused_before_the_long_work(tmp_path):
-    plan = edited_plan(tmp_path)
+    plan = edited_plan(tmp_path, device="cuda")
     (tmp_path / "file").write_text("kept")
     before = files_in(tmp_path)
     for flags, words in (

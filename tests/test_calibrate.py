@@ -12,6 +12,7 @@ from fiddler_opt.compiler import compile_plan
 from fiddler_opt.machine import MachineProfile, seconds_at
 from fiddler_opt.problem import Budget, Problem
 from fiddler_opt.routing import Routing
+from fiddler_run.errors import FiddlerError
 from fiddler_run.plan import Workload
 
 WORKLOAD = Workload(prompt_tokens=12, output_tokens=20, num_beams=1, batch_size=1, max_seq_len=64)
@@ -103,6 +104,54 @@ def test_parts_that_a_run_did_not_show_are_left_alone(problem):
     assert found.machine.absent_expert_us == MACHINE.absent_expert_us
 
 
+def test_a_profile_of_another_shape():
+    """Times grow with bytes: what a run of wide layers took says what the profile's narrow ones would."""
+    wide = small_model(num_layers=2, num_experts=4, hidden_size=128, vocab_size=200)
+    plan = compile_plan(wide, MACHINE, ROUTING, WORKLOAD, BUDGET, MADE)
+    problem = Problem(wide, MACHINE, WORKLOAD, BUDGET, plan.prefill_chunk_tokens)
+    scale = wide.dense_layer_bytes / MODEL.dense_layer_bytes, wide.head_bytes / MODEL.head_bytes
+    as_predicted = result_of(plan, *[{"dense": scale[0], "head": scale[1]}] * 2)
+    found = calibrate(plan, problem, ROUTING, as_predicted, "test")
+    assert [term.factor for term in found.terms] == pytest.approx([1.0] * 8)
+
+
+def test_without_a_gpu_one_rate_holds_for_all_blocks():
+    machine = machine_profile(MODEL, device=80.0, absent=80.0, dense=12.0, head=3.0, kind="host")
+    plan = compile_plan(MODEL, machine, ROUTING, WORKLOAD, BUDGET, MADE)
+    problem = Problem(MODEL, machine, WORKLOAD, BUDGET, plan.prefill_chunk_tokens)
+    shown = result_of(plan, {"absent": 3.0}, {"absent": 3.0})
+    phases = {
+        name: phase.model_copy(update={"bytes_per_s": {"absent": phase.bytes_per_s["absent"]}})
+        for name, phase in (("prefill", shown.prefill), ("decode", shown.decode))
+    }
+    found = calibrate(plan, problem, ROUTING, shown.model_copy(update=phases), "test").machine
+    assert found.device_expert_us == {tokens: pytest.approx(3 * us) for tokens, us in machine.device_expert_us.items()}
+
+
+def test_what_a_run_cannot_correct(problem):
+    plan, made_from = problem
+    by_rule = compile_plan(MODEL, MACHINE, ROUTING, WORKLOAD, BUDGET, MADE, baseline="cpu")
+    with pytest.raises(FiddlerError, match="a rule of thumb"):
+        calibrate(by_rule, made_from, ROUTING, result_of(by_rule, {}, {}), "test")
+    none = Budget(0)
+    cpu = compile_plan(MODEL, MACHINE, ROUTING, WORKLOAD, none, MADE)
+    with pytest.raises(FiddlerError, match="no use of the GPU"):
+        calibrate(cpu, replace(made_from, budget=none), ROUTING, result_of(cpu, {}, {}), "test")
+
+
+def test_a_corrected_profile_can_be_read(problem, tmp_path):
+    """Data sheets that were corrected by a run are measured; nothing takes no time."""
+    plan, made_from = problem
+    paper = MACHINE.model_copy(update={"source": "data sheet"})
+    tiny = {"absent": 1e-4, "resident": 1e-4, "dense": 1e-4, "head": 1e-4}
+    found = calibrate(plan, replace(made_from, machine=paper), ROUTING, result_of(plan, tiny, tiny), "test")
+    found.machine.save(tmp_path / "x.machine.yaml")
+    read = MachineProfile.load(tmp_path / "x.machine.yaml")
+    assert read == found.machine
+    assert read.source == "measured"
+    assert min(read.head_us.values()) == 0.1
+
+
 def test_the_command(tmp_path):
     measured = run("fiddler-run", "--plan", SHIPPED_PLAN, "--bench", "--max-new-tokens", 6, "--json", "b.json", cwd=tmp_path)
     assert measured.returncode == 0, measured.stderr
@@ -117,7 +166,8 @@ def test_the_command(tmp_path):
 
     figures = json.loads((tmp_path / "b.json").read_text())
     for file, content, words in (
-        ("no.json", "{", "no.json: not a result of `fiddler-run --bench --json` (no JSON"),
+        ("no.json", "{", "no.json: not a result of `fiddler-run --bench --json` (no JSON object"),
+        ("list.json", "[]", "(no JSON object)"),
         ("part.json", json.dumps({"plan": figures["plan"]}), "(num_beams: Field required)"),
         ("nan.json", json.dumps(figures | {"measured": {**figures["measured"], "ttft_s": float("nan")}}), "(measured.ttft_s: "),
         ("other.json", json.dumps(figures | {"plan": {**figures["plan"], "created": "2020-01-01"}}), "the result of another plan"),

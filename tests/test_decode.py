@@ -9,6 +9,7 @@ from transformers import DynamicCache, MixtralForCausalLM, StaticCache
 
 from fiddler_run import load_model
 from fiddler_run.cache import KeyValueCache
+from fiddler_run.decode import DecodeStep
 
 TEXTS = ["Once upon a time there was a kind bear", "3 + 4 ="]
 
@@ -43,12 +44,15 @@ def by_hand(model, forward, encoded, cache, steps: int = 6) -> list[torch.Tensor
 @pytest.mark.parametrize("padded", [False, True], ids=["single", "left-padded"])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "ours"])
 @torch.no_grad()
-def test_equal_to_the_whole_model(dispatched, kind, padded, device):
+def test_equal_to_the_whole_model(dispatched, kind, padded, device, monkeypatch):
     """Logits that a caller keeps are not overwritten by later steps."""
     model, tokenizer = dispatched
+    steps, step_forward = [], DecodeStep.__call__
+    monkeypatch.setattr(DecodeStep, "__call__", lambda self, **named: steps.append(1) or step_forward(self, **named))
     encoded = tokenizer(TEXTS if padded else TEXTS[:1], return_tensors="pt", padding=True).to(device)
     make_cache = caches(model)[kind]
     step = by_hand(model, type(model).forward, encoded, make_cache())
+    assert len(steps) == 5  # all but the prompt
     whole = by_hand(model, MixtralForCausalLM.forward, encoded, make_cache())
     assert all(torch.equal(*pair) for pair in zip(step, whole, strict=True))
 
@@ -138,6 +142,20 @@ def test_more_than_the_cache_has_room_for(more):
         )
 
 
+def test_cropped_after_there_was_no_room():
+    """As assisted decoding does with tokens that it takes back."""
+    cache, dynamic = small_cache(), DynamicCache()
+    for states in (PROMPT, PROMPT[:, :, :1], PROMPT):
+        cache.update(states, -states, 0)
+        dynamic.update(states, -states, 0)
+    for each in (cache, dynamic):
+        each.layers[0].crop(-2)
+    states = PROMPT[:, :, :1] + 100
+    assert all(
+        torch.equal(*pair) for pair in zip(cache.update(states, -states, 0), dynamic.update(states, -states, 0), strict=True)
+    )
+
+
 def test_one_token_too_many():
     cache, dynamic = small_cache(), DynamicCache()
     for states in (PROMPT, PROMPT, PROMPT[:, :, :1], PROMPT):
@@ -153,10 +171,7 @@ def test_generations_share_the_cache(dispatched, device):
     first = model.generate(ids, max_new_tokens=12, do_sample=False)
     assert model.cache.get_seq_length() == ids.shape[1] + 11
     model.cache.reset()
-    for arguments in ({"return_dict_in_generate": True}, {"past_key_values": DynamicCache()}, {"cache_implementation": "static"}):
+    for arguments in ({"return_dict_in_generate": True}, {"past_key_values": DynamicCache()}, {"use_cache": False}):
         output = model.generate(ids, max_new_tokens=12, do_sample=False, **arguments)
-        assert (
-            torch.equal(output.sequences if "return_dict_in_generate" in arguments else output, first)
-            or "cache_implementation" in arguments
-        )
+        assert torch.equal(getattr(output, "sequences", output), first)
         assert model.cache.get_seq_length() == 0

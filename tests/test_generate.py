@@ -5,7 +5,15 @@ import random
 import pytest
 import torch
 from conftest import DEMO, demo_shape, random_plan
-from transformers import DynamicCache, MixtralForCausalLM, StaticCache, TextStreamer, pipeline
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    MixtralForCausalLM,
+    StaticCache,
+    TextStreamer,
+    pipeline,
+)
 
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
@@ -31,13 +39,14 @@ def models(device):
         {"cache_implementation": "static", "num_beams": 4},
         {"repetition_penalty": 1.3, "no_repeat_ngram_size": 4},
         {"prompt_lookup_num_tokens": 3},
+        {"assistant_early_exit": 3},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("padded", [False, True], ids=["single", "left-padded"])
 def test_ways_of_decoding(models, device, arguments, padded):
-    if padded and "prompt_lookup_num_tokens" in arguments:
-        pytest.skip("transformers offers prompt lookup for single sequences only")
+    if padded and ("prompt_lookup_num_tokens" in arguments or "assistant_early_exit" in arguments):
+        pytest.skip("transformers offers this for single sequences only")
     dispatched, stock, tokenizer = models
     encoded = tokenizer(TEXTS if padded else TEXTS[:1], return_tensors="pt", padding=True).to(device)
     outputs = []
@@ -154,6 +163,25 @@ def test_batches_and_beams(models, batch, beams):
     dispatched.plan = whole
 
 
+def test_other_ways_to_call_generate(models):
+    """Arguments by position; beams that only the model's own generation config asks for."""
+    dispatched, stock, tokenizer = models
+    encoded = tokenizer(TEXTS[0], return_tensors="pt").to(dispatched.device)
+    lengths, outputs = [], []
+    with dispatched.model.layers[0].register_forward_hook(lambda layer, _, output: lengths.append(output.shape[0])):
+        for model in (dispatched, stock):
+            model.generation_config.num_beams = 3
+            try:
+                config = GenerationConfig(max_new_tokens=4, pad_token_id=2)
+                outputs.append(
+                    model.generate(encoded["input_ids"], config, LogitsProcessorList(), attention_mask=encoded["attention_mask"])
+                )
+            finally:
+                model.generation_config.num_beams = None
+    assert torch.equal(*outputs)
+    assert lengths[0] == 1
+
+
 def test_seed(models):
     dispatched, _, tokenizer = models
 
@@ -213,7 +241,7 @@ def test_long_prompts_are_cut_as_the_plan_says(models):
                 assert torch.equal(output, stock.generate(**encoded, max_new_tokens=2, min_new_tokens=2, do_sample=False))
     finally:
         dispatched.plan = whole
-    tokens = encoded["input_ids"].shape[1]
+    tokens = encoded["input_ids"].shape[1]  # of one sequence, as planned
     chunks = [[size] * (tokens // size) + [tokens % size] * bool(tokens % size) for size in (4, 5)]
     assert lengths == [*chunks[0], 1, *chunks[1], 1]
 
@@ -233,3 +261,21 @@ def test_beams_share_their_prompt(models):
         assert shapes == [(prompts, tokens - 1), (4 * prompts, 1), (4 * prompts, 1), (4 * prompts, 1)]
         torch.manual_seed(5)
         assert torch.equal(output, stock.generate(**encoded, max_new_tokens=3, min_new_tokens=3, pad_token_id=2, **arguments))
+
+
+def test_more_rows_pass_in_smaller_chunks(models):
+    """So that no more tokens than planned are in the layers at once, where each beam takes the prompt by itself."""
+    dispatched, stock, tokenizer = models
+    encoded = tokenizer(TEXTS[:2], return_tensors="pt", padding=True).to(dispatched.device)
+    whole, sizes = dispatched.plan, []
+    dispatched.plan = whole.model_copy(update={"prefill_chunk_tokens": 12})
+    arguments = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "pad_token_id": 2}
+    try:
+        with dispatched.model.layers[0].register_forward_hook(lambda layer, _, output: sizes.append(output.shape[:2].numel())):
+            for more in ({}, {"num_beams": 2, "return_dict_in_generate": True}):
+                output = dispatched.generate(**encoded, **arguments, **more)
+                expected = stock.generate(**encoded, **arguments, **more)
+                assert torch.equal(getattr(output, "sequences", output), getattr(expected, "sequences", expected))
+    finally:
+        dispatched.plan = whole
+    assert max(sizes) == 12

@@ -25,7 +25,7 @@ Interval = tuple[float, float]  # seconds
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """What a decode step, or a whole prompt, spends its time on.
+    """What a decode step, or a whole prompt, spends its time on. Of a single layer, nothing is told.
 
     `ms`: milliseconds, together the whole time. `absent`: blocks in host memory or on disk were at work, on the CPU, over the link
     or, having arrived, on the device; `resident`: none of those, but resident ones; `dense`: the rest of the layers; `head`: the
@@ -33,7 +33,7 @@ class PhaseTimes:
     `at_work_ms`: how long each part was at work, at the same time as others; `idle`: none was in the layers, all waited for
     Python.
     `bytes_per_s`: expert bytes that a part handled while at work (the link's time includes resident blocks that the same GPU
-    kernel computes), and, as `absent`, that CPU and link together handled while either was.
+    kernel computes), and, as `absent`, that CPU and link together handled while those of `ms["absent"]` were.
     `passes`: through all layers, of `tokens_per_pass` each, on average; of these, `tokens_per_expert` called an expert at once.
     """
 
@@ -175,7 +175,7 @@ def _rates(spans: list[Span], traffic: Traffic, block_bytes: int) -> dict[str, f
         "resident": (traffic.resident_blocks, [] if in_place else alone),
         "link": (traffic.streamed_blocks, link),
         "CPU": (cpu_blocks, cpu),
-        "absent": (traffic.streamed_blocks + cpu_blocks, link + cpu),
+        "absent": (traffic.streamed_blocks + cpu_blocks, link + cpu + [span for span in spans if span.name == "streamed"]),
     }
     return {
         name: blocks * block_bytes / _length_s(_union(during)) for name, (blocks, during) in handled.items() if blocks and during

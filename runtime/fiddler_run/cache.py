@@ -47,7 +47,8 @@ class _Layer(DynamicLayer):
         sequences, _, tokens, _ = key_states.shape
         start = self.get_seq_length()
         room, _, stop_at, _ = self._memory[0].shape
-        if sequences > room or start + tokens > stop_at:
+        elsewhere = start > 0 and self.keys.data_ptr() != self._memory[0].data_ptr()  # since there was no room for some
+        if elsewhere or sequences > room or start + tokens > stop_at:
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -64,9 +65,3 @@ class _Layer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("its sequences are fixed; use transformers' own cache")
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise NotImplementedError("its sequences are fixed; use transformers' own cache")

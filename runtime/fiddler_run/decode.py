@@ -61,7 +61,7 @@ class DecodeStep:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, mixtral.eager_attention_forward)
         rotary = self._rotary(states, position_ids)
         parts = [states]  # of the residual stream, to be added
-        for layer, before, after in self._layers:
+        for layer, before, after in self._layers[: config.num_hidden_layers]:  # fewer where transformers exits early
             attention = layer.self_attn
             residual, query, key, value = before(*rotary, *parts)
             key, value = cache.update(key, value, attention.layer_idx)

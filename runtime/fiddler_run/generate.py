@@ -73,11 +73,13 @@ def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: i
     Raises:
         FiddlerError: it has not.
     """
+    beams, workload = options.num_beams, plan.workload
+    too_many = {"num-beams": beams * batch_size > workload.sequences, "batch-size": batch_size > workload.batch_size}
     for name, asked, planned in (
-        ("num-beams", options.num_beams, plan.workload.num_beams),
-        ("batch-size", batch_size, plan.workload.batch_size),
+        ("batch-size", batch_size, workload.batch_size),
+        ("num-beams", beams, workload.num_beams),
     ):
-        if asked > planned and options.num_beams * batch_size > plan.workload.sequences and plan.gpu_memory_bytes.total > 0:
+        if too_many[name] and plan.device == "cuda" and plan.gpu_memory_bytes.total > 0:
             raise FiddlerError(
                 f"--{name} {asked} needs more GPU memory than the plan gives to {planned}; plan again with --{name} {asked}"
             )

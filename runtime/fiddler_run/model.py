@@ -66,33 +66,39 @@ class DispatchedMixtral(MixtralForCausalLM):
             return self.decode_step(**named)
         return super().forward(*arguments, **named)
 
-    def generate(self, inputs=None, generation_config=None, **arguments):
+    def generate(self, inputs=None, generation_config=None, *more, **arguments):
         """As transformers': in chunks as the plan has memory for, and in its cache, unless the arguments ask for others."""
         if self.plan is not None:
-            self._follow_plan(arguments, inputs, generation_config or self.generation_config)
-        return super().generate(inputs, generation_config, **arguments)
+            self._follow_plan(arguments, inputs, generation_config)
+        return super().generate(inputs, generation_config, *more, **arguments)
 
     def _follow_plan(self, arguments: dict, inputs: torch.Tensor | None, config) -> None:
         """Adds to the arguments of `generate()`."""
 
         def asked(name: str):
-            return arguments.get(name, getattr(config, name, None))
+            given = arguments.get(name, getattr(config, name, None))
+            return getattr(self.generation_config, name, None) if given is None else given
 
         if asked("use_cache") is False:
             return
-        ids, mask = arguments.get("input_ids", inputs), arguments.get("attention_mask")
-        if ids is not None and asked("prefill_chunk_size") is None and ids.shape[1] > self.plan.prefill_chunk_tokens:
-            arguments["prefill_chunk_size"] = self.plan.prefill_chunk_tokens
         other_cache = arguments.get("past_key_values") is not None or asked("cache_implementation")
         # One that is handed out must not be overwritten by the next generation; of a window, transformers keeps no more.
-        if other_cache or asked("return_dict_in_generate") or self.config.sliding_window is not None:
+        own_cache = not other_cache and not asked("return_dict_in_generate") and self.config.sliding_window is None
+        if own_cache:
+            self.cache.reset()
+            arguments["past_key_values"] = self.cache
+        ids, mask = arguments.get("input_ids", inputs), arguments.get("attention_mask")
+        if ids is None:
             return
-        self.cache.reset()
-        arguments["past_key_values"] = self.cache
         copies = max(asked("num_beams") or 1, asked("num_return_sequences") or 1)
         usual = mask is not None and mask.dim() == 2 and not any(name in arguments for name in ("inputs_embeds", "position_ids"))
-        if copies > 1 and usual and ids is not None and ids.shape[1] > 1:
-            self._prefill_once(ids, mask, copies, asked("prefill_chunk_size") or ids.shape[1])
+        shared = copies > 1 and own_cache and usual and ids.shape[1] > 1
+        at_once = self.plan.prefill_chunk_tokens * self.plan.workload.batch_size
+        chunk = asked("prefill_chunk_size") or max(1, at_once // (len(ids) * (1 if shared else copies)))
+        if shared:
+            self._prefill_once(ids, mask, copies, chunk)
+        elif ids.shape[1] > chunk:
+            arguments["prefill_chunk_size"] = chunk
 
     @torch.no_grad()
     def _prefill_once(self, ids: torch.Tensor, mask: torch.Tensor, copies: int, chunk: int) -> None:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 TOLERANCE = 1e-2  # of a replay, relative: another algorithm may round otherwise
 WARM_UP_CALLS = 2  # libraries set themselves up in the first
+MOST_SHAPES = 4  # recordings take memory, partly from the driver
 
 
 class Recorder:
-    """Makes segments: callables on tensors that on a GPU are recorded at their first call with each shape.
+    """Makes segments: callables on tensors that on a GPU are recorded at their first call with each of the first few shapes.
 
     A segment's results are overwritten by its next call. If anything cannot be recorded, or replays something else, then
     nothing is: one warning, and segments run as they are.
@@ -43,6 +44,8 @@ class _Segment:
             return self._run(*inputs)
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self._recordings:
+            if len(self._recordings) == MOST_SHAPES:
+                return self._run(*inputs)
             try:
                 self._recordings[shapes] = _Recording(self._run, inputs, self._recorder)
             except RuntimeError as error:

@@ -234,6 +234,9 @@ def test_decode_is_recorded(wide_bfloat16, caplog):
         with model.model.layers[0].register_forward_hook(lambda *_: None):  # which only the whole model calls
             whole = model.generate(ids, **arguments)
         assert torch.equal(recorded, whole)
+    before, after = model.decode_step._layers[0][1:]
+    assert len(before._recordings) >= 2
+    assert len(after._recordings) >= 2
     assert not caplog.text
 
 
