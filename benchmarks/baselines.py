@@ -20,6 +20,7 @@ from fiddler_opt.problem import Budget
 from fiddler_opt.routing import Routing
 from fiddler_opt.trace_routing import RoutingJob, RoutingRecorder, routing_profile
 from fiddler_opt.units import parse_bytes
+from fiddler_run.cli import exit_status
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generate import Options, generate_ids
 from fiddler_run.model import DispatchedMixtral
@@ -110,4 +111,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main, "baselines.py"))

@@ -2,9 +2,10 @@
 
     fiddler-run       the plan, with `--load-format dummy`
     accelerate        transformers with `device_map` offload: the same config with random bfloat16 weights, under the same GPU cap
-    llama.cpp         `llama-bench`, where it is in PATH and --gguf names a BF16 GGUF of the model; its options after `--`
+    llama.cpp         `llama-bench`, where it is in PATH and --gguf names a BF16 GGUF of the model; more of its options after `--`
 
-Each runs in a process of its own, one after the other, with the plan's prompt and output. Writes peers.json and peers.md.
+Each runs in a process of its own, one after the other: one sequence of the plan's prompt and output, accelerate of fewer tokens.
+Writes peers.json and peers.md.
 """
 
 import argparse
@@ -56,7 +57,14 @@ def run(command: list[str], log: Path) -> str | None:
 def fiddler(plan: Plan, flags: argparse.Namespace, folder: Path) -> dict:
     file = folder / "fiddler-run.json"
     command = ["fiddler-run", "--plan", flags.plan, "--load-format", "dummy", "--bench", "--json", str(file)]
-    command += ["--max-new-tokens", str(flags.output_tokens or plan.workload.output_tokens)]
+    command += [
+        "--num-beams",
+        "1",
+        "--batch-size",
+        "1",
+        "--max-new-tokens",
+        str(flags.output_tokens or plan.workload.output_tokens),
+    ]
     if run([sys.executable, "-m", "fiddler_run.cli", *command[1:]], folder / "fiddler-run.log") is None:
         return {"why_not": f"failed, see {folder / 'fiddler-run.log'}"}
     measured = json.loads(file.read_text())["measured"]
@@ -80,14 +88,15 @@ def llama(plan: Plan, flags: argparse.Namespace, folder: Path) -> dict:
     if program is None or flags.gguf is None:
         return {"why_not": "no `llama-bench` in PATH" if program is None else "no --gguf given"}
     prompt, output = plan.workload.prompt_tokens, flags.output_tokens or plan.workload.output_tokens
-    command = ["llama-bench", "-m", flags.gguf, "-t", str(plan.cpu_threads), "-p", str(prompt), "-n", str(output), "-o", "json"]
-    printed = run([program, *command[1:], *flags.llama], folder / "llama-bench.log")
-    if printed is None:
-        return {"why_not": f"failed, see {folder / 'llama-bench.log'}"}
-    tests = json.loads(printed)
-    rates = {(test["n_prompt"], test["n_gen"]): test["avg_ts"] for test in tests}
-    ttft_s = prompt / rates[prompt, 0]
-    return {"command": " ".join([*command, *flags.llama]), "decode_tokens_per_s": rates[0, output], "ttft_s": ttft_s}
+    common = ["llama-bench", "-m", flags.gguf, "-t", str(plan.cpu_threads), "-o", "json", *flags.llama]
+    decode = ["-p", "0", "-n", str(output), "-d", str(prompt)]  # after as long a context as ours
+    rates = []
+    for test in (["-p", str(prompt), "-n", "0"], decode):
+        printed = run([program, *common[1:], *test], folder / "llama-bench.log")
+        if printed is None:
+            return {"why_not": f"failed, see {folder / 'llama-bench.log'}"}
+        rates.append(json.loads(printed)[0]["avg_ts"])
+    return {"command": " ".join([*common, *decode]), "decode_tokens_per_s": rates[1], "ttft_s": prompt / rates[0]}
 
 
 def offload(config_file: str, allowed_bytes: int, prompt_tokens: int, output_tokens: int) -> dict:
@@ -135,7 +144,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", default="build/peers", metavar="FOLDER", help="(default: %(default)s)")
     parser.add_argument("--offload", help=argparse.SUPPRESS)
     parser.add_argument("llama", nargs="*", metavar="OPTION", help="for llama-bench, after --, such as `-ngl 99 -ncmoe 26`")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if flags.offload_tokens < 2:
+        parser.error("--offload-tokens must be at least 2")
+    return flags
 
 
 if __name__ == "__main__":

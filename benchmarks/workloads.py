@@ -22,6 +22,7 @@ from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
 from fiddler_opt.problem import Budget, Problem
 from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.units import parse_bytes
+from fiddler_run.cli import exit_status
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generate import Measured, Options, generate_ids
 from fiddler_run.load import ModelLoader
@@ -71,6 +72,8 @@ def main() -> None:
         except FiddlerError as error:  # too small for so many beams
             print(f"{gpu_mem}, {beams} beams: {error}", file=sys.stderr)
         forget()
+    if not rows:
+        raise FiddlerError("no plan fits")
     table = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells for row in rows)]
     write_whole(folder / "workloads.md", "".join(f"| {' | '.join(cells)} |\n" for cells in table))
     figure(rows).savefig(folder / "workloads.png", dpi=130)
@@ -153,8 +156,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=numbers, default=[32, 128, 512, 2048], metavar="TOKENS")
     parser.add_argument("--outputs", type=numbers, default=[32, 128], metavar="TOKENS")
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if min(flags.outputs) < 2:
+        parser.error("--outputs must be at least 2: a single token has no decode")
+    return flags
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main, "workloads.py"))

@@ -76,7 +76,7 @@ def examine(model: ModelSpec, machine: MachineProfile | None) -> list[Finding]:
     if gpu:
         nodes = {host.numa_node(cpu) for cpu in cpus}
         findings += [
-            check_gpu_kernels(gpu.kernels_suit, gpu.kernel_error),
+            check_gpu_kernels(gpu.kernels_suit, gpu.kernel_error, model.shape.dtype),
             check_link(gpu.link, gpu.h2d_bytes_per_s),
             check_memlock(facts.memlock_limit_bytes(), in_ram, gpu.locks_freely),
             check_numa(facts.gpu_numa_node(gpu.bus_id), nodes, facts.numa_nodes(), in_ram),
@@ -142,10 +142,11 @@ def check_gpu(torch: Torch, model: ModelSpec, driver: facts.Driver | None, has_n
     return Finding("slow", f"{built}; {known}", f"update the driver and restart, or install {older}")
 
 
-def check_gpu_kernels(suit: bool, error: str | None) -> Finding:
+def check_gpu_kernels(suit: bool, error: str | None, dtype: str) -> Finding:
+    if not suit and dtype == "float32":
+        return Finding("slow", "the GPU kernels are not for float32, decode will be slower", "take a bfloat16 checkpoint")
     if not suit:
-        what = "the GPU kernels are not for weights of this model's type and sizes, decode will be slower"
-        return Finding("slow", what, "take a bfloat16 checkpoint")
+        return Finding("slow", "the GPU kernels are not for experts of this model's sizes, decode will be slower")
     if error is None:
         return Finding("ok", "the GPU kernels compile")
     remedy = "install a C compiler and Python's headers (gcc, python3-dev), and Triton, which comes with PyTorch for CUDA"

@@ -198,13 +198,6 @@ class Others:
         return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") if ticks else None, sum(os.times()[:4])
 
 
-def busy_cores(seconds: float) -> float | None:
-    """Cores' worth of CPU time that others take on this process's CPUs during the next `seconds`."""
-    others = Others()
-    time.sleep(seconds)
-    return others.cores()
-
-
 def busiest(seconds: float, count: int = 3) -> list[tuple[str, float]]:
     """The other processes with the most CPU time during the next `seconds`: name and cores' worth, those above 0.05."""
     before, start_s = _ticks_by_process(), time.monotonic()

@@ -23,7 +23,7 @@ def figures(plan: Plan, measured) -> Table:
 
 def parts(plan: Plan, result) -> Table:
     """What a token's time, and the time to the first one, go into, beside what the plan predicts for its own workload."""
-    expected = grouped(plan.predicted.decode_ms), grouped(plan.predicted.ttft_ms)
+    expected = [grouped(predicted, plan.device) for predicted in (plan.predicted.decode_ms, plan.predicted.ttft_ms)]
     table = Table(title="milliseconds, under the timeline", title_justify="left")
     for column in ("", "a step", "plan", "first token", "plan"):
         table.add_column(column, justify="left" if not column else "right")
@@ -44,14 +44,10 @@ def parts(plan: Plan, result) -> Table:
     return table
 
 
-def grouped(predicted_ms: dict[str, float]) -> dict[str, float]:
-    """The plan's parts of a time by what a timeline can tell apart."""
-    groups = {
-        "absent": ("absent", "disk"),
-        "resident": ("resident",),
-        "dense": ("dense", "queueing"),
-        "head": ("head", "embedding"),
-    }
+def grouped(predicted_ms: dict[str, float], device: str) -> dict[str, float]:
+    """The plan's parts of a time by what a timeline can tell apart; without a GPU, all blocks are computed as in host memory."""
+    absent, resident = (("absent", "disk"), ("resident",)) if device == "cuda" else (("absent", "disk", "resident"), ())
+    groups = {"absent": absent, "resident": resident, "dense": ("dense", "queueing"), "head": ("head", "embedding")}
     return {name: sum(predicted_ms.get(part, 0.0) for part in group) for name, group in groups.items()}
 
 
