@@ -251,7 +251,6 @@ def test_run_refuses_prompts(tmp_path):
         (["Once", "--max-new-tokens", "5000"], ["more than the plan's context of"]),
         (["  "], ["the prompt is empty"]),
         (["Once", "--chat"], ["no chat template"]),
-        (["Once", "--num-beams", "4"], ["plan again with --num-beams 4"]),
     ):
         assert_refused(run("fiddler-run", "--plan", plan, *arguments, cwd=tmp_path), *words)
     assert_refused(run("fiddler-run", "--plan", "none.yaml", "Once", cwd=tmp_path), "none.yaml: cannot read: No such file")

@@ -17,7 +17,7 @@ from transformers import (
 
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
-from fiddler_run.generate import Options, generate, generate_ids
+from fiddler_run.generate import Options, check_length, generate, generate_ids
 
 TEXTS = ["Once upon a time there was a kind bear", "def count", "3 + 4 ="]
 
@@ -143,6 +143,20 @@ def test_the_hit_rate_is_that_of_decode(models):
         for expert in logits[token].topk(2).indices.tolist()
     ]
     assert measured.traffic.hit_rate == pytest.approx(sum(found) / (len(found) * plan.blocks_per_expert))
+
+
+def test_room_for_sequences():
+    """The GPU's memory was counted for so many; host memory holds more."""
+    plan = random_plan(demo_shape(), random.Random(1))  # 4 beams
+    plan = plan.model_copy(update={"workload": plan.workload.model_copy(update={"batch_size": 2})})
+    for beams, batch, words in ((8, 2, "--num-beams 8 needs"), (1, 3, "--batch-size 3 needs"), (4, 2, None), (8, 1, None)):
+        options = Options(max_new_tokens=4, num_beams=beams)
+        if words is None:
+            check_length(8, options, plan, batch)
+            continue
+        with pytest.raises(FiddlerError, match=f"{words} more GPU memory than the plan gives to .; plan again with --"):
+            check_length(8, options, plan, batch)
+        check_length(8, options, plan.model_copy(update={"device": "host"}), batch)
 
 
 @pytest.mark.parametrize(("batch", "beams"), [(1, 2), (1, 4), (1, 16), (2, 4), (4, 1), (16, 1)])
