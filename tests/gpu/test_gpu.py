@@ -22,7 +22,7 @@ from fiddler_run import load_model
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
-from fiddler_run.generate import Options, generate
+from fiddler_run.generate import Options, generate_ids
 from fiddler_run.kernels.pytorch import apply_blocks, block_views
 from fiddler_run.plan import Workload
 from fiddler_run.recording import Recorder
@@ -62,19 +62,20 @@ def wide(random_checkpoint, tmp_path_factory):
     return folder, spec, machine
 
 
-@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize(("beams", "batch"), [(1, 1), (4, 1), (1, 4)])
 @pytest.mark.parametrize("extra_mb", [100, 400])
-def test_peak_memory_stays_under_the_plans_total(wide, beams, extra_mb):
+def test_peak_memory_stays_under_the_plans_total(wide, beams, batch, extra_mb):
     folder, spec, machine = wide
-    workload = Workload(prompt_tokens=512, output_tokens=16, num_beams=beams, batch_size=1, max_seq_len=1024)
+    workload = Workload(prompt_tokens=512, output_tokens=16, num_beams=beams, batch_size=batch, max_seq_len=1024)
     made = dict.fromkeys(("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "test")
     empty = 2**31 + extra_mb * 10**6
     torch.cuda.empty_cache()
     machine = machine.model_copy(update={"device": Device(**describe_device(CUDA))})
     plan = compile_plan(spec, machine, Routing.uniform(spec), workload, Budget(empty), made)
     torch.cuda.reset_peak_memory_stats()
-    model, tokenizer = load_model(plan, folder)
-    measured = generate(model, tokenizer, "7 " * 300, Options(max_new_tokens=16, num_beams=beams), lambda text: None)
+    model, _ = load_model(plan, folder)
+    ids = torch.randint(3, 700, (batch, 600), generator=torch.Generator().manual_seed(1))
+    _, measured = generate_ids(model, ids, Options(max_new_tokens=16, num_beams=beams), min_new_tokens=16, pad_token_id=0)
     gpu = plan.gpu_memory_bytes
     assert measured.peak_gpu_bytes <= gpu.total - gpu.reserve
     assert used_bytes() <= gpu.total
