@@ -44,11 +44,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` passes through the model with `tokens` tokens each."""
+    """`steps` passes through the model with `tokens` tokens each, of which so many `copies` are the same."""
 
     name: str
     steps: int
     tokens: int
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class CostModel:
             host_embedding_s=host_embedding_s,
             scenarios={
                 phase.name: [
-                    layer_scenarios(observed, layer, phase.tokens, shape.num_experts_per_tok, expert_times)
+                    layer_scenarios(observed, layer, phase, shape.num_experts_per_tok, expert_times)
                     for layer in range(shape.num_layers)
                 ]
                 for phase in phases
@@ -229,7 +230,7 @@ def workload_phases(workload: Workload, chunk_tokens: int) -> list[Phase]:
     if rest:
         phases.append(Phase("prefill of the rest", 1, rest * workload.batch_size))
     if beams:
-        phases.append(Phase("prefill of the last token", 1, workload.sequences))
+        phases.append(Phase("prefill of the last token", 1, workload.sequences, copies=workload.num_beams))
     return [*phases, Phase("decode", workload.output_tokens - 1, workload.sequences)]
 
 
@@ -239,17 +240,19 @@ def chance_called(probability: float, tokens: int) -> float:
 
 
 def layer_scenarios(
-    routing: PhaseRouting, layer: int, tokens: int, top_k: int, expert_times: Callable[[float], tuple[float, float, float]]
+    routing: PhaseRouting, layer: int, phase: Phase, top_k: int, expert_times: Callable[[float], tuple[float, float, float]]
 ) -> list[Scenario]:
-    """What can happen in one layer; `expert_times(tokens)`: an expert's seconds when resident, absent, on disk."""
-    if tokens == 1 and top_k <= 2:
-        times = expert_times(1)
+    """What can happen in one layer; `expert_times(tokens)`: an expert's seconds when resident, absent, on disk. Copies of a token
+    choose the same experts."""
+    different = phase.tokens // phase.copies
+    if different == 1 and top_k <= 2:
+        times = expert_times(phase.copies)
         sets = routing.pair[layer].items() if top_k == 2 else (((e,), p) for e, p in enumerate(routing.expert[layer]))
         return [Scenario(p, *(dict.fromkeys(chosen, seconds) for seconds in times)) for chosen, p in sets if p > 0]
     by_place = {}, {}, {}
     for expert, probability in enumerate(routing.expert[layer]):
         if probability > 0:
-            called = chance_called(probability, tokens)
-            for place, seconds in zip(by_place, expert_times(tokens * probability / called), strict=True):
+            called = chance_called(probability, different)
+            for place, seconds in zip(by_place, expert_times(phase.tokens * probability / called), strict=True):
                 place[expert] = called * seconds
     return [Scenario(1.0, *by_place)]

@@ -61,6 +61,17 @@ def test_without_a_gpu_the_parts_add_up():
     assert cost.decode_step_s(Placement.of([[4, 2]])) == pytest.approx((3 + 10 + 5 + 40) * 1e-6)
 
 
+def test_beams_choose_alike_at_first():
+    """A prompt of one token is each beam's: the same two of four experts, called by three tokens each."""
+    model = small_model(num_layers=1, num_experts=4)
+    machine = machine_profile(model, device=10.0, absent=80.0, dense=12.0, head=3.0)
+    beams = WORKLOAD.model_copy(update={"prompt_tokens": 1, "num_beams": 3})
+    cost = CostModel.build(model, machine, Routing.uniform(model), beams, 64)
+    nothing = Placement.of([[0] * 4])
+    assert cost.ttft_s(nothing) == pytest.approx((3 + 12 + 2 * 80) * 1e-6)
+    assert cost.decode_step_s(nothing) > (3 + 12 + 3 * 80) * 1e-6
+
+
 def test_queueing_is_hidden_behind_experts():
     """A layer without experts takes 57 us, of which experts wait for 12: experts that take less than 45 cost 45."""
     model = small_model(num_layers=1, num_experts=2)
