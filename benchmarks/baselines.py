@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from workloads import MADE, forget, load
+from workloads import MADE, forget, load, random_ids
 
 from fiddler_opt.baselines import BASELINES
 from fiddler_opt.compiler import compile_plan
@@ -91,10 +91,6 @@ def recorded(model: DispatchedMixtral, spec: ModelSpec, workload: Workload) -> R
     for _ in recorder.run(model):
         pass
     return Routing.from_profile(routing_profile(recorder.trace(), spec.shape, "benchmark", RECORDED_TOKENS), spec, "recorded")
-
-
-def random_ids(model: DispatchedMixtral, tokens: int, seed: int) -> torch.Tensor:
-    return torch.randint(3, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from fiddler_opt.bench_machine import release_gpu_memory
 from fiddler_opt.compiler import compile_plan
 from fiddler_opt.explain import placement_of
 from fiddler_opt.machine import MachineProfile
@@ -27,6 +28,7 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.generate import Measured, Options, generate_ids
 from fiddler_run.load import ModelLoader
 from fiddler_run.locate import name_in_plan
+from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan, Workload
 from fiddler_run.yaml_file import write_whole
 
@@ -89,7 +91,7 @@ def measured(flags: argparse.Namespace, model: ModelSpec, machine: MachineProfil
     loaded, placement = load(plan, flags.model, flags.load_format), placement_of(plan)
 
     def generate(prompt: int, output: int) -> Measured:
-        ids = torch.randint(3, loaded.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(prompt))
+        ids = random_ids(loaded, prompt, seed=prompt)
         return generate_ids(loaded, ids, Options(output, num_beams=beams), min_new_tokens=output, pad_token_id=0)[1]
 
     generate(min(flags.prompts), 2)  # what is done but once
@@ -113,8 +115,11 @@ def load(plan: Plan, name: str, load_format: str):
 def forget() -> None:
     """A model that nobody holds any more."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_gpu_memory()
+
+
+def random_ids(model: DispatchedMixtral, tokens: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def figure(rows: list[Row]):

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from fiddler_opt.machine import LEAST_US
+
 WARM_UP, REPETITIONS = 1, 5
 SURE = 0.01  # the median's standard error, as a part of it, at which repeating stops
 PATIENCE = 4  # times the usual seconds are spent on what stays noisy
 PAUSE_S = 3e-4  # before each call, as in a run where other work lies between two: threads that wait for work may fall asleep
-LEAST_US = 0.1  # what files can hold of it; nothing takes no time
 ROUND = 4  # calls to a sample: the same call is faster in some places of the memory than in others
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from fiddler_opt.compiler import choose_chunk, solve
 from fiddler_opt.cost import CostModel, Placement
 from fiddler_opt.explain import placement_of
-from fiddler_opt.machine import MachineProfile, Made, seconds_at
+from fiddler_opt.machine import LEAST_US, MachineProfile, Made, Times, seconds_at
 from fiddler_opt.problem import Problem
 from fiddler_opt.report import table
 from fiddler_opt.routing import Routing
@@ -24,7 +24,6 @@ from fiddler_run.plan import Plan, Provenance, interpolate
 from fiddler_run.yaml_file import read_text
 
 WORTH_IT = 0.02  # of the workload's time: plans closer than this are alike
-LEAST_US = 0.1  # what files can hold
 Measure = Annotated[float, Field(gt=0, lt=1e18)]
 Part = Literal["absent", "resident", "dense", "head"]
 WORDS = {
@@ -165,24 +164,27 @@ def refitted(machine: MachineProfile, terms: list[Term], command: str) -> Machin
     def factors(part: Part) -> dict[float, float]:
         return {log(term.tokens): term.factor for term in reversed(terms) if term.part == part} or {0.0: 1.0}
 
-    def fit(factors: dict[float, float], times: dict) -> dict:
-        return {tokens: max(LEAST_US, round(us * interpolate(factors, log(tokens)), 1)) for tokens, us in times.items()}
+    def corrected(us: float, tokens: int, factors: dict[float, float]) -> float:
+        return max(LEAST_US, round(us * interpolate(factors, log(tokens)), 1))
+
+    def fit(times: Times, factors: dict[float, float]) -> Times:
+        return {tokens: corrected(us, tokens, factors) for tokens, us in times.items()}
 
     absent, dense = factors("absent"), factors("dense")
     # Decode need not show a rate of resident blocks by themselves: then it is left alone. Without a GPU there is but one rate.
     resident = {0.0: 1.0} | factors("resident") if machine.device.kind == "cuda" else absent
-    by_share: dict[int, dict[float, float]] = {
-        tokens: {share: fit(absent, {tokens: us})[tokens] for share, us in row.items()}
+    by_share = {
+        tokens: {share: corrected(us, tokens, absent) for share, us in row.items()}
         for tokens, row in machine.absent_expert_us.items()
     }
     return machine.model_copy(
         update={
             "source": "measured",
             "absent_expert_us": by_share,
-            "device_expert_us": fit(resident, machine.device_expert_us),
-            "dense_layer_us": fit(dense, machine.dense_layer_us),
-            "dense_device_us": fit(dense, machine.dense_device_us),
-            "head_us": fit(factors("head"), machine.head_us),
+            "device_expert_us": fit(machine.device_expert_us, resident),
+            "dense_layer_us": fit(machine.dense_layer_us, dense),
+            "dense_device_us": fit(machine.dense_device_us, dense),
+            "head_us": fit(machine.head_us, factors("head")),
             "provenance": Made(command=command, created=date.today().isoformat(), software=machine.provenance.software),
         }
     )

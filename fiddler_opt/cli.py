@@ -35,52 +35,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     profile = commands.add_parser("profile", help="time this machine, and record how a model routes tokens")
     profile.set_defaults(command=run_profile)
-    _add_common(profile)
-    profile.add_argument(
-        "--prompts",
-        nargs="+",
-        metavar="FILE",
-        help="sets of prompts to record routing on: text files with one a line, .jsonl or .json files, folders of Hugging Face "
-        "datasets (default: all that the folder `prompts` in the model's holds)",
-    )
-    profile.add_argument(
-        "--output-tokens",
-        type=positive,
-        default=32,
-        metavar="N",
-        help="tokens to generate after each prompt, to record decode (default: %(default)s)",
-    )
-    profile.add_argument("--plan", metavar="FILE", help="run the prompts by this plan (default: on the CPU alone)")
-    profile.add_argument("--trace", metavar="FILE", help="write which experts each token chose as well, an .npz for numpy")
-    profile.add_argument(
-        "--only",
-        choices=["machine", "routing"],
-        help="do one half; routing then needs --plan, or a machine profile that was made before",
-    )
-    profile.add_argument("--quick", action="store_true", help="time fewer figures, for less long, in less memory")
-    profile.add_argument("--force", action="store_true", help="time this machine also while other programs use it")
+    _add_profile_flags(profile)
 
     plan = commands.add_parser("plan", help="solve for the best placement within a GPU memory budget")
     plan.set_defaults(command=run_plan)
-    _add_common(plan)
-    budget = plan.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--gpu-mem", metavar="SIZE", help="GPU memory to use, such as 24GB; 0GB plans for the CPU alone")
-    budget.add_argument("--target", metavar="RATE", help="instead: as little GPU memory as decodes so fast, such as 6tok/s")
-    plan.add_argument(
-        "--host-mem", metavar="SIZE", help="host memory for experts; what exceeds it lies on disk (default: as much as they need)"
-    )
-    _add_profiles_used(plan)
-    for key, default in WORKLOAD.items():
-        words = key.replace("_", " ").replace("max seq len", "longest prompt + output, in tokens,")
-        plan.add_argument(
-            f"--{key.replace('_', '-')}", type=positive, metavar="N", help=f"{words} to plan for (default: {default})"
-        )
-    plan.add_argument("-o", "--output", metavar="FILE", help="plan to write (default: plans/MODEL-SIZE.yaml)")
-    plan.add_argument(
-        "--robust", action="store_true", help="plan for that set of prompts of the routing profile for which the plan is worst"
-    )
-    plan.add_argument("--baseline", choices=BASELINES, help="write the plan of a rule of thumb instead, to compare with")
-    plan.add_argument("--emit", metavar="FILE", help="write the integer program as well, in the LP format")
+    _add_plan_flags(plan)
 
     show = commands.add_parser("show", help="print a profile or a plan as tables")
     show.set_defaults(command=run_show)
@@ -121,6 +80,55 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     doctor.set_defaults(command=run_doctor)
     _add_common(doctor)
     return parser.parse_args(arguments)
+
+
+def _add_profile_flags(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        metavar="FILE",
+        help="sets of prompts to record routing on: text files with one a line, .jsonl or .json files, folders of Hugging Face "
+        "datasets (default: all that the folder `prompts` in the model's holds)",
+    )
+    parser.add_argument(
+        "--output-tokens",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="tokens to generate after each prompt, to record decode (default: %(default)s)",
+    )
+    parser.add_argument("--plan", metavar="FILE", help="run the prompts by this plan (default: on the CPU alone)")
+    parser.add_argument("--trace", metavar="FILE", help="write which experts each token chose as well, an .npz for numpy")
+    parser.add_argument(
+        "--only",
+        choices=["machine", "routing"],
+        help="do one half; routing then needs --plan, or a machine profile that was made before",
+    )
+    parser.add_argument("--quick", action="store_true", help="time fewer figures, for less long, in less memory")
+    parser.add_argument("--force", action="store_true", help="time this machine also while other programs use it")
+
+
+def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--gpu-mem", metavar="SIZE", help="GPU memory to use, such as 24GB; 0GB plans for the CPU alone")
+    budget.add_argument("--target", metavar="RATE", help="instead: as little GPU memory as decodes so fast, such as 6tok/s")
+    parser.add_argument(
+        "--host-mem", metavar="SIZE", help="host memory for experts; what exceeds it lies on disk (default: as much as they need)"
+    )
+    _add_profiles_used(parser)
+    for key, default in WORKLOAD.items():
+        words = key.replace("_", " ").replace("max seq len", "longest prompt + output, in tokens,")
+        parser.add_argument(
+            f"--{key.replace('_', '-')}", type=positive, metavar="N", help=f"{words} to plan for (default: {default})"
+        )
+    parser.add_argument("-o", "--output", metavar="FILE", help="plan to write (default: plans/MODEL-SIZE.yaml)")
+    parser.add_argument(
+        "--robust", action="store_true", help="plan for that set of prompts of the routing profile for which the plan is worst"
+    )
+    parser.add_argument("--baseline", choices=BASELINES, help="write the plan of a rule of thumb instead, to compare with")
+    parser.add_argument("--emit", metavar="FILE", help="write the integer program as well, in the LP format")
 
 
 def _add_profiles_used(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from fiddler_run.plan import Dtype, interpolate
 from fiddler_run.yaml_file import Section, YamlFile
 
 Times = dict[PositiveInt, PositiveFloat]  # microseconds by number of tokens
+LEAST_US = 0.1  # what a file holds of a time; nothing takes none
 Share = float  # of an absent expert's blocks, sent over the link
 
 

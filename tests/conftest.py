@@ -97,6 +97,17 @@ def make_plan(
     )
 
 
+def set_key(data: dict, keys: list[str], value) -> None:
+    """Sets what lies at the end of the keys, numbers among them as text, or, for the value `...`, removes it."""
+    *parents, last = [int(key) if key.isdigit() else key for key in keys]
+    for key in parents:
+        data = data[key]
+    if value is ...:
+        del data[last]
+    else:
+        data[last] = value
+
+
 def random_plan(shape: ModelShape, rng: random.Random, block_neurons: int = 32, max_threads: int = 2) -> Plan:
     """Any number of resident blocks for each expert, any stream share for few and for many tokens, any thread count; for every
     other plan, any number of blocks on disk."""

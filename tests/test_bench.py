@@ -66,7 +66,7 @@ def test_parts_of_the_time():
     spans += [Span("GPU", "resident", 0, 0, 4.0, 7.0), Span("GPU", "dense", 0, 0, 8.0, 12.0)]
     plan = make_plan(demo_shape().model_copy(update={"num_layers": 2}), [[4] * 8] * 2)
     traffic = Traffic(resident_blocks=12, streamed_blocks=6, cpu_blocks=14)
-    whole = _phase(plan, spans, slice(0, 1), 25.0, traffic, 2, 1)
+    whole = _phase(plan, spans, traffic, 25.0, 1, 2)
     assert whole.ms == pytest.approx({"absent": 10e3, "resident": 2e3, "dense": 8e3, "head": 5e3})  # of one layer, times two
     at_work = {"CPU": 8e3, "link": 6e3, "resident": 6e3, "dense": 4e3, "streamed": 0.0, "idle": 4e3}
     assert whole.at_work_ms == pytest.approx(at_work)

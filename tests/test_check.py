@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import yaml
-from conftest import DEMO, demo_shape, make_plan
+from conftest import DEMO, demo_shape, make_plan, set_key
 
 from fiddler_run import host, load_model
 from fiddler_run.check import Gpu, check_plan, core_problem, device_note, gpu_memory_problem, host_memory_problem, machine_problems
@@ -38,14 +38,7 @@ def write_plan(folder: Path, **changes) -> Path:
     data = yaml.safe_load(make_plan(demo_shape("bfloat16"), [[4] * 8] * 6).dump())
     data["model"]["name"] = "./model"
     for path, value in changes.items():
-        *parents, last = [int(key) if key.isdigit() else key for key in path.split("__")]
-        target = data
-        for key in parents:
-            target = target[key]
-        if value is ...:
-            del target[last]
-        else:
-            target[last] = value
+        set_key(data, path.split("__"), value)
     file = folder / "plan.yaml"
     file.write_text(yaml.safe_dump(data))
     return file

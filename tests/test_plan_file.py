@@ -4,7 +4,7 @@ import random
 
 import pytest
 import yaml
-from conftest import demo_shape, make_plan, random_plan
+from conftest import demo_shape, make_plan, random_plan, set_key
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan import Plan
@@ -32,14 +32,7 @@ def test_one_layer_per_line(plan):
 def change(plan: Plan, path: str, value) -> str:
     """The plan's text with one key set (or, for the value `...`, removed)."""
     data = yaml.safe_load(plan.dump())
-    *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
-    target = data
-    for key in parents:
-        target = target[key]
-    if value is ...:
-        del target[last]
-    else:
-        target[last] = value
+    set_key(data, path.split("."), value)
     return yaml.safe_dump(data)
 
 

@@ -17,8 +17,8 @@ from test_commands import files_in, run
 
 from fiddler_opt.bench_machine import QUICK as QUICK_EFFORT
 from fiddler_opt.bench_machine import MachineBench, merged_rounds
-from fiddler_opt.bench_timing import LEAST_US, Stopwatch, Timing
-from fiddler_opt.machine import MachineProfile
+from fiddler_opt.bench_timing import Stopwatch, Timing
+from fiddler_opt.machine import LEAST_US, MachineProfile
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.routing import RoutingProfile
 from fiddler_opt.trace_routing import RoutingTrace

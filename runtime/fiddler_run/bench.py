@@ -37,7 +37,7 @@ class PhaseTimes:
     `passes`: through all layers, of `tokens_per_pass` each, on average; of these, `tokens_per_expert` called an expert at once.
     """
 
-    passes: float
+    passes: int
     tokens_per_pass: float
     tokens_per_expert: float
     ms: dict[str, float]
@@ -88,17 +88,18 @@ def bench(
         model.executors.finish_cpu()  # or its last job would be missing
     finally:
         spans = timeline.stop()
-    sequences, steps = num_beams * batch_size, traced - 1
-    passes = (1 + max(span.call for span in spans)) // model.plan.model.num_layers - steps  # of the prompt
+    layers, sequences = model.plan.model.num_layers, num_beams * batch_size
+    passes = (1 + max(span.call for span in spans)) // layers - (traced - 1)  # of the prompt
     prompts = batch_size * prompt_tokens + sequences - batch_size  # beams have their last token each
+    of_prefill, of_decode = ([span for span in spans if (span.call < passes * layers) == first] for first in (True, False))
     step_s = batch_size / observed.decode_tokens_per_s
     result = BenchResult(
         num_beams=num_beams,
         batch_size=batch_size,
         first=first,
         measured=measured,
-        prefill=_phase(model.plan, spans, slice(0, passes), observed.ttft_s, observed.prefill_traffic, prompts, 1),
-        decode=_phase(model.plan, spans, slice(passes, None), step_s, observed.traffic, steps * sequences, steps),
+        prefill=_phase(model.plan, of_prefill, observed.prefill_traffic, observed.ttft_s, passes, prompts / passes),
+        decode=_phase(model.plan, of_decode, observed.traffic, step_s, 1, sequences),
         bare_bytes_per_s=_bare_rates(model),
         peak_gpu_bytes=measured.peak_gpu_bytes,
         used_gpu_bytes=_used_gpu_bytes(model.device),
@@ -120,28 +121,24 @@ def as_json(result: BenchResult, plan: Plan, load_s: float, command: str) -> str
     return json.dumps({**about, **expected, **asdict(result)}, indent=2)
 
 
-def _phase(plan: Plan, spans: list[Span], passes: slice, whole_s: float, traffic: Traffic, tokens: int, parts: int) -> PhaseTimes:
+def _phase(plan: Plan, spans: list[Span], traffic: Traffic, seconds: float, passes: int, tokens_per_pass: float) -> PhaseTimes:
     """
     Args:
-        passes: through the layers that belong to the phase.
-        whole_s: seconds of the phase, or of each of its `parts` equal ones.
-        traffic, tokens: of the whole phase.
+        spans, traffic: of the phase, or of several equal ones.
+        seconds, passes: of one.
     """
     layers = plan.model.num_layers
-    last = 1 + max(span.call for span in spans)
-    first, stop, _ = passes.indices(last // layers)
-    during = [span for span in spans if first * layers <= span.call < stop * layers]
-    passes = (stop - first) / parts
-    at_work, ms = _at_work(during, layers * passes), {}
+    at_work, ms = _at_work(spans, layers * passes), {}
     if at_work:
         of_layers = at_work.pop("layers")
         ms = {"absent": at_work.pop("absent")}
         ms["resident"] = at_work.pop("experts") - ms["absent"]
         ms["dense"] = of_layers - ms["absent"] - ms["resident"]
-        ms["head"] = max(0.0, whole_s * 1e3 - of_layers)
-    calls = traffic.needed_blocks / plan.blocks_per_expert
-    per_expert = tokens * plan.model.num_experts_per_tok * layers / calls
-    return PhaseTimes(passes, tokens / parts / passes, per_expert, ms, at_work, _rates(during, traffic, plan.block_bytes))
+        ms["head"] = max(0.0, seconds * 1e3 - of_layers)
+    layers_seen = sum(span.name == "wait for the router" for span in spans)
+    choices = layers_seen * tokens_per_pass * plan.model.num_experts_per_tok
+    per_expert = choices / (traffic.needed_blocks / plan.blocks_per_expert)
+    return PhaseTimes(passes, tokens_per_pass, per_expert, ms, at_work, _rates(spans, traffic, plan.block_bytes))
 
 
 def _at_work(spans: list[Span], layers: float) -> dict[str, float]:

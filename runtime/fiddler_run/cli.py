@@ -71,6 +71,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="with --bench: write all figures there")
     add("--trace", metavar="FILE", help="with --bench: write a timeline there, for chrome://tracing or ui.perfetto.dev")
     flags = parser.parse_args(arguments)
+    refuse_contradictions(parser, flags)
+    return flags
+
+
+def refuse_contradictions(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    """Ends the program, with status 2, where flags exclude each other."""
     if flags.bench == (flags.prompt is not None):
         parser.error("give either a prompt or --bench")
     if flags.bench:
@@ -82,7 +88,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             parser.error("--json and --trace need a file each")
     elif any(value is not None for value in (flags.prompt_tokens, flags.batch_size, flags.json, flags.trace)):
         parser.error("--prompt-tokens, --batch-size, --json and --trace belong to --bench")
-    return flags
 
 
 def positive(text: str) -> int:
