@@ -22,7 +22,7 @@ from fiddler_opt.trace_routing import RoutingJob, RoutingRecorder, routing_profi
 from fiddler_opt.units import parse_bytes
 from fiddler_run.cli import exit_status
 from fiddler_run.errors import FiddlerError
-from fiddler_run.generate import Options, generate_ids
+from fiddler_run.generate import Options, generate_ids, never_stopping
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan, Workload
 from fiddler_run.yaml_file import write_whole
@@ -58,8 +58,8 @@ def main() -> None:
             continue
         running = loaded(plan)
         ids = random_ids(running, flags.prompt_tokens, seed=1000)
-        generate_ids(running, ids, Options(2), min_new_tokens=2, pad_token_id=0)  # what is done but once
-        _, found = generate_ids(running, ids, Options(flags.output_tokens), min_new_tokens=flags.output_tokens, pad_token_id=0)
+        generate_ids(running, ids, Options(2), **never_stopping(running))  # what is done but once
+        _, found = generate_ids(running, ids, Options(flags.output_tokens), **never_stopping(running))
         del running
         told = plan.predicted
         speed = f"{found.decode_tokens_per_s:.2f}", f"{told.decode_tokens_per_s:.2f}"

@@ -25,7 +25,7 @@ from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.units import parse_bytes
 from fiddler_run.cli import exit_status
 from fiddler_run.errors import FiddlerError
-from fiddler_run.generate import Measured, Options, generate_ids
+from fiddler_run.generate import Measured, Options, generate_ids, never_stopping
 from fiddler_run.load import ModelLoader
 from fiddler_run.locate import name_in_plan
 from fiddler_run.model import DispatchedMixtral
@@ -92,7 +92,7 @@ def measured(flags: argparse.Namespace, model: ModelSpec, machine: MachineProfil
 
     def generate(prompt: int, output: int) -> Measured:
         ids = random_ids(loaded, prompt, seed=prompt)
-        return generate_ids(loaded, ids, Options(output, num_beams=beams), min_new_tokens=output, pad_token_id=0)[1]
+        return generate_ids(loaded, ids, Options(output, num_beams=beams), **never_stopping(loaded))[1]
 
     generate(min(flags.prompts), 2)  # what is done but once
     for prompt, output in product(flags.prompts, flags.outputs):

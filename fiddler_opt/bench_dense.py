@@ -15,6 +15,7 @@ from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.executors import Executors
+from fiddler_run.generate import never_stopping
 from fiddler_run.model import DispatchedMixtral, HostEmbedding
 
 LAYERS, STEPS, PROMPT = 5, 16, 16
@@ -119,7 +120,7 @@ def _model_without_experts(spec: ModelSpec, num_layers: int, device: torch.devic
 
 def _generation(model: DispatchedMixtral, prompt_tokens: int, new_tokens: int) -> Callable[[], object]:
     ids = torch.zeros((1, prompt_tokens), dtype=torch.long, device=model.device)
-    arguments = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    arguments = {"max_new_tokens": new_tokens, "do_sample": False, **never_stopping(model)}
 
     def generate() -> None:
         model.cache.reset()

@@ -4,32 +4,26 @@ What lies far from the CPU is slower, on some machines by a fifth, and a run rea
 """
 
 from collections.abc import Callable
-from itertools import cycle
+from itertools import cycle, product
 from math import gcd
 
 import torch
 
-from fiddler_opt.bench_timing import Stopwatch, Timing
+from fiddler_opt.bench_timing import ROUND, Stopwatch, Timing
 from fiddler_opt.memory import STAGED_BLOCKS
 from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES, Arena
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.executors import Executors
 from fiddler_run.host import num_cores, num_physical_cores
+from fiddler_run.kernels.cpu import MOST_ROUTED_TOKENS
 
 GPU_WORKING_SET_BYTES = 1_500_000_000
 MAX_CPU_TOKENS = 512  # more are never best computed by a CPU alone
-AROUND_BALANCE = (
-    -0.16,
-    -0.12,
-    -0.08,
-    -0.04,
-    0.0,
-    0.04,
-    0.08,
-    0.12,
-)  # shares tried, from the one that keeps CPU and link equally busy
+AROUND_BALANCE = 4  # shares tried on either side of the one that keeps CPU and link equally busy
+SHARE_STEP = 1 / 32  # between them, about: in fact whole blocks
 MANY_TOKENS = 64  # of an expert in a prompt: threads that decode does not need
+MOST_CALLS = 2048  # tokens times experts that they call in a timed dispatch, where one token's experts alone are not more
 CLOSE = 1.05  # times that differ by less are equal: then fewer threads are better
 PINNING_COSTS = 1.15  # a pinned thread waits where another program takes its core: it must be as much faster as this
 
@@ -45,6 +39,7 @@ class ExpertBench:
         self.blocks = model.shape.blocks_per_expert(model.block_neurons)
         everything = model.shape.num_layers * model.shape.num_experts
         self.num_experts = min(everything, max(3, self.top_k, host_bytes // model.expert_bytes))
+        self.layer_experts = min(model.shape.num_experts, self.num_experts)
         self.timed_bytes = self.num_experts * model.expert_bytes
         host = Arena(self.num_experts * self.blocks, model.block_elements, self.dtype, torch.device("cpu"))
         self.absent = list(host.blocks.split(self.blocks))
@@ -98,10 +93,11 @@ class ExpertBench:
         ends = [0.0, 1.0] if tokens <= MAX_CPU_TOKENS else [1.0]
         times = self._experts(tokens, 0, ends)
         balance = times[0.0].us / (times[0.0].us + times[1.0].us) if 0.0 in times else 0.96
-        between = {min(1.0, max(0.0, round(balance + step, 2))) for step in AROUND_BALANCE}
-        times |= self._experts(tokens, 0, sorted(between - set(times)))
-        best = min(times, key=lambda share: times[share].us)
-        return times | self._experts(tokens, 0, [best])  # once more: the least of several noisy figures is too small
+        block = 1 / (self.top_k * self.blocks)  # of the blocks in a call
+        step = block * max(1, round(SHARE_STEP / block))
+        nearest = round(balance / step)
+        around = (round(step * n, 4) for n in range(nearest - AROUND_BALANCE, nearest + AROUND_BALANCE + 1))
+        return times | self._experts(tokens, 0, [share for share in around if 0 < share < 1])
 
     def resident_expert(self, tokens: int) -> Timing:
         """One expert in GPU memory."""
@@ -142,26 +138,48 @@ class ExpertBench:
         return self._experts(tokens, resident, [share])[share]
 
     def _experts(self, tokens: int, resident: int, shares: list[float]) -> dict[float, Timing]:
-        """What one expert, with `resident` of its blocks on the device, adds to a dispatch in which every token chooses the same
-        experts, as many as the model's tokens choose; by the share of its other blocks that is sent over the link."""
-        calls = [self._dispatch(self._rows(resident, self.blocks), tokens, share) for share in shares]
-        empty, *filled = self.stopwatch.time(self._dispatch(self._rows(0, 0), tokens, 0.0), *calls)
-        return {share: (timing - empty) / self.top_k for share, timing in zip(shares, filled, strict=True)}
+        """What one expert, called by `tokens` tokens, takes of a dispatch: with `resident` of its blocks on the device, and by the
+        share of the others that is sent over the link."""
+        calls = [self._dispatch(resident, self.blocks, tokens, share) for share in shares]
+        per_sample = ROUND if tokens <= MANY_TOKENS else 1  # longer calls vary less
+        empty, *filled = self.stopwatch.time(self._dispatch(0, 0, tokens, 0.0), *calls, calls_per_sample=per_sample)
+        called = self._called_at_once(tokens)
+        return {share: (timing - empty) / called for share, timing in zip(shares, filled, strict=True)}
 
-    def _rows(self, resident: int, stop: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(on[:resident], off[resident:stop]) for on, off in zip(self.resident, self.absent, strict=True)]
+    def _called_at_once(self, tokens: int) -> int:
+        """How many of a layer's experts a dispatch calls: those of one token; of a prompt all, or as many as are quick."""
+        if tokens <= MOST_ROUTED_TOKENS:
+            return self.top_k
+        return max(self.top_k, min(self.layer_experts, MOST_CALLS // tokens))
 
-    def _dispatch(self, rows: list, tokens: int, share: float) -> Callable[[], object]:
-        """A call that dispatches `tokens` tokens to the same experts, to other ones each time."""
-        resident, absent = zip(*rows, strict=True)
-        dispatch = LayerDispatch(0, list(resident), list(absent), lambda _: share, self.executors)
-        states = torch.randn(tokens, self.hidden_size, dtype=self.dtype, device=self.device)
-        weights = torch.full((tokens, self.top_k), 1 / self.top_k, device=self.device)
-        order = self._in_places() * self.top_k
-        chosen = torch.tensor(order, device=self.device).view(-1, 1, self.top_k).expand(-1, tokens, -1).contiguous()
-        in_turn, executors = cycle(chosen), self.executors
-        # The calling thread takes its part of the CPU's work, as it does when a model runs.
-        return lambda: (dispatch(states, next(in_turn), weights), executors.finish_cpu())
+    def _dispatch(self, resident: int, stop: int, tokens: int, share: float) -> Callable[[], object]:
+        """A call that dispatches as many tokens as it takes for each called expert to have `tokens` of them; to other experts each
+        time. Of each expert, blocks 0 to `resident` are on the device, those up to `stop` in host memory."""
+        places, called = self._in_places(), self._called_at_once(tokens)
+        layers = [
+            LayerDispatch(
+                0,
+                [self.resident[expert][:resident] for expert in experts],
+                [self.absent[expert][resident:stop] for expert in experts],
+                lambda _: share,
+                self.executors,
+            )
+            for experts in zip(*[iter(places)] * self.layer_experts, strict=False)  # some may be left over
+        ]
+        rows = tokens * called // self.top_k
+        states = torch.randn(rows, self.hidden_size, dtype=self.dtype, device=self.device)
+        weights = torch.full((rows, self.top_k), 1 / self.top_k, device=self.device)
+        choices = torch.arange(rows * self.top_k, device=self.device).view(rows, self.top_k) % called
+        firsts = range(0, self.layer_experts, called)
+        chosen = [(choices + first) % self.layer_experts for first in firsts]
+        in_turn, executors = cycle(product(chosen, layers)), self.executors
+
+        def dispatch() -> None:
+            index, layer = next(in_turn)
+            layer(states, index, weights)
+            executors.finish_cpu()  # the calling thread takes its part of the CPU's work, as it does when a model runs
+
+        return dispatch
 
     def _in_places(self) -> list[int]:
         """All experts, in an order in which any few in a row lie all over the memory."""

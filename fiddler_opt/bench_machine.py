@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, median
 
+import numpy as np
 import torch
 
 from fiddler_opt import facts
@@ -40,6 +41,7 @@ class Effort:
 
 
 THOROUGH = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), (1, 16, 128, 512, 2048), 3, 0.2, 0.75, 10**15)
+SMOOTHED = 5
 EXPERTS, LAYERS = "experts", "layers without experts"
 QUICK = Effort((1, 4, 16, 64, 256, 1024), (1, 128, 512), 1, 0.1, 0.25, 8 * 10**9)
 
@@ -189,7 +191,8 @@ def release_gpu_memory() -> None:
 
 
 def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> tuple[dict[str, dict], dict[str, dict]]:
-    """The rounds' median microseconds, and mean spread, by table and tokens. What was not timed in each round is left out."""
+    """The rounds' median microseconds, by share smoothed, and mean spread, by table and tokens. What was not timed in each round is
+    left out."""
     rounds: dict[str, dict[int, list[dict]]] = {}
     spreads: dict[str, dict[int, list[float]]] = {}
     for part, (_, tokens) in timed.items():
@@ -201,11 +204,25 @@ def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> 
     def middle(several: list[dict]) -> dict | float:
         shares = [share for share in several[0] if all(share in by_share for by_share in several)]
         medians = {share: round(median(by_share[share] for by_share in several), 1) for share in shares}
-        return medians.get(None, medians)
+        return medians[None] if None in medians else smoothed(medians)
 
     tables = {table: {tokens: middle(several) for tokens, several in found.items()} for table, found in rounds.items()}
     spread = {table: {tokens: round(fmean(of), 3) for tokens, of in found.items()} for table, found in spreads.items()}
     return tables, spread
+
+
+def smoothed(by_share: dict[float, float]) -> dict[float, float]:
+    """Each time between the ends replaced by what a parabola through the five around it says: of many noisy times the least is too
+    small, and its share chosen by chance."""
+    inside = sorted(share for share in by_share if 0 < share < 1)
+    if len(inside) < SMOOTHED:
+        return by_share
+    found = dict(by_share)
+    for number, share in enumerate(inside):
+        first = min(max(0, number - SMOOTHED // 2), len(inside) - SMOOTHED)
+        around = np.array(inside[first : first + SMOOTHED])
+        found[share] = round(float(np.polyfit(around - share, [by_share[each] for each in around], 2)[-1]), 1)
+    return found
 
 
 def undisturbed(name: str, measure: Callable[[], dict]) -> dict:

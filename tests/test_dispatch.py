@@ -25,7 +25,7 @@ def split(share: float, absent: list[int], tokens: int, seed: int = 0):
     dispatch = LayerDispatch(0, [torch.empty(0, 6)] * len(absent), blocks, lambda _: share, None)
     generator = torch.Generator().manual_seed(seed)
     index = torch.stack([torch.randperm(len(absent), generator=generator)[:2] for _ in range(tokens)])
-    _, groups = expert_groups(index.numpy(), torch.rand(tokens, 2).numpy(), len(absent))
+    groups = expert_groups(index.numpy(), torch.rand(tokens, 2).numpy(), len(absent))
     return dispatch._split(groups)
 
 

@@ -11,7 +11,7 @@ import transformers
 
 from fiddler_run.dispatch import Traffic
 from fiddler_run.executors import Executors
-from fiddler_run.generate import Measured, Options, generate_ids
+from fiddler_run.generate import Measured, Options, generate_ids, never_stopping
 from fiddler_run.host import cpu_name, num_cores
 from fiddler_run.kernels.cpu import CompiledExperts
 from fiddler_run.model import DispatchedMixtral
@@ -79,9 +79,10 @@ def bench(
 
     def run(tokens: int) -> Measured:
         options = Options(max_new_tokens=tokens, num_beams=num_beams)
-        return generate_ids(model, ids, options, min_new_tokens=tokens, pad_token_id=0)[1]
+        return generate_ids(model, ids, options, **never_stopping(model))[1]
 
     first, measured = run(traced), run(output_tokens)
+    model.executors.finish_cpu()  # or its last job would appear on the timeline
     timeline.start()
     try:
         observed = run(traced)
@@ -154,18 +155,19 @@ def _at_work(spans: list[Span], layers: float) -> dict[str, float]:
         return _length_s(_intersection(at_work, windows)) / len(windows) * layers * 1e3
 
     total = _length_s(windows) / len(windows) * layers * 1e3
-    absent = "CPU", "link", "streamed"
+    absent = "blocks", "link", "streamed"  # blocks: on the CPU
     return {
         "layers": total,
         "absent": milliseconds(*absent),
         "experts": milliseconds(*absent, "resident"),
-        **{name: milliseconds(name) for name in ("dense", "resident", "streamed", "link", "CPU")},
+        **{name: milliseconds(name) for name in ("dense", "resident", "streamed", "link")},
+        "CPU": milliseconds("blocks"),
         "idle": total - milliseconds(*absent, "resident", "dense"),
     }
 
 
 def _rates(spans: list[Span], traffic: Traffic, block_bytes: int) -> dict[str, float]:
-    link, cpu = ([span for span in spans if span.lane == lane] for lane in ("link", "CPU"))
+    link, cpu = ([span for span in spans if which in (span.lane, span.name)] for which in ("link", "blocks"))
     in_place, alone = (any(span.name == "in place" for span in spans), [span for span in spans if span.name == "resident"])
     cpu_blocks = traffic.cpu_blocks + (0 if in_place or alone else traffic.resident_blocks)  # without a GPU, it does all
     handled = {

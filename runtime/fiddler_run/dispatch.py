@@ -4,8 +4,11 @@
 
 Blocks on disk are mapped and come last: the CPU reads them as if they were in host memory.
 
-Any split gives the same result up to the order of addition, because an expert is a sum over its neurons. The host waits for
-the device once, for the router's result; then CPU, link and device work at the same time.
+Any split gives the same result up to the order of addition, because an expert is a sum over its neurons. CPU, link and device
+work at the same time.
+
+Who divides: for few tokens on a GPU, as in decode, the CPU's threads themselves once the GPU has sent them the router's choice, so
+that Python is always a layer ahead (`Executors.run_routed`). In all other cases Python, which waits for that choice.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fiddler_run.kernels.cpu import RoutedLayer
+
 if TYPE_CHECKING:
     from fiddler_run.executors import Executors
 
 
-@dataclass
+@dataclass(frozen=True)
 class Traffic:
-    """Expert blocks that calls needed so far, by where they were computed."""
+    """Expert blocks that calls needed, by where they were computed."""
 
     resident_blocks: int = 0
     streamed_blocks: int = 0
@@ -43,12 +48,11 @@ class Traffic:
 
 
 class Expert:
-    """One expert's blocks [count, block_elements] in device memory, in host memory, mapped from disk; addresses where needed."""
+    """One expert's blocks [count, block_elements] in device memory, in host memory, mapped from disk."""
 
     def __init__(self, resident: torch.Tensor, absent: torch.Tensor, on_disk: torch.Tensor):
         self.resident, self.absent, self.on_disk = resident, absent, on_disk
         self.num_resident, self.num_absent, self.num_on_disk = len(resident), len(absent), len(on_disk)
-        self.resident_address, self.absent_address = resident.data_ptr(), absent.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class LayerDispatch:
         on_disk = on_disk or [blocks[:0] for blocks in absent]
         self.layer, self.experts = layer, [Expert(*blocks) for blocks in zip(resident, absent, on_disk, strict=True)]
         self.stream_share, self.executors = stream_share, executors
+        self._routed = RoutedLayer(resident, absent, stream_share) if not any(map(len, on_disk)) else None
 
     def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [tokens, hidden], top_k_index [tokens, k] and top_k_weights [tokens, k] on the device: [tokens, hidden]."""
@@ -110,17 +115,20 @@ class LayerDispatch:
         executors, timeline = self.executors, self.executors.timeline
         timeline.end("GPU", "dense")  # what lies between two layers' experts
         timeline.enter(self.layer)
-        timeline.begin("host", "wait for the router")
-        host_states, index, weights = executors.receive(hidden_states, top_k_index, top_k_weights)
-        timeline.end("host", "wait for the router")
-        order, groups = expert_groups(index.numpy(), weights.numpy(), len(self.experts))
-        output = executors.run(self._split(groups), order, host_states, hidden_states, top_k_index, top_k_weights)
+        if self._routed is not None and executors.routes(len(hidden_states)):
+            output = executors.run_routed(self._routed, hidden_states, top_k_index, top_k_weights)
+        else:
+            timeline.begin("host", "wait for the router")
+            host_states, index, weights = executors.receive(hidden_states, top_k_index, top_k_weights)
+            timeline.end("host", "wait for the router")
+            groups = expert_groups(index.numpy(), weights.numpy(), len(self.experts))
+            output = executors.run(self._split(groups), host_states, hidden_states, top_k_index, top_k_weights)
         timeline.begin("GPU", "dense")
         return output
 
     def _split(self, groups: list[tuple[int, np.ndarray, np.ndarray]]) -> list[ExpertCall]:
         """Divides the blocks of each called expert. What rounding to whole blocks gives the link too much or too little with
-        one expert is made up for with the next."""
+        one expert is made up for with the next. The same rule as in kernels/route.h."""
         calls, start, owed = [], 0, 0.0
         for number, rows, weights in groups:
             expert = self.experts[number]
@@ -132,14 +140,9 @@ class LayerDispatch:
         return calls
 
 
-def expert_groups(
-    top_k_index: np.ndarray, top_k_weights: np.ndarray, num_experts: int
-) -> tuple[np.ndarray, list[tuple[int, np.ndarray, np.ndarray]]]:
-    """Groups the router's choices [tokens, k] by expert, leaving out experts that no token chose.
-
-    Returns:
-        the choices [tokens * k] sorted by expert; of each expert its number, rows [n] int64 and weights [n] float32, contiguous.
-    """
+def expert_groups(top_k_index: np.ndarray, top_k_weights: np.ndarray, num_experts: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Groups the router's choices [tokens, k] by expert, leaving out experts that no token chose: of each its number, rows [n]
+    int64 and weights [n] float32, contiguous."""
     chosen = top_k_index.ravel()
     order = chosen.argsort(kind="stable")
     rows, weights = order // top_k_index.shape[1], top_k_weights.ravel()[order]
@@ -149,4 +152,4 @@ def expert_groups(
         if stop > start:
             groups.append((expert, rows[start:stop], weights[start:stop]))
         start = stop
-    return order, groups
+    return groups

@@ -1,10 +1,12 @@
 """What computes a model's experts: the CPU, the device, and the link between them, at the same time.
 
-Calls of few tokens, as in decode, go to GPU kernels that read resident blocks from GPU memory and streamed ones over the link
-where they lie; those of many tokens, as in prefill, to matrix products over blocks that are copied into a staging ring.
+Few tokens, as in decode, go to GPU kernels that read resident blocks from GPU memory and streamed ones over the link where they
+lie; many, as in prefill, to matrix products over blocks that are copied into a staging ring.
 """
 
 import logging
+import time
+from collections import deque
 from importlib.util import find_spec
 
 import numpy as np
@@ -13,9 +15,9 @@ import torch
 from fiddler_run.arena import will_need
 from fiddler_run.dispatch import ExpertCall, Traffic
 from fiddler_run.errors import FiddlerError
-from fiddler_run.kernels.cpu import CpuCall, cpu_experts
+from fiddler_run.kernels.cpu import MOST_ROUTED_TOKENS, CpuCall, RoutedLayer, cpu_experts
 from fiddler_run.kernels.pytorch import apply_blocks
-from fiddler_run.timeline import Timeline
+from fiddler_run.timeline import Place, Timeline
 from fiddler_run.transfer import Mailbox, StagingRing
 
 SPIN_US = 1000  # longer than a GPU takes for the dense part of a layer
@@ -49,12 +51,54 @@ class Executors:
         spin_us = SPIN_US if on_gpu else SPIN_BESIDE_PYTORCH_US
         self.cpu = cpu_experts(threads, pinned, spin_us, dtype, hidden, block_neurons)
         self.ring = StagingRing(slots, 3 * block_neurons * hidden, dtype, device) if slots else None
-        self.mailbox, self.timeline, self.traffic = Mailbox(device), Timeline(device), Traffic()
-        self.kernels = _gpu_kernels(dtype, hidden, block_neurons) if on_gpu else None
+        self.mailbox, self.timeline, self._blocks = Mailbox(device), Timeline(device), np.zeros(3, dtype=np.int64)
+        # With them the GPU waits for the CPU's threads, which must not need Python's then.
+        self.kernels = _gpu_kernels(dtype, hidden, block_neurons) if on_gpu and self.cpu.finishes_alone else None
         # Without a GPU the CPU stands in for it, one step after the other; where nothing is ever streamed, in the same job.
         self._apply = apply_blocks if on_gpu else self.cpu.apply
         self._cpu_does_all = not on_gpu and self.ring is None
-        self._jobs, self._job_under_way = 0, False  # of the CPU
+        self._jobs = 0  # of the CPU
+        self._under_way: deque[tuple[Place, float | None]] = deque()  # of these: the place, and since when it waits for the router
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of all calls whose results are there."""
+        return Traffic(*self._blocks.tolist())
+
+    def forget_traffic(self) -> None:
+        self._blocks[:] = 0
+
+    def routes(self, tokens: int) -> bool:
+        """Whether so many tokens are for `run_routed`."""
+        return self.kernels is not None and tokens <= MOST_ROUTED_TOKENS
+
+    def run_routed(
+        self, layer: RoutedLayer, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sums [tokens, hidden] of what the router chose, queued on the GPU, in the dtype of `hidden_states`.
+
+        Nothing waits for Python: it submits the CPU's job and queues the GPU's work while the last layer is being computed; CPU and
+        GPU then tell each other when to go on. The GPU is never made to wait for what has not been submitted.
+        """
+        self._check(hidden_states)
+        kernels, mailbox, (tokens, top_k) = self.kernels, self.mailbox, top_k_index.shape
+        self._jobs += 1
+        self.timeline.begin("host", "queue device work")
+        max_blocks = layer.most_blocks(tokens * top_k)
+        given = mailbox.routed(hidden_states, top_k_index, top_k_weights, layer.num_experts, max_blocks)
+        output = mailbox.output(hidden_states.shape)
+        tensors = hidden_states, top_k_index, top_k_weights
+        kernels.send(tensors, [given.states, given.index, given.weights], given.arrived, self._jobs)
+        self.cpu.submit_routed(layer, given, self._block_neurons, self._blocks, output, mailbox.finished, self._jobs)
+        self._under_way.append((self.timeline.place, time.perf_counter()))
+        table = kernels.fetch(given.table, given.described, self._jobs, self.device)
+        self.timeline.begin("link", "in place")
+        results = kernels.apply(table, max_blocks, layer.num_experts, hidden_states, top_k_weights, self._block_neurons)
+        self.timeline.end("link", "in place")
+        total = kernels.add_up(results, output, mailbox.finished, self._jobs, hidden_states)
+        self.timeline.end("host", "queue device work")
+        self.finish_cpu(but=1)  # this layer's job has just begun
+        return total
 
     def receive(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """The device's tensors in host memory, until the next call; meanwhile the last layer's CPU job is finished."""
@@ -63,7 +107,6 @@ class Executors:
     def run(
         self,
         calls: list[ExpertCall],
-        order: np.ndarray,
         host_states: torch.Tensor,
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
@@ -73,37 +116,33 @@ class Executors:
 
         Args:
             calls: of one layer.
-            order: the layer's choices [tokens * k] sorted by expert.
             host_states: `hidden_states` in host memory.
         """
-        if hidden_states.dtype != self._dtype:
-            raise FiddlerError(
-                f"the model computes in {hidden_states.dtype}, but its experts are {self._dtype}; leave a loaded model's dtype"
-            )
-        self._count(calls)
+        self._check(hidden_states)
+        for call in calls:
+            self._blocks += call.expert.num_resident, call.num_streamed, call.num_on_cpu
         cpu_output = self._start_cpu(calls, host_states)
         if self.device.type == "cpu":  # one after the other
             self.finish_cpu()
             if self._cpu_does_all and cpu_output is not None:
                 return cpu_output.to(hidden_states.dtype)
-        most_tokens = max(len(call.rows) for call in calls)
         self.timeline.begin("host", "queue device work")
-        if self.kernels and most_tokens <= self.kernels.MAX_TOKENS:
-            output = self._read_in_place(calls, most_tokens, order, hidden_states, top_k_weights, cpu_output)
-        else:
-            output = self._stage(calls, hidden_states, top_k_index, top_k_weights)
-            if cpu_output is not None:
+        output = self._stage(calls, hidden_states, top_k_index, top_k_weights)
+        if cpu_output is not None:
+            # A GPU that waits for a disk could hold up a screen, or be stopped for taking too long.
+            if self.kernels and not any(call.expert.num_on_disk for call in calls):
+                self.kernels.wait(self.mailbox.finished, self._jobs)
+            else:
                 self.finish_cpu()
-                output += cpu_output.to(self.device, non_blocking=True)
-            output = output.to(hidden_states.dtype)
+            output += cpu_output.to(self.device, non_blocking=True)
         self.timeline.end("host", "queue device work")
-        return output
+        return output.to(hidden_states.dtype)
 
-    def _count(self, calls: list[ExpertCall]) -> None:
-        for call in calls:
-            self.traffic.resident_blocks += call.expert.num_resident
-            self.traffic.streamed_blocks += call.num_streamed
-            self.traffic.cpu_blocks += call.num_on_cpu
+    def _check(self, hidden_states: torch.Tensor) -> None:
+        if hidden_states.dtype != self._dtype:
+            raise FiddlerError(
+                f"the model computes in {hidden_states.dtype}, but its experts are {self._dtype}; leave a loaded model's dtype"
+            )
 
     def _start_cpu(self, calls: list[ExpertCall], host_states: torch.Tensor) -> torch.Tensor | None:
         """Starts the CPU on its blocks of all calls: where its result will be, or None if there are none."""
@@ -121,49 +160,25 @@ class Executors:
             return None
         output = self.mailbox.output(host_states.shape)
         self._jobs += 1
-        self._job_under_way = True
-        self.timeline.begin("CPU", "blocks")
         self.cpu.submit(for_cpu, host_states, output, self.mailbox.finished, self._jobs)
+        self._under_way.append((self.timeline.place, None))
         return output
 
-    def finish_cpu(self) -> None:
-        """Takes part in the CPU's job, if there is one, until it is finished."""
-        if self._job_under_way:
+    def finish_cpu(self, but: int = 0) -> None:
+        """Takes part in the CPU's jobs, until all but the last `but`, at most 1, are finished."""
+        while len(self._under_way) > but:
+            place, waits_since_s = self._under_way.popleft()
             self.timeline.begin("host", "help the CPU")
-            self.cpu.wait()
+            self.cpu.wait(len(self._under_way))
             self.timeline.end("host", "help the CPU")
-            self.timeline.end("CPU", "blocks", self.cpu.finished_s())
-            self._job_under_way = False
+            started_s, finished_s = self.cpu.times_s()
+            if waits_since_s is not None:
+                self.timeline.add("CPU", "wait for the router", place, waits_since_s, started_s)
+            self.timeline.add("CPU", "blocks", place, started_s, finished_s)
 
     def __del__(self):
-        if getattr(self, "_job_under_way", False):
-            self.cpu.wait()  # the job holds views of the model's memory
-
-    def _read_in_place(
-        self,
-        calls: list[ExpertCall],
-        most_tokens: int,
-        order: np.ndarray,
-        hidden_states: torch.Tensor,
-        weights: torch.Tensor,
-        cpu_output: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The device itself waits for the CPU's result, so that Python can queue the next layer's dense part meanwhile."""
-        results = None
-        if any(call.on_device for call in calls):
-            lane = ("link", "in place") if any(call.num_streamed for call in calls) else ("GPU", "resident")
-            table = self.mailbox.table(self.kernels.table_size(calls, order))
-            num_blocks = self.kernels.fill_table(table.numpy(), calls, self._block_bytes, order)
-            self.timeline.begin(*lane)
-            table = table.to(self.device, non_blocking=True)
-            results = self.kernels.apply_calls(
-                table, num_blocks, len(calls), most_tokens, hidden_states, weights, self._block_neurons
-            )
-            self.timeline.end(*lane)
-        # A kernel that waits for a disk could hold up a screen, or be ended for taking too long.
-        if cpu_output is not None and (not self.cpu.finishes_alone or any(call.expert.num_on_disk for call in calls)):
-            self.finish_cpu()
-        return self.kernels.add_up(results, cpu_output, self.mailbox.finished, self._jobs, hidden_states)
+        if getattr(self, "_under_way", None):
+            self.cpu.wait()  # the jobs hold views of the model's memory
 
     def _stage(
         self, calls: list[ExpertCall], hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -204,7 +219,7 @@ def _gpu_kernels(dtype: torch.dtype, hidden: int, block_neurons: int):
         return None
     from fiddler_run.kernels import gpu
 
-    if not gpu.supports(dtype, hidden, block_neurons):
+    if not gpu.supports(hidden, block_neurons):
         return None
     try:
         gpu.compile_all(dtype, hidden, block_neurons)

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from fiddler_run.dispatch import Traffic
 from fiddler_run.errors import FiddlerError
+from fiddler_run.executors import Executors
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan
 
@@ -45,14 +46,14 @@ class Measured:
 class StepClock(StoppingCriteria):
     """Never stops; notes the time and the expert traffic after each step of any of transformers' decoding methods."""
 
-    def __init__(self, traffic: Traffic):
-        self.traffic = traffic
+    def __init__(self, executors: Executors):
+        self._executors = executors
         self.steps: list[tuple[float, Traffic]] = []
 
     def __call__(self, input_ids, scores, **kwargs):
         if input_ids.is_cuda:  # as transformers does right after this
             torch.cuda.current_stream(input_ids.device).synchronize()
-        self.steps.append((time.perf_counter(), replace(self.traffic)))
+        self.steps.append((time.perf_counter(), self._executors.traffic))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -139,10 +140,10 @@ def generate_ids(model: DispatchedMixtral, ids: torch.Tensor, options: Options, 
     ids = ids.to(model.device)
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    clock = StepClock(model.executors.traffic)
+    clock = StepClock(model.executors)
     sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     arguments.setdefault("attention_mask", torch.ones_like(ids))
-    before, started = replace(model.executors.traffic), time.perf_counter()
+    before, started = model.executors.traffic, time.perf_counter()
     output = model.generate(
         ids,
         max_new_tokens=options.max_new_tokens,
@@ -152,6 +153,11 @@ def generate_ids(model: DispatchedMixtral, ids: torch.Tensor, options: Options, 
         **arguments,
     )
     return output, _measure(clock, before, started, ids, model.device)
+
+
+def never_stopping(model: DispatchedMixtral) -> dict[str, int]:
+    """Arguments for `generate()` with which no token ends a sequence. (`min_new_tokens` would do more at each step.)"""
+    return {"eos_token_id": model.config.vocab_size, "pad_token_id": 0}
 
 
 def _measure(clock: StepClock, before: Traffic, started: float, ids: torch.Tensor, device: torch.device) -> Measured:

@@ -13,8 +13,8 @@ from transformers.utils import logging as transformers_logging
 from fiddler_run.arena import TORCH_DTYPES, ExpertStore
 from fiddler_run.check import disk_problems, find_gpu, machine_problems, model_problems, refuse
 from fiddler_run.checkpoint import Checkpoint, DummyWeights
-from fiddler_run.dispatch import Traffic
 from fiddler_run.errors import FiddlerError
+from fiddler_run.generate import never_stopping
 from fiddler_run.locate import model_config_file, model_folder, read_json, shipped_file
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan
@@ -128,8 +128,8 @@ def _warm_up(model: DispatchedMixtral) -> None:
     for tokens in WARM_UP_TOKENS:
         ids = torch.zeros((1, min(tokens, model.plan.workload.max_seq_len - 2)), dtype=torch.long, device=model.device)
         mask = torch.ones_like(ids)
-        model.generate(ids, attention_mask=mask, min_new_tokens=2, max_new_tokens=2, do_sample=False, pad_token_id=0)
-    model.executors.traffic = Traffic()
+        model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, **never_stopping(model))
+    model.executors.forget_traffic()
 
 
 def with_random_dense_weights(model: DispatchedMixtral, dtype: torch.dtype, device: torch.device) -> DispatchedMixtral:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ class Recorder:
     def __init__(self, device: torch.device):
         self.active = device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.active else None
-        # One for all: cuBLAS keeps up to 32 MiB for each stream that it was ever used on.
-        self.stream = torch.cuda.Stream(device) if self.active else None
+        self.stream = _stream(device) if self.active else None
         self.kept: set[int] = set()  # addresses of recordings' inputs and outputs, which never change
 
     def segment(self, run: Callable[..., tuple[Tensor, ...] | Tensor]) -> Callable[..., tuple[Tensor, ...] | Tensor]:
@@ -82,6 +82,12 @@ class _Recording:
                 own.copy_(given)
         self._graph.replay()
         return self._outputs
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all models of a process: cuBLAS keeps up to 32 MiB for each stream that it was ever used on."""
+    return torch.cuda.Stream(device)
 
 
 def _tensors(outputs: tuple[Tensor, ...] | Tensor) -> tuple[Tensor, ...]:

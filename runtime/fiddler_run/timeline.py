@@ -25,6 +25,9 @@ class Span:
     stop_s: float
 
 
+Place = tuple[int, int]  # a layer, and which call of layers
+
+
 class Timeline:
     """Spans of the work of one model's layers."""
 
@@ -57,12 +60,22 @@ class Timeline:
         if self._marks is not None:
             self._begun[lane, name] = self._layer, self._call, self._now(lane)
 
-    def end(self, lane: str, name: str, at_s: float | None = None) -> None:
-        """Ends what was begun: now, or at `at_s` on the clock of `time.perf_counter`. What never began is left out."""
+    def end(self, lane: str, name: str) -> None:
+        """Ends what was begun. What never began is left out."""
         if self._marks is not None and (lane, name) in self._begun:
-            ended = self._now(lane) if at_s is None else at_s
+            ended = self._now(lane)
             layer, call, begun = self._begun.pop((lane, name))
             self._marks.append((lane, name, layer, call, begun, ended))
+
+    @property
+    def place(self) -> Place:
+        """The call that is under way."""
+        return self._layer, self._call
+
+    def add(self, lane: str, name: str, place: Place, begun_s: float, ended_s: float) -> None:
+        """Something off the device that is over; times on the clock of `time.perf_counter`."""
+        if self._marks is not None:
+            self._marks.append((lane, name, *place, begun_s, ended_s))
 
     def _now(self, lane: str) -> object:
         return self._event() if self._events and lane in ON_DEVICE else time.perf_counter()

@@ -6,6 +6,7 @@ from itertools import islice
 
 import torch
 
+from fiddler_run.kernels.cpu import MOST_ROUTED_TOKENS, RoutedInput, table_size
 from fiddler_run.timeline import Timeline
 
 
@@ -15,7 +16,9 @@ class Mailbox:
     def __init__(self, device: torch.device):
         self._device, self._on_gpu = device, device.type == "cuda"
         self._buffers: dict[str, torch.Tensor] = {}
-        self.finished = torch.zeros(1, dtype=torch.int64, pin_memory=self._on_gpu)  # number of the CPU's last finished job
+        # Numbers of the CPU's jobs: of the last finished one; of the last whose table is complete; of those whose tokens have come.
+        flags = torch.zeros((2 + MOST_ROUTED_TOKENS // 8, 8), dtype=torch.int64, pin_memory=self._on_gpu)  # rows: cache lines
+        self.finished, self._described, self._arrived = flags[0, :1], flags[1, :1], flags[2:].flatten()
 
     def receive(self, *tensors: torch.Tensor, meanwhile: Callable[[], None]) -> list[torch.Tensor]:
         """The device's tensors in host memory, until the next call. Does something useful, then waits for the device."""
@@ -31,12 +34,23 @@ class Mailbox:
         return received
 
     def output(self, shape: torch.Size) -> torch.Tensor:
-        """Room for the CPU's result, float32, until the next call of `receive`: by then the device has read it."""
+        """Room for the CPU's result, float32, until the device has sent the next layer's tokens: by then it has read it."""
         return self._buffer("output", shape, torch.float32)
 
-    def table(self, size: int) -> torch.Tensor:
-        """Room for `size` int64 that the device will read, until the next call of `receive`."""
-        return self._buffer("table", torch.Size([size]), torch.int64)
+    def routed(
+        self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, num_experts: int, max_blocks: int
+    ) -> RoutedInput:
+        """Room for what the device will send, until the next call of this: the device sends nothing before the last job is done."""
+        sent = {"states": states, "index": index, "weights": weights}
+        room = {name: self._buffer(name, tensor.shape, tensor.dtype) for name, tensor in sent.items()}
+        size = table_size(max_blocks, num_experts, index.numel())
+        return RoutedInput(
+            **room,
+            arrived=self._arrived,
+            table=self._buffer("table", torch.Size([size]), torch.int64),
+            described=self._described,
+            max_blocks=max_blocks,
+        )
 
     def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         buffer, elements = self._buffers.get(name), shape.numel()

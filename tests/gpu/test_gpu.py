@@ -170,10 +170,11 @@ def test_the_device_waits_for_the_cpu():
 
     finished = torch.zeros(1, dtype=torch.int64, pin_memory=True)
     cpu_output = torch.zeros((3, 256), pin_memory=True)
+    results = torch.ones((3, 2, 256), device=CUDA)
     states = torch.zeros((3, 256), dtype=torch.bfloat16, device=CUDA)
-    gpu.add_up(None, cpu_output, finished, 0, states)  # compiled before
+    gpu.add_up(results, cpu_output, finished, 0, states)  # compiled before
     torch.cuda.synchronize()
-    output = gpu.add_up(None, cpu_output, finished, 5, states)
+    output = gpu.add_up(results, cpu_output, finished, 5, states)
     done = torch.cuda.current_stream().record_event()
     try:
         finished.fill_(4)
@@ -182,7 +183,32 @@ def test_the_device_waits_for_the_cpu():
         cpu_output.fill_(2.5)
     finally:
         finished.fill_(5)
-    assert torch.equal(output.cpu(), torch.full((3, 256), 2.5, dtype=torch.bfloat16))
+    assert torch.equal(output.cpu(), torch.full((3, 256), 4.5, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+def test_what_is_marked_as_arrived_has_arrived(tokens):
+    from fiddler_run.kernels import gpu
+
+    host = [
+        torch.zeros(shape, dtype=dtype, pin_memory=True)
+        for shape, dtype in (((tokens, 4096), torch.bfloat16), ((tokens, 2), torch.int64), ((tokens, 2), torch.float32))
+    ]
+    arrived = torch.zeros(64, dtype=torch.int64, pin_memory=True)
+    marks, seen = (
+        arrived.numpy(),
+        [tensor.numpy() if tensor.dtype != torch.bfloat16 else tensor.view(torch.int16).numpy() for tensor in host],
+    )
+    for job in range(1, 200):
+        value = job % 100
+        tensors = [torch.full(tensor.shape, value, dtype=tensor.dtype, device=CUDA) for tensor in host]
+        expected = tensors[0].view(torch.int16)[0, 0].item()
+        gpu.send(tuple(tensors), host, arrived, job)
+        deadline = time.monotonic() + 10
+        while marks[:tokens].min() < job:
+            assert time.monotonic() < deadline
+        assert [(array == wanted).all() for array, wanted in zip(seen, (expected, value, value), strict=True)] == [True] * 3
+    assert not marks[tokens:].any()
 
 
 def test_no_kernel_is_compiled_during_decode(wide_bfloat16):
@@ -190,10 +216,11 @@ def test_no_kernel_is_compiled_during_decode(wide_bfloat16):
     from fiddler_run.kernels import gpu
 
     model, _ = wide_bfloat16
-    variants = [len(kernel.device_caches[0][0]) for kernel in (gpu._gate_up, gpu._down, gpu._add_up)]
+    kernels = gpu._send, gpu._wait, gpu._fetch, gpu._gate_up, gpu._down, gpu._add_up
+    variants = [len(kernel.device_caches[0][0]) for kernel in kernels]
     ids = torch.randint(3, 700, (1, 20), device=CUDA)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, min_new_tokens=40, do_sample=False)
-    assert [len(kernel.device_caches[0][0]) for kernel in (gpu._gate_up, gpu._down, gpu._add_up)] == variants
+    assert [len(kernel.device_caches[0][0]) for kernel in kernels] == variants
 
 
 @torch.inference_mode()

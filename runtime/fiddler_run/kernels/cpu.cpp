@@ -8,8 +8,8 @@
 //   down:    UNIT_ROWS rows of every block's down matrix -> these elements of the output
 // Each element is summed by one thread in one order: the same input gives the same bits, whatever the threads do.
 //
-// job.h says what a job is, rows.h and tiles.h compute it with one instruction set each time they are included, pool.h has the
-// threads. Plain C interface, used through ctypes by cpu.py. Build: g++ -O3 -std=c++20 -shared -fPIC -pthread cpu.cpp
+// job.h says what a job is, rows.h and tiles.h compute it with one instruction set each time they are included, route.h lets a GPU
+// say what there is to compute, pool.h has the threads. Plain C interface, used through ctypes by cpu.py. Build: g++ -O3 -std=c++20 -shared -fPIC -pthread cpu.cpp
 
 #include <algorithm>
 #include <array>
@@ -19,6 +19,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -188,6 +189,8 @@ const Variant* find_variant(const char* name) {
     return nullptr;
 }
 
+#include "wait.h"
+#include "route.h"
 #include "pool.h"
 
 }  // namespace
@@ -208,9 +211,16 @@ void fiddler_submit(void* pool, int hidden, int block_neurons, const uint16_t* s
     static_cast<Pool*>(pool)->submit(hidden, block_neurons, states, tokens, calls, num_calls, output, finished, number);
 }
 
-void fiddler_wait(void* pool) { static_cast<Pool*>(pool)->wait(); }
+void fiddler_submit_routed(void* pool, int hidden, int block_neurons, const uint16_t* states, int tokens, const RouteArguments* route,
+                           float* output, int64_t* finished, int64_t number) {
+    static_cast<Pool*>(pool)->submit_routed(hidden, block_neurons, states, tokens, *route, output, finished, number);
+}
 
-// When the last job was finished, on the monotonic clock.
+// Helps until all jobs but the last `but` are finished; 0: a GPU has not sent what one of them needs.
+int fiddler_wait(void* pool, int but) { return static_cast<Pool*>(pool)->wait(but); }
+
+// When the last job that was waited for began and was finished, on the monotonic clock.
+int64_t fiddler_started_ns(void* pool) { return static_cast<Pool*>(pool)->started_ns(); }
 int64_t fiddler_finished_ns(void* pool) { return static_cast<Pool*>(pool)->finished_ns(); }
 
 uint64_t fiddler_read(void* pool, const char* data, uint64_t bytes) { return static_cast<Pool*>(pool)->read(data, bytes); }

@@ -1,6 +1,7 @@
 """Experts' blocks on the CPU: the compiled kernel of cpu.cpp, or PyTorch where that cannot serve.
 
-Both take a job (`submit`), let Python go on, and finish it in `wait`, where the calling thread takes part.
+Both take a job (`submit`), let Python go on, and finish it in `wait`, where the calling thread takes part. The compiled kernel also
+takes jobs whose tokens and experts a GPU will name later (`submit_routed`).
 """
 
 import ctypes
@@ -8,7 +9,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fiddler_run.errors import FiddlerError
 from fiddler_run.host import core_order
 from fiddler_run.kernels.pytorch import apply_blocks
 
@@ -34,6 +37,53 @@ class CpuCall:
     blocks: torch.Tensor
     rows: np.ndarray
     weights: np.ndarray
+
+
+MOST_ROUTED_TOKENS = 64
+PATIENCE_S = 60.0  # with a GPU that does not send what a job needs
+
+
+class RoutedLayer:
+    """A layer's experts, as `submit_routed` needs to know them."""
+
+    def __init__(self, resident: Sequence[torch.Tensor], absent: Sequence[torch.Tensor], stream_share: Callable[[int], float]):
+        """
+        Args:
+            resident, absent: for each expert, its blocks [count, block_elements] on the GPU, and in host memory.
+            stream_share: tokens of a call -> the share of its expert's absent blocks that the GPU reads.
+        """
+        experts = [(off.data_ptr(), on.data_ptr(), len(off), len(on)) for on, off in zip(resident, absent, strict=True)]
+        self.num_experts, self.places = len(experts), (_Places * len(experts))(*experts)
+        self.shares = (ctypes.c_double * (MOST_ROUTED_TOKENS + 1))(0.0, *map(stream_share, range(1, MOST_ROUTED_TOKENS + 1)))
+        self._num_blocks = sorted((off + on for *_, off, on in experts), reverse=True)
+
+    def most_blocks(self, choices: int) -> int:
+        """That the GPU could have to compute for so many choices of experts; at least 1."""
+        return max(1, sum(self._num_blocks[:choices]))
+
+
+@dataclass(frozen=True)
+class RoutedInput:
+    """What a GPU sends a job, and what it is told, in page-locked host memory; flags hold numbers of jobs, and only grow.
+
+    `states` [tokens, hidden], `index` [tokens, k] int64 and `weights` [tokens, k] float32 of the router have come when each of
+    `arrived` [tokens] int64 is the job's number or more. `table` [table_size()] int64 has room for `max_blocks`
+    blocks and is complete when `described` [1] int64 is the job's number.
+    """
+
+    states: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+    arrived: torch.Tensor
+    table: torch.Tensor
+    described: torch.Tensor
+    max_blocks: int
+
+
+def table_size(max_blocks: int, num_experts: int, choices: int) -> int:
+    """Of the table that tells a GPU its part of a layer: number of blocks | address of each | expert of each | first block of each
+    expert, and the number of blocks | first choice of each expert, and the number of choices | choices [tokens * k], by expert."""
+    return 1 + 2 * max_blocks + 2 * (num_experts + 1) + choices
 
 
 class CpuExperts:
@@ -56,16 +106,20 @@ class CpuExperts:
         """Starts a job: output [tokens, hidden] float32 = the calls' weighted sums over states [tokens, hidden].
 
         Both lie in host memory, contiguous, and must stay untouched until the job is finished; then `finished` [1] int64 is set
-        to `job`. An earlier job that is still under way is finished first.
+        to `job`. The one before the job under way is finished first.
         """
         raise NotImplementedError
 
-    def wait(self) -> None:
-        """Returns when the last job is finished."""
+    def wait(self, but: int = 0) -> None:
+        """Returns when all jobs but the last `but`, at most 1, are finished.
+
+        Raises:
+            FiddlerError: the GPU has not sent what one of them needs.
+        """
         raise NotImplementedError
 
-    def finished_s(self) -> float:
-        """When the last job was finished, on the clock of `time.perf_counter`."""
+    def times_s(self) -> tuple[float, float]:
+        """When the last job that was waited for began to compute and was finished, on the clock of `time.perf_counter`."""
         raise NotImplementedError
 
     def apply(self, blocks: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -94,7 +148,7 @@ class CompiledExperts(CpuExperts):
         cpus = (ctypes.c_int * (threads - 1))(*(core_order() * threads)[1:threads]) if pinned else None
         self._pool = self._library.fiddler_pool_create(self.variant.encode(), threads, spin_us, cpus)
         self.finishes_alone = threads > 1
-        self._job = None
+        self._in_use = deque(maxlen=2)  # what the jobs under way work on
 
     def submit(self, calls, states, output, finished=None, job=0):
         hidden = states.shape[1]
@@ -104,17 +158,52 @@ class CompiledExperts(CpuExperts):
         block_neurons = calls[0].blocks.shape[1] // (3 * hidden) if calls else ALIGNMENT
         arguments = hidden, block_neurons, states.data_ptr(), len(states), described, len(calls), output.data_ptr()
         with self.lock:
-            previous, self._job = self._job, (calls, states, output, finished)  # in use until the job is finished
             self._library.fiddler_submit(self._pool, *arguments, None if finished is None else finished.data_ptr(), job)
-            del previous
+            self._in_use.append((calls, states, output, finished))
 
-    def wait(self):
+    def submit_routed(
+        self,
+        layer: RoutedLayer,
+        given: RoutedInput,
+        block_neurons: int,
+        traffic: np.ndarray,
+        output: torch.Tensor,
+        finished: torch.Tensor,
+        job: int,
+    ) -> None:
+        """As `submit`: starts a job that begins with waiting for the GPU. `finishes_alone` must hold.
+
+        Args:
+            traffic: [3] int64, to which the blocks of the calls are added: resident, streamed, on the CPU.
+        """
+        (tokens, hidden), top_k = given.states.shape, given.index.shape[1]
+        tensors = given.index, given.weights, given.arrived, given.table, given.described
+        route = _Route(
+            ctypes.addressof(layer.places),
+            ctypes.addressof(layer.shares),
+            *(tensor.data_ptr() for tensor in tensors),
+            traffic.ctypes.data,
+            int(PATIENCE_S * 1e9),
+            layer.num_experts,
+            top_k,
+            given.max_blocks,
+        )
+        arguments = hidden, block_neurons, given.states.data_ptr(), tokens, ctypes.byref(route), output.data_ptr()
         with self.lock:
-            self._library.fiddler_wait(self._pool)
-            self._job = None
+            self._library.fiddler_submit_routed(self._pool, *arguments, finished.data_ptr(), job)
+            self._in_use.append((layer, given, traffic, output, finished))
 
-    def finished_s(self):
-        return self._library.fiddler_finished_ns(self._pool) * 1e-9
+    def wait(self, but=0):
+        with self.lock:
+            complete = self._library.fiddler_wait(self._pool, but)
+            while len(self._in_use) > but:
+                self._in_use.popleft()
+        if not complete:
+            torch.cuda.synchronize()  # raises what the GPU failed with
+            raise FiddlerError("the GPU does not answer; see whether other programs keep it busy, and load the model again")
+
+    def times_s(self):
+        return self._library.fiddler_started_ns(self._pool) * 1e-9, self._library.fiddler_finished_ns(self._pool) * 1e-9
 
     def read(self, tensor: torch.Tensor) -> None:
         """Reads a tensor in host memory with all threads and plain loads: the rate that the memory allows."""
@@ -131,26 +220,27 @@ class PyTorchExperts(CpuExperts):
     def __init__(self):
         super().__init__()
         self._job = None
-        self._finished_s = 0.0
+        self._times_s = 0.0, 0.0
 
     def submit(self, calls, states, output, finished=None, job=0):
         self.wait()
         self._job = calls, states, output, finished, job
 
-    def wait(self):
+    def wait(self, but=0):
         if self._job is None:
             return
+        started_s = time.perf_counter()
         (calls, states, output, finished, job), self._job = self._job, None
         output.zero_()
         for call in calls:
             rows, weights = torch.from_numpy(call.rows), torch.from_numpy(call.weights)
             output.index_add_(0, rows, apply_blocks(call.blocks, states[rows]) * weights.unsqueeze(1))
-        self._finished_s = time.perf_counter()
+        self._times_s = started_s, time.perf_counter()
         if finished is not None:
             finished.fill_(job)
 
-    def finished_s(self):
-        return self._finished_s
+    def times_s(self):
+        return self._times_s
 
 
 def cpu_experts(threads: int, pinned: bool, spin_us: int, dtype: torch.dtype, hidden: int, block_neurons: int) -> CpuExperts:
@@ -188,8 +278,11 @@ def library() -> ctypes.CDLL | None:
     loaded.fiddler_pool_destroy.argtypes = [pointer]
     job = [pointer, integer, integer, pointer, integer, pointer, integer, pointer, pointer, ctypes.c_int64]
     loaded.fiddler_submit.argtypes = job
-    loaded.fiddler_wait.argtypes = [pointer]
-    loaded.fiddler_finished_ns.argtypes, loaded.fiddler_finished_ns.restype = [pointer], ctypes.c_int64
+    routed = [pointer, integer, integer, pointer, integer, pointer, pointer, pointer, ctypes.c_int64]
+    loaded.fiddler_submit_routed.argtypes = routed
+    loaded.fiddler_wait.argtypes = [pointer, integer]
+    for time_of in (loaded.fiddler_started_ns, loaded.fiddler_finished_ns):
+        time_of.argtypes, time_of.restype = [pointer], ctypes.c_int64
     loaded.fiddler_read.argtypes, loaded.fiddler_read.restype = [pointer, pointer, size], size
     return loaded
 
@@ -207,6 +300,32 @@ class _Call(ctypes.Structure):
         ("weights", ctypes.c_void_p),
         ("num_blocks", ctypes.c_int),
         ("tokens", ctypes.c_int),
+    ]
+
+
+class _Places(ctypes.Structure):
+    _fields_ = [
+        ("absent", ctypes.c_void_p),
+        ("resident", ctypes.c_int64),
+        ("num_absent", ctypes.c_int),
+        ("num_resident", ctypes.c_int),
+    ]
+
+
+class _Route(ctypes.Structure):
+    _fields_ = [
+        ("experts", ctypes.c_void_p),
+        ("shares", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("arrived", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("described", ctypes.c_void_p),
+        ("traffic", ctypes.c_void_p),
+        ("patience_ns", ctypes.c_int64),
+        ("num_experts", ctypes.c_int),
+        ("top_k", ctypes.c_int),
+        ("max_blocks", ctypes.c_int),
     ]
 
 

@@ -1,9 +1,5 @@
 // Included by cpu.cpp: threads that outlive the jobs, and how they share one.
 
-constexpr int SPINS = 2000;  // looks at a flag before a thread lets others of its core run
-
-int64_t now_ns() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
 // Where the system knows no such thing, the thread stays free.
 inline void pin([[maybe_unused]] std::thread& thread, [[maybe_unused]] int cpu) {
 #if defined(__linux__)
@@ -12,22 +8,6 @@ inline void pin([[maybe_unused]] std::thread& thread, [[maybe_unused]] int cpu) 
     CPU_SET(cpu, &set);
     pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
 #endif
-}
-
-inline void relax() {
-#if defined(__x86_64__)
-    _mm_pause();
-#else
-    std::this_thread::yield();
-#endif
-}
-
-// Until `ready()`: looks often at first, then lets other threads of this core run.
-template <class F>
-void spin_until(F&& ready) {
-    for (int i = 0; !ready(); ++i)
-        if (i < SPINS) relax();
-        else std::this_thread::yield();
 }
 
 class Pool {
@@ -41,115 +21,179 @@ class Pool {
     }
 
     ~Pool() {
-        wait();  // a GPU may be waiting for the job
+        wait(0);  // a GPU may be waiting for a job
         stop_ = true;
         wake();
         for (auto& worker : workers_) worker.join();
     }
 
-    // Starts a job; its arguments must stay until it is finished, when `*finished`, if there is one, becomes `number`.
+    // Starts a job, or puts it behind the one under way; the one before that is finished first. Its arguments must stay until it is
+    // finished, when `*finished`, if there is one, becomes `number`.
     void submit(int hidden, int block_neurons, const uint16_t* states, int tokens, const CallArguments* calls, int num_calls,
                 float* output, int64_t* finished, int64_t number) {
-        wait();
-        finished_ = finished, number_ = number;
-        job_.hidden = hidden, job_.block_neurons = block_neurons;
-        job_.states = states, job_.tokens = tokens, job_.output = output;
-        job_.calls.clear();
-        for (int i = 0; i < num_calls; ++i) job_.calls.push_back({calls[i], false, 0, 0});
-        plan_states();
-        plan_blocks();
-        kind_ = Kind::experts;
-        auto count = [](const auto& units) { return static_cast<int>(units.size()); };
-        open({count(job_.pack_units), count(job_.gate_up_units), count(job_.down_units)});
+        Slot& slot = describe(hidden, block_neurons, states, tokens, output, finished, number);
+        for (int i = 0; i < num_calls; ++i) slot.job.calls.push_back({calls[i], false, 0, 0});
+        plan(slot);
+        open(slot);
+    }
+
+    // The same with calls that are known once the GPU has sent what `route` says.
+    void submit_routed(int hidden, int block_neurons, const uint16_t* states, int tokens, const RouteArguments& route, float* output,
+                       int64_t* finished, int64_t number) {
+        Slot& slot = describe(hidden, block_neurons, states, tokens, output, finished, number);
+        slot.route.arguments = route;
+        slot.phases[PREPARE].have(1);
+        open(slot);
     }
 
     // Reads `bytes` bytes with all threads, as fast as plain loads go: what the memory gives. Returns a checksum.
     uint64_t read(const char* data, size_t bytes) {
-        wait();
-        data_ = data, bytes_ = bytes, checksum_ = 0, finished_ = nullptr;
-        kind_ = Kind::read;
-        open({static_cast<int>((bytes + READ_UNIT - 1) / READ_UNIT), 0, 0});
-        wait();
+        wait(0);
+        Slot& slot = next_slot();
+        slot.data = data, slot.bytes = bytes, slot.finished = nullptr;
+        slot.phases[READ].have(static_cast<int>((bytes + READ_UNIT - 1) / READ_UNIT));
+        checksum_ = 0;
+        open(slot);
+        wait(0);
         return checksum_;
     }
 
-    int64_t finished_ns() const { return finished_ns_; }
-
-    // Helps with the job under way until it is finished.
-    void wait() {
-        if (!busy_) return;
-        run();
-        // Closed: a worker that wakes late finds nothing to enter, and those inside only look for units that are gone.
-        state_.fetch_add(GENERATION);
-        spin_until([this] { return state_.load() % GENERATION == 0; });
-        busy_ = false;
+    // Helps with the jobs under way until no more than `but` of them are unfinished. Whether the GPU has sent what it should.
+    bool wait(uint64_t but) {
+        while (waited_ + but < submitted_) {
+            Slot& slot = slots_[++waited_ % SLOTS];
+            run(slot);
+            // Closed: a worker that wakes late finds nothing to enter, and those inside only look for units that are gone.
+            slot.state.fetch_add(CLOSED);
+            spin_until([&] { return slot.state.load() % CLOSED == 0; });
+            started_ns_ = slot.started_ns, finished_ns_ = slot.finished_ns;
+        }
+        return !lost_.exchange(false);
     }
 
+    // Of the last job that was waited for.
+    int64_t started_ns() const { return started_ns_; }
+    int64_t finished_ns() const { return finished_ns_; }
+
    private:
-    enum class Kind { experts, read };
-    static constexpr uint64_t GENERATION = uint64_t{1} << 32;  // below: workers inside; an odd generation is open
+    enum { PREPARE, READ, PACK, GATE_UP, DOWN, PHASES };
     static constexpr size_t READ_UNIT = 1 << 18;
-    static constexpr int PHASES = 3;
+    static constexpr uint64_t SLOTS = 2;
+    static constexpr uint64_t CLOSED = 1 << 16, JOB = 2 * CLOSED;  // a slot's state: job number, closed or not, threads inside
+
+    struct Phase {
+        int units = 0;
+        alignas(64) std::atomic<int> next{0};
+        alignas(64) std::atomic<int> unfinished{0};
+
+        void have(int number) { next = 0, units = unfinished = number; }
+    };
+
+    struct Slot {
+        Job job;
+        Route route;
+        const char* data;
+        size_t bytes;
+        int64_t *finished, number, started_ns;
+        std::atomic<int64_t> finished_ns;
+        Phase phases[PHASES];
+        alignas(64) std::atomic<uint64_t> state{0};
+    };
+
+    Slot& next_slot() {
+        wait(SLOTS - 1);
+        Slot& slot = slots_[(submitted_ + 1) % SLOTS];
+        for (Phase& phase : slot.phases) phase.have(0);
+        return slot;
+    }
+
+    Slot& describe(int hidden, int block_neurons, const uint16_t* states, int tokens, float* output, int64_t* finished,
+                   int64_t number) {
+        Slot& slot = next_slot();
+        slot.finished = finished, slot.number = number;
+        slot.job.hidden = hidden, slot.job.block_neurons = block_neurons;
+        slot.job.states = states, slot.job.tokens = tokens, slot.job.output = output;
+        slot.job.calls.clear();
+        return slot;
+    }
+
+    void prepare(Slot& slot) {
+        if (slot.route.wait(slot.job.tokens, slot.number))
+            slot.route.divide(slot.job.tokens, 3 * slot.job.block_neurons * slot.job.hidden, slot.job.calls);
+        else lost_ = true, slot.route.divide_nothing();
+        slot.route.describe(slot.number);
+        plan(slot);
+    }
+
+    void plan(Slot& slot) const {
+        slot.started_ns = now_ns();
+        plan_states(slot.job);
+        plan_blocks(slot.job);
+        auto count = [](const auto& units) { return static_cast<int>(units.size()); };
+        slot.phases[PACK].have(count(slot.job.pack_units));
+        slot.phases[GATE_UP].have(count(slot.job.gate_up_units));
+        slot.phases[DOWN].have(count(slot.job.down_units));
+    }
 
     // Where packed activations go: in front those of all tokens, for calls that are not tiled, unless they serve as they are.
-    void plan_states() {
-        job_.pack_units.clear();
+    void plan_states(Job& job) const {
+        job.pack_units.clear();
         size_t elements = 0;
         bool any_tiled = false, all_tiled = true;
-        for (Call& call : job_.calls) {
+        for (Call& call : job.calls) {
             call.tiled = variant_.tiled_from_tokens && call.tokens >= variant_.tiled_from_tokens;
             any_tiled |= call.tiled;
             all_tiled &= call.tiled;
         }
         if (variant_.packed_bytes == sizeof(uint16_t) && !any_tiled) {
-            job_.packed_states = const_cast<uint16_t*>(job_.states);
+            job.packed_states = const_cast<uint16_t*>(job.states);
             return;
         }
         if (!all_tiled) {
-            elements = static_cast<size_t>(job_.tokens) * job_.hidden;
-            for (int token = 0; token < job_.tokens; ++token) job_.pack_units.push_back({-1, token});
+            elements = static_cast<size_t>(job.tokens) * job.hidden;
+            for (int token = 0; token < job.tokens; ++token) job.pack_units.push_back({-1, token});
         }
-        for (int c = 0; c < static_cast<int>(job_.calls.size()); ++c) {
-            Call& call = job_.calls[c];
+        for (int c = 0; c < static_cast<int>(job.calls.size()); ++c) {
+            Call& call = job.calls[c];
             if (!call.tiled) continue;
             call.first_state = elements;
-            for (int group = 0; group < call.groups(); ++group) job_.pack_units.push_back({c, group});
-            elements += static_cast<size_t>(padded(call)) * job_.hidden;
+            for (int group = 0; group < call.groups(); ++group) job.pack_units.push_back({c, group});
+            elements += static_cast<size_t>(padded(call)) * job.hidden;
         }
-        job_.packed_states = room(job_.state_buffer, elements);
+        job.packed_states = room(job.state_buffer, elements);
     }
 
-    void plan_blocks() {
-        job_.gate_up_units.clear(), job_.down_pieces.clear(), job_.down_units.clear();
-        size_t third = static_cast<size_t>(job_.block_neurons) * job_.hidden, products = 0;
-        for (int c = 0; c < static_cast<int>(job_.calls.size()); ++c) {
-            Call& call = job_.calls[c];
+    void plan_blocks(Job& job) const {
+        job.gate_up_units.clear(), job.down_pieces.clear(), job.down_units.clear();
+        size_t third = static_cast<size_t>(job.block_neurons) * job.hidden, products = 0;
+        for (int c = 0; c < static_cast<int>(job.calls.size()); ++c) {
+            Call& call = job.calls[c];
             call.first_product = products;
-            products += padded(call) * call.neurons(job_);
+            products += padded(call) * call.neurons(job);
             for (int b = 0; b < call.num_blocks; ++b) {
                 const uint16_t* block = call.blocks + b * 3 * third;
-                for (int n = 0; n < job_.block_neurons; n += UNIT_NEURONS) job_.gate_up_units.push_back({block, c, b, n});
-                job_.down_pieces.push_back({block + 2 * third, c, b});
+                for (int n = 0; n < job.block_neurons; n += UNIT_NEURONS) job.gate_up_units.push_back({block, c, b, n});
+                job.down_pieces.push_back({block + 2 * third, c, b});
             }
         }
-        for (int row = 0; row < job_.hidden; row += UNIT_ROWS) job_.down_units.push_back({row});
-        job_.products = room(job_.product_buffer, products);
+        for (int row = 0; row < job.hidden; row += UNIT_ROWS) job.down_units.push_back({row});
+        job.products = room(job.product_buffer, products);
     }
 
     static int padded(const Call& call) {
         return call.tiled ? call.groups() * TILE_TOKENS : call.tokens;
     }
 
-    void* room(std::vector<char>& buffer, size_t elements) {
+    void* room(std::vector<char>& buffer, size_t elements) const {
         size_t bytes = elements * variant_.packed_bytes + 64;
         if (buffer.size() < bytes) buffer.resize(bytes);
         return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) % 64;
     }
 
-    void open(std::array<int, PHASES> units) {
-        for (int phase = 0; phase < PHASES; ++phase) next_[phase] = 0, units_[phase] = unfinished_[phase] = units[phase];
-        busy_ = true;
-        state_.fetch_add(GENERATION);
+    void open(Slot& slot) {
+        uint64_t job = submitted_ + 1;
+        slot.state = job * JOB;
+        submitted_ = job;
         wake();
     }
 
@@ -159,53 +203,62 @@ class Pool {
     }
 
     void serve() {
-        uint64_t last = 0;
-        while (true) {
-            uint32_t seen = signal_.load();
-            uint64_t state = state_.load();
-            uint64_t generation = state / GENERATION;
-            if (stop_) return;
-            if (generation % 2 == 0 || generation == last) {
-                for (int64_t until = now_ns() + spin_ns_; signal_.load() == seen && now_ns() < until;)
-                    for (int i = 0; i < 32; ++i) relax();
-                signal_.wait(seen);
-            } else if (state_.compare_exchange_weak(state, state + 1)) {
-                last = generation;
-                run();
-                state_.fetch_sub(1);
-            }
+        for (uint64_t job = 1; await(job); ++job) {
+            Slot& slot = slots_[job % SLOTS];
+            uint64_t state = slot.state.load();
+            bool is_open = true;
+            do is_open = state / CLOSED == job * JOB / CLOSED;
+            while (is_open && !slot.state.compare_exchange_weak(state, state + 1));
+            if (!is_open) continue;
+            run(slot);
+            slot.state.fetch_sub(1);
         }
     }
 
-    void run() {
-        if (kind_ == Kind::read) return run_phase(0, [this](int unit, int) { read_unit(unit); });
-        const auto& first = job_.gate_up_units;
-        const auto& second = job_.down_units;
-        run_phase(0, [&](int unit, int) { variant_.pack(job_, job_.pack_units[unit]); });
-        run_phase(1, [&](int unit, int next) { variant_.run_gate_up(job_, first[unit], next < 0 ? nullptr : &first[next]); });
-        run_phase(2, [&](int unit, int next) { variant_.run_down(job_, second[unit], next < 0 ? nullptr : &second[next]); });
+    // Until the job is submitted; false: there will be none any more.
+    bool await(uint64_t job) {
+        while (true) {
+            uint32_t seen = signal_.load();
+            if (stop_) return false;
+            if (submitted_.load() >= job) return true;
+            for (int64_t until = now_ns() + spin_ns_; signal_.load() == seen && now_ns() < until;)
+                for (int i = 0; i < 32; ++i) relax();
+            signal_.wait(seen);
+        }
+    }
+
+    void run(Slot& slot) {
+        Job& job = slot.job;
+        const auto& first = job.gate_up_units;
+        const auto& second = job.down_units;
+        run_phase(slot, PREPARE, [&](int, int) { prepare(slot); });
+        run_phase(slot, READ, [&](int unit, int) { read_unit(slot, unit); });
+        run_phase(slot, PACK, [&](int unit, int) { variant_.pack(job, job.pack_units[unit]); });
+        run_phase(slot, GATE_UP, [&](int unit, int next) { variant_.run_gate_up(job, first[unit], next < 0 ? nullptr : &first[next]); });
+        run_phase(slot, DOWN, [&](int unit, int next) { variant_.run_down(job, second[unit], next < 0 ? nullptr : &second[next]); });
     }
 
     // Runs units until all are done. A thread claims its next one early, to ask for its weights in time; not near the end,
     // where a claimed unit would wait while other threads have nothing to do.
     template <class F>
-    void run_phase(int phase, F&& run_unit) {
-        int units = units_[phase], tail = units - 2 * static_cast<int>(workers_.size() + 1);
-        for (int unit = next_[phase].fetch_add(1); unit < units;) {
+    void run_phase(Slot& slot, int number, F&& run_unit) {
+        Phase& phase = slot.phases[number];
+        int units = phase.units, tail = units - 2 * static_cast<int>(workers_.size() + 1);
+        for (int unit = phase.next.fetch_add(1); unit < units;) {
             bool early = unit < tail;
-            int next = early ? next_[phase].fetch_add(1) : -1;
+            int next = early ? phase.next.fetch_add(1) : -1;
             run_unit(unit, next < units ? next : -1);
-            finished_ns_ = now_ns();
-            if (unfinished_[phase].fetch_sub(1) == 1 && phase == PHASES - 1 && finished_)
-                std::atomic_ref(*finished_).store(number_, std::memory_order_release);
-            unit = early ? next : next_[phase].fetch_add(1);
+            slot.finished_ns = now_ns();
+            if (phase.unfinished.fetch_sub(1) == 1 && number == DOWN && slot.finished)
+                std::atomic_ref(*slot.finished).store(slot.number, std::memory_order_release);
+            unit = early ? next : phase.next.fetch_add(1);
         }
-        spin_until([&] { return unfinished_[phase].load() == 0; });
+        spin_until([&] { return phase.unfinished.load() == 0; });
     }
 
-    void read_unit(int unit) {
-        const char* from = data_ + unit * READ_UNIT;
-        size_t words = std::min(READ_UNIT, bytes_ - unit * READ_UNIT) / 8;
+    void read_unit(const Slot& slot, int unit) {
+        const char* from = slot.data + unit * READ_UNIT;
+        size_t words = std::min(READ_UNIT, slot.bytes - unit * READ_UNIT) / 8;
         uint64_t sums[8] = {};
         for (size_t i = 0; i + 8 <= words; i += 8)
             for (size_t k = 0; k < 8; ++k) {
@@ -220,20 +273,12 @@ class Pool {
 
     const Variant& variant_;
     const int64_t spin_ns_;
-    Job job_;
-    Kind kind_ = Kind::experts;
-    const char* data_ = nullptr;
-    size_t bytes_ = 0;
-    int64_t* finished_ = nullptr;
-    int64_t number_ = 0;
-    bool busy_ = false;
-    int units_[PHASES] = {};
-    alignas(64) std::atomic<int> next_[PHASES] = {};
-    alignas(64) std::atomic<int> unfinished_[PHASES] = {};
-    alignas(64) std::atomic<uint64_t> state_{0};
+    Slot slots_[SLOTS];
+    std::atomic<uint64_t> submitted_{0};  // jobs so far
+    uint64_t waited_ = 0;                 // of these, those that were waited for
+    int64_t started_ns_ = 0, finished_ns_ = 0;
     alignas(64) std::atomic<uint32_t> signal_{0};
     std::atomic<uint64_t> checksum_{0};
-    std::atomic<int64_t> finished_ns_{0};
-    std::atomic<bool> stop_{false};
+    std::atomic<bool> stop_{false}, lost_{false};
     std::vector<std::thread> workers_;  // last: they use all of the above
 };

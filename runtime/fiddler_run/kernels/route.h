@@ -1,0 +1,104 @@
+// Included by cpu.cpp: jobs that are submitted before the router has chosen. A GPU sends each token's state and choices to the CPU,
+// whose threads wait for them; the first one groups the choices by expert, divides the experts' blocks, and tells the GPU its part.
+// So nothing between two layers waits for Python.
+
+struct ExpertPlaces {
+    const uint16_t* absent;  // [num_absent, block]: blocks in host memory
+    int64_t resident;        // address on the GPU of its other blocks
+    int num_absent, num_resident;
+};
+
+// Flags are numbers of jobs. They only grow: what waits for one is served by any later one, too.
+struct RouteArguments {
+    const ExpertPlaces* experts;
+    const double* shares;    // [tokens + 1], by tokens of a call: of an expert's absent blocks, those that the GPU reads
+    const int64_t* index;    // [tokens, top_k] experts, from the GPU
+    const float* weights;    // [tokens, top_k] of the router, from the GPU
+    const int64_t* arrived;  // [tokens] flags of the GPU: the token's state, index and weights are there
+    int64_t* table;          // for the GPU; `table_size` in cpu.py says what is in it
+    int64_t* described;      // flag for the GPU: the table is complete
+    int64_t* traffic;        // blocks so far: resident, streamed, on the CPU
+    int64_t patience_ns;     // a GPU that sends nothing for so long has failed
+    int num_experts, top_k, max_blocks;
+};
+
+class Route {
+   public:
+    RouteArguments arguments;
+
+    // Waits until all tokens have arrived: whether they did.
+    bool wait(int tokens, int64_t number) const {
+        int64_t until = now_ns() + arguments.patience_ns;
+        for (int token = 0, looks = 0; token < tokens;) {
+            std::atomic_ref arrived(const_cast<int64_t&>(arguments.arrived[token]));
+            if (arrived.load(std::memory_order_acquire) >= number) ++token, looks = 0;
+            else if (++looks < SPINS) relax();
+            else if (now_ns() > until) return false;
+            else std::this_thread::yield();
+        }
+        return true;
+    }
+
+    // The calls for the CPU, by expert. What rounding to whole blocks gives the GPU too much or too little with one expert is made
+    // up for with the next. The same rule as `LayerDispatch`.
+    void divide(int tokens, int block_elements, std::vector<Call>& calls) {
+        const RouteArguments& a = arguments;
+        group(tokens);
+        int64_t num_blocks = 0;
+        int64_t *addresses = a.table + 1, *experts = addresses + a.max_blocks, *first_block = experts + a.max_blocks;
+        int64_t *first_choice = first_block + a.num_experts + 1, *choices = first_choice + a.num_experts + 1;
+        auto add = [&](int64_t address, int count, int expert) {
+            for (int i = 0; i < count; ++i, ++num_blocks) {
+                addresses[num_blocks] = address + i * int64_t{2} * block_elements;
+                experts[num_blocks] = expert;
+            }
+        };
+        double owed = 0;
+        calls.clear();
+        for (int e = 0; e < a.num_experts; ++e) {
+            first_block[e] = num_blocks, first_choice[e] = first_[e];
+            int called_by = first_[e + 1] - first_[e];
+            if (!called_by) continue;
+            const ExpertPlaces& expert = a.experts[e];
+            owed += a.shares[called_by] * expert.num_absent;
+            int streamed = std::clamp(static_cast<int>(std::floor(owed + 0.5)), 0, expert.num_absent);
+            owed -= streamed;
+            add(reinterpret_cast<int64_t>(expert.absent), streamed, e);
+            add(expert.resident, expert.num_resident, e);
+            a.traffic[0] += expert.num_resident, a.traffic[1] += streamed, a.traffic[2] += expert.num_absent - streamed;
+            if (streamed == expert.num_absent) continue;
+            const uint16_t* rest = expert.absent + static_cast<size_t>(streamed) * block_elements;
+            calls.push_back({{rest, &rows_[first_[e]], &weights_[first_[e]], expert.num_absent - streamed, called_by}, false, 0, 0});
+        }
+        first_block[a.num_experts] = num_blocks, first_choice[a.num_experts] = first_[a.num_experts];
+        std::copy(choices_.begin(), choices_.end(), choices);
+        a.table[0] = num_blocks;
+    }
+
+    // In place of `divide`, if nothing has come.
+    void divide_nothing() const {
+        const RouteArguments& a = arguments;
+        std::fill_n(a.table, 1 + 2 * a.max_blocks + 2 * (a.num_experts + 1), 0);
+    }
+
+    void describe(int64_t number) const { std::atomic_ref(*arguments.described).store(number, std::memory_order_release); }
+
+   private:
+    // Sorts the choices by expert: those of expert e are `first_[e]` to `first_[e + 1]`.
+    void group(int tokens) {
+        const RouteArguments& a = arguments;
+        int num_choices = tokens * a.top_k;
+        first_.assign(a.num_experts + 2, 0);
+        for (int i = 0; i < num_choices; ++i) ++first_[a.index[i] + 2];
+        std::partial_sum(first_.begin(), first_.end(), first_.begin());
+        choices_.resize(num_choices), rows_.resize(num_choices), weights_.resize(num_choices);
+        for (int i = 0; i < num_choices; ++i) {
+            int at = first_[a.index[i] + 1]++;
+            choices_[at] = i, rows_[at] = i / a.top_k, weights_[at] = a.weights[i];
+        }
+    }
+
+    std::vector<int> first_;
+    std::vector<int64_t> choices_, rows_;
+    std::vector<float> weights_;
+};
