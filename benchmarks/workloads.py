@@ -94,8 +94,9 @@ def measured(flags: argparse.Namespace, model: ModelSpec, machine: MachineProfil
         ids = random_ids(loaded, prompt, seed=prompt)
         return generate_ids(loaded, ids, Options(output, num_beams=beams), **never_stopping(loaded))[1]
 
-    generate(min(flags.prompts), 2)  # what is done but once
     for prompt, output in product(flags.prompts, flags.outputs):
+        if output == flags.outputs[0]:
+            generate(prompt, 2)  # what is done but once
         workload = Workload(prompt_tokens=prompt, output_tokens=output, **work)
         cost = Problem(model, machine, workload, budget, plan.prefill_chunk_tokens).cost(routing)
         found = generate(prompt, output)
