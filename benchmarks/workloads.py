@@ -117,6 +117,8 @@ def forget() -> None:
     """A model that nobody holds any more."""
     gc.collect()
     release_gpu_memory()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def random_ids(model: DispatchedMixtral, tokens: int, seed: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from fiddler_run.generate import never_stopping
 from fiddler_run.model import DispatchedMixtral, HostEmbedding
 
 LAYERS, STEPS, PROMPT = 5, 16, 16
-MAX_CONTEXT = 4096  # more than is timed
+MOST_SEQUENCES = 16  # so many tokens are one of each sequence, more a prompt
 BUSY_CYCLES = 4_500_000  # of a GPU's clock, 2 or 3 ms: longer than Python needs to queue a layer
 
 
@@ -42,8 +42,6 @@ class DenseBench:
     def __init__(self, spec: ModelSpec, device: torch.device, stopwatch: Stopwatch, executors: Executors):
         self.device, self.stopwatch = device, stopwatch
         self.models = [_model_without_experts(spec, layers, device) for layers in (0, LAYERS)]
-        for model in self.models:
-            model.make_cache(1, min(spec.max_position_embeddings, MAX_CONTEXT))
         nothing = [torch.empty((0, spec.block_elements), dtype=TORCH_DTYPES[spec.shape.dtype])] * spec.shape.num_experts
         on_device = [blocks.to(device) for blocks in nothing]
         self.dispatch = LayerDispatch(0, on_device, nothing, lambda _: 0.0, executors)
@@ -51,7 +49,9 @@ class DenseBench:
 
     @torch.inference_mode()
     def time(self, tokens: int) -> DenseTimes:
-        """One pass with so many tokens, through `generate()`: a decode step for 1 token, else a prompt."""
+        """One pass with so many tokens, through `generate()`: a decode step of that many sequences, or, from 17 on, a prompt."""
+        for model in self.models:
+            model.make_cache(*((tokens, PROMPT + STEPS + 1) if tokens <= MOST_SEQUENCES else (1, tokens + 1)))
         head, whole = self._passes(tokens)
         layer = (whole - head) / LAYERS
         if self.device.type == "cpu":
@@ -78,8 +78,8 @@ class DenseBench:
             marks.append((begun, ended))
             return output
 
-        steps = STEPS if tokens == 1 else 0
-        generation = _generation(self.models[1], PROMPT if steps else tokens, 1 + steps)
+        steps = STEPS if tokens <= MOST_SEQUENCES else 0
+        generation = _decode(self.models[1], tokens, 1 + steps) if steps else _generation(self.models[1], 1, tokens, 1)
 
         def between() -> list[float]:
             marks.clear()
@@ -96,9 +96,9 @@ class DenseBench:
 
     def _passes(self, tokens: int) -> list[Timing]:
         """One pass of the model of no layer, and of the other."""
-        if tokens > 1:
-            return self.stopwatch.time(*(_generation(each, tokens, 1) for each in self.models), calls_per_sample=1)
-        calls = [_generation(each, PROMPT, new) for each in self.models for new in (1, 1 + STEPS)]
+        if tokens > MOST_SEQUENCES:
+            return self.stopwatch.time(*(_generation(each, 1, tokens, 1) for each in self.models), calls_per_sample=1)
+        calls = [_decode(each, tokens, new) for each in self.models for new in (1, 1 + STEPS)]
         times = self.stopwatch.time(*calls, calls_per_sample=1)
         return [(times[1] - times[0]) / STEPS, (times[3] - times[2]) / STEPS]
 
@@ -118,8 +118,12 @@ def _model_without_experts(spec: ModelSpec, num_layers: int, device: torch.devic
     return model
 
 
-def _generation(model: DispatchedMixtral, prompt_tokens: int, new_tokens: int) -> Callable[[], object]:
-    ids = torch.zeros((1, prompt_tokens), dtype=torch.long, device=model.device)
+def _decode(model: DispatchedMixtral, sequences: int, new_tokens: int) -> Callable[[], object]:
+    return _generation(model, sequences, PROMPT, new_tokens)
+
+
+def _generation(model: DispatchedMixtral, sequences: int, prompt_tokens: int, new_tokens: int) -> Callable[[], object]:
+    ids = torch.zeros((sequences, prompt_tokens), dtype=torch.long, device=model.device)
     arguments = {"max_new_tokens": new_tokens, "do_sample": False, **never_stopping(model)}
 
     def generate() -> None:

@@ -4,7 +4,7 @@ What lies far from the CPU is slower, on some machines by a fifth, and a run rea
 """
 
 from collections.abc import Callable
-from itertools import cycle, product
+from itertools import cycle, pairwise, product
 from math import gcd
 
 import torch
@@ -16,14 +16,15 @@ from fiddler_run.arena import TORCH_DTYPES, Arena
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.executors import Executors
 from fiddler_run.host import num_cores, num_physical_cores
-from fiddler_run.kernels.cpu import MOST_ROUTED_TOKENS
+from fiddler_run.plan import MOST_ROUTED_TOKENS
 
 GPU_WORKING_SET_BYTES = 1_500_000_000
 MAX_CPU_TOKENS = 512  # more are never best computed by a CPU alone
 AROUND_BALANCE = 4  # shares tried on either side of the one that keeps CPU and link equally busy
+MOST_SWEEPS = 3  # over shares, each further to where the best one seems to be
 SHARE_STEP = 1 / 32  # between them, about: in fact whole blocks
 MANY_TOKENS = 64  # of an expert in a prompt: threads that decode does not need
-MOST_CALLS = 2048  # tokens times experts that they call in a timed dispatch, where one token's experts alone are not more
+MOST_CALLS = 4096  # tokens times experts that they call in a timed dispatch, where one token's experts alone are not more
 CLOSE = 1.05  # times that differ by less are equal: then fewer threads are better
 PINNING_COSTS = 1.15  # a pinned thread waits where another program takes its core: it must be as much faster as this
 
@@ -95,9 +96,20 @@ class ExpertBench:
         balance = times[0.0].us / (times[0.0].us + times[1.0].us) if 0.0 in times else 0.96
         block = 1 / (self.top_k * self.blocks)  # of the blocks in a call
         step = block * max(1, round(SHARE_STEP / block))
-        nearest = round(balance / step)
-        around = (round(step * n, 4) for n in range(nearest - AROUND_BALANCE, nearest + AROUND_BALANCE + 1))
-        return times | self._experts(tokens, 0, [share for share in around if 0 < share < 1])
+        first = round(balance / step) - AROUND_BALANCE
+        last = first + 2 * AROUND_BALANCE
+        for _ in range(MOST_SWEEPS):
+            new = [share for share in (round(step * n, 4) for n in range(first, last + 1)) if 0 < share < 1 and share not in times]
+            times |= self._experts(tokens, 0, new) if new else {}
+            tried = sorted(share for share in times if 0 < share < 1)
+            best = min(times, key=lambda share: times[share].us)
+            if best in tried[:2]:  # rather below: what the CPU does beside the link may be faster than it seemed alone
+                first -= AROUND_BALANCE
+            elif best in tried[-2:]:
+                last += AROUND_BALANCE
+            else:
+                break
+        return times
 
     def resident_expert(self, tokens: int) -> Timing:
         """One expert in GPU memory."""
@@ -143,19 +155,25 @@ class ExpertBench:
         calls = [self._dispatch(resident, self.blocks, tokens, share) for share in shares]
         per_sample = ROUND if tokens <= MANY_TOKENS else 1  # longer calls vary less
         empty, *filled = self.stopwatch.time(self._dispatch(0, 0, tokens, 0.0), *calls, calls_per_sample=per_sample)
-        called = self._called_at_once(tokens)
-        return {share: (timing - empty) / called for share, timing in zip(shares, filled, strict=True)}
+        experts = self._called(tokens) * self._layers(tokens)
+        return {share: (timing - empty) / experts for share, timing in zip(shares, filled, strict=True)}
 
-    def _called_at_once(self, tokens: int) -> int:
-        """How many of a layer's experts a dispatch calls: those of one token; of a prompt all, or as many as are quick."""
-        if tokens <= MOST_ROUTED_TOKENS:
-            return self.top_k
-        return max(self.top_k, min(self.layer_experts, MOST_CALLS // tokens))
+    def _is_prompt(self, tokens: int) -> bool:
+        """Whether, where every expert has so many tokens, there are so many that the runtime takes the way of long prompts."""
+        return tokens * self.layer_experts // self.top_k > MOST_ROUTED_TOKENS
+
+    def _called(self, tokens: int) -> int:
+        """How many of a layer's experts are called: those of one token; by a prompt all, or as many as are quick."""
+        return max(self.top_k, min(self.layer_experts, MOST_CALLS // tokens)) if self._is_prompt(tokens) else self.top_k
+
+    def _layers(self, tokens: int) -> int:
+        """How many layers are timed at once: prompts copy ahead for the next one."""
+        return 2 if self._is_prompt(tokens) and self.num_experts >= 2 * self.layer_experts else 1
 
     def _dispatch(self, resident: int, stop: int, tokens: int, share: float) -> Callable[[], object]:
         """A call that dispatches as many tokens as it takes for each called expert to have `tokens` of them; to other experts each
         time. Of each expert, blocks 0 to `resident` are on the device, those up to `stop` in host memory."""
-        places, called = self._in_places(), self._called_at_once(tokens)
+        called, at_once = self._called(tokens), self._layers(tokens)
         layers = [
             LayerDispatch(
                 0,
@@ -164,19 +182,23 @@ class ExpertBench:
                 lambda _: share,
                 self.executors,
             )
-            for experts in zip(*[iter(places)] * self.layer_experts, strict=False)  # some may be left over
+            for experts in _in_groups(self._in_places(), self.layer_experts)
         ]
+        passed = _in_groups(layers, at_once)
+        for group in passed:
+            for layer, following in pairwise(group):
+                layer.next = following
         rows = tokens * called // self.top_k
         states = torch.randn(rows, self.hidden_size, dtype=self.dtype, device=self.device)
         weights = torch.full((rows, self.top_k), 1 / self.top_k, device=self.device)
         choices = torch.arange(rows * self.top_k, device=self.device).view(rows, self.top_k) % called
-        firsts = range(0, self.layer_experts, called)
-        chosen = [(choices + first) % self.layer_experts for first in firsts]
-        in_turn, executors = cycle(product(chosen, layers)), self.executors
+        chosen = [(choices + first) % self.layer_experts for first in range(0, self.layer_experts, called)]
+        in_turn, executors = cycle(product(chosen, passed)), self.executors
 
         def dispatch() -> None:
-            index, layer = next(in_turn)
-            layer(states, index, weights)
+            index, group = next(in_turn)
+            for layer in group:
+                layer(states, index, weights)
             executors.finish_cpu()  # the calling thread takes its part of the CPU's work, as it does when a model runs
 
         return dispatch
@@ -187,3 +209,8 @@ class ExpertBench:
             s for s in range(max(1, round(0.618 * self.num_experts)), 2 * self.num_experts) if gcd(s, self.num_experts) == 1
         )
         return [number * stride % self.num_experts for number in range(self.num_experts)]
+
+
+def _in_groups(things: list, size: int) -> list[tuple]:
+    """Without those that are left over."""
+    return list(zip(*[iter(things)] * size, strict=False))

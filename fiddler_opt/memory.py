@@ -4,11 +4,11 @@ from fiddler_opt.machine import MachineProfile
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.units import format_bytes
 from fiddler_run.errors import FiddlerError
-from fiddler_run.plan import DTYPE_BYTES, TOKEN_BLOCKS, GpuMemory, Workload
+from fiddler_run.plan import DTYPE_BYTES, MOST_ROUTED_TOKENS, TOKEN_BLOCKS, GpuMemory, Workload
 
-# Allowances: cuBLAS keeps up to 32 MiB for each of two streams, CUDA graphs their intermediate results; PyTorch's allocator rounds
-# and splits.
-LIBRARY_WORKSPACE_BYTES = 2**27
+# Allowances: cuBLAS keeps up to 32 MiB for each of two streams, CUDA graphs their intermediate results in memory of their own, and
+# PyTorch's allocator rounds and splits. With half of it, 16 beams found no room for their graphs.
+LIBRARY_WORKSPACE_BYTES = 2**28
 ALLOCATOR_SLACK = 1.1
 PINNED_BYTES_PER_GPU_BYTE = 512  # the GPU maps page-locked host memory with 8 bytes for each 4 KiB; measured: 140.5 MB for 72 GB
 STAGED_BLOCKS = 8  # the GPU reads one while the next ones arrive
@@ -61,7 +61,8 @@ def activation_bytes(model: ModelSpec, workload: Workload, chunk_tokens: int) ->
 
     Per token: about ten vectors of hidden size in the model's dtype (residual, norm, q, k, v, attention's output) and six in
     float32 (norm, sums of the dispatch), and for each expert it chose its input and the sum of that expert's blocks.
-    Per token and block that the GPU computes at once: gate and up, their product, and the result, in float32.
+    Per token and block that the GPU computes at once: gate and up, their product, and the result, in float32. Or, of a few tokens,
+    the product for each token and block of the experts that they may call, and each choice's result in float32.
     Per prompt: the attention mask of the chunk. Per sequence: keys and values expanded to all heads, and the logits in float32
     thrice.
     """
@@ -69,7 +70,10 @@ def activation_bytes(model: ModelSpec, workload: Workload, chunk_tokens: int) ->
     tokens = max(chunk_tokens * workload.batch_size, workload.sequences)
     per_token = shape.hidden_size * (10 * width + 6 * 4 + shape.num_experts_per_tok * (width + 4))
     products = max(tokens, TOKEN_BLOCKS) * 4 * (4 * model.block_neurons + 2 * shape.hidden_size)
+    few = min(tokens, MOST_ROUTED_TOKENS)
+    blocks = min(few * shape.num_experts_per_tok, shape.num_experts) * shape.blocks_per_expert(model.block_neurons)
+    of_few = max(few, 16) * blocks * model.block_neurons * width + few * shape.num_experts_per_tok * 4 * shape.hidden_size
     masks = workload.batch_size * chunk_tokens * workload.max_seq_len * width
     expanded = 2 * workload.max_seq_len * model.num_attention_heads * model.head_dim * width
     logits = 3 * 4 * model.vocab_size
-    return int(ALLOCATOR_SLACK * (tokens * per_token + products + masks + workload.sequences * (expanded + logits)))
+    return int(ALLOCATOR_SLACK * (tokens * per_token + max(products, of_few) + masks + workload.sequences * (expanded + logits)))

@@ -16,6 +16,7 @@ from fiddler_run.checkpoint import Checkpoint
 from fiddler_run.dispatch import LayerDispatch, expert_groups
 from fiddler_run.errors import FiddlerError
 from fiddler_run.timeline import Timeline
+from fiddler_run.transfer import StagingRing
 
 CPU = torch.device("cpu")
 
@@ -106,3 +107,23 @@ def test_a_span_belongs_to_the_call_in_which_it_began():
     timeline.end("CPU", "blocks")
     (span,) = timeline.stop()
     assert (span.layer, span.call) == (4, 0)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 8])
+def test_a_ring_gives_what_is_asked_for_whatever_was_copied_ahead(slots):
+    rng = random.Random(slots)
+    blocks = torch.arange(60.0).view(20, 3).bfloat16()
+    ring, timeline = StagingRing(slots, 3, torch.bfloat16, CPU), Timeline(CPU)
+    assert 1 <= ring.at_once <= slots
+
+    def pieces() -> list[torch.Tensor]:
+        starts = [rng.randrange(20 - ring.at_once) for _ in range(rng.randint(1, 6))]
+        return [blocks[start : start + rng.randint(1, ring.at_once)] for start in starts]
+
+    for _ in range(200):
+        asked = pieces()
+        if rng.random() < 0.8:
+            longer = [blocks[piece.storage_offset() // 3 :][: ring.at_once] for piece in asked]
+            ring.stream_ahead(rng.choice([asked, longer, asked[1:], pieces()]), timeline)
+        found = [staged.clone() for staged in ring.stream(asked, timeline)]
+        assert all(torch.equal(*pair) for pair in zip(found, asked, strict=True))

@@ -5,7 +5,7 @@ from conftest import ROOT
 from test_commands import assert_refused, files_in, run
 
 FILES = {
-    "plans/rtx4090.yaml": ["849 of 4096 blocks", "│ 31    │", "made on", "fiddler-opt plan --machine"],
+    "plans/rtx4090.yaml": ["843 of 4096 blocks", "│ 31    │", "made on", "fiddler-opt plan --machine"],
     "profiles/rtx4090.machine.yaml": ["AMD Ryzen 9 7950X", "│ 1024", "data sheet"],
     "profiles/two-cores.machine.yaml": ["no CUDA device", "GB/s", "measured"],
     "profiles/tiny-mixtral.routing.yaml": ["programs.jsonl", "│ 5     │"],

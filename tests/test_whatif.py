@@ -207,7 +207,7 @@ def test_a_larger_gpu_than_the_profiled_one():
 
 def test_what_does_not_fit_is_a_row():
     machine = MACHINES[0]
-    small, large = rows_of(machine, WhatIf("gpu_mem", [10**6, 2 * 10**8], {}))
+    small, large = rows_of(machine, WhatIf("gpu_mem", [10**6, 6 * 10**8], {}))
     assert small.plan is None
     assert short(small.problem).endswith("MB are needed before any expert")
     assert large.plan is not None

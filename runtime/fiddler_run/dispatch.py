@@ -102,6 +102,7 @@ class LayerDispatch:
         on_disk = on_disk or [blocks[:0] for blocks in absent]
         self.layer, self.experts = layer, [Expert(*blocks) for blocks in zip(resident, absent, on_disk, strict=True)]
         self.stream_share, self.executors = stream_share, executors
+        self.next: LayerDispatch | None = None
         self._routed = RoutedLayer(resident, absent, stream_share) if not any(map(len, on_disk)) else None
 
     def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -123,8 +124,15 @@ class LayerDispatch:
             timeline.end("host", "wait for the router")
             groups = expert_groups(index.numpy(), weights.numpy(), len(self.experts))
             output = executors.run(self._split(groups), host_states, hidden_states, top_k_index, top_k_weights)
+            if self.next is not None:
+                executors.stream_ahead(self.next._expected_calls(index.numel()))
         timeline.begin("GPU", "dense")
         return output
+
+    def _expected_calls(self, choices: int) -> list[ExpertCall]:
+        """If every expert is chosen as often as any other."""
+        each = np.zeros(max(1, choices // len(self.experts)), dtype=np.int64)
+        return self._split([(number, each, each) for number in range(len(self.experts))])
 
     def _split(self, groups: list[tuple[int, np.ndarray, np.ndarray]]) -> list[ExpertCall]:
         """Divides the blocks of each called expert. What rounding to whole blocks gives the link too much or too little with

@@ -15,8 +15,9 @@ import torch
 from fiddler_run.arena import will_need
 from fiddler_run.dispatch import ExpertCall, Traffic
 from fiddler_run.errors import FiddlerError
-from fiddler_run.kernels.cpu import MOST_ROUTED_TOKENS, CpuCall, RoutedLayer, cpu_experts
+from fiddler_run.kernels.cpu import CpuCall, RoutedLayer, cpu_experts
 from fiddler_run.kernels.pytorch import apply_blocks
+from fiddler_run.plan import MOST_ROUTED_TOKENS
 from fiddler_run.timeline import Place, Timeline
 from fiddler_run.transfer import Mailbox, StagingRing
 
@@ -188,8 +189,8 @@ class Executors:
         calls = [call for call in calls if call.on_device]
         if not calls:
             return output
-        streamed = [block for call in calls for block in call.expert.absent[: call.num_streamed]]
-        arriving = self.ring.stream(streamed, self.timeline) if streamed else iter(())
+        pieces = self._pieces(calls)
+        arriving = self.ring.stream(pieces, self.timeline) if pieces else iter(())
         # The same order that `expert_groups` finds on the host.
         order = top_k_index.flatten().argsort(stable=True)
         rows, weights = order // top_k_index.shape[1], top_k_weights.flatten()[order].unsqueeze(1)
@@ -199,13 +200,27 @@ class Executors:
         sums = [self._resident(call, x) for call, x in zip(calls, states, strict=True)]  # while the first copies are under way
         self.timeline.end("GPU", "resident")
         for call, x, total, tokens in zip(calls, states, sums, chosen, strict=True):
-            for _ in range(call.num_streamed):
-                block = next(arriving)
+            for _ in self._pieces([call]):
+                blocks = next(arriving)
                 self.timeline.begin("GPU", "streamed")
-                total += self._apply(block, x)
+                total += self._apply(blocks, x)
                 self.timeline.end("GPU", "streamed")
             output.index_add_(0, rows[tokens], total * weights[tokens])
         return output
+
+    def _pieces(self, calls: list[ExpertCall]) -> list[torch.Tensor]:
+        """What the link carries for these calls, in the order in which it does."""
+        return [
+            piece
+            for call in calls
+            if call.num_streamed
+            for piece in call.expert.absent[: call.num_streamed].split(self.ring.at_once)
+        ]
+
+    def stream_ahead(self, calls: list[ExpertCall]) -> None:
+        """Starts to copy what the next layer will probably need first, so that the link has work while its router decides."""
+        if self.ring is not None and self.ring.copy_stream is not None:
+            self.ring.stream_ahead(self._pieces(calls), self.timeline)
 
     def _resident(self, call: ExpertCall, states: torch.Tensor) -> torch.Tensor:
         if call.expert.num_resident == 0:

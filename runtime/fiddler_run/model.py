@@ -142,6 +142,8 @@ class DispatchedMixtral(MixtralForCausalLM):
         for layer, experts in enumerate(self.experts_modules()):
             places = store.resident[layer], store.absent[layer], plan.stream_share_at, self.executors, store.on_disk[layer]
             experts.dispatch = LayerDispatch(layer, *places)
+            if layer > 0:
+                self.experts_modules()[layer - 1].dispatch.next = experts.dispatch
         self.make_cache(plan.workload.sequences, plan.workload.max_seq_len)
 
     def make_cache(self, sequences: int, max_tokens: int) -> None:

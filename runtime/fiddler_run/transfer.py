@@ -6,7 +6,8 @@ from itertools import islice
 
 import torch
 
-from fiddler_run.kernels.cpu import MOST_ROUTED_TOKENS, RoutedInput, table_size
+from fiddler_run.kernels.cpu import RoutedInput, table_size
+from fiddler_run.plan import MOST_ROUTED_TOKENS
 from fiddler_run.timeline import Timeline
 
 
@@ -61,52 +62,78 @@ class Mailbox:
 
 
 class StagingRing:
-    """Device memory through which absent blocks are streamed: slots are reused in turn, copies run on their own stream.
+    """Device memory through which absent blocks are streamed, a few at a time: places for `at_once` blocks are reused in turn,
+    copies run on their own stream.
 
     On a machine without CUDA the ring lies in host memory and the copies are plain ones.
     """
 
     def __init__(self, num_slots: int, block_elements: int, dtype: torch.dtype, device: torch.device):
+        """`num_slots`: blocks that there is room for."""
         self.slots = torch.empty((num_slots, block_elements), dtype=dtype, device=device)
         self.copy_stream = None
         if device.type == "cuda":
             self.copy_stream = torch.cuda.Stream(device)
             self.copy_stream.wait_stream(torch.cuda.current_stream(device))  # earlier users of the slots' memory
-        self._next = 0
-        self._free = [None] * num_slots  # event: the last computation that read the slot is done
+        self.at_once = max(1, num_slots // 2)  # the device reads some while the next ones arrive
+        self._places = deque(self.slots.split(self.at_once)[: num_slots // self.at_once])
+        self._free: dict[int, torch.cuda.Event] = {}  # by address of a place: the last computation that read it is done
+        self._ahead: deque[tuple[torch.Tensor, _Arrival]] = deque()  # what was copied before it was asked for
 
-    def stream(self, blocks: list[torch.Tensor], timeline: Timeline) -> Iterator[torch.Tensor]:
-        """Starts to copy `blocks`; yields each [1, block_elements] on the device, to be used before the next is asked for.
+    def stream(self, pieces: list[torch.Tensor], timeline: Timeline) -> Iterator[torch.Tensor]:
+        """Starts to copy `pieces`, each some blocks [1 to at_once, block_elements]; yields each on the device, to be used before
+        the next is asked for.
 
-        As many copies as there are slots are under way at once.
+        As many copies as there are places are under way at once.
         """
-        copies = (self._copy(block, timeline) for block in blocks)
-        return self._arrivals(deque(islice(copies, len(self.slots))), copies)
+        under_way, rest = deque(), deque(pieces)
+        while self._ahead and rest and _begins_with(self._ahead[0][0], rest[0]):
+            _, (place, copied) = self._ahead.popleft()
+            under_way.append((place[: len(rest.popleft())], copied))
+        self._places.rotate(len(self._ahead))  # what else was copied is not what comes next: there is room in its places
+        self._ahead.clear()
+        copies = (self._copy(piece, timeline) for piece in rest)
+        under_way.extend(islice(copies, len(self._places) - len(under_way)))
+        return self._arrivals(under_way, copies)
 
-    def _arrivals(self, under_way: deque, copies: Iterator) -> Iterator[torch.Tensor]:
+    def stream_ahead(self, pieces: list[torch.Tensor], timeline: Timeline) -> None:
+        """Starts to copy the first of these, with which the next call of `stream` will probably begin. The one before must have
+        yielded all."""
+        self._places.rotate(len(self._ahead))
+        self._ahead = deque((piece, self._copy(piece, timeline)) for piece in pieces[: len(self._places)])
+
+    def _arrivals(self, under_way: "deque[_Arrival]", copies: Iterator["_Arrival"]) -> Iterator[torch.Tensor]:
         while under_way:
-            slot, copied = under_way.popleft()
+            arrived, copied = under_way.popleft()
             if copied is not None:
                 torch.cuda.current_stream(self.slots.device).wait_event(copied)
             try:
-                yield self.slots[slot : slot + 1]
+                yield arrived
             finally:  # also where nobody asks for more
                 if copied is not None:
-                    self._free[slot] = torch.cuda.current_stream(self.slots.device).record_event()
+                    self._free[arrived.data_ptr()] = torch.cuda.current_stream(self.slots.device).record_event()
             under_way.extend(islice(copies, 1))
 
-    def _copy(self, block: torch.Tensor, timeline: Timeline) -> tuple[int, torch.cuda.Event | None]:
-        """Queues the copy of a block into the next slot: (slot, event of its end)."""
-        slot, self._next = self._next, (self._next + 1) % len(self.slots)
+    def _copy(self, piece: torch.Tensor, timeline: Timeline) -> "_Arrival":
+        """Queues the copy of a piece into the next place."""
+        place = self._places[0][: len(piece)]
+        self._places.rotate(-1)
         if self.copy_stream is None:
             timeline.begin("link", "copy")
-            self.slots[slot].copy_(block)
+            place.copy_(piece)
             timeline.end("link", "copy")
-            return slot, None
+            return place, None
         with torch.cuda.stream(self.copy_stream):
-            if self._free[slot] is not None:
-                self.copy_stream.wait_event(self._free[slot])
+            if place.data_ptr() in self._free:
+                self.copy_stream.wait_event(self._free[place.data_ptr()])
             timeline.begin("link", "copy")
-            self.slots[slot].copy_(block, non_blocking=True)
+            place.copy_(piece, non_blocking=True)
             timeline.end("link", "copy")
-            return slot, self.copy_stream.record_event()
+            return place, self.copy_stream.record_event()
+
+
+_Arrival = tuple[torch.Tensor, "torch.cuda.Event | None"]  # where on the device, and when it is there
+
+
+def _begins_with(blocks: torch.Tensor, piece: torch.Tensor) -> bool:
+    return blocks.data_ptr() == piece.data_ptr() and len(blocks) >= len(piece)

@@ -22,6 +22,7 @@ import torch
 from fiddler_run.errors import FiddlerError
 from fiddler_run.host import core_order
 from fiddler_run.kernels.pytorch import apply_blocks
+from fiddler_run.plan import MOST_ROUTED_TOKENS
 
 VARIANTS = ("amx", "avx512bf16", "avx512", "avx2", "portable")  # best first
 ALIGNMENT = 32  # what the kernel needs hidden size and block_neurons to be multiples of
@@ -39,7 +40,6 @@ class CpuCall:
     weights: np.ndarray
 
 
-MOST_ROUTED_TOKENS = 64
 PATIENCE_S = 60.0  # with a GPU that does not send what a job needs
 
 

@@ -5,7 +5,7 @@ which the GPU works (`apply`) while they compute the other blocks; `add_up` wait
 page-locked memory, so that all of this, and the next layer's work, can be queued long before.
 
 A block in page-locked host memory is read by the kernel itself, over the link, just as one in GPU memory is: no copy, no staging,
-no wait between the two. Every weight is read once, so this serves as many tokens of an expert as fit one tile.
+no wait between the two. Every weight is read once for each tile of an expert's tokens: usually there is one.
 """
 
 import torch
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 TILE_NEURONS, TILE_ROWS, TILE_WIDTH = 32, 16, 128
-STAGES = {16: 4, 32: 3, 64: 2}  # loads under way; by tokens of a tile, so that 99 KB of shared memory suffice
+STAGES = {16: 4, 32: 3, 64: 2}  # by tokens of a tile, loads under way: so many that 99 KB of shared memory suffice
 PIECE = 512  # of a table
 
 
@@ -75,19 +75,20 @@ def apply(
 
     Args:
         table: on the GPU.
-        hidden_states: [tokens, hidden], of at most as many as STAGES names.
+        hidden_states: [tokens, hidden].
         weights: of the router, [tokens, k] float32, contiguous.
     """
     (tokens, hidden), top_k = hidden_states.shape, weights.shape[1]
-    tile_tokens = max(16, triton.next_power_of_2(tokens))
-    products = hidden_states.new_empty((max_blocks, tile_tokens, block_neurons))
+    tile_tokens = min(max(STAGES), max(min(STAGES), triton.next_power_of_2(tokens)))
+    tiles = triton.cdiv(tokens, tile_tokens)
+    products = hidden_states.new_empty((max_blocks, tiles * tile_tokens, block_neurons))
     results = torch.empty((tokens, top_k, hidden), dtype=torch.float32, device=hidden_states.device)
     shape = {"HIDDEN": hidden, "NEURONS": block_neurons, "TOP_K": top_k, "TOKENS": tile_tokens}
-    _gate_up[max_blocks * (block_neurons // TILE_NEURONS),](
+    _gate_up[max_blocks * (block_neurons // TILE_NEURONS), tiles](
         table, max_blocks, num_experts, hidden_states, products, **shape,
         TILE=TILE_NEURONS, WIDTH=_width(hidden), num_warps=4, num_stages=STAGES[tile_tokens],
     )  # fmt: skip
-    _down[hidden // TILE_ROWS, num_experts](
+    _down[hidden // TILE_ROWS, num_experts, tiles](
         table, max_blocks, num_experts, products, weights, results, **shape,
         TILE=TILE_ROWS, WIDTH=_width(block_neurons), num_warps=4, num_stages=STAGES[tile_tokens],
     )  # fmt: skip
@@ -151,13 +152,13 @@ def _fetch(table, fetched, size, PIECE: tl.constexpr):
 
 
 @triton.jit
-def _call(table, max_blocks, num_experts, expert, TOKENS: tl.constexpr):
-    """An expert's choices [TOKENS], and which of them exist."""
+def _tile(table, max_blocks, num_experts, expert, tile, TOKENS: tl.constexpr):
+    """A tile of an expert's choices [TOKENS], which of them exist, and whether any does."""
     first_choice = table + 1 + 2 * max_blocks + num_experts + 1
-    start, stop = tl.load(first_choice + expert), tl.load(first_choice + expert + 1)
+    start, stop = tl.load(first_choice + expert) + tile * TOKENS, tl.load(first_choice + expert + 1)
     position = start + tl.arange(0, TOKENS)
     exists = position < stop
-    return tl.load(first_choice + num_experts + 1 + position, mask=exists, other=0), exists
+    return tl.load(first_choice + num_experts + 1 + position, mask=exists, other=0), exists, start < stop
 
 
 @triton.jit(do_not_specialize=["max_blocks", "num_experts"])
@@ -165,27 +166,28 @@ def _gate_up(
     table, max_blocks, num_experts, states, products,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """products[block, token, neuron] = silu(gate x) * (up x), for TILE neurons of one block."""
-    block = tl.program_id(0) // (NEURONS // TILE)
+    """products[block, token, neuron] = silu(gate x) * (up x), for TILE neurons of one block and TOKENS tokens."""
+    block, tile = tl.program_id(0) // (NEURONS // TILE), tl.program_id(1)
     if block < tl.load(table):
         neuron = tl.program_id(0) % (NEURONS // TILE) * TILE + tl.arange(0, TILE)
         expert = tl.load(table + 1 + max_blocks + block)
-        choice, exists = _call(table, max_blocks, num_experts, expert, TOKENS)
-        weights = tl.load(table + 1 + block).to(tl.pointer_type(products.dtype.element_ty))
-        column = tl.arange(0, WIDTH)
-        gate_rows = weights + neuron[:, None] * HIDDEN + column[None, :]
-        state_columns = states + (choice // TOP_K)[None, :] * HIDDEN + column[:, None]
-        gate = tl.zeros((TILE, TOKENS), tl.float32)
-        up = tl.zeros((TILE, TOKENS), tl.float32)
-        for start in range(0, HIDDEN, WIDTH):
-            x = tl.load(state_columns + start, mask=exists[None, :], other=0.0)
-            gate_pointers = tl.multiple_of(gate_rows + start, [16, 16])
-            up_pointers = tl.multiple_of(gate_rows + NEURONS * HIDDEN + start, [16, 16])
-            gate = tl.dot(tl.load(gate_pointers), x, gate)
-            up = tl.dot(tl.load(up_pointers), x, up)
-        product = gate * tl.sigmoid(gate) * up
-        row = block * TOKENS + tl.arange(0, TOKENS)
-        tl.store(products + row[None, :] * NEURONS + neuron[:, None], product.to(products.dtype.element_ty))
+        choice, exists, any_exists = _tile(table, max_blocks, num_experts, expert, tile, TOKENS)
+        if any_exists:
+            weights = tl.load(table + 1 + block).to(tl.pointer_type(products.dtype.element_ty))
+            column = tl.arange(0, WIDTH)
+            gate_rows = weights + neuron[:, None] * HIDDEN + column[None, :]
+            state_columns = states + (choice // TOP_K)[None, :] * HIDDEN + column[:, None]
+            gate = tl.zeros((TILE, TOKENS), tl.float32)
+            up = tl.zeros((TILE, TOKENS), tl.float32)
+            for start in range(0, HIDDEN, WIDTH):
+                x = tl.load(state_columns + start, mask=exists[None, :], other=0.0)
+                gate_pointers = tl.multiple_of(gate_rows + start, [16, 16])
+                up_pointers = tl.multiple_of(gate_rows + NEURONS * HIDDEN + start, [16, 16])
+                gate = tl.dot(tl.load(gate_pointers), x, gate)
+                up = tl.dot(tl.load(up_pointers), x, up)
+            product = gate * tl.sigmoid(gate) * up
+            row = (block * tl.num_programs(1) + tile) * TOKENS + tl.arange(0, TOKENS)
+            tl.store(products + row[None, :] * NEURONS + neuron[:, None], product.to(products.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["max_blocks", "num_experts"])
@@ -193,23 +195,25 @@ def _down(
     table, max_blocks, num_experts, products, router_weights, results,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """results[choice, row] = router weight * sum over the expert's blocks of down * products, for TILE rows of one expert."""
-    expert = tl.program_id(1)
+    """results[choice, row] = router weight * sum over the expert's blocks of down * products, for TILE rows of one expert and
+    TOKENS tokens."""
+    expert, tile = tl.program_id(1), tl.program_id(2)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    choice, exists = _call(table, max_blocks, num_experts, expert, TOKENS)
-    first_block = table + 1 + 2 * max_blocks
-    column = tl.arange(0, WIDTH)
-    total = tl.zeros((TILE, TOKENS), tl.float32)
-    for block in range(tl.load(first_block + expert), tl.load(first_block + expert + 1)):
-        weights = tl.load(table + 1 + block).to(tl.pointer_type(products.dtype.element_ty)) + 2 * NEURONS * HIDDEN
-        down_rows = weights + row[:, None] * NEURONS + column[None, :]
-        token = block * TOKENS + tl.arange(0, TOKENS)
-        product_columns = products + token[None, :] * NEURONS + column[:, None]
-        for start in range(0, NEURONS, WIDTH):
-            down_pointers = tl.multiple_of(down_rows + start, [16, 16])
-            total = tl.dot(tl.load(down_pointers), tl.load(product_columns + start), total)
-    total *= tl.load(router_weights + choice, mask=exists, other=0.0)[None, :]
-    tl.store(results + choice[None, :] * HIDDEN + row[:, None], total, mask=exists[None, :])
+    choice, exists, any_exists = _tile(table, max_blocks, num_experts, expert, tile, TOKENS)
+    if any_exists:
+        first_block = table + 1 + 2 * max_blocks
+        column = tl.arange(0, WIDTH)
+        total = tl.zeros((TILE, TOKENS), tl.float32)
+        for block in range(tl.load(first_block + expert), tl.load(first_block + expert + 1)):
+            weights = tl.load(table + 1 + block).to(tl.pointer_type(products.dtype.element_ty)) + 2 * NEURONS * HIDDEN
+            down_rows = weights + row[:, None] * NEURONS + column[None, :]
+            token = (block * tl.num_programs(2) + tile) * TOKENS + tl.arange(0, TOKENS)
+            product_columns = products + token[None, :] * NEURONS + column[:, None]
+            for start in range(0, NEURONS, WIDTH):
+                down_pointers = tl.multiple_of(down_rows + start, [16, 16])
+                total = tl.dot(tl.load(down_pointers), tl.load(product_columns + start), total)
+        total *= tl.load(router_weights + choice, mask=exists, other=0.0)[None, :]
+        tl.store(results + choice[None, :] * HIDDEN + row[:, None], total, mask=exists[None, :])
 
 
 @triton.jit(do_not_specialize=["job"])

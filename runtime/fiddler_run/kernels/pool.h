@@ -95,7 +95,7 @@ class Pool {
         const char* data;
         size_t bytes;
         int64_t *finished, number, started_ns;
-        std::atomic<int64_t> finished_ns;
+        alignas(64) std::atomic<int64_t> finished_ns{0};
         Phase phases[PHASES];
         alignas(64) std::atomic<uint64_t> state{0};
     };
