@@ -116,15 +116,15 @@ class ExpertBench:
         return self._expert(tokens, self.blocks, 0.0)
 
     def copies(self) -> dict[str, float]:
-        """Bytes per second to the GPU and back, block by block as the runtime copies for prompts; and one token's round trip."""
+        """Bytes per second to the GPU and back, in pieces as the runtime copies for prompts; one token's round trip."""
         slots = torch.empty_like(self.absent[0], device=self.device)
         pinned, pageable = cycle(self._in_places()), self.absent[0].clone()
-        state = torch.ones(1, self.hidden_size, dtype=self.dtype, device=self.device)
+        at_once, state = self.executors.ring.at_once, torch.ones(1, self.hidden_size, dtype=self.dtype, device=self.device)
         mailbox = torch.empty(state.shape, dtype=self.dtype, pin_memory=True)
 
         def copy(source, target):
-            for to, block in zip(target, source, strict=True):
-                to.copy_(block, non_blocking=True)
+            for to, piece in zip(target.split(at_once), source.split(at_once), strict=True):
+                to.copy_(piece, non_blocking=True)
 
         def round_trip():
             mailbox.copy_(state, non_blocking=True)

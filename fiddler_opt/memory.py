@@ -11,7 +11,7 @@ from fiddler_run.plan import DTYPE_BYTES, MOST_ROUTED_TOKENS, TOKEN_BLOCKS, GpuM
 LIBRARY_WORKSPACE_BYTES = 2**28
 ALLOCATOR_SLACK = 1.1
 PINNED_BYTES_PER_GPU_BYTE = 512  # the GPU maps page-locked host memory with 8 bytes for each 4 KiB; measured: 140.5 MB for 72 GB
-STAGED_BLOCKS = 8  # the GPU reads one while the next ones arrive
+STAGED_BLOCKS = 8  # the GPU reads one half while the other arrives
 PREFILL_CHUNKS = (256, 512, 1024, 2048, 4096)
 
 

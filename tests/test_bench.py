@@ -118,7 +118,7 @@ def test_the_command(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["b.json", "t.json"]
-    for words in ("9 prompt + 5 output tokens", "everything waits for Python", "bare loop", "RAM at most"):
+    for words in ("9 prompt + 5 output tokens", "of it nothing is at work", "bare loop", "RAM at most"):
         assert words in result.stderr
     figures = json.loads((tmp_path / "b.json").read_text())
     assert figures["measured"]["output_tokens"] == 5

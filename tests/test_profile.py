@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from conftest import DEMO, ROOT
 from test_commands import files_in, run
 
+from fiddler_opt.bench_experts import ExpertBench
 from fiddler_opt.bench_machine import QUICK as QUICK_EFFORT
-from fiddler_opt.bench_machine import MachineBench, merged_rounds
+from fiddler_opt.bench_machine import MachineBench, merged_rounds, smoothed
 from fiddler_opt.bench_timing import Stopwatch, Timing
 from fiddler_opt.machine import LEAST_US, MachineProfile
 from fiddler_opt.model import ModelSpec
@@ -44,6 +46,38 @@ def test_rounds_are_merged():
     tables, spread = merged_rounds(parts, {**dict.fromkeys("abc", ("experts", 1)), "d": ("experts", 8)})
     assert tables == {"absent_expert_us": {1: {0.0: 14.0, 0.3: 7.0}, 8: {0.0: 50.0}}, "device_expert_us": {1: 2.5, 8: 9.0}}
     assert spread["absent_expert_us"] == {1: 0.3, 8: 0.0}
+
+
+def test_times_are_smoothed_over_shares():
+    shares = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    parabola = {share: 100 * (share - 0.4) ** 2 + 5 for share in shares} | {0.0: 70.0, 1.0: 90.0}
+    assert smoothed(parabola) == pytest.approx(parabola, abs=0.06)
+    noisy = smoothed(parabola | {0.2: parabola[0.2] - 6})
+    assert min(noisy, key=noisy.get) in (0.3, 0.4)  # not 0.2
+    assert (noisy[0.0], noisy[1.0]) == (70.0, 90.0)
+    few = {0.0: 9.0, 0.2: 5.0, 0.4: 7.0, 0.6: 1.0, 0.8: 3.0, 1.0: 8.0}
+    assert smoothed(few) == few
+
+
+@pytest.mark.parametrize(("best", "alone"), [(0.25, 0.25), (0.1, 0.5), (0.9, 0.5), (0.03, 0.9)])
+def test_shares_are_tried_until_the_best_is_not_the_last(best, alone):
+    """Also if what CPU and link need alone says something else."""
+    bench = object.__new__(ExpertBench)
+    bench.on_gpu, bench.top_k, bench.blocks = True, 2, 16
+    asked = []
+
+    def experts(tokens, resident, shares):
+        asked.extend(shares)
+        times = {share: 100 + 1000 * abs(share - best) for share in shares} | {0.0: 1000 * alone, 1.0: 1000 * (1 - alone)}
+        return {share: Timing(times[share], 0.1) for share in shares}
+
+    bench._experts = experts
+    times = bench.shares(8)
+    assert len(asked) == len(set(asked)) == len(times) < 30
+    assert {0.0, 1.0} < set(times)
+    assert abs(min(times, key=lambda share: times[share].us) - best) <= 1 / 32
+    asked.clear()
+    assert set(bench.shares(8, [0.0, 0.3])) == {0.0, 0.3}
 
 
 def test_a_bench_leaves_no_memory_behind():

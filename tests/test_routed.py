@@ -2,6 +2,7 @@
 
 import random
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,15 +10,17 @@ import torch
 
 from fiddler_run.dispatch import LayerDispatch, Traffic, expert_groups
 from fiddler_run.errors import FiddlerError
+from fiddler_run.executors import Executors
 from fiddler_run.kernels import cpu
-from fiddler_run.kernels.cpu import CompiledExperts, RoutedLayer, library
+from fiddler_run.kernels.cpu import CompiledExperts, CpuCall, RoutedLayer, library, supported_variants
 from fiddler_run.kernels.pytorch import apply_blocks
+from fiddler_run.plan import MOST_ROUTED_TOKENS
 from fiddler_run.transfer import Mailbox
 
 if library() is None:
     pytest.skip("the kernel is not built", allow_module_level=True)
 
-HIDDEN, NEURONS, EXPERTS, TOP_K = 96, 64, 6, 2
+HIDDEN, NEURONS = 96, 64
 TOLERANCE = 3e-3  # one rounding of the products to bfloat16
 
 
@@ -28,13 +31,17 @@ def applied(blocks: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
 class Layer:
     """Experts with up to four blocks in "GPU memory" and up to four in host memory, and what is needed to call them."""
 
-    def __init__(self, rng: random.Random, share: float):
+    def __init__(self, rng: random.Random, share: float, experts: int = 6, executors: Executors | None = None):
         def blocks() -> torch.Tensor:
             return torch.randn(rng.randint(0, 4), 3 * NEURONS * HIDDEN).mul_(0.1).bfloat16()
 
-        self.resident, self.absent = ([blocks() for _ in range(EXPERTS)] for _ in range(2))
-        self.routed = RoutedLayer(self.resident, self.absent, lambda _: share)
-        self.dispatch = LayerDispatch(0, self.resident, self.absent, lambda _: share, None)
+        def share_at(tokens: int) -> float:
+            return share / tokens**0.1
+
+        self.experts = experts
+        self.resident, self.absent = ([blocks() for _ in range(experts)] for _ in range(2))
+        self.routed = RoutedLayer(self.resident, self.absent, share_at)
+        self.dispatch = LayerDispatch(0, self.resident, self.absent, share_at, executors)
         places = [block for expert in (*self.resident, *self.absent) for block in expert]
         self.at = {block.data_ptr(): block for block in places}
 
@@ -42,13 +49,16 @@ class Layer:
 class Gpu:
     """What a job gets from a GPU and gives to it."""
 
-    def __init__(self, tokens: int, layer: Layer, mailbox: Mailbox):
+    def __init__(self, tokens: int, layer: Layer, mailbox: Mailbox, top_k: int = 2, alike: bool = False):
+        """`alike`: all tokens choose the same experts."""
         self.states = torch.randn(tokens, HIDDEN).bfloat16()
-        self.index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
-        self.weights = torch.rand(tokens, TOP_K)
+        self.index = torch.stack([torch.randperm(layer.experts)[:top_k] for _ in range(tokens)])
+        if alike:
+            self.index[:] = self.index[0].clone()
+        self.weights = torch.rand(tokens, top_k)
         self.layer, self.mailbox = layer, mailbox
-        most = layer.routed.most_blocks(tokens * TOP_K)
-        self.given = mailbox.routed(self.states, self.index, self.weights, EXPERTS, most)
+        most = layer.routed.most_blocks(tokens * top_k)
+        self.given = mailbox.routed(self.states, self.index, self.weights, layer.experts, most)
         self.output = torch.full((tokens, HIDDEN), torch.nan)
         self.traffic = np.zeros(3, dtype=np.int64)
 
@@ -68,11 +78,11 @@ class Gpu:
         """The table's blocks and the CPU's output together are the layer's; the blocks are divided as Python divides them."""
         addresses, experts, first_block, first_choice, choices = self._table()
         sums = torch.zeros(self.index.shape + (HIDDEN,))
-        for expert in range(EXPERTS):
+        for expert in range(self.layer.experts):
             blocks = range(first_block[expert], first_block[expert + 1])
             assert all(experts[block] == expert for block in blocks)
             for choice in choices[first_choice[expert] : first_choice[expert + 1]]:
-                token, place = divmod(choice, TOP_K)
+                token, place = divmod(choice, self.index.shape[1])
                 assert self.index[token, place] == expert
                 for block in blocks:
                     sums[token, place] += applied(self.layer.at[addresses[block]][None], self.states[token])
@@ -84,7 +94,7 @@ class Gpu:
                 if len(blocks):
                     expected[token] += self.weights[token, place] * applied(blocks, self.states[token])
         assert (found - expected).norm() <= TOLERANCE * expected.norm()
-        calls = self.layer.dispatch._split(expert_groups(self.index.numpy(), self.weights.numpy(), EXPERTS))
+        calls = self.layer.dispatch._split(expert_groups(self.index.numpy(), self.weights.numpy(), self.layer.experts))
         wanted = Traffic(
             sum(call.expert.num_resident for call in calls),
             sum(call.num_streamed for call in calls),
@@ -99,7 +109,7 @@ class Gpu:
     def _table(self) -> list[list[int]]:
         most, table = self.given.max_blocks, self.given.table.tolist()
         num_blocks, rest = table[0], table[1:]
-        sizes = most, most, EXPERTS + 1, EXPERTS + 1, self.index.numel()
+        sizes = most, most, self.layer.experts + 1, self.layer.experts + 1, self.index.numel()
         parts = torch.tensor(rest).split(sizes)
         addresses, experts, *others = (part.tolist() for part in parts)
         return [addresses[:num_blocks], experts[:num_blocks], *others]
@@ -123,6 +133,19 @@ def test_cpu_and_gpu_together_compute_the_layer(tokens, share):
         gpu.send(job)
         wait_for(mailbox.finished, job)  # without any help
         assert gpu.given.described.item() == job
+        kernel.wait()
+        gpu.check()
+
+
+@pytest.mark.parametrize("variant", supported_variants())
+def test_odd_shapes(variant):
+    torch.manual_seed(0)
+    rng, kernel, mailbox = random.Random(0), CompiledExperts(3, variant=variant), Mailbox(torch.device("cpu"))
+    shapes = ((1, 1, 1, False), (5, 1, 3, False), (5, 3, 4, True), (9, 9, 2, False), (5, 2, MOST_ROUTED_TOKENS, True))
+    for job, (experts, top_k, tokens, alike) in enumerate(shapes, start=1):
+        gpu = Gpu(tokens, Layer(rng, 0.6, experts), mailbox, top_k, alike)
+        gpu.submit(kernel, job)
+        gpu.send(job)
         kernel.wait()
         gpu.check()
 
@@ -172,11 +195,149 @@ def test_a_gpu_that_sends_nothing(monkeypatch):
     with pytest.raises(FiddlerError, match="the GPU does not answer"):
         kernel.wait()
     assert mailbox.finished.item() == gpu.given.described.item() == 1  # should it come back, it must not hang
-    gpu.submit(kernel, 2)
-    gpu.send(2)
-    kernel.wait()
-    gpu.traffic[:] = 0
-    gpu.submit(kernel, 3)
+    gpu.submit(kernel, 1 + 1)
+    wait_for(mailbox.finished, 2)
+    gpu.submit(kernel, 3)  # finishes what was before
     gpu.send(3)
+    with pytest.raises(FiddlerError, match="the GPU does not answer"):
+        kernel.wait()
+    gpu.traffic[:] = 0
+    gpu.submit(kernel, 4)
+    gpu.send(4)
     kernel.wait()
     gpu.check()
+
+
+def test_jobs_of_both_kinds_and_of_several_threads():
+    torch.manual_seed(3)
+    kernel, layer = CompiledExperts(3), Layer(random.Random(3), 0.5)
+    call = CpuCall(layer.absent[0][:1].repeat(2, 1), np.arange(2), np.ones(2, dtype=np.float32))
+    states = torch.randn(2, HIDDEN).bfloat16()
+    expected = kernel.apply(call.blocks, states)
+
+    def routed() -> None:
+        mailbox = Mailbox(torch.device("cpu"))
+        for job in range(1, 300):
+            gpu = Gpu(1 + job % 3, layer, mailbox)
+            gpu.send(job)
+            gpu.submit(kernel, job)
+            kernel.wait()
+            wait_for(mailbox.finished, job)
+            if job % 50 == 0:
+                gpu.check()
+
+    def plain() -> None:
+        for _ in range(300):
+            assert torch.equal(kernel.apply(call.blocks, states), expected)
+
+    with ThreadPoolExecutor(3) as threads:
+        for done in [threads.submit(what) for what in (routed, plain, routed)]:
+            done.result(timeout=120)
+
+
+class Stream:
+    """GPU kernels as `Executors` sees them: what is queued runs in order, in a thread of its own."""
+
+    def __init__(self, layers: list[Layer]):
+        self.at = {address: block for layer in layers for address, block in layer.at.items()}
+        self.thread = ThreadPoolExecutor(1)
+        self.most_waiting = 0
+        self.queued: list[Future] = []
+
+    def queue(self, work, *arguments) -> None:
+        self.most_waiting = max(self.most_waiting, sum(not each.done() for each in self.queued))
+        self.queued.append(self.thread.submit(work, *arguments))
+
+    def finish(self) -> None:
+        for each in self.queued:
+            each.result(timeout=60)
+
+    def send(self, tensors, host, arrived, job):
+        def work():
+            time.sleep(1e-3)  # attention, say
+            for to, tensor in zip(host, tensors, strict=True):
+                to.copy_(tensor)
+            arrived[: len(tensors[0])] = job
+
+        self.queue(work)
+
+    def fetch(self, table, described, job, device):
+        fetched = torch.empty_like(table)
+        self.queue(lambda: (wait_for(described, job), fetched.copy_(table)))
+        return fetched
+
+    def apply(self, table, max_blocks, num_experts, states, weights, block_neurons):
+        results = torch.zeros((*weights.shape, HIDDEN))
+
+        def work():
+            rows = table.tolist()
+            choices = rows[1 + 2 * max_blocks + 2 * (num_experts + 1) :]
+            firsts = rows[1 + 2 * max_blocks + num_experts + 1 :]
+            for address, expert in zip(rows[1 : 1 + rows[0]], rows[1 + max_blocks :], strict=False):
+                for choice in choices[firsts[expert] : firsts[expert + 1]]:
+                    token, place = divmod(choice, weights.shape[1])
+                    results[token, place] += weights[token, place] * applied(self.at[address][None], states[token])
+
+        self.queue(work)
+        return results
+
+    def add_up(self, results, cpu_output, finished, job, like):
+        output = torch.empty_like(like)
+        self.queue(lambda: (wait_for(finished, job), output.copy_(results.sum(dim=1) + cpu_output)))
+        return output
+
+
+def test_python_is_ahead_of_cpu_and_gpu():
+    """Layer after layer of one token is queued before the first is computed; the results are those of the other way."""
+    torch.manual_seed(4)
+    executors = Executors(torch.bfloat16, HIDDEN, NEURONS, 2, 4, torch.device("cpu"))
+    rng = random.Random(4)
+    layers = [Layer(rng, 0.4, executors=executors) for _ in range(12)]
+    index = [torch.stack([torch.randperm(6)[:2] for _ in range(3)]) for _ in layers]
+    weights = torch.rand(3, 2)
+    states = [torch.randn(3, HIDDEN).bfloat16() for _ in layers]
+
+    def run() -> tuple[list[torch.Tensor], Traffic]:
+        executors.forget_traffic()
+        executors.timeline.start()
+        outputs = [layer.dispatch(x, chosen, weights) for layer, x, chosen in zip(layers, states, index, strict=True)]
+        if executors.kernels:
+            executors.kernels.finish()
+        executors.finish_cpu()
+        return outputs, executors.traffic
+
+    expected, traffic = run()
+    executors.timeline.stop()
+    executors.kernels = Stream(layers)
+    for _ in range(3):
+        found, same_traffic = run()
+        spans = executors.timeline.stop()
+        assert same_traffic == traffic
+        for got, want in zip(found, expected, strict=True):
+            assert (got.float() - want.float()).norm() <= 1e-2 * want.float().norm()
+        for name in ("wait for the router", "blocks"):
+            assert [span.layer for span in spans if span.name == name] == [0] * 12
+        assert all(span.stop_s >= span.start_s for span in spans)
+    assert executors.kernels.most_waiting >= 5  # of a layer that has only begun
+
+
+def test_an_interrupt_leaves_nothing_under_way(monkeypatch):
+    torch.manual_seed(5)
+    executors = Executors(torch.bfloat16, HIDDEN, NEURONS, 2, 4, torch.device("cpu"))
+    layer = Layer(random.Random(5), 0.4, executors=executors)
+    executors.kernels = stream = Stream([layer])
+    states, index, weights = torch.randn(1, HIDDEN).bfloat16(), torch.tensor([[0, 3]]), torch.rand(1, 2)
+    for broken in ("send", "fetch", "apply", "add_up"):
+        with monkeypatch.context() as patch:
+
+            def interrupt(*_):
+                raise KeyboardInterrupt
+
+            patch.setattr(stream, broken, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                layer.dispatch(states, index, weights)
+            assert not executors._under_way
+        found = [layer.dispatch(states, index, weights) for _ in range(2)]
+        stream.finish()
+        executors.finish_cpu()
+        assert torch.equal(*found)

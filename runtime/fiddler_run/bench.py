@@ -30,8 +30,8 @@ class PhaseTimes:
     `ms`: milliseconds, together the whole time. `absent`: blocks in host memory or on disk were at work, on the CPU, over the link
     or, having arrived, on the device; `resident`: none of those, but resident ones; `dense`: the rest of the layers; `head`: the
     rest of the step.
-    `at_work_ms`: how long each part was at work, at the same time as others; `idle`: none was in the layers, all waited for
-    Python.
+    `at_work_ms`: how long each part was at work, at the same time as others; `idle`: none was, in the layers: something was
+    handed over, or all waited for Python.
     `bytes_per_s`: expert bytes that a part handled while at work (the link's time includes resident blocks that the same GPU
     kernel computes), and, as `absent`, that CPU and link together handled while those of `ms["absent"]` were.
     `passes`: through all layers, of `tokens_per_pass` each, on average; of these, `tokens_per_expert` called an expert at once.

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from fiddler_run.kernels.cpu import RoutedLayer
+from fiddler_run.plan import MOST_ROUTED_TOKENS
 
 if TYPE_CHECKING:
     from fiddler_run.executors import Executors
@@ -124,7 +125,7 @@ class LayerDispatch:
             timeline.end("host", "wait for the router")
             groups = expert_groups(index.numpy(), weights.numpy(), len(self.experts))
             output = executors.run(self._split(groups), host_states, hidden_states, top_k_index, top_k_weights)
-            if self.next is not None:
+            if self.next is not None and len(hidden_states) > MOST_ROUTED_TOKENS:  # then it calls nearly all experts
                 executors.stream_ahead(self.next._expected_calls(index.numel()))
         timeline.begin("GPU", "dense")
         return output

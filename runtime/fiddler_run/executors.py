@@ -7,6 +7,7 @@ lie; many, as in prefill, to matrix products over blocks that are copied into a 
 import logging
 import time
 from collections import deque
+from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -23,6 +24,7 @@ from fiddler_run.transfer import Mailbox, StagingRing
 
 SPIN_US = 1000  # longer than a GPU takes for the dense part of a layer
 SPIN_BESIDE_PYTORCH_US = 20  # where PyTorch needs the same cores for it
+MOST_WAITED_FOR = 512  # tokens of an expert on the CPU: a GPU that waits for more may hold up a screen
 
 
 class Executors:
@@ -48,13 +50,14 @@ class Executors:
         """
         on_gpu = device.type == "cuda"
         self.device, self._dtype, self._block_neurons = device, dtype, block_neurons
-        self._block_bytes = 3 * block_neurons * hidden * dtype.itemsize
         spin_us = SPIN_US if on_gpu else SPIN_BESIDE_PYTORCH_US
         self.cpu = cpu_experts(threads, pinned, spin_us, dtype, hidden, block_neurons)
         self.ring = StagingRing(slots, 3 * block_neurons * hidden, dtype, device) if slots else None
         self.mailbox, self.timeline, self._blocks = Mailbox(device), Timeline(device), np.zeros(3, dtype=np.int64)
         # With them the GPU waits for the CPU's threads, which must not need Python's then.
         self.kernels = _gpu_kernels(dtype, hidden, block_neurons) if on_gpu and self.cpu.finishes_alone else None
+        if on_gpu and not self.cpu.finishes_alone:
+            _say_once("decode will be slower: it needs the CPU kernel, at least two of its threads, and experts in bfloat16")
         # Without a GPU the CPU stands in for it, one step after the other; where nothing is ever streamed, in the same job.
         self._apply = apply_blocks if on_gpu else self.cpu.apply
         self._cpu_does_all = not on_gpu and self.ring is None
@@ -63,7 +66,7 @@ class Executors:
 
     @property
     def traffic(self) -> Traffic:
-        """Of all calls whose results are there."""
+        """Of all calls so far, if the device has finished its work."""
         return Traffic(*self._blocks.tolist())
 
     def forget_traffic(self) -> None:
@@ -82,8 +85,19 @@ class Executors:
         GPU then tell each other when to go on. The GPU is never made to wait for what has not been submitted.
         """
         self._check(hidden_states)
-        kernels, mailbox, (tokens, top_k) = self.kernels, self.mailbox, top_k_index.shape
         self._jobs += 1
+        self._under_way.append((self.timeline.place, time.perf_counter()))
+        try:
+            return self._queue_routed(layer, hidden_states, top_k_index, top_k_weights)
+        except BaseException:
+            self.finish_cpu()  # before anything is sent anew
+            raise
+
+    def _queue_routed(
+        self, layer: RoutedLayer, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        kernels, mailbox, (tokens, top_k) = self.kernels, self.mailbox, top_k_index.shape
+        lane = ("link", "in place") if layer.streams(tokens) else ("GPU", "resident")
         self.timeline.begin("host", "queue device work")
         max_blocks = layer.most_blocks(tokens * top_k)
         given = mailbox.routed(hidden_states, top_k_index, top_k_weights, layer.num_experts, max_blocks)
@@ -91,11 +105,10 @@ class Executors:
         tensors = hidden_states, top_k_index, top_k_weights
         kernels.send(tensors, [given.states, given.index, given.weights], given.arrived, self._jobs)
         self.cpu.submit_routed(layer, given, self._block_neurons, self._blocks, output, mailbox.finished, self._jobs)
-        self._under_way.append((self.timeline.place, time.perf_counter()))
         table = kernels.fetch(given.table, given.described, self._jobs, self.device)
-        self.timeline.begin("link", "in place")
+        self.timeline.begin(*lane)
         results = kernels.apply(table, max_blocks, layer.num_experts, hidden_states, top_k_weights, self._block_neurons)
-        self.timeline.end("link", "in place")
+        self.timeline.end(*lane)
         total = kernels.add_up(results, output, mailbox.finished, self._jobs, hidden_states)
         self.timeline.end("host", "queue device work")
         self.finish_cpu(but=1)  # this layer's job has just begun
@@ -130,8 +143,7 @@ class Executors:
         self.timeline.begin("host", "queue device work")
         output = self._stage(calls, hidden_states, top_k_index, top_k_weights)
         if cpu_output is not None:
-            # A GPU that waits for a disk could hold up a screen, or be stopped for taking too long.
-            if self.kernels and not any(call.expert.num_on_disk for call in calls):
+            if self.kernels and not any(_takes_long(call) for call in calls):
                 self.kernels.wait(self.mailbox.finished, self._jobs)
             else:
                 self.finish_cpu()
@@ -161,8 +173,8 @@ class Executors:
             return None
         output = self.mailbox.output(host_states.shape)
         self._jobs += 1
-        self.cpu.submit(for_cpu, host_states, output, self.mailbox.finished, self._jobs)
         self._under_way.append((self.timeline.place, None))
+        self.cpu.submit(for_cpu, host_states, output, self.mailbox.finished, self._jobs)
         return output
 
     def finish_cpu(self, but: int = 0) -> None:
@@ -206,6 +218,7 @@ class Executors:
                 total += self._apply(blocks, x)
                 self.timeline.end("GPU", "streamed")
             output.index_add_(0, rows[tokens], total * weights[tokens])
+        next(arriving, None)  # there is none: the ring's last place is free
         return output
 
     def _pieces(self, calls: list[ExpertCall]) -> list[torch.Tensor]:
@@ -226,6 +239,16 @@ class Executors:
         if call.expert.num_resident == 0:
             return torch.zeros_like(states, dtype=torch.float32)
         return self._apply(call.expert.resident, states)
+
+
+def _takes_long(call: ExpertCall) -> bool:
+    """Whether a GPU should not wait for the CPU's part of it: it could be stopped for taking too long."""
+    return call.expert.num_on_disk > 0 or (call.num_on_cpu > 0 and len(call.rows) > MOST_WAITED_FOR)
+
+
+@cache
+def _say_once(warning: str) -> None:
+    logging.getLogger("fiddler_run").warning(warning)
 
 
 def _gpu_kernels(dtype: torch.dtype, hidden: int, block_neurons: int):

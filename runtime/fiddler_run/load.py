@@ -17,10 +17,10 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.generate import never_stopping
 from fiddler_run.locate import model_config_file, model_folder, read_json, shipped_file
 from fiddler_run.model import DispatchedMixtral
-from fiddler_run.plan import Plan
+from fiddler_run.plan import MOST_ROUTED_TOKENS, Plan
 
 LoadFormat = Literal["safetensors", "dummy"]
-WARM_UP_TOKENS = (20, 40, 130)
+WARM_UP_TOKENS = (20, 40, MOST_ROUTED_TOKENS + 1)
 
 
 def load_model(
@@ -123,7 +123,7 @@ class ModelLoader:
 def _warm_up(model: DispatchedMixtral) -> None:
     """Loads and compiles the GPU's kernels, which would otherwise delay the first token by half a second or more.
 
-    Equal tokens choose the same experts, so these prompts meet every variant that the number of an expert's tokens asks for.
+    Their variants depend on the number of tokens; a longer prompt takes a way of its own.
     """
     for tokens in WARM_UP_TOKENS:
         ids = torch.zeros((1, min(tokens, model.plan.workload.max_seq_len - 2)), dtype=torch.long, device=model.device)

@@ -1,6 +1,7 @@
 """Work of a GPU that is the same each time, recorded as CUDA graphs: replaying one costs the host a single launch."""
 
 import logging
+import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -10,6 +11,7 @@ from torch import Tensor
 TOLERANCE = 1e-2  # of a replay, relative: another algorithm may round otherwise
 WARM_UP_CALLS = 2  # libraries set themselves up in the first
 MOST_SHAPES = 4  # recordings take memory, partly from the driver
+RECORDING = threading.Lock()  # what other threads do on the same stream would be recorded too
 
 
 class Recorder:
@@ -57,7 +59,7 @@ class _Segment:
 class _Recording:
     def __init__(self, run: Callable, inputs: tuple[Tensor, ...], recorder: Recorder):
         # Tensors made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with RECORDING, torch.inference_mode(False), torch.no_grad():
             self._inputs = [tensor if tensor.data_ptr() in recorder.kept else tensor.clone() for tensor in inputs]
             recorder.stream.wait_stream(torch.cuda.current_stream())
             self._graph = torch.cuda.CUDAGraph()

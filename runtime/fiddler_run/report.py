@@ -37,7 +37,7 @@ def parts(plan: Plan, result) -> Table:
     idle = [phase.at_work_ms.get("idle", 0.0) for phase in (result.decode, result.prefill)]
     rows = {name: [column.get(part, 0.0) for column in columns] for part, name in names.items()}
     rows["together"] = [sum(column.values()) for column in columns]
-    rows["of it everything waits for Python"] = [idle[0], 0.0, idle[1], 0.0]
+    rows["of it nothing is at work"] = [idle[0], 0.0, idle[1], 0.0]
     for name, cells in rows.items():
         table.add_row(name, *(f"{milliseconds:.2f}" if milliseconds else "" for milliseconds in cells))
     table.caption = "where several go on at once, the first of these; the plan's are of its own workload"

@@ -21,13 +21,15 @@ class Mailbox:
         flags = torch.zeros((2 + MOST_ROUTED_TOKENS // 8, 8), dtype=torch.int64, pin_memory=self._on_gpu)  # rows: cache lines
         self.finished, self._described, self._arrived = flags[0, :1], flags[1, :1], flags[2:].flatten()
 
-    def receive(self, *tensors: torch.Tensor, meanwhile: Callable[[], None]) -> list[torch.Tensor]:
+    def receive(
+        self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, meanwhile: Callable[[], None]
+    ) -> list[torch.Tensor]:
         """The device's tensors in host memory, until the next call. Does something useful, then waits for the device."""
         if not self._on_gpu:
             meanwhile()
-            return list(tensors)
-        received = [self._buffer(str(number), tensor.shape, tensor.dtype) for number, tensor in enumerate(tensors)]
-        for host, tensor in zip(received, tensors, strict=True):
+            return [states, index, weights]
+        received = self._room(states, index, weights)
+        for host, tensor in zip(received, (states, index, weights), strict=True):
             host.copy_(tensor, non_blocking=True)
         arrived = torch.cuda.current_stream(self._device).record_event()
         meanwhile()
@@ -42,16 +44,18 @@ class Mailbox:
         self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, num_experts: int, max_blocks: int
     ) -> RoutedInput:
         """Room for what the device will send, until the next call of this: the device sends nothing before the last job is done."""
-        sent = {"states": states, "index": index, "weights": weights}
-        room = {name: self._buffer(name, tensor.shape, tensor.dtype) for name, tensor in sent.items()}
         size = table_size(max_blocks, num_experts, index.numel())
         return RoutedInput(
-            **room,
+            *self._room(states, index, weights),
             arrived=self._arrived,
             table=self._buffer("table", torch.Size([size]), torch.int64),
             described=self._described,
             max_blocks=max_blocks,
         )
+
+    def _room(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        named = zip(("states", "index", "weights"), tensors, strict=True)
+        return [self._buffer(name, tensor.shape, tensor.dtype) for name, tensor in named]
 
     def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         buffer, elements = self._buffers.get(name), shape.numel()
@@ -86,21 +90,24 @@ class StagingRing:
 
         As many copies as there are places are under way at once.
         """
-        under_way, rest = deque(), deque(pieces)
-        while self._ahead and rest and _begins_with(self._ahead[0][0], rest[0]):
-            _, (place, copied) = self._ahead.popleft()
+        under_way, rest, ahead = deque(), deque(pieces), self._take_ahead()
+        while ahead and rest and _begins_with(ahead[0][0], rest[0]):
+            _, (place, copied) = ahead.popleft()
             under_way.append((place[: len(rest.popleft())], copied))
-        self._places.rotate(len(self._ahead))  # what else was copied is not what comes next: there is room in its places
-        self._ahead.clear()
+        self._places.rotate(len(ahead))  # what else was copied is not what comes next: there is room in its places
         copies = (self._copy(piece, timeline) for piece in rest)
         under_way.extend(islice(copies, len(self._places) - len(under_way)))
         return self._arrivals(under_way, copies)
 
     def stream_ahead(self, pieces: list[torch.Tensor], timeline: Timeline) -> None:
         """Starts to copy the first of these, with which the next call of `stream` will probably begin. The one before must have
-        yielded all."""
-        self._places.rotate(len(self._ahead))
+        been asked for all that it has."""
+        self._places.rotate(len(self._take_ahead()))
         self._ahead = deque((piece, self._copy(piece, timeline)) for piece in pieces[: len(self._places)])
+
+    def _take_ahead(self) -> "deque[tuple[torch.Tensor, _Arrival]]":
+        ahead, self._ahead = self._ahead, deque()
+        return ahead
 
     def _arrivals(self, under_way: "deque[_Arrival]", copies: Iterator["_Arrival"]) -> Iterator[torch.Tensor]:
         while under_way:

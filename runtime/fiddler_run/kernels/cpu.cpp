@@ -216,7 +216,7 @@ void fiddler_submit_routed(void* pool, int hidden, int block_neurons, const uint
     static_cast<Pool*>(pool)->submit_routed(hidden, block_neurons, states, tokens, *route, output, finished, number);
 }
 
-// Helps until all jobs but the last `but` are finished; 0: a GPU has not sent what one of them needs.
+// Helps until all jobs but the last `but` are finished; 0: since the last call, a job waited for a GPU in vain.
 int fiddler_wait(void* pool, int but) { return static_cast<Pool*>(pool)->wait(but); }
 
 // When the last job that was waited for began and was finished, on the monotonic clock.

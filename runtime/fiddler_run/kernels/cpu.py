@@ -40,7 +40,7 @@ class CpuCall:
     weights: np.ndarray
 
 
-PATIENCE_S = 60.0  # with a GPU that does not send what a job needs
+PATIENCE_S = 30.0  # with a GPU that does not send what a job needs
 
 
 class RoutedLayer:
@@ -52,10 +52,15 @@ class RoutedLayer:
             resident, absent: for each expert, its blocks [count, block_elements] on the GPU, and in host memory.
             stream_share: tokens of a call -> the share of its expert's absent blocks that the GPU reads.
         """
+        self._blocks = resident, absent  # in use as long as this is
         experts = [(off.data_ptr(), on.data_ptr(), len(off), len(on)) for on, off in zip(resident, absent, strict=True)]
         self.num_experts, self.places = len(experts), (_Places * len(experts))(*experts)
         self.shares = (ctypes.c_double * (MOST_ROUTED_TOKENS + 1))(0.0, *map(stream_share, range(1, MOST_ROUTED_TOKENS + 1)))
         self._num_blocks = sorted((off + on for *_, off, on in experts), reverse=True)
+
+    def streams(self, tokens: int) -> bool:
+        """Whether so many tokens could have the GPU read blocks in host memory."""
+        return any(len(blocks) for blocks in self._blocks[1]) and any(self.shares[1 : tokens + 1])
 
     def most_blocks(self, choices: int) -> int:
         """That the GPU could have to compute for so many choices of experts; at least 1."""
@@ -148,7 +153,7 @@ class CompiledExperts(CpuExperts):
         cpus = (ctypes.c_int * (threads - 1))(*(core_order() * threads)[1:threads]) if pinned else None
         self._pool = self._library.fiddler_pool_create(self.variant.encode(), threads, spin_us, cpus)
         self.finishes_alone = threads > 1
-        self._in_use = deque(maxlen=2)  # what the jobs under way work on
+        self._in_use = deque(maxlen=3)  # what the jobs under way, and one that is being submitted, work on
 
     def submit(self, calls, states, output, finished=None, job=0):
         hidden = states.shape[1]
@@ -158,8 +163,8 @@ class CompiledExperts(CpuExperts):
         block_neurons = calls[0].blocks.shape[1] // (3 * hidden) if calls else ALIGNMENT
         arguments = hidden, block_neurons, states.data_ptr(), len(states), described, len(calls), output.data_ptr()
         with self.lock:
-            self._library.fiddler_submit(self._pool, *arguments, None if finished is None else finished.data_ptr(), job)
             self._in_use.append((calls, states, output, finished))
+            self._library.fiddler_submit(self._pool, *arguments, None if finished is None else finished.data_ptr(), job)
 
     def submit_routed(
         self,
@@ -190,8 +195,8 @@ class CompiledExperts(CpuExperts):
         )
         arguments = hidden, block_neurons, given.states.data_ptr(), tokens, ctypes.byref(route), output.data_ptr()
         with self.lock:
-            self._library.fiddler_submit_routed(self._pool, *arguments, finished.data_ptr(), job)
             self._in_use.append((layer, given, traffic, output, finished))
+            self._library.fiddler_submit_routed(self._pool, *arguments, finished.data_ptr(), job)
 
     def wait(self, but=0):
         with self.lock:

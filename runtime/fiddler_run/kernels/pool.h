@@ -21,8 +21,8 @@ class Pool {
     }
 
     ~Pool() {
-        wait(0);  // a GPU may be waiting for a job
-        stop_ = true;
+        stop_ = true;  // no job waits for a GPU any more
+        finish(0);     // but a GPU may be waiting for a job
         wake();
         for (auto& worker : workers_) worker.join();
     }
@@ -48,26 +48,20 @@ class Pool {
 
     // Reads `bytes` bytes with all threads, as fast as plain loads go: what the memory gives. Returns a checksum.
     uint64_t read(const char* data, size_t bytes) {
-        wait(0);
+        finish(0);
         Slot& slot = next_slot();
         slot.data = data, slot.bytes = bytes, slot.finished = nullptr;
         slot.phases[READ].have(static_cast<int>((bytes + READ_UNIT - 1) / READ_UNIT));
         checksum_ = 0;
         open(slot);
-        wait(0);
+        finish(0);
         return checksum_;
     }
 
-    // Helps with the jobs under way until no more than `but` of them are unfinished. Whether the GPU has sent what it should.
+    // Helps with the jobs under way until no more than `but` of them are unfinished. False if, since this was last called, a job
+    // waited for a GPU in vain.
     bool wait(uint64_t but) {
-        while (waited_ + but < submitted_) {
-            Slot& slot = slots_[++waited_ % SLOTS];
-            run(slot);
-            // Closed: a worker that wakes late finds nothing to enter, and those inside only look for units that are gone.
-            slot.state.fetch_add(CLOSED);
-            spin_until([&] { return slot.state.load() % CLOSED == 0; });
-            started_ns_ = slot.started_ns, finished_ns_ = slot.finished_ns;
-        }
+        finish(but);
         return !lost_.exchange(false);
     }
 
@@ -100,8 +94,19 @@ class Pool {
         alignas(64) std::atomic<uint64_t> state{0};
     };
 
+    void finish(uint64_t but) {
+        while (waited_ + but < submitted_) {
+            Slot& slot = slots_[++waited_ % SLOTS];
+            run(slot);
+            // Closed: a worker that wakes late finds nothing to enter, and those inside only look for units that are gone.
+            slot.state.fetch_add(CLOSED);
+            spin_until([&] { return slot.state.load() % CLOSED == 0; });
+            started_ns_ = slot.started_ns, finished_ns_ = slot.finished_ns;
+        }
+    }
+
     Slot& next_slot() {
-        wait(SLOTS - 1);
+        finish(SLOTS - 1);
         Slot& slot = slots_[(submitted_ + 1) % SLOTS];
         for (Phase& phase : slot.phases) phase.have(0);
         return slot;
@@ -118,7 +123,7 @@ class Pool {
     }
 
     void prepare(Slot& slot) {
-        if (slot.route.wait(slot.job.tokens, slot.number))
+        if (slot.route.wait(slot.job.tokens, slot.number, stop_))
             slot.route.divide(slot.job.tokens, 3 * slot.job.block_neurons * slot.job.hidden, slot.job.calls);
         else lost_ = true, slot.route.divide_nothing();
         slot.route.describe(slot.number);

@@ -26,14 +26,15 @@ class Route {
    public:
     RouteArguments arguments;
 
-    // Waits until all tokens have arrived: whether they did.
-    bool wait(int tokens, int64_t number) const {
+    // Waits until all tokens have arrived, or nobody wants them any more: whether they have.
+    bool wait(int tokens, int64_t number, const std::atomic<bool>& stop) const {
         int64_t until = now_ns() + arguments.patience_ns;
         for (int token = 0, looks = 0; token < tokens;) {
+            bool late = now_ns() > until;  // before the look: a process that was stopped finds everything there
             std::atomic_ref arrived(const_cast<int64_t&>(arguments.arrived[token]));
             if (arrived.load(std::memory_order_acquire) >= number) ++token, looks = 0;
+            else if (late || stop) return false;
             else if (++looks < SPINS) relax();
-            else if (now_ns() > until) return false;
             else std::this_thread::yield();
         }
         return true;
