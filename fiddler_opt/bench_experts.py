@@ -102,7 +102,7 @@ class ExpertBench:
             new = [share for share in (round(step * n, 4) for n in range(first, last + 1)) if 0 < share < 1 and share not in times]
             times |= self._experts(tokens, 0, new) if new else {}
             tried = sorted(share for share in times if 0 < share < 1)
-            best = min(times, key=lambda share: times[share].us)
+            best = min(tried, key=lambda share: times[share].us, default=None)
             if best in tried[:2]:  # rather below: what the CPU does beside the link may be faster than it seemed alone
                 first -= AROUND_BALANCE
             elif best in tried[-2:]:
