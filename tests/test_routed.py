@@ -11,9 +11,10 @@ import torch
 from fiddler_run.dispatch import LayerDispatch, Traffic, expert_groups
 from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
-from fiddler_run.kernels import cpu
-from fiddler_run.kernels.cpu import CompiledExperts, CpuCall, RoutedLayer, library, supported_variants
+from fiddler_run.kernels import routed
+from fiddler_run.kernels.cpu import CompiledExperts, CpuCall, library, supported_variants
 from fiddler_run.kernels.pytorch import apply_blocks
+from fiddler_run.kernels.routed import RoutedLayer
 from fiddler_run.plan import MOST_ROUTED_TOKENS
 from fiddler_run.transfer import Mailbox
 
@@ -150,6 +151,14 @@ def test_odd_shapes(variant):
         gpu.check()
 
 
+def test_a_layer_knows_from_how_many_tokens_on_it_streams():
+    blocks = [torch.empty(2, 6), torch.empty(0, 6)]
+    layer = RoutedLayer(blocks, blocks, lambda tokens: 0.0 if tokens < 48 else 0.2)
+    assert [layer.streams(tokens) for tokens in (1, 47, 48, MOST_ROUTED_TOKENS)] == [False, False, True, True]
+    assert not RoutedLayer(blocks, [torch.empty(0, 6)] * 2, lambda _: 1.0).streams(MOST_ROUTED_TOKENS)
+    assert [layer.most_blocks(choices) for choices in (1, 2, 9)] == [4, 4, 4]
+
+
 def test_a_job_waits_for_each_of_its_tokens():
     torch.manual_seed(0)
     kernel, mailbox = CompiledExperts(2), Mailbox(torch.device("cpu"))
@@ -187,7 +196,7 @@ def test_the_next_job_is_submitted_while_one_is_under_way():
 
 
 def test_a_gpu_that_sends_nothing(monkeypatch):
-    monkeypatch.setattr(cpu, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(routed, "PATIENCE_S", 0.05)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     kernel, mailbox = CompiledExperts(2), Mailbox(torch.device("cpu"))
     gpu = Gpu(1, Layer(random.Random(2), 0.5), mailbox)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fiddler_run.kernels.cpu import RoutedLayer
+from fiddler_run.kernels.routed import RoutedLayer
 from fiddler_run.plan import MOST_ROUTED_TOKENS
 
 if TYPE_CHECKING:

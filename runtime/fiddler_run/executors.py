@@ -16,8 +16,9 @@ import torch
 from fiddler_run.arena import will_need
 from fiddler_run.dispatch import ExpertCall, Traffic
 from fiddler_run.errors import FiddlerError
-from fiddler_run.kernels.cpu import CpuCall, RoutedLayer, cpu_experts
+from fiddler_run.kernels.cpu import CpuCall, cpu_experts
 from fiddler_run.kernels.pytorch import apply_blocks
+from fiddler_run.kernels.routed import RoutedLayer
 from fiddler_run.plan import MOST_ROUTED_TOKENS
 from fiddler_run.timeline import Place, Timeline
 from fiddler_run.transfer import Mailbox, StagingRing
@@ -133,8 +134,8 @@ class Executors:
             host_states: `hidden_states` in host memory.
         """
         self._check(hidden_states)
-        for call in calls:
-            self._blocks += call.expert.num_resident, call.num_streamed, call.num_on_cpu
+        computed = ((call.expert.num_resident, call.num_streamed, call.num_on_cpu) for call in calls)
+        self._blocks += [sum(blocks) for blocks in zip(*computed, strict=True)]
         cpu_output = self._start_cpu(calls, host_states)
         if self.device.type == "cpu":  # one after the other
             self.finish_cpu()
@@ -184,6 +185,8 @@ class Executors:
             self.timeline.begin("host", "help the CPU")
             self.cpu.wait(len(self._under_way))
             self.timeline.end("host", "help the CPU")
+            if not self.timeline.on:
+                continue
             started_s, finished_s = self.cpu.times_s()
             if waits_since_s is not None:
                 self.timeline.add("CPU", "wait for the router", place, waits_since_s, started_s)

@@ -68,6 +68,10 @@ class Timeline:
             self._marks.append((lane, name, layer, call, begun, ended))
 
     @property
+    def on(self) -> bool:
+        return self._marks is not None
+
+    @property
     def place(self) -> Place:
         """The call that is under way."""
         return self._layer, self._call

@@ -6,7 +6,7 @@ from itertools import islice
 
 import torch
 
-from fiddler_run.kernels.cpu import RoutedInput, table_size
+from fiddler_run.kernels.routed import RoutedInput, table_size
 from fiddler_run.plan import MOST_ROUTED_TOKENS
 from fiddler_run.timeline import Timeline
 
@@ -60,6 +60,8 @@ class Mailbox:
     def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         buffer, elements = self._buffers.get(name), shape.numel()
         if buffer is None or len(buffer) < elements or buffer.dtype != dtype:
+            if buffer is not None and self._on_gpu:
+                torch.cuda.synchronize(self._device)  # kernels may still read the old one, of which PyTorch does not know
             with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
                 buffer = self._buffers[name] = torch.empty(elements, dtype=dtype, pin_memory=self._on_gpu)
         return buffer[:elements].view(shape)

@@ -1,6 +1,6 @@
 """A layer's experts for a few tokens, by GPU kernels that take their orders from the CPU's threads.
 
-`send` gives those threads the tokens and the router's choices; they answer with a table (`fetch`; cpu.py says what is in it), on
+`send` gives those threads the tokens and the router's choices; they answer with a table (`fetch`; routed.py says what is in it), on
 which the GPU works (`apply`) while they compute the other blocks; `add_up` waits for their result. The GPU waits for flags in
 page-locked memory, so that all of this, and the next layer's work, can be queued long before.
 

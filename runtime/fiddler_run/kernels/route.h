@@ -15,7 +15,7 @@ struct RouteArguments {
     const int64_t* index;    // [tokens, top_k] experts, from the GPU
     const float* weights;    // [tokens, top_k] of the router, from the GPU
     const int64_t* arrived;  // [tokens] flags of the GPU: the token's state, index and weights are there
-    int64_t* table;          // for the GPU; `table_size` in cpu.py says what is in it
+    int64_t* table;          // for the GPU; `table_size` in routed.py says what is in it
     int64_t* described;      // flag for the GPU: the table is complete
     int64_t* traffic;        // blocks so far: resident, streamed, on the CPU
     int64_t patience_ns;     // a GPU that sends nothing for so long has failed
