@@ -29,21 +29,23 @@ from fiddler_run.host import available_memory_bytes, cpu_name, num_cores, num_ph
 
 @dataclass(frozen=True)
 class Effort:
-    """How thorough: token counts, how many rounds, about how many seconds for a figure in each, the part of free host memory to
-    time in, and its limit. Rounds lie a minute or more apart: what slows a machine for a while meets one of three."""
+    """How thorough: token counts, how many rounds, for each figure of one about how many seconds and at least how many repetitions,
+    the part of free host memory to time in, and its limit. Rounds lie a minute or more apart: what slows a machine for a while
+    meets one of three."""
 
     tokens: tuple[int, ...]
     dense_tokens: tuple[int, ...]
     rounds: int
     seconds: float
+    repetitions: int
     part_of_memory: float
     max_host_bytes: int
 
 
-THOROUGH = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), (1, 16, 128, 512, 2048), 3, 0.2, 0.75, 10**15)
+THOROUGH = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), (1, 16, 128, 512, 2048), 3, 0.2, 5, 0.75, 10**15)
 SMOOTHED = 5
 EXPERTS, LAYERS = "experts", "layers without experts"
-QUICK = Effort((1, 4, 16, 64, 256, 1024), (1, 128, 512), 1, 0.1, 0.25, 8 * 10**9)
+QUICK = Effort((1, 4, 16, 64, 256, 1024), (1, 128, 512), 1, 0.1, 3, 0.25, 8 * 10**9)
 
 
 class MachineBench:
@@ -57,7 +59,7 @@ class MachineBench:
         self.found: dict[str, dict] = {}  # parts measured so far, which later ones depend on
         self.model, self.effort, self._folder = model, effort, folder
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self._stopwatch = Stopwatch(self.device, effort.seconds)
+        self._stopwatch = Stopwatch(self.device, effort.seconds, effort.repetitions)
         most = min(MAX_CPU_TOKENS if self.device.type == "cpu" else 10**6, model.max_position_embeddings - 1)
         self.timed: dict[str, tuple[str, int]] = {}
         for number in range(1, effort.rounds + 1):

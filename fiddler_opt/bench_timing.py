@@ -9,7 +9,7 @@ import torch
 
 from fiddler_opt.machine import LEAST_US
 
-WARM_UP, REPETITIONS = 1, 5
+WARM_UP = 1
 SURE = 0.01  # the median's standard error, as a part of it, at which repeating stops
 PATIENCE = 4  # times the usual seconds are spent on what stays noisy
 PAUSE_S = 3e-4  # before each call, as in a run where other work lies between two: threads that wait for work may fall asleep
@@ -33,10 +33,10 @@ class Timing:
 
 
 class Stopwatch:
-    """Times calls on a device, its work included, for about `seconds` a figure."""
+    """Times calls on a device, its work included, for about `seconds` a figure, but at least `repetitions` times."""
 
-    def __init__(self, device: torch.device, seconds: float):
-        self._device, self._seconds = device, seconds
+    def __init__(self, device: torch.device, seconds: float, repetitions: int = 5):
+        self._device, self._seconds, self._repetitions = device, seconds, repetitions
 
     @torch.inference_mode()
     def time(self, *calls: Callable[[], object], calls_per_sample: int = ROUND) -> list[Timing]:
@@ -57,7 +57,7 @@ class Stopwatch:
         return _summary(samples[WARM_UP:])
 
     def _enough(self, samples: list[list[float]], elapsed_s: float) -> bool:
-        if len(samples[0]) < WARM_UP + REPETITIONS or elapsed_s < self._seconds:
+        if len(samples[0]) < WARM_UP + self._repetitions or elapsed_s < self._seconds:
             return False
         return elapsed_s > PATIENCE * self._seconds or all(_uncertainty(taken[WARM_UP:]) <= SURE for taken in samples)
 

@@ -30,7 +30,7 @@ from fiddler_run.timeline import Timeline
 from fiddler_run.transfer import StagingRing
 
 CUDA = torch.device("cuda", 0)
-HASTY = Effort((1, 64, 1024), (1, 512), 1, 0.02, 0.1, 10**9)  # how precise the figures are does not matter here
+HASTY = Effort((1, 64, 1024), (1, 512), 1, 0.02, 2, 0.1, 10**9)  # how precise the figures are does not matter here
 WIDE = {
     "hidden_size": 1024,
     "intermediate_size": 3584,
