@@ -53,7 +53,7 @@ class ExpertBench:
             # As many as exceed the GPU's caches; some stand for several.
             on_gpu = [expert.to(device) for expert in self.absent[: max(1, GPU_WORKING_SET_BYTES // model.expert_bytes)]]
             self.resident = [on_gpu[number % len(on_gpu)] for number in range(self.num_experts)]
-        self.host = host
+        self.host, self._turn = host, 0  # figures are timed in turn in places of their own
         self.use_threads(num_cores(), pinned=False)
 
     def use_threads(self, threads: int, pinned: bool) -> None:
@@ -87,6 +87,7 @@ class ExpertBench:
     def shares(self, tokens: int, known: list[float] | None = None) -> dict[float, Timing]:
         """One absent expert called by `tokens` tokens, by the share sent over the link: those of `known`, if given, otherwise none,
         all, and around the best."""
+        self._turn += 1
         if not self.on_gpu:
             return {0.0: self._expert(tokens, 0, 0.0)}
         if known is not None:
@@ -193,7 +194,9 @@ class ExpertBench:
         weights = torch.full((rows, self.top_k), 1 / self.top_k, device=self.device)
         choices = torch.arange(rows * self.top_k, device=self.device).view(rows, self.top_k) % called
         chosen = [(choices + first) % self.layer_experts for first in range(0, self.layer_experts, called)]
-        in_turn, executors = cycle(product(chosen, passed)), self.executors
+        places = list(product(chosen, passed))
+        first = int(self._turn * 0.618 * len(places)) % len(places)  # all shares in the same places
+        in_turn, executors = cycle(places[first:] + places[:first]), self.executors
 
         def dispatch() -> None:
             index, group = next(in_turn)

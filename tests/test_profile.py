@@ -63,7 +63,7 @@ def test_times_are_smoothed_over_shares():
 def test_shares_are_tried_until_the_best_is_not_the_last(best, alone):
     """Also if what CPU and link need alone says something else."""
     bench = object.__new__(ExpertBench)
-    bench.on_gpu, bench.top_k, bench.blocks = True, 2, 16
+    bench.on_gpu, bench.top_k, bench.blocks, bench._turn = True, 2, 16, 0
     asked = []
 
     def experts(tokens, resident, shares):
