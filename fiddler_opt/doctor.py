@@ -143,8 +143,8 @@ def check_gpu(torch: Torch, model: ModelSpec, driver: facts.Driver | None, has_n
 
 
 def check_gpu_kernels(suit: bool, error: str | None, dtype: str) -> Finding:
-    if not suit and dtype == "float32":
-        return Finding("slow", "the GPU kernels are not for float32, decode will be slower", "take a bfloat16 checkpoint")
+    if not suit and dtype != "bfloat16":
+        return Finding("slow", f"the GPU kernels are not for {dtype}, decode will be slower", "take a bfloat16 checkpoint")
     if not suit:
         return Finding("slow", "the GPU kernels are not for experts of this model's sizes, decode will be slower")
     if error is None:

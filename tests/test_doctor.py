@@ -2,14 +2,21 @@
 
 import io
 import os
+import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+import torch
 from conftest import DEMO, ROOT
 from rich.console import Console
 
+import fiddler_run.kernels
 from fiddler_opt import doctor, facts
+from fiddler_opt.bench_probe import kernels
 from fiddler_opt.doctor import Finding, Gpu, Torch
 from fiddler_opt.facts import Driver, GpuUse, NumaNode, PcieLink
 from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
@@ -43,6 +50,27 @@ def install_nvidia_smi(root: Path, answers: dict[str, str]) -> None:
 
 def link_files(end: str, max_speed: str, max_width: str) -> dict[str, str]:
     return {f"{end}/max_link_speed": max_speed, f"{end}/max_link_width": max_width}
+
+
+@pytest.fixture
+def gpu_kernels():
+    """Where there is no Triton, the kernels' module with a stand-in for it: all but the kernels themselves is plain Python."""
+    if find_spec("triton"):
+        yield
+        return
+    language = SimpleNamespace(constexpr=object)
+    triton = SimpleNamespace(jit=lambda function=None, **_: function or (lambda decorated: decorated), language=language)
+    with patch.dict(sys.modules, {"triton": triton, "triton.language": language}):  # and without what the test imports
+        yield
+    del fiddler_run.kernels.gpu
+
+
+def test_the_kernels_are_asked_whether_they_suit(gpu_kernels):
+    for dtype, neurons in ((torch.float32, 896), (torch.float16, 896), (torch.bfloat16, 900)):
+        assert kernels(dtype, 4096, neurons) == {"kernels_suit": False, "kernel_error": None}
+    found = kernels(torch.bfloat16, 4096, 896)
+    assert found["kernels_suit"]
+    assert (found["kernel_error"] is None) == torch.cuda.is_available()
 
 
 def test_link_is_held_to_what_card_and_slot_can(system):
@@ -160,6 +188,7 @@ X16 = PcieLink(4, 16, 4, 16)
         (doctor.check_gpu(torch_with("12.8"), MIXTRAL, OLD_DRIVER, True, ""), "slow", "unset"),
         (doctor.check_gpu_kernels(True, None, "bfloat16"), "ok", ""),
         (doctor.check_gpu_kernels(False, None, "float32"), "slow", "not for float32"),
+        (doctor.check_gpu_kernels(False, None, "float16"), "slow", "not for float16"),
         (doctor.check_gpu_kernels(False, None, "bfloat16"), "slow", "this model's sizes"),
         (doctor.check_gpu_kernels(True, "no C compiler", "bfloat16"), "slow", "(no C compiler); install"),
         (doctor.check_link(X16, 26e9), "ok", "4.0 x16 carries 31.50 GB/s, copies to the GPU reach 26.00 GB/s"),

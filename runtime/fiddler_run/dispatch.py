@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -104,7 +105,14 @@ class LayerDispatch:
         self.layer, self.experts = layer, [Expert(*blocks) for blocks in zip(resident, absent, on_disk, strict=True)]
         self.stream_share, self.executors = stream_share, executors
         self.next: LayerDispatch | None = None
-        self._routed = RoutedLayer(resident, absent, stream_share) if not any(map(len, on_disk)) else None
+
+    @cached_property
+    def _routed(self) -> RoutedLayer | None:
+        """None: there are blocks on disk, which only Python asks for in time."""
+        if any(expert.num_on_disk for expert in self.experts):
+            return None
+        places = [expert.resident for expert in self.experts], [expert.absent for expert in self.experts]
+        return RoutedLayer(*places, self.stream_share)
 
     def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [tokens, hidden], top_k_index [tokens, k] and top_k_weights [tokens, k] on the device: [tokens, hidden]."""
@@ -117,7 +125,7 @@ class LayerDispatch:
         executors, timeline = self.executors, self.executors.timeline
         timeline.end("GPU", "dense")  # what lies between two layers' experts
         timeline.enter(self.layer)
-        if self._routed is not None and executors.routes(len(hidden_states)):
+        if executors.routes(len(hidden_states)) and self._routed is not None:
             output = executors.run_routed(self._routed, hidden_states, top_k_index, top_k_weights)
         else:
             timeline.begin("host", "wait for the router")

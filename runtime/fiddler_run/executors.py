@@ -9,13 +9,14 @@ import time
 from collections import deque
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 
 import numpy as np
 import torch
 
 from fiddler_run.arena import will_need
 from fiddler_run.dispatch import ExpertCall, Traffic
-from fiddler_run.errors import FiddlerError
+from fiddler_run.errors import FiddlerError, first_line
 from fiddler_run.kernels.cpu import CpuCall, cpu_experts
 from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.kernels.routed import RoutedLayer
@@ -204,8 +205,8 @@ class Executors:
         calls = [call for call in calls if call.on_device]
         if not calls:
             return output
-        pieces = self._pieces(calls)
-        arriving = self.ring.stream(pieces, self.timeline) if pieces else iter(())
+        pieces = [self._pieces(call) for call in calls]
+        arriving = self.ring.stream(list(chain(*pieces)), self.timeline) if any(pieces) else iter(())
         # The same order that `expert_groups` finds on the host.
         order = top_k_index.flatten().argsort(stable=True)
         rows, weights = order // top_k_index.shape[1], top_k_weights.flatten()[order].unsqueeze(1)
@@ -214,8 +215,8 @@ class Executors:
         self.timeline.begin("GPU", "resident")
         sums = [self._resident(call, x) for call, x in zip(calls, states, strict=True)]  # while the first copies are under way
         self.timeline.end("GPU", "resident")
-        for call, x, total, tokens in zip(calls, states, sums, chosen, strict=True):
-            for _ in self._pieces([call]):
+        for streamed, x, total, tokens in zip(pieces, states, sums, chosen, strict=True):
+            for _ in streamed:
                 blocks = next(arriving)
                 self.timeline.begin("GPU", "streamed")
                 total += self._apply(blocks, x)
@@ -224,19 +225,14 @@ class Executors:
         next(arriving, None)  # there is none: the ring's last place is free
         return output
 
-    def _pieces(self, calls: list[ExpertCall]) -> list[torch.Tensor]:
-        """What the link carries for these calls, in the order in which it does."""
-        return [
-            piece
-            for call in calls
-            if call.num_streamed
-            for piece in call.expert.absent[: call.num_streamed].split(self.ring.at_once)
-        ]
+    def _pieces(self, call: ExpertCall) -> tuple[torch.Tensor, ...]:
+        """What the link carries for a call, in the order in which it does."""
+        return call.expert.absent[: call.num_streamed].split(self.ring.at_once) if call.num_streamed else ()
 
     def stream_ahead(self, calls: list[ExpertCall]) -> None:
         """Starts to copy what the next layer will probably need first, so that the link has work while its router decides."""
         if self.ring is not None and self.ring.copy_stream is not None:
-            self.ring.stream_ahead(self._pieces(calls), self.timeline)
+            self.ring.stream_ahead(list(chain(*map(self._pieces, calls))), self.timeline)
 
     def _resident(self, call: ExpertCall, states: torch.Tensor) -> torch.Tensor:
         if call.expert.num_resident == 0:
@@ -260,12 +256,13 @@ def _gpu_kernels(dtype: torch.dtype, hidden: int, block_neurons: int):
         return None
     from fiddler_run.kernels import gpu
 
-    if not gpu.supports(hidden, block_neurons):
+    if not gpu.supports(dtype, hidden, block_neurons):
         return None
     try:
         gpu.compile_all(dtype, hidden, block_neurons)
     except Exception as error:  # Triton needs a C compiler and Python's headers at run time; it raises what it likes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        logging.getLogger("fiddler_run").warning("the GPU kernels cannot be compiled, decode will be slower (%s)", reason)
+        logging.getLogger("fiddler_run").warning(
+            "the GPU kernels cannot be compiled, decode will be slower (%s)", first_line(error)
+        )
         return None
     return gpu

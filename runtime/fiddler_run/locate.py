@@ -6,7 +6,7 @@ import site
 import sys
 from pathlib import Path
 
-from fiddler_run.errors import FiddlerError
+from fiddler_run.errors import FiddlerError, first_line
 
 _INSTALLED = [Path(prefix) / "share" / "fiddler-opt" for prefix in (sys.prefix, site.getuserbase())]
 SHIPPED_FOLDERS = [Path(__file__).parents[2], *_INSTALLED]  # the first is the root of a source checkout
@@ -104,7 +104,7 @@ def _download(name: str, patterns: list[str]) -> Path:
     except HFValidationError:
         raise FiddlerError(f"{name}: neither a folder nor a Hugging Face model id; name the model with --model") from None
     except Exception as error:  # the hub's client raises many unrelated types; all mean that the files are not here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise FiddlerError(
             f"{name}: not a folder, and not to be had from the Hugging Face hub ({reason}); name a local folder with --model"
         ) from None

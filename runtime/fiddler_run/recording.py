@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fiddler_run.errors import first_line
+
 TOLERANCE = 1e-2  # of a replay, relative: another algorithm may round otherwise
 WARM_UP_CALLS = 2  # libraries set themselves up in the first
 MOST_SHAPES = 4  # recordings take memory, partly from the driver
@@ -32,8 +34,7 @@ class Recorder:
 
     def give_up(self, error: Exception) -> None:
         self.active = False
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        logging.getLogger("fiddler_run").warning("no CUDA graphs, decode will be slower (%s)", reason)
+        logging.getLogger("fiddler_run").warning("no CUDA graphs, decode will be slower (%s)", first_line(error))
 
 
 class _Segment:

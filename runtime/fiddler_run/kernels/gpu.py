@@ -17,8 +17,9 @@ STAGES = {16: 4, 32: 3, 64: 2}  # by tokens of a tile, loads under way: so many 
 PIECE = 512  # of a table
 
 
-def supports(hidden: int, block_neurons: int) -> bool:
-    return hidden % 64 == 0 and block_neurons % TILE_NEURONS == 0
+def supports(dtype: torch.dtype, hidden: int, block_neurons: int) -> bool:
+    """Of other dtypes the CPU's part is not computed by threads that could take part in this."""
+    return dtype == torch.bfloat16 and hidden % 64 == 0 and block_neurons % TILE_NEURONS == 0
 
 
 def compile_all(dtype: torch.dtype, hidden: int, block_neurons: int) -> None:
@@ -48,7 +49,7 @@ def send(tensors: tuple[torch.Tensor, ...], host: list[torch.Tensor], arrived: t
     """Copies a layer's states [tokens, hidden], index [tokens, k] int64 and weights [tokens, k] float32, contiguous, to tensors in
     page-locked host memory, and then marks each token in `arrived` with the job's number."""
     (tokens, hidden), top_k = tensors[0].shape, tensors[1].shape[1]
-    width = min(1024, hidden & -hidden)
+    width = _width(hidden, most=1024)
     _send[tokens,](
         *tensors, *host, arrived, job,
         HIDDEN=hidden, WIDTH=width, TOP_K=top_k, CHOICES=triton.next_power_of_2(top_k), num_warps=4,
@@ -105,15 +106,15 @@ def add_up(results: torch.Tensor, cpu_output: torch.Tensor, finished: torch.Tens
     """
     output = torch.empty_like(like)
     tokens, hidden = like.shape
-    width = min(1024, hidden & -hidden)
+    width = _width(hidden, most=1024)
     wait(finished, job)
     _add_up[tokens, hidden // width](results, cpu_output, output, HIDDEN=hidden, WIDTH=width, CHOICES=results.shape[1])
     return output
 
 
-def _width(length: int) -> int:
-    """The largest power of two up to TILE_WIDTH that divides `length`."""
-    return min(TILE_WIDTH, length & -length)
+def _width(length: int, most: int = TILE_WIDTH) -> int:
+    """The largest power of two up to `most`, one itself, that divides `length`."""
+    return min(most, length & -length)
 
 
 @triton.jit(do_not_specialize=["job"])

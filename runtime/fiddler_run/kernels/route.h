@@ -55,7 +55,6 @@ class Route {
             }
         };
         double owed = 0;
-        calls.clear();
         for (int e = 0; e < a.num_experts; ++e) {
             first_block[e] = num_blocks, first_choice[e] = first_[e];
             int called_by = first_[e + 1] - first_[e];
