@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from transformers import MixtralConfig
 
-from fiddler_opt.bench_timing import Stopwatch, Timing
+from fiddler_opt.bench_timing import BUSY_CYCLES, Stopwatch, Timing
 from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES
 from fiddler_run.dispatch import LayerDispatch
@@ -20,7 +20,6 @@ from fiddler_run.model import DispatchedMixtral, HostEmbedding
 
 LAYERS, STEPS, PROMPT = 5, 16, 16
 MOST_SEQUENCES = 16  # so many tokens are one of each sequence, more a prompt
-BUSY_CYCLES = 4_500_000  # of a GPU's clock, 2 or 3 ms: longer than Python needs to queue a layer
 
 
 @dataclass(frozen=True)

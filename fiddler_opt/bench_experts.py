@@ -9,13 +9,14 @@ from math import gcd
 
 import torch
 
-from fiddler_opt.bench_timing import ROUND, Stopwatch, Timing
+from fiddler_opt.bench_timing import BUSY_CYCLES, ROUND, Stopwatch, Timing
 from fiddler_opt.memory import STAGED_BLOCKS
 from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES, Arena
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.executors import Executors
 from fiddler_run.host import num_cores, num_physical_cores
+from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.plan import MOST_ROUTED_TOKENS
 
 GPU_WORKING_SET_BYTES = 1_500_000_000
@@ -25,6 +26,7 @@ MOST_SWEEPS = 3  # over shares, each further to where the best one seems to be
 SHARE_STEP = 1 / 32  # between them, about: in fact whole blocks
 MANY_TOKENS = 64  # of an expert in a prompt: threads that decode does not need
 MOST_CALLS = 4096  # tokens times experts that they call in a timed dispatch, where one token's experts alone are not more
+SMOOTHED = 5  # shares that one parabola goes through
 CLOSE = 1.05  # times that differ by less are equal: then fewer threads are better
 PINNING_COSTS = 1.15  # a pinned thread waits where another program takes its core: it must be as much faster as this
 
@@ -74,7 +76,7 @@ class ExpertBench:
         one, many = {}, {}
         for which in [(threads, pinned) for threads in counts for pinned in (False, True)]:
             self.use_threads(*which)
-            one[which], many[which] = (self._expert(tokens, 0, 0.0).us for tokens in (1, MANY_TOKENS))
+            one[which], many[which] = (self._expert(tokens, 0.0).us for tokens in (1, MANY_TOKENS))
         score = {
             (threads, pinned): (PINNING_COSTS if pinned else 1)
             * (one[threads, pinned] / min(one.values()) + many[threads, pinned] / min(many.values()))
@@ -84,16 +86,16 @@ class ExpertBench:
         by_threads = {pinned: {count: round(one[count, pinned], 1) for count in counts} for pinned in (False, True)}
         return {"threads": threads, "pinned": pinned, "threads_us": by_threads[False], "pinned_threads_us": by_threads[True]}
 
-    def shares(self, tokens: int, known: list[float] | None = None) -> dict[float, Timing]:
-        """One absent expert called by `tokens` tokens, by the share sent over the link: those of `known`, if given, otherwise none,
-        all, and around the best."""
+    def shares(self, tokens: int, known: dict[float, float] | None = None) -> dict[float, Timing]:
+        """One absent expert called by `tokens` tokens, by the share sent over the link: none, all, and around the best; of `known`,
+        microseconds by share, those that matter."""
         self._turn += 1
         if not self.on_gpu:
-            return {0.0: self._expert(tokens, 0, 0.0)}
+            return {0.0: self._expert(tokens, 0.0)}
         if known is not None:
-            return self._experts(tokens, 0, known)
+            return self._experts(tokens, _near_the_best(known, ends=tokens <= MANY_TOKENS))
         ends = [0.0, 1.0] if tokens <= MAX_CPU_TOKENS else [1.0]
-        times = self._experts(tokens, 0, ends)
+        times = self._experts(tokens, ends)
         balance = times[0.0].us / (times[0.0].us + times[1.0].us) if 0.0 in times else 0.96
         block = 1 / (self.top_k * self.blocks)  # of the blocks in a call
         step = block * max(1, round(SHARE_STEP / block))
@@ -101,7 +103,7 @@ class ExpertBench:
         last = first + 2 * AROUND_BALANCE
         for _ in range(MOST_SWEEPS):
             new = [share for share in (round(step * n, 4) for n in range(first, last + 1)) if 0 < share < 1 and share not in times]
-            times |= self._experts(tokens, 0, new) if new else {}
+            times |= self._experts(tokens, new) if new else {}
             tried = sorted(share for share in times if 0 < share < 1)
             best = min(tried, key=lambda share: times[share].us, default=None)
             if best in tried[:2]:  # rather below: what the CPU does beside the link may be faster than it seemed alone
@@ -113,8 +115,37 @@ class ExpertBench:
         return times
 
     def resident_expert(self, tokens: int) -> Timing:
-        """One expert in GPU memory."""
-        return self._expert(tokens, self.blocks, 0.0)
+        """One expert in GPU memory, by the GPU's own clock: in a run, what it needs besides is done while others are at work."""
+        of_prompt = self._is_prompt(tokens)
+        return self.stopwatch.gather(self._applied(tokens) if of_prompt else self._resident_spans(tokens))
+
+    def _applied(self, tokens: int) -> Callable[[], list[float]]:
+        """Microseconds of the product that prompts use, behind work that gives Python the time to queue it."""
+        experts, states = cycle(self.resident), torch.randn(tokens, self.hidden_size, dtype=self.dtype, device=self.device)
+
+        def measure() -> list[float]:
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(BUSY_CYCLES)
+            begun.record()
+            apply_blocks(next(experts), states)
+            ended.record()
+            ended.synchronize()
+            return [begun.elapsed_time(ended) * 1e3]
+
+        return measure
+
+    def _resident_spans(self, tokens: int) -> Callable[[], list[float]]:
+        """Microseconds of the kernels that decode uses."""
+        dispatch, timeline = self._dispatch(self.blocks, self.blocks, tokens, 0.0), self.executors.timeline
+
+        def measure() -> list[float]:
+            timeline.start()
+            for _ in range(ROUND):
+                dispatch()
+            spans = [span for span in timeline.stop() if span.name == "resident"]
+            return [(span.stop_s - span.start_s) * 1e6 / self._called(tokens) for span in spans]
+
+        return measure
 
     def copies(self) -> dict[str, float]:
         """Bytes per second to the GPU and back, in pieces as the runtime copies for prompts; one token's round trip."""
@@ -147,13 +178,12 @@ class ExpertBench:
             "round_trip_us": round(trip * 1e6, 1),
         }
 
-    def _expert(self, tokens: int, resident: int, share: float) -> Timing:
-        return self._experts(tokens, resident, [share])[share]
+    def _expert(self, tokens: int, share: float) -> Timing:
+        return self._experts(tokens, [share])[share]
 
-    def _experts(self, tokens: int, resident: int, shares: list[float]) -> dict[float, Timing]:
-        """What one expert, called by `tokens` tokens, takes of a dispatch: with `resident` of its blocks on the device, and by the
-        share of the others that is sent over the link."""
-        calls = [self._dispatch(resident, self.blocks, tokens, share) for share in shares]
+    def _experts(self, tokens: int, shares: list[float]) -> dict[float, Timing]:
+        """What one absent expert, called by `tokens` tokens, takes of a dispatch, by the share that is sent over the link."""
+        calls = [self._dispatch(0, self.blocks, tokens, share) for share in shares]
         per_sample = ROUND if tokens <= MANY_TOKENS else 1  # longer calls vary less
         empty, *filled = self.stopwatch.time(self._dispatch(0, 0, tokens, 0.0), *calls, calls_per_sample=per_sample)
         experts = self._called(tokens) * self._layers(tokens)
@@ -212,6 +242,14 @@ class ExpertBench:
             s for s in range(max(1, round(0.618 * self.num_experts)), 2 * self.num_experts) if gcd(s, self.num_experts) == 1
         )
         return [number * stride % self.num_experts for number in range(self.num_experts)]
+
+
+def _near_the_best(us: dict[float, float], ends: bool) -> list[float]:
+    """The shares around the best one, as many as are smoothed together; `ends`: none and all too."""
+    inside = sorted(share for share in us if 0 < share < 1)
+    best = min(range(len(inside)), key=lambda number: us[inside[number]], default=0)
+    first = max(0, min(best - SMOOTHED // 2, len(inside) - SMOOTHED))
+    return [share for share in us if share in inside[first : first + SMOOTHED] or ((ends or not inside) and share in (0.0, 1.0))]
 
 
 def _in_groups(things: list, size: int) -> list[tuple]:

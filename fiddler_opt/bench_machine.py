@@ -14,7 +14,7 @@ import torch
 from fiddler_opt import facts
 from fiddler_opt.bench_dense import DenseBench
 from fiddler_opt.bench_device import describe_device
-from fiddler_opt.bench_experts import MAX_CPU_TOKENS, ExpertBench
+from fiddler_opt.bench_experts import MAX_CPU_TOKENS, SMOOTHED, ExpertBench
 from fiddler_opt.bench_probe import bus_id
 from fiddler_opt.bench_timing import Stopwatch, Timing
 from fiddler_opt.machine import Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
@@ -29,23 +29,20 @@ from fiddler_run.host import available_memory_bytes, cpu_name, num_cores, num_ph
 
 @dataclass(frozen=True)
 class Effort:
-    """How thorough: token counts, how many rounds, for each figure of one about how many seconds and at least how many repetitions,
-    the part of free host memory to time in, and its limit. Rounds lie a minute or more apart: what slows a machine for a while
-    meets one of three."""
+    """How thorough: token counts, how many rounds, for each figure of one about how many seconds, the part of free host memory to
+    time in, and its limit. Rounds lie half a minute or more apart: what slows a machine for a while meets one of three."""
 
     tokens: tuple[int, ...]
     dense_tokens: tuple[int, ...]
     rounds: int
     seconds: float
-    repetitions: int
     part_of_memory: float
     max_host_bytes: int
 
 
-THOROUGH = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), (1, 16, 128, 512, 2048), 3, 0.2, 5, 0.75, 10**15)
-SMOOTHED = 5
+THOROUGH = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), (1, 16, 128, 512, 2048), 3, 0.2, 0.75, 10**15)
 EXPERTS, LAYERS = "experts", "layers without experts"
-QUICK = Effort((1, 4, 16, 64, 256, 1024), (1, 128, 512), 1, 0.1, 3, 0.25, 8 * 10**9)
+QUICK = Effort((1, 4, 16, 64, 256, 1024), (1, 128, 512), 1, 0.1, 0.25, 8 * 10**9)
 
 
 class MachineBench:
@@ -59,7 +56,7 @@ class MachineBench:
         self.found: dict[str, dict] = {}  # parts measured so far, which later ones depend on
         self.model, self.effort, self._folder = model, effort, folder
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self._stopwatch = Stopwatch(self.device, effort.seconds, effort.repetitions)
+        self._stopwatch = Stopwatch(self.device, effort.seconds)
         most = min(MAX_CPU_TOKENS if self.device.type == "cpu" else 10**6, model.max_position_embeddings - 1)
         self.timed: dict[str, tuple[str, int]] = {}
         for number in range(1, effort.rounds + 1):
@@ -120,7 +117,7 @@ class MachineBench:
         bench = self._experts
         bench.use_threads(*self._threads)
         first = self.found.get(f"{EXPERTS}, {tokens} tokens, round 1")  # whose shares are timed again
-        shares = bench.shares(tokens, first and list(first["times"]["absent_expert_us"]))
+        shares = bench.shares(tokens, first and first["times"]["absent_expert_us"])
         best = min(shares.values(), key=lambda timing: timing.us)
         # Without a GPU the same cores compute a "resident" expert at the same speed.
         resident = bench.resident_expert(tokens) if bench.on_gpu else best
@@ -193,8 +190,8 @@ def release_gpu_memory() -> None:
 
 
 def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> tuple[dict[str, dict], dict[str, dict]]:
-    """The rounds' median microseconds, by share smoothed, and mean spread, by table and tokens. What was not timed in each round is
-    left out."""
+    """The rounds' median microseconds, by share smoothed, and mean spread, by table and tokens. Shares that only the first round
+    has are as much slower as its other ones are in the median."""
     rounds: dict[str, dict[int, list[dict]]] = {}
     spreads: dict[str, dict[int, list[float]]] = {}
     for part, (_, tokens) in timed.items():
@@ -204,8 +201,10 @@ def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> 
             spreads.setdefault(table, {}).setdefault(tokens, []).append(parts[part]["spread"][table])
 
     def middle(several: list[dict]) -> dict | float:
-        shares = [share for share in several[0] if all(share in by_share for by_share in several)]
-        medians = {share: round(median(by_share[share] for by_share in several), 1) for share in shares}
+        first, again = several[0], [share for share in several[0] if all(share in by_share for by_share in several)]
+        medians = {share: median(by_share[share] for by_share in several) for share in again}
+        drift = sum(medians.values()) / sum(first[share] for share in again)
+        medians = {share: round(medians.get(share, first[share] * drift), 1) for share in first}
         return medians[None] if None in medians else smoothed(medians)
 
     tables = {table: {tokens: middle(several) for tokens, several in found.items()} for table, found in rounds.items()}

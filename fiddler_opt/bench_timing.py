@@ -11,8 +11,10 @@ from fiddler_opt.machine import LEAST_US
 
 WARM_UP = 1
 SURE = 0.01  # the median's standard error, as a part of it, at which repeating stops
+REPETITIONS = 3  # at least
 PATIENCE = 4  # times the usual seconds are spent on what stays noisy
 PAUSE_S = 3e-4  # before each call, as in a run where other work lies between two: threads that wait for work may fall asleep
+BUSY_CYCLES = 4_500_000  # of a GPU's clock, 2 or 3 ms: longer than Python needs to queue a layer
 ROUND = 4  # calls to a sample: the same call is faster in some places of the memory than in others
 
 
@@ -33,10 +35,10 @@ class Timing:
 
 
 class Stopwatch:
-    """Times calls on a device, its work included, for about `seconds` a figure, but at least `repetitions` times."""
+    """Times calls on a device, its work included, for about `seconds` a figure, but at least REPETITIONS times."""
 
-    def __init__(self, device: torch.device, seconds: float, repetitions: int = 5):
-        self._device, self._seconds, self._repetitions = device, seconds, repetitions
+    def __init__(self, device: torch.device, seconds: float):
+        self._device, self._seconds = device, seconds
 
     @torch.inference_mode()
     def time(self, *calls: Callable[[], object], calls_per_sample: int = ROUND) -> list[Timing]:
@@ -57,7 +59,7 @@ class Stopwatch:
         return _summary(samples[WARM_UP:])
 
     def _enough(self, samples: list[list[float]], elapsed_s: float) -> bool:
-        if len(samples[0]) < WARM_UP + self._repetitions or elapsed_s < self._seconds:
+        if len(samples[0]) < WARM_UP + REPETITIONS or elapsed_s < self._seconds:
             return False
         return elapsed_s > PATIENCE * self._seconds or all(_uncertainty(taken[WARM_UP:]) <= SURE for taken in samples)
 

@@ -125,5 +125,8 @@ def test_a_ring_gives_what_is_asked_for_whatever_was_copied_ahead(slots):
         if rng.random() < 0.8:
             longer = [blocks[piece.storage_offset() // 3 :][: ring.at_once] for piece in asked]
             ring.stream_ahead(rng.choice([asked, longer, asked[1:], pieces()]), timeline)
-        found = [staged.clone() for staged in ring.stream(asked, timeline)]
+        found = []
+        for arriving in ring.stream(asked, timeline):
+            with arriving as staged:
+                found.append(staged.clone())
         assert all(torch.equal(*pair) for pair in zip(found, asked, strict=True))

@@ -38,13 +38,14 @@ def test_rounds_are_merged():
         }
 
     parts = {
-        "a": part({0.0: 10.0, 0.3: 6.0, 1.0: 20.0}, 2.0, 0.1),
-        "b": part({0.0: 14.0, 0.3: 8.0}, 3.0, 0.2),
-        "c": part({0.0: 90.0, 0.3: 7.0}, 2.5, 0.6),  # the machine was busy
+        "a": part({0.0: 12.0, 0.3: 6.0, 1.0: 20.0}, 2.0, 0.1),
+        "b": part({0.0: 17.0, 0.3: 8.0}, 3.0, 0.2),
+        "c": part({0.0: 90.0, 0.3: 10.0}, 2.5, 0.6),  # the machine was busy
         "d": part({0.0: 50.0}, 9.0, 0.0),
     }
     tables, spread = merged_rounds(parts, {**dict.fromkeys("abc", ("experts", 1)), "d": ("experts", 8)})
-    assert tables == {"absent_expert_us": {1: {0.0: 14.0, 0.3: 7.0}, 8: {0.0: 50.0}}, "device_expert_us": {1: 2.5, 8: 9.0}}
+    merged = {0.0: 17.0, 0.3: 8.0, 1.0: round(20.0 * 25 / 18, 1)}
+    assert tables == {"absent_expert_us": {1: merged, 8: {0.0: 50.0}}, "device_expert_us": {1: 2.5, 8: 9.0}}
     assert spread["absent_expert_us"] == {1: 0.3, 8: 0.0}
 
 
@@ -66,7 +67,7 @@ def test_shares_are_tried_until_the_best_is_not_the_last(best, alone):
     bench.on_gpu, bench.top_k, bench.blocks, bench._turn = True, 2, 16, 0
     asked = []
 
-    def experts(tokens, resident, shares):
+    def experts(tokens, shares):
         asked.extend(shares)
         times = {share: 50 + 1000 * abs(share - best) for share in shares} | {0.0: 1000 * alone, 1.0: 1000 * (1 - alone)}
         return {share: Timing(times[share], 0.1) for share in shares}
@@ -77,7 +78,12 @@ def test_shares_are_tried_until_the_best_is_not_the_last(best, alone):
     assert {0.0, 1.0} < set(times)
     assert abs(min(times, key=lambda share: times[share].us) - best) <= 1 / 32
     asked.clear()
-    assert set(bench.shares(8, [0.0, 0.3])) == {0.0, 0.3}
+    again = set(bench.shares(8, {share: timing.us for share, timing in times.items()}))
+    assert {0.0, 1.0} < again == set(asked)
+    assert len(again) == 7
+    assert min(abs(share - best) for share in again) <= 1 / 32
+    assert set(bench.shares(128, {0.0: 5.0, 0.2: 3.0, 1.0: 9.0})) == {0.2}
+    assert set(bench.shares(128, {0.0: 5.0, 1.0: 9.0})) == {0.0, 1.0}
 
 
 def test_a_bench_leaves_no_memory_behind():

@@ -9,6 +9,7 @@ from itertools import cycle, pairwise
 import torch
 import transformers
 
+from fiddler_run.balance import balanced_shares
 from fiddler_run.dispatch import Traffic
 from fiddler_run.executors import Executors
 from fiddler_run.generate import Measured, Options, generate_ids, never_stopping
@@ -52,6 +53,7 @@ class BenchResult:
 
     `bare_bytes_per_s`: what the same memory gives to loops that only read with the CPU's threads, only copy to the GPU, and do
     both at once.
+    `stream_share`: by layer, the share of its absent blocks that the link has for one token, if that was found after loading.
     Peaks: what PyTorch's allocator held, what the whole GPU held at the end, and what this process held in RAM.
     """
 
@@ -62,6 +64,7 @@ class BenchResult:
     prefill: PhaseTimes
     decode: PhaseTimes
     bare_bytes_per_s: dict[str, float]
+    stream_share: list[float]
     peak_gpu_bytes: int
     used_gpu_bytes: int
     peak_host_bytes: int
@@ -102,6 +105,7 @@ def bench(
         prefill=_phase(model.plan, of_prefill, observed.prefill_traffic, observed.ttft_s, passes, prompts / passes),
         decode=_phase(model.plan, of_decode, observed.traffic, step_s, 1, sequences),
         bare_bytes_per_s=_bare_rates(model),
+        stream_share=balanced_shares(model),
         peak_gpu_bytes=measured.peak_gpu_bytes,
         used_gpu_bytes=_used_gpu_bytes(model.device),
         peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -107,8 +107,8 @@ class LayerDispatch:
         self.next: LayerDispatch | None = None
 
     @cached_property
-    def _routed(self) -> RoutedLayer | None:
-        """None: there are blocks on disk, which only Python asks for in time."""
+    def routed(self) -> RoutedLayer | None:
+        """For few tokens; None: there are blocks on disk, which only Python asks for in time."""
         if any(expert.num_on_disk for expert in self.experts):
             return None
         places = [expert.resident for expert in self.experts], [expert.absent for expert in self.experts]
@@ -125,8 +125,8 @@ class LayerDispatch:
         executors, timeline = self.executors, self.executors.timeline
         timeline.end("GPU", "dense")  # what lies between two layers' experts
         timeline.enter(self.layer)
-        if executors.routes(len(hidden_states)) and self._routed is not None:
-            output = executors.run_routed(self._routed, hidden_states, top_k_index, top_k_weights)
+        if executors.routes(len(hidden_states)) and self.routed is not None:
+            output = executors.run_routed(self.routed, hidden_states, top_k_index, top_k_weights)
         else:
             timeline.begin("host", "wait for the router")
             host_states, index, weights = executors.receive(hidden_states, top_k_index, top_k_weights)

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from functools import cache
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -200,7 +200,11 @@ class Executors:
     def _stage(
         self, calls: list[ExpertCall], hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Resident and streamed blocks, these through the ring: [tokens, hidden] float32. The link starts before anything else."""
+        """Resident and streamed blocks, these through the ring: [tokens, hidden] float32.
+
+        The link starts before anything else and should never wait: streamed blocks are computed as they arrive, resident ones
+        between two arrivals.
+        """
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         calls = [call for call in calls if call.on_device]
         if not calls:
@@ -212,17 +216,23 @@ class Executors:
         rows, weights = order // top_k_index.shape[1], top_k_weights.flatten()[order].unsqueeze(1)
         chosen = [slice(call.start, call.start + len(call.rows)) for call in calls]
         states = [hidden_states[rows[tokens]] for tokens in chosen]
-        self.timeline.begin("GPU", "resident")
-        sums = [self._resident(call, x) for call, x in zip(calls, states, strict=True)]  # while the first copies are under way
-        self.timeline.end("GPU", "resident")
-        for streamed, x, total, tokens in zip(pieces, states, sums, chosen, strict=True):
-            for _ in streamed:
-                blocks = next(arriving)
-                self.timeline.begin("GPU", "streamed")
-                total += self._apply(blocks, x)
-                self.timeline.end("GPU", "streamed")
+        sums = [torch.zeros_like(x, dtype=torch.float32) for x in states]
+
+        def compute(name: str, blocks: torch.Tensor, expert: int) -> None:
+            self.timeline.begin("GPU", name)
+            sums[expert] += self._apply(blocks, states[expert])
+            self.timeline.end("GPU", name)
+
+        resident = (("resident", call.expert.resident, expert) for expert, call in enumerate(calls) if call.expert.num_resident)
+        for expert in chain(*([expert] * len(streamed) for expert, streamed in enumerate(pieces))):
+            with next(arriving) as blocks:
+                compute("streamed", blocks, expert)
+            for work in islice(resident, 1):
+                compute(*work)
+        for work in resident:
+            compute(*work)
+        for total, tokens in zip(sums, chosen, strict=True):
             output.index_add_(0, rows[tokens], total * weights[tokens])
-        next(arriving, None)  # there is none: the ring's last place is free
         return output
 
     def _pieces(self, call: ExpertCall) -> tuple[torch.Tensor, ...]:
@@ -233,11 +243,6 @@ class Executors:
         """Starts to copy what the next layer will probably need first, so that the link has work while its router decides."""
         if self.ring is not None and self.ring.copy_stream is not None:
             self.ring.stream_ahead(list(chain(*map(self._pieces, calls))), self.timeline)
-
-    def _resident(self, call: ExpertCall, states: torch.Tensor) -> torch.Tensor:
-        if call.expert.num_resident == 0:
-            return torch.zeros_like(states, dtype=torch.float32)
-        return self._apply(call.expert.resident, states)
 
 
 def _takes_long(call: ExpertCall) -> bool:

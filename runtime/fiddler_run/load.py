@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, MixtralConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fiddler_run.arena import TORCH_DTYPES, ExpertStore
+from fiddler_run.balance import balance
 from fiddler_run.check import disk_problems, find_gpu, machine_problems, model_problems, refuse
 from fiddler_run.checkpoint import Checkpoint, DummyWeights
 from fiddler_run.errors import FiddlerError
@@ -116,6 +117,8 @@ class ModelLoader:
         model.attach_experts(self.plan, store)
         if self.device.type == "cuda":
             _warm_up(model)
+            balance(model)
+            model.executors.forget_traffic()
         return model
 
 
@@ -129,7 +132,6 @@ def _warm_up(model: DispatchedMixtral) -> None:
         ids = torch.zeros((1, min(tokens, model.plan.workload.max_seq_len - 2)), dtype=torch.long, device=model.device)
         mask = torch.ones_like(ids)
         model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, **never_stopping(model))
-    model.executors.forget_traffic()
 
 
 def with_random_dense_weights(model: DispatchedMixtral, dtype: torch.dtype, device: torch.device) -> DispatchedMixtral:

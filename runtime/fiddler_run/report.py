@@ -72,5 +72,10 @@ def rates(plan: Plan, result) -> Table:
     memory = f"{result.peak_host_bytes / 1e9:.2f} GB of RAM at most"
     if result.used_gpu_bytes:
         memory += f"; {result.used_gpu_bytes / 1e9:.2f} GB of GPU memory in use by all processes"
-    table.caption = memory
+    lines = [memory]
+    if result.stream_share:
+        mean = sum(result.stream_share) / len(result.stream_share)
+        planned, ends = plan.stream_share_at(1), (min(result.stream_share), max(result.stream_share))
+        lines.append(f"the link has {mean:.0%} of these blocks ({ends[0]:.0%} to {ends[1]:.0%} by layer; plan: {planned:.0%})")
+    table.caption = "\n".join(lines)
     return table

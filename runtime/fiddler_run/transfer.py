@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 
 import torch
@@ -86,9 +87,9 @@ class StagingRing:
         self._free: dict[int, torch.cuda.Event] = {}  # by address of a place: the last computation that read it is done
         self._ahead: deque[tuple[torch.Tensor, _Arrival]] = deque()  # what was copied before it was asked for
 
-    def stream(self, pieces: list[torch.Tensor], timeline: Timeline) -> Iterator[torch.Tensor]:
-        """Starts to copy `pieces`, each some blocks [1 to at_once, block_elements]; yields each on the device, to be used before
-        the next is asked for.
+    def stream(self, pieces: list[torch.Tensor], timeline: Timeline) -> Iterator[AbstractContextManager[torch.Tensor]]:
+        """Starts to copy `pieces`, each some blocks [1 to at_once, block_elements]; for each yields a context in which it is on
+        the device. What the device is given to do after that context keeps no copy waiting.
 
         As many copies as there are places are under way at once.
         """
@@ -111,17 +112,22 @@ class StagingRing:
         ahead, self._ahead = self._ahead, deque()
         return ahead
 
-    def _arrivals(self, under_way: "deque[_Arrival]", copies: Iterator["_Arrival"]) -> Iterator[torch.Tensor]:
-        while under_way:
-            arrived, copied = under_way.popleft()
+    def _arrivals(
+        self, under_way: "deque[_Arrival]", copies: Iterator["_Arrival"]
+    ) -> Iterator[AbstractContextManager[torch.Tensor]]:
+        @contextmanager
+        def lent(arrived: torch.Tensor, copied: "torch.cuda.Event | None") -> Iterator[torch.Tensor]:
             if copied is not None:
                 torch.cuda.current_stream(self.slots.device).wait_event(copied)
             try:
                 yield arrived
-            finally:  # also where nobody asks for more
+            finally:
                 if copied is not None:
                     self._free[arrived.data_ptr()] = torch.cuda.current_stream(self.slots.device).record_event()
-            under_way.extend(islice(copies, 1))
+                under_way.extend(islice(copies, 1))
+
+        while under_way:
+            yield lent(*under_way.popleft())
 
     def _copy(self, piece: torch.Tensor, timeline: Timeline) -> "_Arrival":
         """Queues the copy of a piece into the next place."""
