@@ -6,6 +6,7 @@ Rule: the layers run the runtime's own dispatch, to experts that have no blocks,
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 
 import torch
 from transformers import MixtralConfig
@@ -86,10 +87,10 @@ class DenseBench:
             torch.cuda.synchronize()
             asked_for = marks[LAYERS:] if steps else marks  # not the prompt's
             passes = [asked_for[first : first + LAYERS] for first in range(0, len(asked_for), LAYERS)]
-            return [ended.elapsed_time(begun) * 1e3 for each in passes for (_, ended), (begun, _) in pairwise(each)]
+            return [median(ended.elapsed_time(begun) * 1e3 for each in passes for (_, ended), (begun, _) in pairwise(each))]
 
         self._set_experts(busy)
-        timing = self.stopwatch.gather(between)
+        (timing,) = self.stopwatch.gather(between)
         self._set_experts(self.dispatch)
         return timing
 

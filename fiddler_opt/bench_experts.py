@@ -116,8 +116,8 @@ class ExpertBench:
 
     def resident_expert(self, tokens: int) -> Timing:
         """One expert in GPU memory, by the GPU's own clock: in a run, what it needs besides is done while others are at work."""
-        of_prompt = self._is_prompt(tokens)
-        return self.stopwatch.gather(self._applied(tokens) if of_prompt else self._resident_spans(tokens))
+        measure = self._applied(tokens) if self._is_prompt(tokens) else self._seen(tokens, self.blocks, 0.0, ("resident",))
+        return self.stopwatch.gather(measure)[0]
 
     def _applied(self, tokens: int) -> Callable[[], list[float]]:
         """Microseconds of the product that prompts use, behind work that gives Python the time to queue it."""
@@ -134,16 +134,18 @@ class ExpertBench:
 
         return measure
 
-    def _resident_spans(self, tokens: int) -> Callable[[], list[float]]:
-        """Microseconds of the kernels that decode uses."""
-        dispatch, timeline = self._dispatch(self.blocks, self.blocks, tokens, 0.0), self.executors.timeline
+    def _seen(self, tokens: int, resident: int, share: float, names: tuple[str, ...]) -> Callable[[], list[float]]:
+        """Microseconds of an expert from when the first of what the timeline calls `names` begins to when the last ends, in each
+        layer that Python has queued, as in a run, while the layer before it was computed."""
+        dispatch, timeline = self._dispatch(resident, self.blocks, tokens, share), self.executors.timeline
+        called, layers = self._called(tokens), self._layers(tokens)
 
         def measure() -> list[float]:
             timeline.start()
-            for _ in range(ROUND):
-                dispatch()
-            spans = [span for span in timeline.stop() if span.name == "resident"]
-            return [(span.stop_s - span.start_s) * 1e6 / self._called(tokens) for span in spans]
+            dispatch()
+            spans = [span for span in timeline.stop() if span.name in names]
+            of_layers = [[span for span in spans if span.call == call] for call in range(min(1, layers - 1), layers)]
+            return [(max(s.stop_s for s in of) - min(s.start_s for s in of)) * 1e6 / called for of in of_layers]
 
         return measure
 
@@ -183,11 +185,19 @@ class ExpertBench:
 
     def _experts(self, tokens: int, shares: list[float]) -> dict[float, Timing]:
         """What one absent expert, called by `tokens` tokens, takes of a dispatch, by the share that is sent over the link."""
+        if self.executors.routes(self._rows(tokens)):
+            times = self.stopwatch.gather(*(self._seen(tokens, 0, share, ("blocks", "in place")) for share in shares))
+            return dict(zip(shares, times, strict=True))
+        # What Python does before and after is not told from the experts' time but by a dispatch that has no blocks.
         calls = [self._dispatch(0, self.blocks, tokens, share) for share in shares]
         per_sample = ROUND if tokens <= MANY_TOKENS else 1  # longer calls vary less
         empty, *filled = self.stopwatch.time(self._dispatch(0, 0, tokens, 0.0), *calls, calls_per_sample=per_sample)
         experts = self._called(tokens) * self._layers(tokens)
         return {share: (timing - empty) / experts for share, timing in zip(shares, filled, strict=True)}
+
+    def _rows(self, tokens: int) -> int:
+        """Tokens of a dispatch in which each called expert has `tokens` of them."""
+        return tokens * self._called(tokens) // self.top_k
 
     def _is_prompt(self, tokens: int) -> bool:
         """Whether, where every expert has so many tokens, there are so many that the runtime takes the way of long prompts."""
@@ -198,8 +208,10 @@ class ExpertBench:
         return max(self.top_k, min(self.layer_experts, MOST_CALLS // tokens)) if self._is_prompt(tokens) else self.top_k
 
     def _layers(self, tokens: int) -> int:
-        """How many layers are timed at once: prompts copy ahead for the next one."""
-        return 2 if self._is_prompt(tokens) and self.num_experts >= 2 * self.layer_experts else 1
+        """How many layers are timed at once: each is prepared while the one before it is computed."""
+        if not self.on_gpu:
+            return 1
+        return max(1, min(2 if self._is_prompt(tokens) else 4, self.num_experts // self.layer_experts))
 
     def _dispatch(self, resident: int, stop: int, tokens: int, share: float) -> Callable[[], object]:
         """A call that dispatches as many tokens as it takes for each called expert to have `tokens` of them; to other experts each
@@ -219,7 +231,7 @@ class ExpertBench:
         for group in passed:
             for layer, following in pairwise(group):
                 layer.next = following
-        rows = tokens * called // self.top_k
+        rows = self._rows(tokens)
         states = torch.randn(rows, self.hidden_size, dtype=self.dtype, device=self.device)
         weights = torch.full((rows, self.top_k), 1 / self.top_k, device=self.device)
         choices = torch.arange(rows * self.top_k, device=self.device).view(rows, self.top_k) % called

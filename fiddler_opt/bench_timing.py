@@ -40,23 +40,21 @@ class Stopwatch:
     def __init__(self, device: torch.device, seconds: float):
         self._device, self._seconds = device, seconds
 
-    @torch.inference_mode()
     def time(self, *calls: Callable[[], object], calls_per_sample: int = ROUND) -> list[Timing]:
-        """The calls take turns, so that a drift of the machine's speed meets all alike and differences between them hold."""
-        samples, started = [[] for _ in calls], time.perf_counter()
-        while not self._enough(samples, time.perf_counter() - started):
-            for call, taken in zip(calls, samples, strict=True):
-                taken.append(statistics.fmean(self._once(call) for _ in range(calls_per_sample)))
-        return [_summary(taken[WARM_UP:]) for taken in samples]
+        """Each from its beginning until the device is done."""
+        return self.gather(*(lambda call=call: [self._once(call) for _ in range(calls_per_sample)] for call in calls))
 
     @torch.inference_mode()
-    def gather(self, measure: Callable[[], list[float]]) -> Timing:
-        """Of something that measures itself, several times in each call: in microseconds."""
-        measure()  # warms up
-        samples, started = measure(), time.perf_counter()
-        while not self._enough([samples], time.perf_counter() - started):
-            samples += measure()
-        return _summary(samples[WARM_UP:])
+    def gather(self, *measures: Callable[[], list[float]]) -> list[Timing]:
+        """Of what measures itself, at several places of the memory in each call: microseconds, whose mean is one sample.
+
+        They take turns, so that a drift of the machine's speed meets all alike and differences between them hold.
+        """
+        samples, started = [[] for _ in measures], time.perf_counter()
+        while not self._enough(samples, time.perf_counter() - started):
+            for measure, taken in zip(measures, samples, strict=True):
+                taken.append(statistics.fmean(measure()))
+        return [_summary(taken[WARM_UP:]) for taken in samples]
 
     def _enough(self, samples: list[list[float]], elapsed_s: float) -> bool:
         if len(samples[0]) < WARM_UP + REPETITIONS or elapsed_s < self._seconds:

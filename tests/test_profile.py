@@ -105,10 +105,10 @@ def test_differences_do_not_vanish():
 
 
 def test_what_measures_itself():
-    rounds = iter([[1000.0], *([9.0, 10.0, 11.0] for _ in range(100))])  # the first one warms up
-    timing = Stopwatch(torch.device("cpu"), 0.0).gather(lambda: next(rounds))
-    assert timing.us == 10.0
-    assert 0 < timing.spread <= 0.1
+    rounds = iter([[1000.0], *([8.0, 9.0, 13.0], [9.0, 11.0], [12.0]) * 100])  # the first one warms up
+    (timing,) = Stopwatch(torch.device("cpu"), 0.0).gather(lambda: next(rounds))
+    assert timing.us == 10.0  # median of the means
+    assert 0 < timing.spread <= 0.2
 
 
 def start(folder: Path) -> subprocess.Popen:

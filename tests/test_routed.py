@@ -7,7 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from conftest import DEMO
 
+from fiddler_opt.bench_experts import ExpertBench
+from fiddler_opt.bench_timing import Stopwatch
+from fiddler_opt.model import ModelSpec
 from fiddler_run.dispatch import LayerDispatch, Traffic, expert_groups
 from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
@@ -247,15 +251,16 @@ def test_jobs_of_both_kinds_and_of_several_threads():
 class Stream:
     """GPU kernels as `Executors` sees them: what is queued runs in order, in a thread of its own."""
 
-    def __init__(self, layers: list[Layer]):
-        self.at = {address: block for layer in layers for address, block in layer.at.items()}
+    def __init__(self, at: dict[int, torch.Tensor]):
+        """`at`: blocks by address."""
+        self.at = at
         self.thread = ThreadPoolExecutor(1)
         self.most_waiting = 0
         self.queued: list[Future] = []
 
-    def queue(self, work, *arguments) -> None:
+    def queue(self, work) -> None:
         self.most_waiting = max(self.most_waiting, sum(not each.done() for each in self.queued))
-        self.queued.append(self.thread.submit(work, *arguments))
+        self.queued.append(self.thread.submit(torch.inference_mode(torch.is_inference_mode_enabled())(work)))
 
     def finish(self) -> None:
         for each in self.queued:
@@ -276,7 +281,7 @@ class Stream:
         return fetched
 
     def apply(self, table, max_blocks, num_experts, states, weights, block_neurons):
-        results = torch.zeros((*weights.shape, HIDDEN))
+        results = torch.zeros((*weights.shape, states.shape[1]))
 
         def work():
             rows = table.tolist()
@@ -317,7 +322,7 @@ def test_python_is_ahead_of_cpu_and_gpu():
 
     expected, traffic = run()
     executors.timeline.stop()
-    executors.kernels = Stream(layers)
+    executors.kernels = Stream({address: block for layer in layers for address, block in layer.at.items()})
     for _ in range(3):
         found, same_traffic = run()
         spans = executors.timeline.stop()
@@ -334,7 +339,7 @@ def test_an_interrupt_leaves_nothing_under_way(monkeypatch):
     torch.manual_seed(5)
     executors = Executors(torch.bfloat16, HIDDEN, NEURONS, 2, 4, torch.device("cpu"))
     layer = Layer(random.Random(5), 0.4, executors=executors)
-    executors.kernels = stream = Stream([layer])
+    executors.kernels = stream = Stream(layer.at)
     states, index, weights = torch.randn(1, HIDDEN).bfloat16(), torch.tensor([[0, 3]]), torch.rand(1, 2)
     for broken in ("send", "fetch", "apply", "add_up"):
         with monkeypatch.context() as patch:
@@ -350,3 +355,18 @@ def test_an_interrupt_leaves_nothing_under_way(monkeypatch):
         stream.finish()
         executors.finish_cpu()
         assert torch.equal(*found)
+
+
+def test_a_profile_times_what_experts_take_and_nothing_else():
+    """Each layer's tokens come a millisecond late, ten times as long as the CPU needs for its experts."""
+    bench = ExpertBench(ModelSpec.load(str(DEMO)), 10**9, Stopwatch(torch.device("cpu"), 0.0), torch.device("cpu"))
+    bench.use_threads(2, pinned=False)
+    bench.on_gpu = True
+    bench.executors.kernels = stream = Stream({block.data_ptr(): block for expert in bench.absent for block in expert})
+    try:
+        times = bench._experts(1, [0.0, 0.5])
+        assert set(times) == {0.0, 0.5}
+        assert 1.0 < times[0.0].us < 400.0
+        assert bench.executors.traffic.cpu_blocks > bench.executors.traffic.streamed_blocks > 0
+    finally:
+        stream.finish()
