@@ -23,6 +23,7 @@ from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
 from fiddler_opt.problem import Budget, Problem
 from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.units import parse_bytes
+from fiddler_run.balance import observe
 from fiddler_run.cli import exit_status
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generate import Measured, Options, generate_ids, never_stopping
@@ -33,11 +34,14 @@ from fiddler_run.plan import Plan, Workload
 from fiddler_run.yaml_file import write_whole
 
 MADE = dict.fromkeys(("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "benchmark")
-COLUMNS = ("GPU memory", "beams", "prompt", "output", "decode, steps/s", "predicted", "", "first token, s", "predicted", "")
+RATE_TOKENS = 4
+COLUMNS = ("GPU memory", "beams", "prompt", "output", "decode, steps/s", "predicted", "", "first token, s", "predicted", "", "rate")
 
 
 @dataclass(frozen=True)
 class Row:
+    """`rate`: of CPU and link with one token's absent blocks, right before, over the profile's; None where Python divides them."""
+
     gpu_mem: str
     beams: int
     prompt: int
@@ -47,13 +51,15 @@ class Row:
     ttft_s: float
     predicted_ttft_s: float
     peak_gpu_bytes: int
+    rate: float | None
 
     @property
     def cells(self) -> tuple[str, ...]:
         decode, first = self.steps_per_s / self.predicted_steps_per_s - 1, self.ttft_s / self.predicted_ttft_s - 1
         speeds = f"{self.steps_per_s:.2f}", f"{self.predicted_steps_per_s:.2f}", f"{decode:+.0%}"
         times = f"{self.ttft_s:.3f}", f"{self.predicted_ttft_s:.3f}", f"{first:+.0%}"
-        return self.gpu_mem, str(self.beams), str(self.prompt), str(self.output), *speeds, *times
+        rate = "" if self.rate is None else f"{self.rate:.0%}"
+        return self.gpu_mem, str(self.beams), str(self.prompt), str(self.output), *speeds, *times, rate
 
 
 def main() -> None:
@@ -99,9 +105,17 @@ def measured(flags: argparse.Namespace, model: ModelSpec, machine: MachineProfil
             generate(prompt, 2)  # what is done but once
         workload = Workload(prompt_tokens=prompt, output_tokens=output, **work)
         cost = Problem(model, machine, workload, budget, plan.prefill_chunk_tokens).cost(routing)
+        rate = joint_bytes_per_s(loaded)
         found = generate(prompt, output)
         speeds = found.decode_tokens_per_s, 1 / cost.decode_step_s(placement), found.ttft_s, cost.ttft_s(placement)
-        yield Row(gpu_mem, beams, prompt, output, *speeds, found.peak_gpu_bytes)
+        yield Row(gpu_mem, beams, prompt, output, *speeds, found.peak_gpu_bytes, rate and rate / plan.bytes_per_s.absent)
+
+
+def joint_bytes_per_s(model: DispatchedMixtral) -> float | None:
+    """Of CPU and link, in all layers: what the machine gives now, which may be another minute's than the profile's."""
+    observed = [each for number in range(RATE_TOKENS) for each in observe(model, number)]
+    blocks, seconds = sum(each.streamed + each.on_cpu for each in observed), sum(each.both_s for each in observed)
+    return blocks * model.plan.block_bytes / seconds if seconds else None
 
 
 def load(plan: Plan, name: str, load_format: str):

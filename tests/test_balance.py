@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fiddler_run.balance import FEW_TOKENS, balance
-from fiddler_run.dispatch import Traffic
+from fiddler_run.balance import FEW_TOKENS, Observed, balance, observe, shares
 from fiddler_run.kernels.routed import RoutedLayer
 from fiddler_run.timeline import Span
 
@@ -17,7 +16,7 @@ class Executors:
     """Their clock stands still but for what layers take."""
 
     def __init__(self):
-        self.traffic, self.timeline, self.spans, self.calls = Traffic(), self, [], 0
+        self.timeline, self.spans, self.calls = self, [], 0
 
     def routes(self, tokens: int) -> bool:
         return True
@@ -33,21 +32,21 @@ class Executors:
 
 
 class Layer:
-    """All of its experts' blocks are in host memory; `cpu_s` and `link_s` for each, and `late_s` for each call's CPU part."""
+    """All of its experts' blocks are in host memory; `cpu_s` and `link_s` for each, and once `late_s` more for the CPU."""
 
     def __init__(self, executors: Executors, share: float, cpu_s: float, link_s: float, late_s: float = 0.0):
         nothing, blocks = [torch.empty(0, 6)] * EXPERTS, [torch.empty(BLOCKS, 6)] * EXPERTS
         self.routed = RoutedLayer(nothing, blocks, lambda _: share)
+        self.experts = [SimpleNamespace(num_absent=BLOCKS)] * EXPERTS
         self.executors, self.cpu_s, self.link_s, self.late_s = executors, cpu_s, link_s, late_s
 
     def __call__(self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         assert index.shape == weights.shape == (1, TOP_K)
         assert index.max() < EXPERTS
-        streamed = round(self.routed.shares[1] * TOP_K * BLOCKS)
+        streamed = int(self.routed.shares[1] * TOP_K * BLOCKS + 0.5)
         on_cpu, executors = TOP_K * BLOCKS - streamed, self.executors
-        before, call = executors.traffic, executors.calls
-        executors.traffic = Traffic(0, before.streamed_blocks + streamed, before.cpu_blocks + on_cpu)
-        late_s = self.late_s if call == 1 else 0.0  # once interrupted
+        late_s, self.late_s = self.late_s, 0.0
+        call = executors.calls
         executors.spans += [
             Span("CPU", "wait for the router", 0, call, 0.0, 9.0),
             Span("CPU", "blocks", 0, call, 9.0, 9.0 + on_cpu * self.cpu_s + late_s),
@@ -56,11 +55,15 @@ class Layer:
         executors.calls += 1
 
 
-def balanced(executors: Executors, layers: list[Layer]) -> list[list[float]]:
-    """Shares by tokens."""
+def model_of(executors: Executors, layers: list[Layer]) -> SimpleNamespace:
     config = SimpleNamespace(num_experts_per_tok=TOP_K, num_local_experts=EXPERTS, hidden_size=4)
     modules = [SimpleNamespace(dispatch=layer) for layer in layers]
-    balance(SimpleNamespace(executors=executors, config=config, dtype=None, device=None, experts_modules=lambda: modules))
+    return SimpleNamespace(executors=executors, config=config, dtype=None, device=None, experts_modules=lambda: modules)
+
+
+def balanced(executors: Executors, layers: list[Layer]) -> list[list[float]]:
+    """Shares by tokens."""
+    balance(model_of(executors, layers))
     return [list(layer.routed.shares) for layer in layers]
 
 
@@ -99,3 +102,24 @@ def test_few_blocks_are_never_given_to_one_side_alone():
     executors = Executors()
     (found,) = balanced(executors, [Layer(executors, 0.5, 1.0, 1000.0)])
     assert 0.0 < found[1] <= 0.1
+
+
+def test_what_is_seen_of_a_token():
+    executors = Executors()
+    layers = [Layer(executors, share, 1.0, 2.0) for share in (0.25, 0.0, 1.0)]
+    layers.insert(1, SimpleNamespace(routed=None))  # some of its blocks are on disk
+    together, cpu, link = observe(model_of(executors, layers))
+    assert together == Observed(8, 24, 16.0, 24.0, 24.0)
+    assert cpu == Observed(0, 32, 0.0, 32.0, 32.0)
+    assert link == Observed(32, 0, 64.0, 0.0, 64.0)
+    assert shares(model_of(executors, layers)) == [0.25]
+    layers[0].experts = [SimpleNamespace(num_absent=0)] * EXPERTS
+    assert observe(model_of(executors, layers))[0] == Observed(0, 0, 0.0, 0.0, 0.0)
+
+
+def test_where_python_hands_out_the_work_there_is_nothing_to_divide():
+    executors = Executors()
+    executors.routes = lambda tokens: False
+    layers = [Layer(executors, 0.25, 1.0, 2.0)]
+    assert observe(model_of(executors, layers)) == shares(model_of(executors, layers)) == []
+    assert balanced(executors, layers)[0][1] == 0.25

@@ -5,6 +5,7 @@ where the system put them, which differs from one start to the next: on another 
 others are using. Found once, a division stays: the same input gives the same bits as long as the model is loaded.
 """
 
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -12,54 +13,74 @@ import torch
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.model import DispatchedMixtral
 
-ROUNDS, CALLS = 2, 4  # how often all layers are tried, each with how many tokens
+ROUNDS, TOKENS = 2, 4  # how often the division changes, and by what so many tokens took
 FEW_TOKENS = 16  # of an expert: up to so many, memory sets the pace of both
 MOST_CHANGE = 3.0  # of a division at once
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Observed:
+    """One layer's absent blocks of one token: how many the link and the CPU had, what each took, and both together, in seconds."""
+
+    streamed: int
+    on_cpu: int
+    link_s: float
+    cpu_s: float
+    both_s: float
+
+
 def balance(model: DispatchedMixtral) -> None:
     """Lets CPU and link finish at the same time in each layer that uses both for one token."""
-    model.executors.finish_cpu()  # or its last job would appear on the timeline
     for _ in range(ROUNDS):
-        for dispatch in _divided(model):
-            factor = _cpu_over_link(dispatch, model)
-            dispatch.routed.favour_link(min(MOST_CHANGE, max(1 / MOST_CHANGE, factor)), FEW_TOKENS)
+        tokens = [observe(model, number) for number in range(TOKENS)]
+        for dispatch, observed in zip(_routed(model), zip(*tokens, strict=True), strict=True):
+            share = dispatch.routed.shares[1]
+            # How much longer the CPU takes than the link, by the block: whole ones do not meet a share exactly.
+            factors = [
+                (each.cpu_s / each.on_cpu * (1 - share)) / (each.link_s / each.streamed * share)
+                for each in observed
+                if each.on_cpu and each.streamed
+            ]
+            if factors:
+                factor = min(MOST_CHANGE, max(1 / MOST_CHANGE, median(factors)))
+                dispatch.routed.favour_link(factor, FEW_TOKENS)
 
 
-def balanced_shares(model: DispatchedMixtral) -> list[float]:
+@torch.inference_mode()
+def observe(model: DispatchedMixtral, number: int = 0) -> list[Observed]:
+    """Has every layer's experts computed for one token, one layer after the other; which experts it calls depends on `number`."""
+    executors, config = model.executors, model.config
+    states = torch.randn(1, config.hidden_size, dtype=model.dtype, device=model.device)
+    top_k, num_experts = config.num_experts_per_tok, config.num_local_experts
+    chosen = [(number * top_k + choice) % num_experts for choice in range(top_k)]
+    index, weights = torch.tensor([chosen], device=model.device), torch.full((1, top_k), 1 / top_k, device=model.device)
+    executors.finish_cpu()  # or its last job would appear on the timeline
+    executors.timeline.start()
+    for dispatch in _routed(model):
+        dispatch(states, index, weights)
+    executors.finish_cpu()
+    spans = [span for span in executors.timeline.stop() if span.name in ("blocks", "in place")]
+    return [
+        _observed(dispatch, chosen, [span for span in spans if span.call == call]) for call, dispatch in enumerate(_routed(model))
+    ]
+
+
+def shares(model: DispatchedMixtral) -> list[float]:
     """The link's share for one token, of each layer that uses both."""
-    return [dispatch.routed.shares[1] for dispatch in _divided(model)]
+    return [share for dispatch in _routed(model) if 0 < (share := dispatch.routed.shares[1]) < 1]
 
 
-def _divided(model: DispatchedMixtral) -> list[LayerDispatch]:
+def _routed(model: DispatchedMixtral) -> list[LayerDispatch]:
     if not model.executors.routes(1):
         return []
     dispatches = [experts.dispatch for experts in model.experts_modules()]
-    return [each for each in dispatches if each.routed is not None and 0 < each.routed.shares[1] < 1]
+    return [dispatch for dispatch in dispatches if dispatch.routed is not None]
 
 
-def _cpu_over_link(dispatch: LayerDispatch, model: DispatchedMixtral) -> float:
-    """How much longer the CPU takes for its blocks of a token than the link for those that it should have had."""
-    executors, config, share = dispatch.executors, model.config, dispatch.routed.shares[1]
-    top_k, num_experts = config.num_experts_per_tok, config.num_local_experts
-    states = torch.randn(1, config.hidden_size, dtype=model.dtype, device=model.device)
-    weights = torch.full((1, top_k), 1 / top_k, device=model.device)
-    chosen, blocks = torch.arange(top_k, device=model.device)[None], []
-    executors.timeline.start()
-    for call in range(CALLS):
-        before = executors.traffic
-        dispatch(states, (chosen + call * top_k) % num_experts, weights)
-        executors.finish_cpu()
-        blocks.append(executors.traffic - before)
-    spans = executors.timeline.stop()
-    cpu_s, link_s = (
-        {span.call: span.stop_s - span.start_s for span in spans if which in (span.lane, span.name)} for which in ("blocks", "link")
-    )
-    # By the block: whole ones do not meet a share exactly.
-    ratios = [
-        (cpu_s[call] / of.cpu_blocks * (1 - share)) / (link_s[call] / of.streamed_blocks * share)
-        for call, of in enumerate(blocks)
-        if of.cpu_blocks and of.streamed_blocks
-    ]
-    return median(ratios) if ratios else 1.0
+def _observed(dispatch: LayerDispatch, chosen: list[int], spans: list) -> Observed:
+    absent = sum(dispatch.experts[expert].num_absent for expert in chosen)
+    streamed = int(dispatch.routed.shares[1] * absent + 0.5)  # the rule of `LayerDispatch`
+    at_work = [span for span in spans if (absent - streamed if span.name == "blocks" else streamed)]
+    cpu_s, link_s = (sum(s.stop_s - s.start_s for s in at_work if s.name == name) for name in ("blocks", "in place"))
+    both_s = max(span.stop_s for span in at_work) - min(span.start_s for span in at_work) if at_work else 0.0
+    return Observed(streamed, absent - streamed, link_s, cpu_s, both_s)

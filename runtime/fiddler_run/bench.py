@@ -9,7 +9,7 @@ from itertools import cycle, pairwise
 import torch
 import transformers
 
-from fiddler_run.balance import balanced_shares
+from fiddler_run.balance import shares
 from fiddler_run.dispatch import Traffic
 from fiddler_run.executors import Executors
 from fiddler_run.generate import Measured, Options, generate_ids, never_stopping
@@ -105,7 +105,7 @@ def bench(
         prefill=_phase(model.plan, of_prefill, observed.prefill_traffic, observed.ttft_s, passes, prompts / passes),
         decode=_phase(model.plan, of_decode, observed.traffic, step_s, 1, sequences),
         bare_bytes_per_s=_bare_rates(model),
-        stream_share=balanced_shares(model),
+        stream_share=shares(model),
         peak_gpu_bytes=measured.peak_gpu_bytes,
         used_gpu_bytes=_used_gpu_bytes(model.device),
         peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
