@@ -1,13 +1,16 @@
 """The plan against the rules of thumb, run: `python benchmarks/baselines.py --machine profiles/local.machine.yaml -o FOLDER`.
 
 Random weights choose experts evenly, so their routers are skewed: each expert's scores are scaled at random. The routing is
-recorded first, and every plan is made from it. With `--load-format safetensors` the routers stay as they are. Writes baselines.md.
+recorded first, and every plan is made from it. With `--load-format safetensors` the routers stay as they are. Writes baselines.md:
+medians of --rounds, since a machine's speed may change between two plans.
 """
 
 import argparse
 import random
 import sys
+from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 from workloads import MADE, forget, load, random_ids
@@ -22,7 +25,7 @@ from fiddler_opt.trace_routing import RoutingJob, RoutingRecorder, routing_profi
 from fiddler_opt.units import parse_bytes
 from fiddler_run.cli import exit_status
 from fiddler_run.errors import FiddlerError
-from fiddler_run.generate import Options, generate_ids, never_stopping
+from fiddler_run.generate import Measured, Options, generate_ids, never_stopping
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan, Workload
 from fiddler_run.yaml_file import write_whole
@@ -49,30 +52,36 @@ def main() -> None:
         return found
 
     routing = recorded(loaded(plan_for(Routing.uniform(model))), model, workload)
-    table = [COLUMNS, ("---",) * len(COLUMNS)]
+    plans: dict[str, Plan] = {}
     for baseline in (None, *BASELINES):
         try:
-            plan = plan_for(routing, baseline)
+            plans[baseline or "solved"] = plan_for(routing, baseline)
         except FiddlerError as error:
             print(f"{baseline}: {error}", file=sys.stderr)
-            continue
-        running = loaded(plan)
-        ids = random_ids(running, flags.prompt_tokens, seed=1000)
-        generate_ids(running, ids, Options(2), **never_stopping(running))  # what is done but once
-        _, found = generate_ids(running, ids, Options(flags.output_tokens), **never_stopping(running))
-        del running
-        told = plan.predicted
-        speed = f"{found.decode_tokens_per_s:.2f}", f"{told.decode_tokens_per_s:.2f}"
-        first = f"{found.ttft_s:.3f}", f"{told.ttft_s:.3f}"
-        off = [
-            f"{of / by - 1:+.0%}" for of, by in ((found.decode_tokens_per_s, told.decode_tokens_per_s), (found.ttft_s, told.ttft_s))
-        ]
-        hits = f"{found.traffic.hit_rate:.1%}", f"{told.gpu_hit_rate:.1%}"
-        table.append((baseline or "solved", *speed, off[0], *first, off[1], *hits))
-        print(*table[-1], file=sys.stderr)
     folder = Path(flags.output)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "baselines.md", "".join(f"| {' | '.join(cells)} |\n" for cells in table))
+    measured: dict[str, list[Measured]] = {name: [] for name in plans}
+    for seed, (name, plan) in product(range(flags.rounds), plans.items()):
+        running = loaded(plan)
+        ids = random_ids(running, flags.prompt_tokens, seed=1000 + seed)
+        generate_ids(running, ids, Options(2), **never_stopping(running))  # what is done but once
+        measured[name].append(generate_ids(running, ids, Options(flags.output_tokens), **never_stopping(running))[1])
+        del running
+        print(*row(name, plan, measured[name]), file=sys.stderr)
+        rows = [row(name, plans[name], found) for name, found in measured.items() if found]
+        table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+        write_whole(folder / "baselines.md", "".join(f"| {' | '.join(cells)} |\n" for cells in table))
+
+
+def row(name: str, plan: Plan, found: list[Measured]) -> tuple[str, ...]:
+    """Medians of the rounds, and how far they lie apart."""
+    speeds, firsts = [each.decode_tokens_per_s for each in found], [each.ttft_s for each in found]
+    speed, first, hits = median(speeds), median(firsts), median(each.traffic.hit_rate for each in found)
+    told = plan.predicted
+    decode = f"{speed:.2f} ({min(speeds):.2f} to {max(speeds):.2f})", f"{told.decode_tokens_per_s:.2f}"
+    ttft = f"{first:.3f} ({min(firsts):.3f} to {max(firsts):.3f})", f"{told.ttft_s:.3f}"
+    off = [f"{of / by - 1:+.0%}" for of, by in ((speed, told.decode_tokens_per_s), (first, told.ttft_s))]
+    return name, *decode, off[0], *ttft, off[1], f"{hits:.1%}", f"{told.gpu_hit_rate:.1%}"
 
 
 def skew_routers(model: DispatchedMixtral, skew: float) -> None:
@@ -102,6 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--skew", type=float, default=2.0, metavar="POWER", help="of the routers (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="of all plans in turn (default: %(default)s)")
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER")
     return parser.parse_args()
 
