@@ -1,8 +1,9 @@
-"""Times experts through the runtime's own dispatch. Rule: they lie, and are visited, all over the memory.
+"""Times experts through the runtime's own functions. Rule: they lie, and are visited, all over the memory.
 
 What lies far from the CPU is slower, on some machines by a fifth, and a run reads from everywhere.
 """
 
+import time
 from collections.abc import Callable
 from itertools import cycle, pairwise, product
 from math import gcd
@@ -24,7 +25,7 @@ MAX_CPU_TOKENS = 512  # more are never best computed by a CPU alone
 AROUND_BALANCE = 4  # shares tried on either side of the one that keeps CPU and link equally busy
 MOST_SWEEPS = 3  # over shares, each further to where the best one seems to be
 SHARE_STEP = 1 / 32  # between them, about: in fact whole blocks
-MANY_TOKENS = 64  # of an expert in a prompt: threads that decode does not need
+MANY_TOKENS = 64  # of an expert in a prompt: for threads that decode does not need; more take long to time
 MOST_CALLS = 4096  # tokens times experts that they call in a timed dispatch, where one token's experts alone are not more
 SMOOTHED = 5  # shares that one parabola goes through
 CLOSE = 1.05  # times that differ by less are equal: then fewer threads are better
@@ -115,36 +116,40 @@ class ExpertBench:
         return times
 
     def resident_expert(self, tokens: int) -> Timing:
-        """One expert in GPU memory, by the GPU's own clock: in a run, what it needs besides is done while others are at work."""
+        """One expert in GPU memory."""
         measure = self._applied(tokens) if self._is_prompt(tokens) else self._seen(tokens, self.blocks, 0.0, ("resident",))
         return self.stopwatch.gather(measure)[0]
 
     def _applied(self, tokens: int) -> Callable[[], list[float]]:
-        """Microseconds of the product that prompts use, behind work that gives Python the time to queue it."""
+        """Microseconds of the product that prompts use: the GPU's, or Python's if it takes longer to queue that."""
         experts, states = cycle(self.resident), torch.randn(tokens, self.hidden_size, dtype=self.dtype, device=self.device)
 
         def measure() -> list[float]:
             begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(BUSY_CYCLES)
+            torch.cuda._sleep(BUSY_CYCLES)  # or the GPU would wait for Python
             begun.record()
+            started = time.perf_counter()
             apply_blocks(next(experts), states)
+            queued_us = (time.perf_counter() - started) * 1e6
             ended.record()
             ended.synchronize()
-            return [begun.elapsed_time(ended) * 1e3]
+            return [max(queued_us, begun.elapsed_time(ended) * 1e3)]
 
         return measure
 
     def _seen(self, tokens: int, resident: int, share: float, names: tuple[str, ...]) -> Callable[[], list[float]]:
         """Microseconds of an expert from when the first of what the timeline calls `names` begins to when the last ends, in each
-        layer that Python has queued, as in a run, while the layer before it was computed."""
+        layer of a dispatch; Python has queued them before, as in a run, if it need not wait for the router."""
         dispatch, timeline = self._dispatch(resident, self.blocks, tokens, share), self.executors.timeline
-        called, layers = self._called(tokens), self._layers(tokens)
+        called, layers = self._called(tokens), range(self._layers(tokens))
 
         def measure() -> list[float]:
             timeline.start()
+            if self.device.type == "cuda":
+                torch.cuda._sleep(BUSY_CYCLES)
             dispatch()
             spans = [span for span in timeline.stop() if span.name in names]
-            of_layers = [[span for span in spans if span.call == call] for call in range(min(1, layers - 1), layers)]
+            of_layers = [[span for span in spans if span.call == call] for call in layers]
             return [(max(s.stop_s for s in of) - min(s.start_s for s in of)) * 1e6 / called for of in of_layers]
 
         return measure
@@ -190,7 +195,7 @@ class ExpertBench:
             return dict(zip(shares, times, strict=True))
         # What Python does before and after is not told from the experts' time but by a dispatch that has no blocks.
         calls = [self._dispatch(0, self.blocks, tokens, share) for share in shares]
-        per_sample = ROUND if tokens <= MANY_TOKENS else 1  # longer calls vary less
+        per_sample = max(1, ROUND // self._layers(tokens)) if tokens <= MANY_TOKENS else 1  # longer calls vary less
         empty, *filled = self.stopwatch.time(self._dispatch(0, 0, tokens, 0.0), *calls, calls_per_sample=per_sample)
         experts = self._called(tokens) * self._layers(tokens)
         return {share: (timing - empty) / experts for share, timing in zip(shares, filled, strict=True)}
@@ -208,10 +213,9 @@ class ExpertBench:
         return max(self.top_k, min(self.layer_experts, MOST_CALLS // tokens)) if self._is_prompt(tokens) else self.top_k
 
     def _layers(self, tokens: int) -> int:
-        """How many layers are timed at once: each is prepared while the one before it is computed."""
-        if not self.on_gpu:
-            return 1
-        return max(1, min(2 if self._is_prompt(tokens) else 4, self.num_experts // self.layer_experts))
+        """How many layers are timed at once: each is prepared while the one before it is computed. No more, since of two layers
+        Python need not wait for the first."""
+        return 2 if self.on_gpu and self.num_experts >= 2 * self.layer_experts else 1
 
     def _dispatch(self, resident: int, stop: int, tokens: int, share: float) -> Callable[[], object]:
         """A call that dispatches as many tokens as it takes for each called expert to have `tokens` of them; to other experts each
@@ -257,11 +261,12 @@ class ExpertBench:
 
 
 def _near_the_best(us: dict[float, float], ends: bool) -> list[float]:
-    """The shares around the best one, as many as are smoothed together; `ends`: none and all too."""
-    inside = sorted(share for share in us if 0 < share < 1)
-    best = min(range(len(inside)), key=lambda number: us[inside[number]], default=0)
-    first = max(0, min(best - SMOOTHED // 2, len(inside) - SMOOTHED))
-    return [share for share in us if share in inside[first : first + SMOOTHED] or ((ends or not inside) and share in (0.0, 1.0))]
+    """The best share and those around it, as many as are smoothed together; `ends`: none and all too."""
+    best, inside = min(us, key=us.get), sorted(share for share in us if 0 < share < 1)
+    nearest = min(range(len(inside)), key=lambda number: abs(inside[number] - best), default=0)
+    first = max(0, min(nearest - SMOOTHED // 2, len(inside) - SMOOTHED))
+    wanted = {best, *inside[first : first + SMOOTHED]} | ({0.0, 1.0} if ends else set())
+    return [share for share in us if share in wanted]
 
 
 def _in_groups(things: list, size: int) -> list[tuple]:

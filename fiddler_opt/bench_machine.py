@@ -41,6 +41,7 @@ class Effort:
 
 
 THOROUGH = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), (1, 16, 128, 512, 2048), 3, 0.2, 0.75, 10**15)
+METHOD = 2  # of timing: parts that were timed in another way are not mixed with new ones
 EXPERTS, LAYERS = "experts", "layers without experts"
 QUICK = Effort((1, 4, 16, 64, 256, 1024), (1, 128, 512), 1, 0.1, 0.25, 8 * 10**9)
 
@@ -78,6 +79,7 @@ class MachineBench:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         shape = {**self.model.shape.model_dump(), "name": None}
         return {
+            "method": METHOD,
             "shape": shape,
             "cpu": cpu_name(),
             "cores": num_cores(),

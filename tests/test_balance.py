@@ -1,11 +1,12 @@
 """Each layer's division between link and CPU, found after loading: with layers whose speeds the test sets."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fiddler_run.balance import FEW_TOKENS, Observed, balance, observe, shares
+from fiddler_run.balance import FEW_TOKENS, TOKENS, Observed, balance, observe, shares
 from fiddler_run.kernels.routed import RoutedLayer
 from fiddler_run.timeline import Span
 
@@ -33,6 +34,8 @@ class Executors:
 
 class Layer:
     """All of its experts' blocks are in host memory; `cpu_s` and `link_s` for each, and once `late_s` more for the CPU."""
+
+    layer = 0
 
     def __init__(self, executors: Executors, share: float, cpu_s: float, link_s: float, late_s: float = 0.0):
         nothing, blocks = [torch.empty(0, 6)] * EXPERTS, [torch.empty(BLOCKS, 6)] * EXPERTS
@@ -75,8 +78,8 @@ def test_cpu_and_link_finish_together(share):
         speeds, balanced(executors, [Layer(executors, share, *each) for each in speeds]), strict=True
     ):
         assert found[1] == pytest.approx(cpu_s / (cpu_s + link_s), abs=0.01)
-        assert found[1 : FEW_TOKENS + 1] == [found[1]] * FEW_TOKENS
-        assert found[FEW_TOKENS + 1 :] == pytest.approx([share] * (len(found) - FEW_TOKENS - 1))
+        assert found[FEW_TOKENS:] == pytest.approx([share] * (len(found) - FEW_TOKENS))
+        assert sorted(found[1:FEW_TOKENS], reverse=found[1] > share) == found[1:FEW_TOKENS]  # from its own to the plan's
 
 
 def test_one_late_call_changes_nothing():
@@ -112,14 +115,35 @@ def test_what_is_seen_of_a_token():
     assert together == Observed(8, 24, 16.0, 24.0, 24.0)
     assert cpu == Observed(0, 32, 0.0, 32.0, 32.0)
     assert link == Observed(32, 0, 64.0, 0.0, 64.0)
-    assert shares(model_of(executors, layers)) == [0.25]
+    assert shares(model_of(executors, layers)) == {0: 0.25}
     layers[0].experts = [SimpleNamespace(num_absent=0)] * EXPERTS
     assert observe(model_of(executors, layers))[0] == Observed(0, 0, 0.0, 0.0, 0.0)
+    assert shares(model_of(executors, layers)) == {}
+
+
+@pytest.mark.parametrize(("top_k", "experts"), [(1, 8), (2, 8), (8, 64), (3, 4), (2, 2)])
+def test_the_experts_that_are_called_lie_all_over_a_layer(top_k, experts, monkeypatch):
+    executors, called = Executors(), set()
+    layer = Layer(executors, 0.25, 1.0, 2.0)
+    layer.experts = layer.experts[:1] * experts
+    model = model_of(executors, [layer])
+    model.config = SimpleNamespace(num_experts_per_tok=top_k, num_local_experts=experts, hidden_size=4)
+
+    def call(self, states, index, weights):
+        assert index.unique().numel() == index.numel() == top_k
+        called.update(index.flatten().tolist())
+
+    monkeypatch.setattr(Layer, "__call__", call)
+    for number in range(TOKENS):
+        observe(model, number)
+    gaps = [b - a for a, b in pairwise([*sorted(called), experts + min(called)])]
+    assert max(gaps) <= max(1, -(-experts // (top_k * TOKENS)))
 
 
 def test_where_python_hands_out_the_work_there_is_nothing_to_divide():
     executors = Executors()
     executors.routes = lambda tokens: False
     layers = [Layer(executors, 0.25, 1.0, 2.0)]
-    assert observe(model_of(executors, layers)) == shares(model_of(executors, layers)) == []
+    assert observe(model_of(executors, layers)) == []
+    assert shares(model_of(executors, layers)) == {}
     assert balanced(executors, layers)[0][1] == 0.25

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fiddler_run import load_model
 from fiddler_run.bench import _phase, _rates, bench
 from fiddler_run.dispatch import Traffic
 from fiddler_run.kernels.cpu import library
+from fiddler_run.report import rates
 from fiddler_run.timeline import LANES, Span, Timeline, write_trace
 
 
@@ -36,6 +38,10 @@ def test_figures_add_up():
     assert (result.decode.passes, result.decode.tokens_per_pass, result.decode.tokens_per_expert) == (1, 1, 1)
     assert 1 < result.prefill.tokens_per_expert <= 12
     assert ("CPU" in result.bare_bytes_per_s) == (library() is not None)
+    assert result.stream_share == {}
+    assert "for one token" not in rates(plan, result).caption
+    shared = replace(result, stream_share={0: 0.2, 3: 0.4})
+    assert "for one token the link has 30%, by layer 20% to 40% (plan: " in rates(plan, shared).caption
     calls = {span.call for span in spans}
     assert calls == set(range(6 * (1 + steps)))
     assert {span.lane for span in spans} == set(LANES)

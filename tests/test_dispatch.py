@@ -130,3 +130,23 @@ def test_a_ring_gives_what_is_asked_for_whatever_was_copied_ahead(slots):
             with arriving as staged:
                 found.append(staged.clone())
         assert all(torch.equal(*pair) for pair in zip(found, asked, strict=True))
+
+
+def test_a_ring_goes_on_after_an_error():
+    blocks = torch.arange(60.0).view(20, 3).bfloat16()
+    ring, timeline = StagingRing(4, 3, torch.bfloat16, CPU), Timeline(CPU)
+    pieces = list(blocks.split(2))
+
+    def staged(stop: int | None = None) -> torch.Tensor:
+        found = []
+        for number, arriving in enumerate(ring.stream(pieces, timeline)):
+            with arriving as piece:
+                if number == stop:
+                    raise KeyboardInterrupt
+                found.append(piece.clone())
+        return torch.cat(found)
+
+    for stop in range(len(pieces)):
+        with pytest.raises(KeyboardInterrupt):
+            staged(stop)
+        assert torch.equal(staged(), blocks)

@@ -3,6 +3,7 @@
 import random
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import DEMO
 from fiddler_opt.bench_experts import ExpertBench
 from fiddler_opt.bench_timing import Stopwatch
 from fiddler_opt.model import ModelSpec
+from fiddler_run.balance import observe
 from fiddler_run.dispatch import LayerDispatch, Traffic, expert_groups
 from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
@@ -251,9 +253,9 @@ def test_jobs_of_both_kinds_and_of_several_threads():
 class Stream:
     """GPU kernels as `Executors` sees them: what is queued runs in order, in a thread of its own."""
 
-    def __init__(self, at: dict[int, torch.Tensor]):
-        """`at`: blocks by address."""
-        self.at = at
+    def __init__(self, at: dict[int, torch.Tensor], late_s: float = 1e-3):
+        """`at`: blocks by address. `late_s`: what lies between two layers' experts: attention, say."""
+        self.at, self.late_s = at, late_s
         self.thread = ThreadPoolExecutor(1)
         self.most_waiting = 0
         self.queued: list[Future] = []
@@ -268,7 +270,7 @@ class Stream:
 
     def send(self, tensors, host, arrived, job):
         def work():
-            time.sleep(1e-3)  # attention, say
+            time.sleep(self.late_s)
             for to, tensor in zip(host, tensors, strict=True):
                 to.copy_(tensor)
             arrived[: len(tensors[0])] = job
@@ -358,15 +360,41 @@ def test_an_interrupt_leaves_nothing_under_way(monkeypatch):
 
 
 def test_a_profile_times_what_experts_take_and_nothing_else():
-    """Each layer's tokens come a millisecond late, ten times as long as the CPU needs for its experts."""
+    """Each layer's tokens come five milliseconds late, fifty times as long as the CPU needs for its experts."""
     bench = ExpertBench(ModelSpec.load(str(DEMO)), 10**9, Stopwatch(torch.device("cpu"), 0.0), torch.device("cpu"))
     bench.use_threads(2, pinned=False)
-    bench.on_gpu = True
-    bench.executors.kernels = stream = Stream({block.data_ptr(): block for expert in bench.absent for block in expert})
+    bench.on_gpu, executors = True, bench.executors
+    blocks = {block.data_ptr(): block for expert in bench.absent for block in expert}
+    executors.kernels = stream = Stream(blocks, late_s=5e-3)
     try:
         times = bench._experts(1, [0.0, 0.5])
         assert set(times) == {0.0, 0.5}
-        assert 1.0 < times[0.0].us < 400.0
-        assert bench.executors.traffic.cpu_blocks > bench.executors.traffic.streamed_blocks > 0
+        assert 1.0 < times[0.0].us < 2000.0
+        assert times[0.5].us > 0
+        assert executors.traffic.cpu_blocks > executors.traffic.streamed_blocks > executors.traffic.resident_blocks == 0
+        executors.forget_traffic()
+        assert bench.resident_expert(1).us > 0
+        assert executors.traffic.resident_blocks == executors.traffic.needed_blocks > 0
     finally:
         stream.finish()
+
+
+def test_what_is_observed_of_a_token_is_what_was_computed():
+    torch.manual_seed(6)
+    executors, rng = Executors(torch.bfloat16, HIDDEN, NEURONS, 2, 4, torch.device("cpu")), random.Random(6)
+    layers = [Layer(rng, share, executors=executors) for share in (0.0, 0.2, 0.5, 0.8, 1.0)]
+    executors.kernels = stream = Stream({address: block for layer in layers for address, block in layer.at.items()})
+    config = SimpleNamespace(num_experts_per_tok=2, num_local_experts=6, hidden_size=HIDDEN)
+    modules = [SimpleNamespace(dispatch=layer.dispatch) for layer in layers]
+    device = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    model = SimpleNamespace(executors=executors, config=config, experts_modules=lambda: modules, **device)
+    for number in range(3):
+        executors.forget_traffic()
+        observed = observe(model, number)
+        traffic = executors.traffic
+        assert sum(each.streamed for each in observed) == traffic.streamed_blocks > 0
+        assert sum(each.on_cpu for each in observed) == traffic.cpu_blocks > 0
+        assert all((each.cpu_s > 0) == (each.on_cpu > 0) for each in observed)
+        assert all((each.link_s > 0) == (each.streamed > 0) for each in observed)
+        assert all(each.both_s >= max(each.cpu_s, each.link_s) for each in observed)
+    stream.finish()

@@ -1,8 +1,9 @@
-"""After loading, each layer's absent blocks are divided anew between link and CPU, for decode, by what both take for that layer.
+"""After loading, each layer's absent blocks are divided anew between link and CPU, for few tokens, by what both take for it.
 
 The plan's division is right where memory is as fast as it was, on average, when the machine was profiled. But a layer's experts lie
 where the system put them, which differs from one start to the next: on another NUMA node, or, in a virtual machine, in memory that
-others are using. Found once, a division stays: the same input gives the same bits as long as the model is loaded.
+others are using. Found once, a division stays: the same input gives the same bits as long as the model is loaded, but
+not when it is loaded again. Another model that runs meanwhile in the same process would disturb what is found.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.model import DispatchedMixtral
 
 ROUNDS, TOKENS = 2, 4  # how often the division changes, and by what so many tokens took
-FEW_TOKENS = 16  # of an expert: up to so many, memory sets the pace of both
+FEW_TOKENS = 16  # of an expert: with so many it is no longer memory that sets the CPU's pace, and the plan's division stays
 MOST_CHANGE = 3.0  # of a division at once
 
 
@@ -48,11 +49,13 @@ def balance(model: DispatchedMixtral) -> None:
 
 @torch.inference_mode()
 def observe(model: DispatchedMixtral, number: int = 0) -> list[Observed]:
-    """Has every layer's experts computed for one token, one layer after the other; which experts it calls depends on `number`."""
+    """Has every layer's experts computed for one token, one layer after the other. Those that it calls lie all over a layer's
+    memory, and others with each `number`."""
     executors, config = model.executors, model.config
-    states = torch.randn(1, config.hidden_size, dtype=model.dtype, device=model.device)
+    states = torch.zeros(1, config.hidden_size, dtype=model.dtype, device=model.device)
     top_k, num_experts = config.num_experts_per_tok, config.num_local_experts
-    chosen = [(number * top_k + choice) % num_experts for choice in range(top_k)]
+    first = number * max(1, num_experts // (top_k * TOKENS))
+    chosen = [(first + choice * (num_experts // top_k)) % num_experts for choice in range(top_k)]
     index, weights = torch.tensor([chosen], device=model.device), torch.full((1, top_k), 1 / top_k, device=model.device)
     executors.finish_cpu()  # or its last job would appear on the timeline
     executors.timeline.start()
@@ -65,9 +68,10 @@ def observe(model: DispatchedMixtral, number: int = 0) -> list[Observed]:
     ]
 
 
-def shares(model: DispatchedMixtral) -> list[float]:
-    """The link's share for one token, of each layer that uses both."""
-    return [share for dispatch in _routed(model) if 0 < (share := dispatch.routed.shares[1]) < 1]
+def shares(model: DispatchedMixtral) -> dict[int, float]:
+    """By layer, the link's share for one token, of those that use both."""
+    both = [each for each in _routed(model) if any(expert.num_absent for expert in each.experts)]
+    return {dispatch.layer: share for dispatch in both if 0 < (share := dispatch.routed.shares[1]) < 1}
 
 
 def _routed(model: DispatchedMixtral) -> list[LayerDispatch]:

@@ -53,7 +53,7 @@ class BenchResult:
 
     `bare_bytes_per_s`: what the same memory gives to loops that only read with the CPU's threads, only copy to the GPU, and do
     both at once.
-    `stream_share`: by layer, the share of its absent blocks that the link has for one token, if that was found after loading.
+    `stream_share`: the share of a layer's absent blocks that the link has for one token, by layer, if that was found after loading.
     Peaks: what PyTorch's allocator held, what the whole GPU held at the end, and what this process held in RAM.
     """
 
@@ -64,7 +64,7 @@ class BenchResult:
     prefill: PhaseTimes
     decode: PhaseTimes
     bare_bytes_per_s: dict[str, float]
-    stream_share: list[float]
+    stream_share: dict[int, float]
     peak_gpu_bytes: int
     used_gpu_bytes: int
     peak_host_bytes: int

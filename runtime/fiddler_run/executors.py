@@ -225,10 +225,10 @@ class Executors:
 
         resident = (("resident", call.expert.resident, expert) for expert, call in enumerate(calls) if call.expert.num_resident)
         for expert in chain(*([expert] * len(streamed) for expert, streamed in enumerate(pieces))):
-            with next(arriving) as blocks:
-                compute("streamed", blocks, expert)
             for work in islice(resident, 1):
                 compute(*work)
+            with next(arriving) as blocks:
+                compute("streamed", blocks, expert)
         for work in resident:
             compute(*work)
         for total, tokens in zip(sums, chosen, strict=True):

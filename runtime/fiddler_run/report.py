@@ -74,8 +74,8 @@ def rates(plan: Plan, result) -> Table:
         memory += f"; {result.used_gpu_bytes / 1e9:.2f} GB of GPU memory in use by all processes"
     lines = [memory]
     if result.stream_share:
-        mean = sum(result.stream_share) / len(result.stream_share)
-        planned, ends = plan.stream_share_at(1), (min(result.stream_share), max(result.stream_share))
-        lines.append(f"the link has {mean:.0%} of these blocks ({ends[0]:.0%} to {ends[1]:.0%} by layer; plan: {planned:.0%})")
+        found = result.stream_share.values()
+        mean, planned = sum(found) / len(found), plan.stream_share_at(1)
+        lines.append(f"for one token the link has {mean:.0%}, by layer {min(found):.0%} to {max(found):.0%} (plan: {planned:.0%})")
     table.caption = "\n".join(lines)
     return table

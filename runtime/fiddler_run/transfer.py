@@ -89,7 +89,7 @@ class StagingRing:
 
     def stream(self, pieces: list[torch.Tensor], timeline: Timeline) -> Iterator[AbstractContextManager[torch.Tensor]]:
         """Starts to copy `pieces`, each some blocks [1 to at_once, block_elements]; for each yields a context in which it is on
-        the device. What the device is given to do after that context keeps no copy waiting.
+        the device, to be left before the next is asked for. What the device is given to do after it keeps no copy waiting.
 
         As many copies as there are places are under way at once.
         """
@@ -103,8 +103,8 @@ class StagingRing:
         return self._arrivals(under_way, copies)
 
     def stream_ahead(self, pieces: list[torch.Tensor], timeline: Timeline) -> None:
-        """Starts to copy the first of these, with which the next call of `stream` will probably begin. The one before must have
-        been asked for all that it has."""
+        """Starts to copy the first of these, with which the next call of `stream` will probably begin. Of the one before,
+        all contexts must have been left."""
         self._places.rotate(len(self._take_ahead()))
         self._ahead = deque((piece, self._copy(piece, timeline)) for piece in pieces[: len(self._places)])
 

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 
 import numpy as np
 import torch
@@ -29,11 +30,12 @@ class RoutedLayer:
         by_tokens = enumerate(self.shares) if any(map(len, absent)) else ()
         self._streams_from = next((tokens for tokens, share in by_tokens if share > 0), MOST_ROUTED_TOKENS + 1)
 
-    def favour_link(self, factor: float, most_tokens: int) -> None:
-        """The link gets `factor` times as many blocks for each of the CPU's, in calls of up to `most_tokens` tokens."""
-        for tokens in range(1, most_tokens + 1):
-            share = self.shares[tokens]
-            self.shares[tokens] = share * factor / (share * factor + 1 - share)
+    def favour_link(self, factor: float, few_tokens: int) -> None:
+        """The link gets `factor` times as many blocks for each of the CPU's for one token, for `few_tokens` as many as before, and
+        for a number of tokens in between something in between."""
+        for tokens in range(1, few_tokens):
+            share, odds = self.shares[tokens], factor ** (1 - log(tokens, few_tokens))
+            self.shares[tokens] = share * odds / (share * odds + 1 - share)
 
     def streams(self, tokens: int) -> bool:
         """Whether so many tokens could have the GPU read blocks in host memory."""
