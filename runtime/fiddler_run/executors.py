@@ -1,7 +1,7 @@
 """What computes a model's experts: the CPU, the device, and the link between them, at the same time.
 
 Few tokens, as in decode, go to GPU kernels that read resident blocks from GPU memory and streamed ones over the link where they
-lie; many, as in prefill, to matrix products over blocks that are copied into a staging ring.
+lie; many, as in prefill, to matrix products over blocks that are copied into a staging ring (staging.py).
 """
 
 import logging
@@ -9,7 +9,6 @@ import time
 from collections import deque
 from functools import cache
 from importlib.util import find_spec
-from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from fiddler_run.kernels.cpu import CpuCall, cpu_experts
 from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.kernels.routed import RoutedLayer
 from fiddler_run.plan import MOST_ROUTED_TOKENS
+from fiddler_run.staging import StagedBlocks
 from fiddler_run.timeline import Place, Timeline
 from fiddler_run.transfer import Mailbox, StagingRing
 
@@ -61,7 +61,7 @@ class Executors:
         if on_gpu and not self.cpu.finishes_alone:
             _say_once("decode will be slower: it needs the CPU kernel, at least two of its threads, and experts in bfloat16")
         # Without a GPU the CPU stands in for it, one step after the other; where nothing is ever streamed, in the same job.
-        self._apply = apply_blocks if on_gpu else self.cpu.apply
+        self._staged = StagedBlocks(self.ring, apply_blocks if on_gpu else self.cpu.apply, self.timeline)
         self._cpu_does_all = not on_gpu and self.ring is None
         self._jobs = 0  # of the CPU
         self._under_way: deque[tuple[Place, float | None]] = deque()  # of these: the place, and since when it waits for the router
@@ -116,6 +116,10 @@ class Executors:
         self.finish_cpu(but=1)  # this layer's job has just begun
         return total
 
+    def stream_ahead(self, calls: list[ExpertCall]) -> None:
+        """Starts to copy what the next layer will probably need first, so that the link has work while its router decides."""
+        self._staged.copy_ahead(calls)
+
     def receive(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """The device's tensors in host memory, until the next call; meanwhile the last layer's CPU job is finished."""
         return self.mailbox.receive(*tensors, meanwhile=self.finish_cpu)
@@ -143,7 +147,7 @@ class Executors:
             if self._cpu_does_all and cpu_output is not None:
                 return cpu_output.to(hidden_states.dtype)
         self.timeline.begin("host", "queue device work")
-        output = self._stage(calls, hidden_states, top_k_index, top_k_weights)
+        output = self._staged.compute(calls, hidden_states, top_k_index, top_k_weights)
         if cpu_output is not None:
             if self.kernels and not any(_takes_long(call) for call in calls):
                 self.kernels.wait(self.mailbox.finished, self._jobs)
@@ -196,53 +200,6 @@ class Executors:
     def __del__(self):
         if getattr(self, "_under_way", None):
             self.cpu.wait()  # the jobs hold views of the model's memory
-
-    def _stage(
-        self, calls: list[ExpertCall], hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Resident and streamed blocks, these through the ring: [tokens, hidden] float32.
-
-        The link starts before anything else and should never wait: streamed blocks are computed as they arrive, resident ones
-        between two arrivals.
-        """
-        output = torch.zeros_like(hidden_states, dtype=torch.float32)
-        calls = [call for call in calls if call.on_device]
-        if not calls:
-            return output
-        pieces = [self._pieces(call) for call in calls]
-        arriving = self.ring.stream(list(chain(*pieces)), self.timeline) if any(pieces) else iter(())
-        # The same order that `expert_groups` finds on the host.
-        order = top_k_index.flatten().argsort(stable=True)
-        rows, weights = order // top_k_index.shape[1], top_k_weights.flatten()[order].unsqueeze(1)
-        chosen = [slice(call.start, call.start + len(call.rows)) for call in calls]
-        states = [hidden_states[rows[tokens]] for tokens in chosen]
-        sums = [torch.zeros_like(x, dtype=torch.float32) for x in states]
-
-        def compute(name: str, blocks: torch.Tensor, expert: int) -> None:
-            self.timeline.begin("GPU", name)
-            sums[expert] += self._apply(blocks, states[expert])
-            self.timeline.end("GPU", name)
-
-        resident = (("resident", call.expert.resident, expert) for expert, call in enumerate(calls) if call.expert.num_resident)
-        for expert in chain(*([expert] * len(streamed) for expert, streamed in enumerate(pieces))):
-            for work in islice(resident, 1):
-                compute(*work)
-            with next(arriving) as blocks:
-                compute("streamed", blocks, expert)
-        for work in resident:
-            compute(*work)
-        for total, tokens in zip(sums, chosen, strict=True):
-            output.index_add_(0, rows[tokens], total * weights[tokens])
-        return output
-
-    def _pieces(self, call: ExpertCall) -> tuple[torch.Tensor, ...]:
-        """What the link carries for a call, in the order in which it does."""
-        return call.expert.absent[: call.num_streamed].split(self.ring.at_once) if call.num_streamed else ()
-
-    def stream_ahead(self, calls: list[ExpertCall]) -> None:
-        """Starts to copy what the next layer will probably need first, so that the link has work while its router decides."""
-        if self.ring is not None and self.ring.copy_stream is not None:
-            self.ring.stream_ahead(list(chain(*map(self._pieces, calls))), self.timeline)
 
 
 def _takes_long(call: ExpertCall) -> bool:

@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,19 @@ def wide(random_checkpoint, tmp_path_factory):
     del bench
     release_gpu_memory()
     return folder, spec, machine
+
+
+def test_a_profile_of_the_way_that_decode_takes(wide, tmp_path):
+    """In bfloat16, in which the GPU tells the CPU what to do; `wide` is in float32."""
+    _, spec, _ = wide
+    spec = replace(spec, shape=spec.shape.model_copy(update={"dtype": "bfloat16"}))
+    bench = MachineBench(spec, HASTY, None)
+    assert bench._experts.executors.routes(1)
+    machine = measure_machine(bench, Unfinished(tmp_path / "m.yaml", bench.identity), "test", True, lambda name, finished: None)
+    assert {0.0, 1.0} < set(machine.absent_expert_us[1])
+    fastest_us = spec.expert_bytes / 1e13 * 1e6  # 10 TB/s
+    assert min(machine.device_expert_us.values()) > fastest_us
+    assert min(machine.absent_expert_us[1].values()) > machine.device_expert_us[1]
 
 
 @pytest.mark.parametrize(("beams", "batch"), [(1, 1), (4, 1), (1, 4)])
