@@ -15,6 +15,7 @@ from fiddler_opt.memory import STAGED_BLOCKS
 from fiddler_opt.model import ModelSpec
 from fiddler_run.arena import TORCH_DTYPES, Arena
 from fiddler_run.dispatch import LayerDispatch
+from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
 from fiddler_run.host import num_cores, num_physical_cores
 from fiddler_run.kernels.pytorch import apply_blocks
@@ -33,7 +34,10 @@ PINNING_COSTS = 1.15  # a pinned thread waits where another program takes its co
 
 
 class ExpertBench:
-    """Random experts of a model's shape, in host memory and, where there is a GPU, in its memory; timed dispatches over them."""
+    """Random experts of a model's shape, in host memory and, where there is a GPU, in its memory; timed dispatches over them.
+
+    `page_locked`: whether the GPU can read those in host memory.
+    """
 
     def __init__(self, model: ModelSpec, host_bytes: int, stopwatch: Stopwatch, device: torch.device):
         """`host_bytes`: take so much host memory, but no more than all of the model's experts do."""
@@ -51,8 +55,8 @@ class ExpertBench:
         for expert in self.absent[1:]:
             expert.copy_(self.absent[0])
         self.resident = self.absent  # with a count of 0
+        self.page_locked = self.on_gpu and _page_locked(host)
         if self.on_gpu:
-            host.pin()
             # As many as exceed the GPU's caches; some stand for several.
             on_gpu = [expert.to(device) for expert in self.absent[: max(1, GPU_WORKING_SET_BYTES // model.expert_bytes)]]
             self.resident = [on_gpu[number % len(on_gpu)] for number in range(self.num_experts)]
@@ -91,7 +95,7 @@ class ExpertBench:
         """One absent expert called by `tokens` tokens, by the share sent over the link: none, all, and around the best; of `known`,
         microseconds by share, those that matter."""
         self._turn += 1
-        if not self.on_gpu:
+        if not self.page_locked:
             return {0.0: self._expert(tokens, 0.0)}
         if known is not None:
             return self._experts(tokens, _near_the_best(known, ends=tokens <= MANY_TOKENS))
@@ -156,13 +160,17 @@ class ExpertBench:
 
     def copies(self) -> dict[str, float]:
         """Bytes per second to the GPU and back, in pieces as the runtime copies for prompts; one token's round trip."""
-        slots = torch.empty_like(self.absent[0], device=self.device)
-        pinned, pageable = cycle(self._in_places()), self.absent[0].clone()
         at_once, state = self.executors.ring.at_once, torch.ones(1, self.hidden_size, dtype=self.dtype, device=self.device)
-        mailbox = torch.empty(state.shape, dtype=self.dtype, pin_memory=True)
+        slots = torch.empty_like(self.absent[0], device=self.device).split(at_once)
+        pageable, mailbox = self.absent[0].clone().split(at_once), torch.empty(state.shape, dtype=self.dtype, pin_memory=True)
+        experts = [self.absent[expert].split(at_once) for expert in self._in_places()]
+        if not self.page_locked:
+            locked = torch.empty(slots[0].shape, dtype=self.dtype, pin_memory=True)
+            experts = [[locked[: len(piece)] for piece in slots]]
+        pinned = cycle(experts)
 
         def copy(source, target):
-            for to, piece in zip(target.split(at_once), source.split(at_once), strict=True):
+            for to, piece in zip(target, source, strict=True):
                 to.copy_(piece, non_blocking=True)
 
         def round_trip():
@@ -171,13 +179,13 @@ class ExpertBench:
             state.copy_(mailbox, non_blocking=True)
 
         calls = (
-            lambda: copy(self.absent[next(pinned)], slots),
+            lambda: copy(next(pinned), slots),
             lambda: copy(pageable, slots),
-            lambda: copy(slots, self.absent[next(pinned)]),
+            lambda: copy(slots, next(pinned)),
             round_trip,
         )
         *seconds, trip = (timing.us * 1e-6 for timing in self.stopwatch.time(*calls))
-        h2d, pageable_h2d, d2h = (round(slots.nbytes / each) for each in seconds)
+        h2d, pageable_h2d, d2h = (round(self.absent[0].nbytes / each) for each in seconds)
         return {
             "h2d_bytes_per_s": h2d,
             "h2d_pageable_bytes_per_s": pageable_h2d,
@@ -267,6 +275,15 @@ def _near_the_best(us: dict[float, float], ends: bool) -> list[float]:
     first = max(0, min(nearest - SMOOTHED // 2, len(inside) - SMOOTHED))
     wanted = {best, *inside[first : first + SMOOTHED]} | ({0.0, 1.0} if ends else set())
     return [share for share in us if share in wanted]
+
+
+def _page_locked(host: Arena) -> bool:
+    """Tries to page-lock it, which some systems allow for little memory only, as WSL does."""
+    try:
+        host.pin()
+    except FiddlerError:
+        return False
+    return True
 
 
 def _in_groups(things: list, size: int) -> list[tuple]:

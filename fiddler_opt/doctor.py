@@ -78,7 +78,7 @@ def examine(model: ModelSpec, machine: MachineProfile | None) -> list[Finding]:
         findings += [
             check_gpu_kernels(gpu.kernels_suit, gpu.kernel_error, model.shape.dtype),
             check_link(gpu.link, gpu.h2d_bytes_per_s),
-            check_memlock(facts.memlock_limit_bytes(), in_ram, gpu.locks_freely),
+            check_memlock(facts.memlock_limit_bytes(), in_ram, gpu.locks_freely, facts.is_wsl()),
             check_numa(facts.gpu_numa_node(gpu.bus_id), nodes, facts.numa_nodes(), in_ram),
             check_gpu_use(gpu_use.get(gpu.bus_id)),
         ]
@@ -168,11 +168,16 @@ def check_link(link: facts.PcieLink | None, h2d_bytes_per_s: float | None) -> Fi
     return Finding("ok", f"{carries}" + (f", {reach}" if reach else ""))
 
 
-def check_memlock(limit_bytes: int | None, needed_bytes: int, locks_freely: bool) -> Finding:
+def check_memlock(limit_bytes: int | None, needed_bytes: int, locks_freely: bool, wsl: bool) -> Finding:
+    alone = "experts that cannot be page-locked are left to the CPU, by plans from a profile of this machine"
+    if wsl:
+        return Finding("slow", f"WSL lets little host memory be page-locked: {alone}", "use Linux itself for fast prompts")
     if limit_bytes is None or limit_bytes >= needed_bytes or locks_freely:
         return Finding("ok", "host memory can be page-locked for copies to the GPU")
     what = f"only {format_bytes(limit_bytes)} of host memory may be page-locked, experts need {format_bytes(needed_bytes)}"
-    return Finding("stops", what, "`ulimit -l unlimited`, or memlock in /etc/security/limits.conf; docker: --ulimit memlock=-1")
+    return Finding(
+        "slow", f"{what}: {alone}", "`ulimit -l unlimited`, or memlock in /etc/security/limits.conf; docker: --ulimit memlock=-1"
+    )
 
 
 def check_numa(gpu_node: int | None, own_nodes: set[int], nodes: list[facts.NumaNode] | None, needed_bytes: int) -> Finding | None:

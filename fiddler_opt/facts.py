@@ -1,6 +1,7 @@
 """What the system tells of this machine and of who else uses it. Rule: None where it does not tell; nothing is judged here."""
 
 import os
+import platform
 import re
 import resource
 import subprocess
@@ -63,6 +64,11 @@ def memlock_limit_bytes() -> int | None:
     """Memory that this process may lock; None is no limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def is_wsl() -> bool:
+    """Whether this Linux runs inside Windows."""
+    return "microsoft" in platform.release().lower()
 
 
 def numa_nodes() -> list[NumaNode] | None:

@@ -161,6 +161,11 @@ class MachineProfile(YamlFile):
         return {tokens: min(times, key=times.get) for tokens, times in self.absent_expert_us.items()}
 
     @property
+    def streams(self) -> bool:
+        """Whether experts in host memory were timed over the link: there is a GPU, and they could be page-locked."""
+        return self.link is not None and any(share > 0 for times in self.absent_expert_us.values() for share in times)
+
+    @property
     def h2d_bytes_per_s(self) -> float | None:
         return self.link and self.link.h2d_bytes_per_s
 

@@ -24,7 +24,7 @@ def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, 
     """The GPU bytes of a plan with no expert resident yet.
 
     A total of zero is a plan without a GPU: nothing lies there. On a machine without CUDA the driver and the link, and so
-    reserve and staging, take nothing.
+    reserve and staging, take nothing; where nothing is streamed, the link does not.
 
     Raises:
         FiddlerError: the total exceeds the device, or does not even hold what is not experts.
@@ -37,14 +37,14 @@ def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, 
             f"--gpu-mem {format_bytes(total)} is more than the {format_bytes(device.memory_bytes)} that {device.name} has "
             "by the machine profile"
         )
-    on_gpu = device.kind == "cuda"
+    on_gpu, streams = device.kind == "cuda", machine.streams
     memory = GpuMemory(
         total=total,
         non_expert_weights=model.non_expert_bytes,
         kv_cache=model.kv_bytes_per_token * workload.max_seq_len * workload.sequences,
-        staging=STAGED_BLOCKS * model.block_bytes if on_gpu else 0,
+        staging=STAGED_BLOCKS * model.block_bytes if streams else 0,
         activations=activation_bytes(model, workload, chunk_tokens) + (LIBRARY_WORKSPACE_BYTES if on_gpu else 0),
-        reserve=device.context_bytes + model.all_expert_bytes // PINNED_BYTES_PER_GPU_BYTE if on_gpu else 0,
+        reserve=(device.context_bytes if on_gpu else 0) + (model.all_expert_bytes // PINNED_BYTES_PER_GPU_BYTE if streams else 0),
         experts=0,
     )
     if memory.used > total:

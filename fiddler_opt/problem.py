@@ -32,7 +32,7 @@ class Problem:
 
     @property
     def has_link(self) -> bool:
-        return self.machine.link is not None and self.budget.gpu_bytes > 0
+        return self.machine.streams and self.budget.gpu_bytes > 0
 
     def memory(self) -> GpuMemory:
         """GPU bytes by purpose, before anything is placed; the embedding counts as if it lay there.
@@ -64,6 +64,7 @@ class Problem:
         alone = self.budget.gpu_bytes == 0
         if policy in ("link", "better") and not self.has_link:
             raise FiddlerError(
-                "copying experts to the GPU needs a GPU; plan with --gpu-mem, from the profile of a machine that has one"
+                "copying experts to the GPU needs a GPU, and host memory that can be page-locked; plan with --gpu-mem, from the "
+                "profile of a machine that has both"
             )
         return CostModel.build(self.model, self.machine, routing, self.workload, self.chunk_tokens, policy, cpu_alone=alone)

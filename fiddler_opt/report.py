@@ -35,6 +35,10 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
     console.print(rates)
     if machine.link:
         console.print(f"link: {_link(machine.link)}")
+        if not machine.streams:
+            console.print(
+                "experts could not be page-locked: plans leave those that are not in GPU memory to the CPU", style="yellow"
+            )
     layer = ", ".join(
         f"{name} {times[1] / 1e3:.2f} ms"
         for name, times in (

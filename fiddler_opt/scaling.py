@@ -28,7 +28,7 @@ def with_link(machine: MachineProfile, bytes_per_s: float) -> MachineProfile:
     """The machine with a link that copies `bytes_per_s` to the GPU; its other rates change in proportion.
 
     Raises:
-        FiddlerError: it has no link.
+        FiddlerError: nothing is copied over a link there.
     """
     return with_rates(machine, link_bytes_per_s=bytes_per_s)
 
@@ -44,12 +44,16 @@ def with_rates(
     """Both of them; None: as profiled.
 
     Raises:
-        FiddlerError: a link is asked for, and there is none.
+        FiddlerError: a link is asked for, and there is none that experts are copied over.
     """
     link, link_factor = machine.link, 1.0
     if link_bytes_per_s is not None:
         if link is None:
             raise FiddlerError("--link: the machine profile has no GPU, so no link; vary --ram, or name another with --machine")
+        if not machine.streams:
+            raise FiddlerError(
+                "--link: by the machine profile no experts are copied over it; vary --ram, or name another with --machine"
+            )
         link_factor = link_bytes_per_s / link.h2d_bytes_per_s
         link = link.model_copy(
             update={
@@ -104,7 +108,7 @@ class Rooflines:
 
     def link_us(self, tokens: int) -> float:
         machine = self.machine
-        if machine.link is None:
+        if not machine.streams:
             return float("inf")
         copy = 1e6 * machine.shape.expert_bytes / machine.link.h2d_bytes_per_s
         return max(copy / self.link_factor, 1e6 * seconds_at(machine.device_expert_us, tokens))
@@ -113,7 +117,7 @@ class Rooflines:
     def memory_us(self) -> float:
         best = self.machine.best_absent_us
         tokens = min(best, key=best.get)
-        limited = self.machine.link is not None and best[tokens] > NOTICEABLY * _balance_us(*profiled_us(self.machine, tokens))
+        limited = self.machine.streams and best[tokens] > NOTICEABLY * _balance_us(*profiled_us(self.machine, tokens))
         return best[tokens] / self.ram_factor if limited else 0.0
 
 
@@ -121,7 +125,7 @@ def profiled_us(machine: MachineProfile, tokens: int) -> tuple[float, float]:
     """C and L as profiled; where one was not timed: C as the planner continues it, L as its copy takes."""
     by_share = machine.absent_expert_us[tokens]
     cpu = by_share.get(0.0) or 1e6 * seconds_at(machine.cpu_expert_us, tokens)
-    copy = 1e6 * machine.shape.expert_bytes / machine.link.h2d_bytes_per_s if machine.link else float("inf")
+    copy = 1e6 * machine.shape.expert_bytes / machine.link.h2d_bytes_per_s if machine.streams else float("inf")
     return cpu, by_share.get(1.0) or max(copy, 1e6 * seconds_at(machine.device_expert_us, tokens))
 
 
@@ -134,7 +138,7 @@ def _scaled(by_share: dict[Share, float], tokens: int, before: Rooflines, after:
     floor_us = after.memory_us
     cpu, link = profiled_us(before.machine, tokens)
     new_cpu = max(floor_us, cpu * after.cpu_us(tokens) / before.cpu_us(tokens))
-    new_link = max(floor_us, link * after.link_us(tokens) / before.link_us(tokens)) if before.machine.link else link
+    new_link = max(floor_us, link * after.link_us(tokens) / before.link_us(tokens)) if before.machine.streams else link
     best = min(by_share, key=by_share.get)
     factor = max(_balance_us(new_cpu, new_link), floor_us) / max(_balance_us(cpu, link), before.memory_us)
     new_best_us = round(max(floor_us, by_share[best] * factor), 3)

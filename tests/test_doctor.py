@@ -197,9 +197,10 @@ X16 = PcieLink(4, 16, 4, 16)
         (doctor.check_link(PcieLink(1, 1, 5, 16), 54e9), "ok", "reach 54.00 GB/s"),  # a virtual machine's link
         (doctor.check_link(None, 54e9), "ok", "reach 54.00 GB/s"),
         (doctor.check_link(None, None), None, ""),
-        (doctor.check_memlock(None, 72 * 10**9, False), "ok", ""),
-        (doctor.check_memlock(8_388_608, 72 * 10**9, True), "ok", ""),
-        (doctor.check_memlock(8_388_608, 72 * 10**9, False), "stops", "8.39 MB"),
+        (doctor.check_memlock(None, 72 * 10**9, False, False), "ok", ""),
+        (doctor.check_memlock(8_388_608, 72 * 10**9, True, False), "ok", ""),
+        (doctor.check_memlock(8_388_608, 72 * 10**9, False, False), "slow", "8.39 MB"),
+        (doctor.check_memlock(None, 72 * 10**9, True, True), "slow", "WSL lets little host memory be page-locked"),
         (doctor.check_numa(1, {0}, NODES, 72 * 10**9), "slow", "--cpunodebind=1 --membind=1"),
         (doctor.check_numa(0, {1}, NODES, 72 * 10**9), "slow", "--cpunodebind=0 --preferred=0"),
         (doctor.check_numa(1, {0, 1}, NODES, 72 * 10**9), None, ""),

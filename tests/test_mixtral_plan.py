@@ -11,6 +11,7 @@ from fiddler_opt.memory import activation_bytes
 from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
 from fiddler_opt.problem import Budget
 from fiddler_opt.routing import Routing
+from fiddler_opt.scaling import ram_rate, with_link, with_ram
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan import Plan, Workload
 
@@ -54,6 +55,30 @@ def test_bytes_by_purpose(model, machine):
     assert parts <= 24_000_000_000
     assert 24_000_000_000 - parts < BLOCK_BYTES  # no room left for another block
     assert gpu.experts + plan.host_memory_bytes.experts == 256 * EXPERT_BYTES
+
+
+def test_what_cannot_be_page_locked_is_left_to_the_cpu(model, machine):
+    """As a profile says it that found no link for experts: by the CPU alone."""
+    alone = {tokens: {0.0: times[0.0]} for tokens, times in machine.absent_expert_us.items() if 0.0 in times}
+    unlocked = machine.model_copy(update={"absent_expert_us": alone})
+    assert machine.streams
+    assert not unlocked.streams
+    plan, usual = plan_for(model, unlocked, 24 * 10**9), plan_for(model, machine, 24 * 10**9)
+    assert usual.streams
+    assert not plan.streams
+    assert plan.gpu_memory_bytes.staging == 0
+    assert plan.gpu_memory_bytes.reserve == 600_000_000
+    assert set(plan.stream_share.values()) == {0.0}
+    assert plan.num_resident_blocks > usual.num_resident_blocks  # in the staging's place
+    assert plan.predicted.ttft_s > usual.predicted.ttft_s
+    assert set(plan.predicted.alternatives) == {"greedy", "uniform", "layers", "cpu"}
+    with pytest.raises(FiddlerError, match="host memory that can be page-locked"):
+        compile_plan(model, unlocked, Routing.uniform(model), WORKLOAD, Budget(24 * 10**9), MADE, baseline="stream")
+    with pytest.raises(FiddlerError, match="--link: by the machine profile no experts are copied over it"):
+        with_link(unlocked, 10**10)
+    faster = with_ram(unlocked, 2 * ram_rate(unlocked))
+    assert not faster.streams
+    assert faster.absent_expert_us[1][0.0] == pytest.approx(unlocked.absent_expert_us[1][0.0] / 2, rel=1e-3)
 
 
 def test_zero_bytes_is_a_plan_for_the_cpu_alone(model, machine):

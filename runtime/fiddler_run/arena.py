@@ -59,9 +59,11 @@ class Arena:
             return
         status = torch.cuda.cudart().cudaHostRegister(self.blocks.data_ptr(), self.blocks.nbytes, 0)
         if int(status) != 0:
+            with suppress(RuntimeError):
+                torch.zeros(1, device="cuda")  # raises the same error again, which CUDA then forgets
             raise FiddlerError(
-                f"cannot page-lock {self.blocks.nbytes / 1e9:.1f} GB of host memory for experts ({status}); "
-                "raise the limit with `ulimit -l unlimited` or free host memory"
+                f"cannot page-lock {self.blocks.nbytes / 1e9:.1f} GB of host memory for experts ({status}); raise the limit with "
+                "`ulimit -l unlimited`, free host memory, or profile this machine and plan again: then nothing is copied to the GPU"
             )
         self._pinned = True
 
@@ -117,7 +119,7 @@ class ExpertStore:
     def __init__(self, plan: Plan, device: torch.device, disk_folder: Path):
         self.block_neurons = plan.block_neurons
         self.block_elements = 3 * plan.block_neurons * plan.model.hidden_size
-        self.dtype, self.device = TORCH_DTYPES[plan.model.dtype], device
+        self.dtype, self.device, self._streams = TORCH_DTYPES[plan.model.dtype], device, plan.streams
         self._device_arena = Arena(plan.num_resident_blocks, self.block_elements, self.dtype, device)
         self._host_arena = Arena(plan.num_absent_blocks, self.block_elements, self.dtype, torch.device("cpu"))
         self._disk_arena = Arena(plan.num_disk_blocks, self.block_elements, self.dtype, torch.device("cpu"), disk_folder)
@@ -141,7 +143,7 @@ class ExpertStore:
             except BaseException:  # an interrupt too must not wait until the rest is loaded
                 threads.shutdown(cancel_futures=True)
                 raise
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self._streams:
             self._host_arena.pin()
 
     def _place(self, weights: Weights, layer: int, expert: int) -> int:

@@ -220,6 +220,11 @@ class Plan(YamlFile):
         return sum(sum(row) for row in self.disk_blocks.values())
 
     @property
+    def streams(self) -> bool:
+        """Whether blocks may be copied to the GPU, for which host memory must be page-locked."""
+        return self.gpu_memory_bytes.staging > 0
+
+    @property
     def num_absent_blocks(self) -> int:
         """Blocks in host memory."""
         everything = self.model.num_layers * self.model.num_experts * self.blocks_per_expert

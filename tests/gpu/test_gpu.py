@@ -20,6 +20,7 @@ from fiddler_opt.problem import Budget
 from fiddler_opt.routing import Routing
 from fiddler_opt.unfinished import Unfinished
 from fiddler_run import load_model
+from fiddler_run.arena import Arena
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
@@ -74,6 +75,37 @@ def test_a_profile_of_the_way_that_decode_takes(wide, tmp_path):
     fastest_us = spec.expert_bytes / 1e13 * 1e6  # 10 TB/s
     assert min(machine.device_expert_us.values()) > fastest_us
     assert min(machine.absent_expert_us[1].values()) > machine.device_expert_us[1]
+
+
+def test_where_little_memory_can_be_page_locked(wide, tmp_path, monkeypatch):
+    """The profile finds out, and its plans run without."""
+    folder, spec, _ = wide
+
+    def refuse(arena: Arena) -> None:
+        raise FiddlerError("refused")
+
+    monkeypatch.setattr(Arena, "pin", refuse)
+    bench = MachineBench(spec, HASTY, None)
+    machine = measure_machine(bench, Unfinished(tmp_path / "m.yaml", bench.identity), "test", True, lambda name, finished: None)
+    del bench
+    release_gpu_memory()
+    assert not machine.streams
+    assert machine.link.h2d_bytes_per_s > 1e9
+    workload = Workload(prompt_tokens=300, output_tokens=8, num_beams=1, batch_size=1, max_seq_len=512)
+    made = dict.fromkeys(("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "test")
+    plan = compile_plan(spec, machine, Routing.uniform(spec), workload, Budget(2**31), made)
+    model, _ = load_model(plan, folder)
+    ids = torch.randint(3, 700, (1, 300), generator=torch.Generator().manual_seed(1))
+    _, measured = generate_ids(model, ids, Options(max_new_tokens=8), min_new_tokens=8, pad_token_id=0)
+    assert measured.prefill_traffic.streamed_blocks == measured.traffic.streamed_blocks == 0
+
+
+def test_a_refused_page_lock_leaves_no_error_behind():
+    arena = Arena(2, 10**6, torch.float32, torch.device("cpu"))
+    arena.pin()
+    with pytest.raises(FiddlerError, match="cannot page-lock"):
+        arena.pin()  # it is already
+    assert torch.ones(3, device=CUDA).sum().item() == 3
 
 
 @pytest.mark.parametrize(("beams", "batch"), [(1, 1), (4, 1), (1, 4)])
