@@ -64,7 +64,7 @@ def test_times_are_smoothed_over_shares():
 def test_shares_are_tried_until_the_best_is_not_the_last(best, alone):
     """Also if what CPU and link need alone says something else."""
     bench = object.__new__(ExpertBench)
-    bench.on_gpu, bench.top_k, bench.blocks, bench._turn = True, 2, 16, 0
+    bench.page_locked, bench.top_k, bench.blocks, bench._turn = True, 2, 16, 0
     asked = []
 
     def experts(tokens, shares):
@@ -85,6 +85,8 @@ def test_shares_are_tried_until_the_best_is_not_the_last(best, alone):
     assert set(bench.shares(128, {0.0: 5.0, 0.2: 3.0, 1.0: 9.0})) == {0.2}
     assert set(bench.shares(128, {0.0: 5.0, 0.2: 4.0, 1.0: 3.0})) == {0.2, 1.0}  # the best, even if it is all
     assert set(bench.shares(128, {0.0: 5.0, 1.0: 9.0})) == {0.0}
+    bench.page_locked = False
+    assert set(bench.shares(8)) == {0.0}  # the GPU cannot read them
 
 
 def test_a_bench_leaves_no_memory_behind():
