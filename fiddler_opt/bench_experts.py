@@ -145,7 +145,7 @@ class ExpertBench:
         """Microseconds of an expert from when the first of what the timeline calls `names` begins to when the last ends, in each
         layer of a dispatch; Python has queued them before, as in a run, if it need not wait for the router."""
         dispatch, timeline = self._dispatch(resident, self.blocks, tokens, share), self.executors.timeline
-        called, layers = self._called(tokens), range(self._layers(tokens))
+        called, layers = self._called(tokens), range(self._layers)
 
         def measure() -> list[float]:
             timeline.start()
@@ -203,9 +203,9 @@ class ExpertBench:
             return dict(zip(shares, times, strict=True))
         # What Python does before and after is not told from the experts' time but by a dispatch that has no blocks.
         calls = [self._dispatch(0, self.blocks, tokens, share) for share in shares]
-        per_sample = max(1, ROUND // self._layers(tokens)) if tokens <= MANY_TOKENS else 1  # longer calls vary less
+        per_sample = max(1, ROUND // self._layers) if tokens <= MANY_TOKENS else 1  # longer calls vary less
         empty, *filled = self.stopwatch.time(self._dispatch(0, 0, tokens, 0.0), *calls, calls_per_sample=per_sample)
-        experts = self._called(tokens) * self._layers(tokens)
+        experts = self._called(tokens) * self._layers
         return {share: (timing - empty) / experts for share, timing in zip(shares, filled, strict=True)}
 
     def _rows(self, tokens: int) -> int:
@@ -220,7 +220,8 @@ class ExpertBench:
         """How many of a layer's experts are called: those of one token; by a prompt all, or as many as are quick."""
         return max(self.top_k, min(self.layer_experts, MOST_CALLS // tokens)) if self._is_prompt(tokens) else self.top_k
 
-    def _layers(self, tokens: int) -> int:
+    @property
+    def _layers(self) -> int:
         """How many layers are timed at once: each is prepared while the one before it is computed. No more, since of two layers
         Python need not wait for the first."""
         return 2 if self.on_gpu and self.num_experts >= 2 * self.layer_experts else 1
@@ -228,7 +229,7 @@ class ExpertBench:
     def _dispatch(self, resident: int, stop: int, tokens: int, share: float) -> Callable[[], object]:
         """A call that dispatches as many tokens as it takes for each called expert to have `tokens` of them; to other experts each
         time. Of each expert, blocks 0 to `resident` are on the device, those up to `stop` in host memory."""
-        called, at_once = self._called(tokens), self._layers(tokens)
+        called, at_once = self._called(tokens), self._layers
         layers = [
             LayerDispatch(
                 0,

@@ -113,10 +113,14 @@ class MachineBench:
 
     def _choose_threads(self) -> dict:
         choice = self._experts.threads()
-        return {**choice, "kernel": self._experts.kernel, "timed_bytes": self._experts.timed_bytes}
+        bench = self._experts
+        return {**choice, "kernel": bench.kernel, "timed_bytes": bench.timed_bytes, "page_locked": bench.page_locked}
 
     def _time_experts(self, tokens: int) -> dict:
         bench = self._experts
+        if bench.page_locked != self.found["threads"]["page_locked"]:
+            now = "can be page-locked now, but could not before" if bench.page_locked else "could be page-locked, but cannot be now"
+            raise FiddlerError(f"host memory {now}: delete the .unfinished file beside the profile, and begin anew")
         bench.use_threads(*self._threads)
         first = self.found.get(f"{EXPERTS}, {tokens} tokens, round 1")  # whose shares are timed again
         shares = bench.shares(tokens, first and first["times"]["absent_expert_us"])

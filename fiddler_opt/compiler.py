@@ -3,7 +3,7 @@
 from fiddler_opt.baselines import BASELINES, place_by_rule
 from fiddler_opt.cost import Policy
 from fiddler_opt.ilp import Solution, place, relaxed_s
-from fiddler_opt.lower import lower, predict
+from fiddler_opt.lower import lower, predict, to_tenths_of_a_millisecond
 from fiddler_opt.machine import MachineProfile
 from fiddler_opt.memory import chunk_candidates
 from fiddler_opt.model import ModelSpec
@@ -87,7 +87,7 @@ def alternatives(problem: Problem, routing: Routing) -> dict[str, Alternative]:
         cost = problem.cost(routing, rule.policy)
         placement = place_by_rule(rule, cost, problem.room())
         rate = cost.decode_tokens_per_s(cost.decode_step_s(placement))
-        found[name] = Alternative(decode_tokens_per_s=round(rate, 3), ttft_s=round(cost.ttft_s(placement), 4))
+        found[name] = Alternative(decode_tokens_per_s=round(rate, 3), ttft_s=to_tenths_of_a_millisecond(cost.ttft_s(placement)))
     return found
 
 

@@ -170,7 +170,7 @@ def check_link(link: facts.PcieLink | None, h2d_bytes_per_s: float | None) -> Fi
 
 def check_memlock(limit_bytes: int | None, needed_bytes: int, locks_freely: bool, wsl: bool) -> Finding:
     alone = "experts that cannot be page-locked are left to the CPU, by plans from a profile of this machine"
-    if wsl:
+    if wsl and needed_bytes:
         return Finding("slow", f"WSL lets little host memory be page-locked: {alone}", "use Linux itself for fast prompts")
     if limit_bytes is None or limit_bytes >= needed_bytes or locks_freely:
         return Finding("ok", "host memory can be page-locked for copies to the GPU")

@@ -63,7 +63,7 @@ def predict(problem: Problem, routing: Routing, solution: Solution, policy: Poli
     with_more = best.decode_tokens_per_s(decode_bound_s(best, more)) - best.decode_tokens_per_s(solution.decode_bound_s)
     return Predicted(
         decode_tokens_per_s=round(cost.decode_tokens_per_s(cost.decode_step_s(placement)), 3),
-        ttft_s=round(cost.ttft_s(placement), 4),
+        ttft_s=to_tenths_of_a_millisecond(cost.ttft_s(placement)),
         gpu_hit_rate=round(cost.hit_rate(placement), 4),
         bound_tokens_per_s=round(best.decode_tokens_per_s(solution.decode_bound_s), 3),
         gap=round(solution.gap, 6),
@@ -74,6 +74,11 @@ def predict(problem: Problem, routing: Routing, solution: Solution, policy: Poli
         regret={},
         alternatives={},
     )
+
+
+def to_tenths_of_a_millisecond(seconds: float) -> float:
+    """At least one: nothing takes no time."""
+    return max(round(seconds, 4), 1e-4)
 
 
 def milliseconds(parts: dict[str, float]) -> dict[str, float]:

@@ -127,17 +127,18 @@ def _ticks(count: int) -> range:
 
 
 def _machine(machine: MachineProfile):
-    """Left: time of one expert over tokens. Right, with a GPU: the rate of an absent expert over the share sent over the link."""
+    """Left: time of one expert over tokens. Right, if experts are copied to a GPU: the rate of one over the share that is."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    gpu = machine.device.kind == "cuda"
-    figure = Figure(figsize=(11 if gpu else 6, 4.5), layout="constrained")
-    times, *rates = figure.subplots(1, 2) if gpu else [figure.subplots()]
+    figure = Figure(figsize=(11 if machine.streams else 6, 4.5), layout="constrained")
+    times, *rates = figure.subplots(1, 2) if machine.streams else [figure.subplots()]
     lines = {"CPU alone": machine.cpu_expert_us}
-    if gpu:
+    if machine.streams:
         link = {tokens: by_share[1.0] for tokens, by_share in machine.absent_expert_us.items() if 1.0 in by_share}
-        lines |= {"link alone": link, "CPU and link together": machine.best_absent_us, "GPU": machine.device_expert_us}
+        lines |= {"link alone": link, "CPU and link together": machine.best_absent_us}
+    if machine.device.kind == "cuda":
+        lines["GPU"] = machine.device_expert_us
     for name, by_tokens in lines.items():
         times.plot(list(by_tokens), [us / 1e3 for us in by_tokens.values()], marker="o", markersize=4, label=name)
     times.set(xscale="log", yscale="log", xlabel="tokens of the expert", ylabel="milliseconds")

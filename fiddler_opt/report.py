@@ -37,7 +37,9 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
         console.print(f"link: {_link(machine.link)}")
         if not machine.streams:
             console.print(
-                "experts could not be page-locked: plans leave those that are not in GPU memory to the CPU", style="yellow"
+                "experts could not be page-locked: plans leave those that are not in GPU memory to the CPU; "
+                "`fiddler-opt doctor` says what limits it",
+                style="yellow",
             )
     layer = ", ".join(
         f"{name} {times[1] / 1e3:.2f} ms"
@@ -212,6 +214,8 @@ def plan_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> list[s
         notes.append("no routing profile for this model: uniform routing assumed; record one with `fiddler-opt profile --prompts`")
     if machine.source != "measured":
         notes.append(f"{machine_file} comes from data sheets, nothing was measured: run `fiddler-opt profile` on your machine")
+    if machine.link and not machine.streams and plan.gpu_memory_bytes.total:
+        notes.append(f"by {machine_file} experts cannot be page-locked: nothing is copied to the GPU, and prompts take longer")
     shape = machine.shape
     if (shape.hidden_size, shape.intermediate_size) != (plan.model.hidden_size, plan.model.intermediate_size):
         notes.append(

@@ -138,7 +138,9 @@ def _scaled(by_share: dict[Share, float], tokens: int, before: Rooflines, after:
     floor_us = after.memory_us
     cpu, link = profiled_us(before.machine, tokens)
     new_cpu = max(floor_us, cpu * after.cpu_us(tokens) / before.cpu_us(tokens))
-    new_link = max(floor_us, link * after.link_us(tokens) / before.link_us(tokens)) if before.machine.streams else link
+    if not before.machine.streams:
+        return {0.0: round(new_cpu, 3)}
+    new_link = max(floor_us, link * after.link_us(tokens) / before.link_us(tokens))
     best = min(by_share, key=by_share.get)
     factor = max(_balance_us(new_cpu, new_link), floor_us) / max(_balance_us(cpu, link), before.memory_us)
     new_best_us = round(max(floor_us, by_share[best] * factor), 3)

@@ -44,7 +44,7 @@ class Row:
 def points(asked: WhatIf, machine: MachineProfile, workload: Workload) -> list[Point]:
     """
     Raises:
-        FiddlerError: GPU memory or a link is asked for on a machine without a GPU.
+        FiddlerError: GPU memory is asked for on a machine without a GPU, or a link where none copies experts.
     """
     made, on_gpu = [], machine.device.kind == "cuda"
     for value in asked.values:

@@ -6,6 +6,7 @@ import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan, random_plan
@@ -13,8 +14,9 @@ from conftest import DEMO, demo_shape, make_plan, random_plan
 from fiddler_run import load_model
 from fiddler_run.arena import Arena, ExpertStore
 from fiddler_run.checkpoint import Checkpoint
-from fiddler_run.dispatch import LayerDispatch, expert_groups
+from fiddler_run.dispatch import Expert, ExpertCall, LayerDispatch, expert_groups
 from fiddler_run.errors import FiddlerError
+from fiddler_run.executors import _takes_long
 from fiddler_run.timeline import Timeline
 from fiddler_run.transfer import StagingRing
 
@@ -130,6 +132,21 @@ def test_a_ring_gives_what_is_asked_for_whatever_was_copied_ahead(slots):
             with arriving as staged:
                 found.append(staged.clone())
         assert all(torch.equal(*pair) for pair in zip(found, asked, strict=True))
+
+
+def test_how_long_a_gpu_may_wait():
+    """By what the CPU has to do in all, in tokens times experts."""
+
+    def call(tokens: int, resident: int, absent: int, streamed: int, on_disk: int = 0) -> ExpertCall:
+        expert = Expert(*(torch.empty(count, 6) for count in (resident, absent, on_disk)))
+        return ExpertCall(expert, 0, np.zeros(tokens, dtype=np.int64), np.zeros(tokens, dtype=np.float32), streamed)
+
+    assert not _takes_long([call(512, 0, 4, 0)])
+    assert _takes_long([call(513, 0, 4, 0)])
+    assert not _takes_long([call(2000, 3, 13, 10)])
+    assert _takes_long([call(100, 0, 4, 0)] * 6)
+    assert not _takes_long([call(10**6, 4, 0, 0), call(10**6, 0, 4, 4)])
+    assert _takes_long([call(1, 3, 0, 0, on_disk=1)])
 
 
 def test_a_ring_goes_on_after_an_error():

@@ -78,6 +78,8 @@ def test_what_cannot_be_page_locked_is_left_to_the_cpu(model, machine):
         with_link(unlocked, 10**10)
     faster = with_ram(unlocked, 2 * ram_rate(unlocked))
     assert not faster.streams
+    odd = unlocked.model_copy(update={"absent_expert_us": {1: {0.0: 3360.0}, 8: {0.0: 5775.8}, 1024: {0.0: 68848.8}}})
+    assert not with_ram(odd, 335.54432e9).streams  # not by rounding either
     assert faster.absent_expert_us[1][0.0] == pytest.approx(unlocked.absent_expert_us[1][0.0] / 2, rel=1e-3)
 
 

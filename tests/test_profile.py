@@ -24,6 +24,7 @@ from fiddler_opt.machine import LEAST_US, MachineProfile
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.routing import RoutingProfile
 from fiddler_opt.trace_routing import RoutingTrace
+from fiddler_run.errors import FiddlerError
 from fiddler_run.host import num_cores
 
 QUICK = ("profile", "--quick", "--force", "--model", DEMO)
@@ -98,6 +99,14 @@ def test_a_bench_leaves_no_memory_behind():
     del bench, experts
     assert alive() is None
     assert arena() is None
+
+
+def test_memory_that_can_no_longer_be_page_locked():
+    """What was timed before cannot be completed."""
+    bench = MachineBench(ModelSpec.load(str(DEMO)), QUICK_EFFORT, None)
+    bench.found["threads"] = {"threads": 1, "pinned": False, "page_locked": True}
+    with pytest.raises(FiddlerError, match="could be page-locked, but cannot be now: delete the .unfinished file"):
+        bench.parts["experts, 1 tokens, round 1"]()
 
 
 def test_differences_do_not_vanish():

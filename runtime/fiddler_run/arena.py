@@ -62,8 +62,8 @@ class Arena:
             with suppress(RuntimeError):
                 torch.zeros(1, device="cuda")  # raises the same error again, which CUDA then forgets
             raise FiddlerError(
-                f"cannot page-lock {self.blocks.nbytes / 1e9:.1f} GB of host memory for experts ({status}); raise the limit with "
-                "`ulimit -l unlimited`, free host memory, or profile this machine and plan again: then nothing is copied to the GPU"
+                f"cannot page-lock {self.blocks.nbytes / 1e9:.1f} GB of host memory for experts ({status}); free some, raise the "
+                "limit with `ulimit -l unlimited`, or leave them to the CPU: `staging: 0` and `stream_share: {1: 0.0}` in the plan"
             )
         self._pinned = True
 

@@ -55,6 +55,7 @@ class Expert:
     def __init__(self, resident: torch.Tensor, absent: torch.Tensor, on_disk: torch.Tensor):
         self.resident, self.absent, self.on_disk = resident, absent, on_disk
         self.num_resident, self.num_absent, self.num_on_disk = len(resident), len(absent), len(on_disk)
+        self.num_blocks = max(1, self.num_resident + self.num_absent + self.num_on_disk)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from fiddler_run.transfer import Mailbox, StagingRing
 
 SPIN_US = 1000  # longer than a GPU takes for the dense part of a layer
 SPIN_BESIDE_PYTORCH_US = 20  # where PyTorch needs the same cores for it
-MOST_WAITED_FOR = 512  # tokens of an expert on the CPU: a GPU that waits for more may hold up a screen
+MOST_WAITED_FOR = 512  # of all tokens times experts on the CPU: a GPU that waits for more may hold up a screen
 
 
 class Executors:
@@ -149,7 +149,7 @@ class Executors:
         self.timeline.begin("host", "queue device work")
         output = self._staged.compute(calls, hidden_states, top_k_index, top_k_weights)
         if cpu_output is not None:
-            if self.kernels and not any(_takes_long(call) for call in calls):
+            if self.kernels and not _takes_long(calls):
                 self.kernels.wait(self.mailbox.finished, self._jobs)
             else:
                 self.finish_cpu()
@@ -202,9 +202,10 @@ class Executors:
             self.cpu.wait()  # the jobs hold views of the model's memory
 
 
-def _takes_long(call: ExpertCall) -> bool:
-    """Whether a GPU should not wait for the CPU's part of it: it could be stopped for taking too long."""
-    return call.expert.num_on_disk > 0 or (call.num_on_cpu > 0 and len(call.rows) > MOST_WAITED_FOR)
+def _takes_long(calls: list[ExpertCall]) -> bool:
+    """Whether a GPU should not wait for the CPU's part of them: it could be stopped for taking too long."""
+    whole_experts = sum(len(call.rows) * call.num_on_cpu / call.expert.num_blocks for call in calls)
+    return whole_experts > MOST_WAITED_FOR or any(call.expert.num_on_disk for call in calls)
 
 
 @cache
