@@ -23,7 +23,7 @@ from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
 from fiddler_opt.problem import Budget, Problem
 from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.units import parse_bytes
-from fiddler_run.balance import observe
+from fiddler_run.balance import TOKENS, observe
 from fiddler_run.cli import exit_status
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generate import Measured, Options, generate_ids, never_stopping
@@ -34,7 +34,6 @@ from fiddler_run.plan import Plan, Workload
 from fiddler_run.yaml_file import write_whole
 
 MADE = dict.fromkeys(("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "benchmark")
-RATE_TOKENS = 4
 COLUMNS = ("GPU memory", "beams", "prompt", "output", "decode, steps/s", "predicted", "", "first token, s", "predicted", "", "rate")
 
 
@@ -113,7 +112,7 @@ def measured(flags: argparse.Namespace, model: ModelSpec, machine: MachineProfil
 
 def joint_bytes_per_s(model: DispatchedMixtral) -> float | None:
     """Of CPU and link, in all layers: what the machine gives now, which may be another minute's than the profile's."""
-    observed = [each for number in range(RATE_TOKENS) for each in observe(model, number)]
+    observed = [each for number in range(TOKENS) for each in observe(model, number)]
     blocks, seconds = sum(each.streamed + each.on_cpu for each in observed), sum(each.both_s for each in observed)
     return blocks * model.plan.block_bytes / seconds if seconds else None
 

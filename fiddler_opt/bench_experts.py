@@ -20,6 +20,7 @@ from fiddler_run.executors import Executors
 from fiddler_run.host import num_cores, num_physical_cores
 from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.plan import MOST_ROUTED_TOKENS
+from fiddler_run.timeline import whole_s
 
 GPU_WORKING_SET_BYTES = 1_500_000_000
 MAX_CPU_TOKENS = 512  # more are never best computed by a CPU alone
@@ -153,8 +154,7 @@ class ExpertBench:
                 torch.cuda._sleep(BUSY_CYCLES)
             dispatch()
             spans = [span for span in timeline.stop() if span.name in names]
-            of_layers = [[span for span in spans if span.call == call] for call in layers]
-            return [(max(s.stop_s for s in of) - min(s.start_s for s in of)) * 1e6 / called for of in of_layers]
+            return [whole_s([span for span in spans if span.call == call]) * 1e6 / called for call in layers]
 
         return measure
 

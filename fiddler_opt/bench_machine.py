@@ -112,9 +112,8 @@ class MachineBench:
         return {"available_bytes": available_memory_bytes(), "disk_bytes_per_s": disk and round(disk)}
 
     def _choose_threads(self) -> dict:
-        choice = self._experts.threads()
         bench = self._experts
-        return {**choice, "kernel": bench.kernel, "timed_bytes": bench.timed_bytes, "page_locked": bench.page_locked}
+        return {**bench.threads(), "kernel": bench.kernel, "timed_bytes": bench.timed_bytes, "page_locked": bench.page_locked}
 
     def _time_experts(self, tokens: int) -> dict:
         bench = self._experts

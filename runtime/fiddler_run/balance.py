@@ -13,6 +13,7 @@ import torch
 
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.model import DispatchedMixtral
+from fiddler_run.timeline import whole_s
 
 ROUNDS, TOKENS = 2, 4  # how often the division changes, and by what so many tokens took
 FEW_TOKENS = 16  # of an expert: with so many it is no longer memory that sets the CPU's pace, and the plan's division stays
@@ -32,6 +33,8 @@ class Observed:
 
 def balance(model: DispatchedMixtral) -> None:
     """Lets CPU and link finish at the same time in each layer that uses both for one token."""
+    if not shares(model):
+        return
     for _ in range(ROUNDS):
         tokens = [observe(model, number) for number in range(TOKENS)]
         for dispatch, observed in zip(_routed(model), zip(*tokens, strict=True), strict=True):
@@ -86,5 +89,4 @@ def _observed(dispatch: LayerDispatch, chosen: list[int], spans: list) -> Observ
     streamed = int(dispatch.routed.shares[1] * absent + 0.5)  # the rule of `LayerDispatch`
     at_work = [span for span in spans if (absent - streamed if span.name == "blocks" else streamed)]
     cpu_s, link_s = (sum(s.stop_s - s.start_s for s in at_work if s.name == name) for name in ("blocks", "in place"))
-    both_s = max(span.stop_s for span in at_work) - min(span.start_s for span in at_work) if at_work else 0.0
-    return Observed(streamed, absent - streamed, link_s, cpu_s, both_s)
+    return Observed(streamed, absent - streamed, link_s, cpu_s, whole_s(at_work))

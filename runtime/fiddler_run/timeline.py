@@ -93,6 +93,11 @@ class Timeline:
         return mark - self._origin_s if isinstance(mark, float) else self._origin.elapsed_time(mark) * 1e-3
 
 
+def whole_s(spans: list[Span]) -> float:
+    """Seconds from when the first of them begins to when the last ends; 0 if there are none."""
+    return max(span.stop_s for span in spans) - min(span.start_s for span in spans) if spans else 0.0
+
+
 def write_trace(spans: list[Span], path: Path) -> None:
     """A trace that chrome://tracing and ui.perfetto.dev show, one row for each lane.
 
