@@ -1,13 +1,15 @@
 """The plan against the rules of thumb, run: `python benchmarks/baselines.py --machine profiles/local.machine.yaml -o FOLDER`.
 
 Random weights choose experts evenly, so their routers are skewed: each expert's scores are scaled at random. The routing is
-recorded first, and every plan is made from it. With `--load-format safetensors` the routers stay as they are. Writes baselines.md:
-medians of --rounds, since a machine's speed may change between two plans.
+recorded first, and every plan is made from it and run on other prompts. With `--load-format safetensors` the routers stay as they
+are. Writes baselines.json, and baselines.md: medians of all prompts of --rounds, since a machine's speed may change between plans.
 """
 
 import argparse
+import json
 import random
 import sys
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -30,8 +32,8 @@ from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan, Workload
 from fiddler_run.yaml_file import write_whole
 
-RECORDED_PROMPTS, RECORDED_TOKENS = 6, 24
-COLUMNS = ("plan", "decode, tokens/s", "predicted", "", "first token, s", "predicted", "", "GPU hit rate", "predicted")
+RECORDED_PROMPTS, PROMPTS = 16, 4  # to plan from; to run in each round
+COLUMNS = ("plan", "decode, tokens/s", "predicted", "", "first token, s", "predicted", "", "both, s", "GPU hit rate", "predicted")
 
 
 def main() -> None:
@@ -51,9 +53,12 @@ def main() -> None:
             skew_routers(found, flags.skew)
         return found
 
+    def generate(model: DispatchedMixtral, seed: int, options: Options) -> Measured:
+        return generate_ids(model, random_ids(model, flags.prompt_tokens, seed), options, **never_stopping(model))[1]
+
     routing = recorded(loaded(plan_for(Routing.uniform(model))), model, workload)
     plans: dict[str, Plan] = {}
-    for baseline in (None, *BASELINES):
+    for baseline in (None, *flags.rules):
         try:
             plans[baseline or "solved"] = plan_for(routing, baseline)
         except FiddlerError as error:
@@ -63,25 +68,29 @@ def main() -> None:
     measured: dict[str, list[Measured]] = {name: [] for name in plans}
     for seed, (name, plan) in product(range(flags.rounds), plans.items()):
         running = loaded(plan)
-        ids = random_ids(running, flags.prompt_tokens, seed=1000 + seed)
-        generate_ids(running, ids, Options(2), **never_stopping(running))  # what is done but once
-        measured[name].append(generate_ids(running, ids, Options(flags.output_tokens), **never_stopping(running))[1])
+        generate(running, seed=0, options=Options(2))  # what is done but once
+        measured[name] += [
+            generate(running, 1000 + seed * PROMPTS + prompt, Options(flags.output_tokens)) for prompt in range(PROMPTS)
+        ]
         del running
         print(*row(name, plan, measured[name]), file=sys.stderr)
         rows = [row(name, plans[name], found) for name, found in measured.items() if found]
         table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+        raw = {name: [asdict(each) for each in found] for name, found in measured.items()}
+        write_whole(folder / "baselines.json", json.dumps(raw, indent=1))
         write_whole(folder / "baselines.md", "".join(f"| {' | '.join(cells)} |\n" for cells in table))
 
 
 def row(name: str, plan: Plan, found: list[Measured]) -> tuple[str, ...]:
-    """Medians of the rounds, and how far they lie apart."""
+    """Medians, and how far apart the prompts of all rounds lie."""
     speeds, firsts = [each.decode_tokens_per_s for each in found], [each.ttft_s for each in found]
     speed, first, hits = median(speeds), median(firsts), median(each.traffic.hit_rate for each in found)
+    both = median(each.ttft_s + (each.output_tokens - 1) / each.decode_tokens_per_s for each in found)
     told = plan.predicted
     decode = f"{speed:.2f} ({min(speeds):.2f} to {max(speeds):.2f})", f"{told.decode_tokens_per_s:.2f}"
     ttft = f"{first:.3f} ({min(firsts):.3f} to {max(firsts):.3f})", f"{told.ttft_s:.3f}"
     off = [f"{of / by - 1:+.0%}" for of, by in ((speed, told.decode_tokens_per_s), (first, told.ttft_s))]
-    return name, *decode, off[0], *ttft, off[1], f"{hits:.1%}", f"{told.gpu_hit_rate:.1%}"
+    return name, *decode, off[0], *ttft, off[1], f"{both:.2f}", f"{hits:.1%}", f"{told.gpu_hit_rate:.1%}"
 
 
 def skew_routers(model: DispatchedMixtral, skew: float) -> None:
@@ -94,12 +103,14 @@ def skew_routers(model: DispatchedMixtral, skew: float) -> None:
 
 
 def recorded(model: DispatchedMixtral, spec: ModelSpec, workload: Workload) -> Routing:
-    prompts = [random_ids(model, RECORDED_TOKENS, seed)[0].tolist() for seed in range(RECORDED_PROMPTS)]
-    job = RoutingJob(spec.shape, {"random": prompts}, RECORDED_TOKENS, workload.max_seq_len)
+    prompts = [random_ids(model, workload.prompt_tokens, seed)[0].tolist() for seed in range(RECORDED_PROMPTS)]
+    job = RoutingJob(spec.shape, {"random": prompts}, workload.output_tokens, workload.max_seq_len)
     recorder = RoutingRecorder(job)
     for _ in recorder.run(model):
         pass
-    return Routing.from_profile(routing_profile(recorder.trace(), spec.shape, "benchmark", RECORDED_TOKENS), spec, "recorded")
+    return Routing.from_profile(
+        routing_profile(recorder.trace(), spec.shape, "benchmark", workload.output_tokens), spec, "recorded"
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -112,6 +123,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="of all plans in turn (default: %(default)s)")
+    parser.add_argument(
+        "--rules", type=lambda text: text.split(","), default=list(BASELINES), metavar="NAMES", help="(default: all of them)"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER")
     return parser.parse_args()
 

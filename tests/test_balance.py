@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fiddler_run.balance import FEW_TOKENS, TOKENS, Observed, balance, observe, shares
-from fiddler_run.kernels.routed import RoutedLayer
+from fiddler_run.balance import FEW_TOKENS, PROMPT_TOKENS, TOKENS, Observed, balance, observe, shares
+from fiddler_run.kernels.routed import RoutedLayer, favoured
+from fiddler_run.plan import MOST_ROUTED_TOKENS
 from fiddler_run.timeline import Span
 
 EXPERTS, BLOCKS, TOP_K = 8, 16, 2
@@ -20,7 +21,7 @@ class Executors:
         self.timeline, self.spans, self.calls = self, [], 0
 
     def routes(self, tokens: int) -> bool:
-        return True
+        return tokens <= MOST_ROUTED_TOKENS
 
     def finish_cpu(self) -> None:
         pass
@@ -42,8 +43,12 @@ class Layer:
         self.routed = RoutedLayer(nothing, blocks, lambda _: share)
         self.experts = [SimpleNamespace(num_absent=BLOCKS)] * EXPERTS
         self.executors, self.cpu_s, self.link_s, self.late_s = executors, cpu_s, link_s, late_s
+        self.share, self.link_favour, self.prompts = share, 1.0, 0
 
     def __call__(self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        if len(states) > 1:
+            self.compute_prompt(states, index, weights)
+            return
         assert index.shape == weights.shape == (1, TOP_K)
         assert index.max() < EXPERTS
         streamed = int(self.routed.shares[1] * TOP_K * BLOCKS + 0.5)
@@ -57,11 +62,28 @@ class Layer:
         ]
         executors.calls += 1
 
+    def compute_prompt(self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        assert states.shape == (PROMPT_TOKENS, 4)
+        assert index.shape == weights.shape == (PROMPT_TOKENS, TOP_K)
+        assert index.flatten().bincount(minlength=EXPERTS).min() > 0
+        share, self.prompts = favoured(self.share, self.link_favour), self.prompts + 1
+        self.executors.spans += [
+            Span("CPU", "blocks", 0, 0, 1.0, 1.0 + (1 - share) * self.cpu_s),
+            Span("link", "copy", 0, 0, 0.0, share * self.link_s / 2),
+            Span("link", "copy", 0, 0, 9.0, 9.0 + share * self.link_s / 2),
+            Span("GPU", "streamed", 0, 0, 0.0, 99.0),
+        ]
+
 
 def model_of(executors: Executors, layers: list[Layer]) -> SimpleNamespace:
     config = SimpleNamespace(num_experts_per_tok=TOP_K, num_local_experts=EXPERTS, hidden_size=4)
-    modules = [SimpleNamespace(dispatch=layer) for layer in layers]
-    return SimpleNamespace(executors=executors, config=config, dtype=None, device=None, experts_modules=lambda: modules)
+    modules, device = [SimpleNamespace(dispatch=layer) for layer in layers], torch.device("cpu")
+    plan = SimpleNamespace(
+        prefill_chunk_tokens=2048, workload=SimpleNamespace(max_seq_len=4096), stream_share_at=lambda tokens: layers[0].share
+    )
+    return SimpleNamespace(
+        executors=executors, config=config, plan=plan, dtype=None, device=device, experts_modules=lambda: modules
+    )
 
 
 def balanced(executors: Executors, layers: list[Layer]) -> list[list[float]]:
@@ -80,6 +102,27 @@ def test_cpu_and_link_finish_together(share):
         assert found[1] == pytest.approx(cpu_s / (cpu_s + link_s), abs=0.01)
         assert found[FEW_TOKENS:] == pytest.approx([share] * (len(found) - FEW_TOKENS))
         assert sorted(found[1:FEW_TOKENS], reverse=found[1] > share) == found[1:FEW_TOKENS]  # from its own to the plan's
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_prompts_have_one_division_for_all_layers(share):
+    executors = Executors()
+    layers = [Layer(executors, share, *each) for each in ((1.0, 2.0), (2.0, 2.0), (3.0, 5.0))]
+    balanced(executors, layers)
+    assert len({layer.link_favour for layer in layers}) == 1
+    assert favoured(share, layers[0].link_favour) == pytest.approx(6 / (6 + 9))
+
+
+@pytest.mark.parametrize("change", ["short", "small chunks", "all over the link", "nothing absent"])
+def test_prompts_are_left_alone_where_there_is_nothing_to_divide(change):
+    executors = Executors()
+    layer = Layer(executors, 1.0 if change == "all over the link" else 0.3, 1.0, 2.0)
+    layer.experts = [SimpleNamespace(num_absent=0)] * EXPERTS if change == "nothing absent" else layer.experts
+    model = model_of(executors, [layer])
+    model.plan.prefill_chunk_tokens = MOST_ROUTED_TOKENS if change == "small chunks" else 2048
+    model.plan.workload.max_seq_len = MOST_ROUTED_TOKENS if change == "short" else 4096
+    balance(model)
+    assert (layer.link_favour, layer.prompts) == (1.0, 0)
 
 
 def test_one_late_call_changes_nothing():

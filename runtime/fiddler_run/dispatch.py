@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fiddler_run.kernels.routed import RoutedLayer
+from fiddler_run.kernels.routed import RoutedLayer, favoured
 from fiddler_run.plan import MOST_ROUTED_TOKENS
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class LayerDispatch:
         on_disk = on_disk or [blocks[:0] for blocks in absent]
         self.layer, self.experts = layer, [Expert(*blocks) for blocks in zip(resident, absent, on_disk, strict=True)]
         self.stream_share, self.executors = stream_share, executors
+        self.link_favour = 1.0  # where Python divides: so many times the link's blocks for each of the CPU's
         self.next: LayerDispatch | None = None
 
     @cached_property
@@ -150,7 +151,7 @@ class LayerDispatch:
         calls, start, owed = [], 0, 0.0
         for number, rows, weights in groups:
             expert = self.experts[number]
-            owed += self.stream_share(len(rows)) * expert.num_absent
+            owed += favoured(self.stream_share(len(rows)), self.link_favour) * expert.num_absent
             streamed = min(expert.num_absent, max(0, int(owed + 0.5)))
             owed -= streamed
             calls.append(ExpertCall(expert, start, rows, weights, streamed))

@@ -15,8 +15,8 @@ Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of blocks [count
 class StagedBlocks:
     """The device's part of a layer.
 
-    The link starts before anything else and should never wait: streamed blocks are computed as they arrive, resident ones between
-    two arrivals.
+    The link should never wait: what has arrived is computed first, which makes room in the ring, and resident blocks between two
+    arrivals. What was copied ahead fills the ring until the first of it is computed, so that nothing else is done before.
     """
 
     def __init__(self, ring: StagingRing | None, apply: Apply, timeline: Timeline):
@@ -36,24 +36,27 @@ class StagedBlocks:
         # The same order that `expert_groups` finds on the host.
         order = top_k_index.flatten().argsort(stable=True)
         rows, weights = order // top_k_index.shape[1], top_k_weights.flatten()[order].unsqueeze(1)
-        chosen = [slice(call.start, call.start + len(call.rows)) for call in calls]
-        states = [hidden_states[rows[tokens]] for tokens in chosen]
-        sums = [torch.zeros_like(x, dtype=torch.float32) for x in states]
+        states: dict[int, torch.Tensor] = {}  # of each call's tokens, by its first choice
+        sums: dict[int, torch.Tensor] = {}
 
-        def add(name: str, blocks: torch.Tensor, expert: int) -> None:
+        def add(name: str, blocks: torch.Tensor, call: ExpertCall) -> None:
+            if call.start not in states:
+                states[call.start] = hidden_states[rows[call.start : call.start + len(call.rows)]]
             self._timeline.begin("GPU", name)
-            sums[expert] += self._apply(blocks, states[expert])
+            part = self._apply(blocks, states[call.start])
+            sums[call.start] = sums[call.start].add_(part) if call.start in sums else part
             self._timeline.end("GPU", name)
 
-        resident = (("resident", call.expert.resident, expert) for expert, call in enumerate(calls) if call.expert.num_resident)
-        for expert in chain(*([expert] * len(streamed) for expert, streamed in enumerate(pieces))):
+        resident = (("resident", call.expert.resident, call) for call in calls if call.expert.num_resident)
+        for call in chain(*([call] * len(streamed) for call, streamed in zip(calls, pieces, strict=True))):
+            with next(arriving) as blocks:
+                add("streamed", blocks, call)
             for work in islice(resident, 1):
                 add(*work)
-            with next(arriving) as blocks:
-                add("streamed", blocks, expert)
         for work in resident:
             add(*work)
-        for total, tokens in zip(sums, chosen, strict=True):
+        for start, total in sums.items():
+            tokens = slice(start, start + len(total))
             output.index_add_(0, rows[tokens], total * weights[tokens])
         return output
 

@@ -34,8 +34,7 @@ class RoutedLayer:
         """The link gets `factor` times as many blocks for each of the CPU's for one token, for `few_tokens` as many as before, and
         for a number of tokens in between something in between."""
         for tokens in range(1, few_tokens):
-            share, odds = self.shares[tokens], factor ** (1 - log(tokens, few_tokens))
-            self.shares[tokens] = share * odds / (share * odds + 1 - share)
+            self.shares[tokens] = favoured(self.shares[tokens], factor ** (1 - log(tokens, few_tokens)))
 
     def streams(self, tokens: int) -> bool:
         """Whether so many tokens could have the GPU read blocks in host memory."""
@@ -62,6 +61,11 @@ class RoutedInput:
     table: torch.Tensor
     described: torch.Tensor
     max_blocks: int
+
+
+def favoured(share: float, factor: float) -> float:
+    """The link's share, if for each of the CPU's blocks it had `factor` times as many as with `share`."""
+    return share * factor / (share * factor + 1 - share)
 
 
 def table_size(max_blocks: int, num_experts: int, choices: int) -> int:
