@@ -17,7 +17,7 @@ from fiddler_opt.bench_device import describe_device
 from fiddler_opt.bench_experts import MAX_CPU_TOKENS, SMOOTHED, ExpertBench
 from fiddler_opt.bench_probe import bus_id
 from fiddler_opt.bench_timing import Stopwatch, Timing
-from fiddler_opt.machine import Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
+from fiddler_opt.machine import BETWEEN_ROUNDS, Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
 from fiddler_opt.memory import STAGED_BLOCKS
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.unfinished import Unfinished
@@ -196,7 +196,8 @@ def release_gpu_memory() -> None:
 
 def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> tuple[dict[str, dict], dict[str, dict]]:
     """The rounds' median microseconds, by share smoothed, and mean spread, by table and tokens. Shares that only the first round
-    has are as much slower as its other ones are in the median."""
+    has are as much slower as its other ones are in the median. `BETWEEN_ROUNDS` among the spreads: experts' slowest round over
+    the fastest, less one."""
     rounds: dict[str, dict[int, list[dict]]] = {}
     spreads: dict[str, dict[int, list[float]]] = {}
     for part, (_, tokens) in timed.items():
@@ -205,8 +206,15 @@ def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> 
             rounds.setdefault(table, {}).setdefault(tokens, []).append(by_share)
             spreads.setdefault(table, {}).setdefault(tokens, []).append(parts[part]["spread"][table])
 
+    def in_all(several: list[dict]) -> list[float]:
+        return [share for share in several[0] if all(share in by_share for by_share in several)]
+
+    def slowest_over_fastest(several: list[dict]) -> float:
+        whole = [sum(by_share[share] for share in in_all(several)) for by_share in several]
+        return max(whole) / min(whole) - 1
+
     def middle(several: list[dict]) -> dict | float:
-        first, again = several[0], [share for share in several[0] if all(share in by_share for by_share in several)]
+        first, again = several[0], in_all(several)
         medians = {share: median(by_share[share] for by_share in several) for share in again}
         drift = sum(medians.values()) / sum(first[share] for share in again)
         medians = {share: round(medians.get(share, first[share] * drift), 1) for share in first}
@@ -214,6 +222,8 @@ def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> 
 
     tables = {table: {tokens: middle(several) for tokens, several in found.items()} for table, found in rounds.items()}
     spread = {table: {tokens: round(fmean(of), 3) for tokens, of in found.items()} for table, found in spreads.items()}
+    timed_again = {tokens: several for tokens, several in rounds["absent_expert_us"].items() if len(several) > 1}
+    spread[BETWEEN_ROUNDS] = {tokens: round(slowest_over_fastest(several), 3) for tokens, several in timed_again.items()}
     return tables, spread
 
 

@@ -1,5 +1,6 @@
 """MachineProfile: how fast a machine does each thing that the runtime does. It knows no prompts and no placement."""
 
+from statistics import median
 from typing import ClassVar, Literal, Self
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -10,6 +11,7 @@ from fiddler_run.yaml_file import Section, YamlFile
 
 Times = dict[PositiveInt, PositiveFloat]  # microseconds by number of tokens
 LEAST_US = 0.1  # what a file holds of a time; nothing takes none
+BETWEEN_ROUNDS, FEW_TOKENS = "between_rounds", 16  # a key of `spread`; tokens of an expert as decode meets them
 Share = float  # of an absent expert's blocks, sent over the link
 
 
@@ -125,7 +127,10 @@ class MachineProfile(YamlFile):
         "dense_device_us": "what it adds to experts that keep the device busy: the rest is Python's, hidden behind them",
         "head_us": "once a step: embedding, output head, choice of the token",
         "host_embedding_us": "what a step takes longer with the embedding table in host memory; null: there is no GPU",
-        "spread": "how far the middle half of the samples lies from each median, as a part of it",
+        "spread": (
+            "how far the middle half of the samples lies from each median, as a part of it; "
+            "between_rounds, a minute apart: by how much the slowest of an expert in host memory was slower than the fastest"
+        ),
     }
 
     @model_validator(mode="after")
@@ -164,6 +169,12 @@ class MachineProfile(YamlFile):
     def streams(self) -> bool:
         """Whether experts in host memory were timed over the link: there is a GPU, and they could be page-locked."""
         return self.link is not None and any(share > 0 for times in self.absent_expert_us.values() for share in times)
+
+    @property
+    def drift(self) -> float:
+        """By how much the machine was slower in one minute than in another, with a few tokens; 0 if it was timed only once."""
+        found = [part for tokens, part in self.spread.get(BETWEEN_ROUNDS, {}).items() if tokens <= FEW_TOKENS]
+        return median(found) if found else 0.0
 
     @property
     def h2d_bytes_per_s(self) -> float | None:

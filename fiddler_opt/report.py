@@ -13,6 +13,8 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.plan import Plan
 from fiddler_run.yaml_file import read_text
 
+NOTED_DRIFT = 0.1  # of a machine: what less of it does to a prediction is not worth a line
+
 
 def print_machine(console: Console, machine: MachineProfile) -> None:
     """Rates of one expert's weights, by tokens; without a GPU the CPU's are all there is."""
@@ -59,9 +61,9 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
         )
         console.print(f"an expert for one token by threads, GB/s: {fastest}")
     if machine.memory.timed_bytes:
-        console.print(
-            f"timed in {format_bytes(machine.memory.timed_bytes)} of {format_bytes(machine.memory.available_bytes)} free memory"
-        )
+        sizes = format_bytes(machine.memory.timed_bytes), format_bytes(machine.memory.available_bytes)
+        steady = f"; from minute to minute {machine.drift:.0%} apart" if machine.drift else ""
+        console.print(f"timed in {sizes[0]} of {sizes[1]} free memory{steady}")
     if machine.disk_bytes_per_s:
         console.print(f"the checkpoint's disk: {format_bytes(machine.disk_bytes_per_s)}/s")
 
@@ -214,6 +216,11 @@ def plan_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> list[s
         notes.append("no routing profile for this model: uniform routing assumed; record one with `fiddler-opt profile --prompts`")
     if machine.source != "measured":
         notes.append(f"{machine_file} comes from data sheets, nothing was measured: run `fiddler-opt profile` on your machine")
+    if machine.drift > NOTED_DRIFT:
+        notes.append(
+            f"{machine_file}: experts in host memory took up to {machine.drift:.0%} longer in one minute than in another; "
+            "what is predicted may be off by as much"
+        )
     if machine.link and not machine.streams and plan.gpu_memory_bytes.total:
         notes.append(f"by {machine_file} experts cannot be page-locked: nothing is copied to the GPU, and prompts take longer")
     shape = machine.shape

@@ -63,6 +63,16 @@ def test_target_is_reached_with_the_least_memory(tmp_path):
     assert less.predicted.decode_tokens_per_s < 4.3
 
 
+@pytest.mark.parametrize(("apart", "told"), [({1: 0.3, 2: 0.24, 4: 0.05, 512: 0.0}, "24%"), ({1: 0.1, 64: 0.9}, None), ({}, None)])
+def test_a_machine_that_was_not_steady(tmp_path, apart, told):
+    machine = MachineProfile.load(MACHINE)
+    path = tmp_path / "machine.yaml"
+    machine.model_copy(update={"spread": {"between_rounds": apart}}).save(path)
+    result = run("fiddler-opt", "plan", "--machine", path, "--gpu-mem", "24GB", "-o", "p.yaml", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (f"up to {told} longer in one minute" in " ".join(result.stderr.split())) == bool(told)
+
+
 def test_robust_plans_for_the_worst_set(tmp_path, two_sets):
     flags = ("--gpu-mem", "24GB", "--routing", two_sets)
     plain, robust = planned(tmp_path, *flags), planned(tmp_path, *flags, "--robust")
