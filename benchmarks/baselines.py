@@ -123,11 +123,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="of all plans in turn (default: %(default)s)")
-    parser.add_argument(
-        "--rules", type=lambda text: text.split(","), default=list(BASELINES), metavar="NAMES", help="(default: all of them)"
-    )
+    parser.add_argument("--rules", nargs="+", choices=BASELINES, default=list(BASELINES), help="(default: all of them)")
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if flags.output_tokens < 2:
+        parser.error("--output-tokens must be at least 2: a single token has no decode")
+    return flags
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from fiddler_opt.bench_device import describe_device
 from fiddler_opt.bench_experts import MAX_CPU_TOKENS, SMOOTHED, ExpertBench
 from fiddler_opt.bench_probe import bus_id
 from fiddler_opt.bench_timing import Stopwatch, Timing
-from fiddler_opt.machine import BETWEEN_ROUNDS, Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
+from fiddler_opt.machine import Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
 from fiddler_opt.memory import STAGED_BLOCKS
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.unfinished import Unfinished
@@ -165,7 +165,7 @@ def measure_machine(
         on_part(name, finished)
         unfinished.part(name, measure if force else lambda name=name, measure=measure: undisturbed(name, measure))
     threads, host = parts["threads"], parts["host"]
-    tables, spread = merged_rounds(parts, bench.timed)
+    tables, spread, drift = merged_rounds(parts, bench.timed)
     return MachineProfile(
         version=2,
         source="measured",
@@ -184,6 +184,7 @@ def measure_machine(
         shape=MeasuredShape.of(bench.model),
         **{"host_embedding_us": None, **tables},
         spread=spread,
+        drift=drift,
         provenance=Made(command=command, created=date.today().isoformat(), software=f"PyTorch {torch.__version__}"),
     )
 
@@ -194,10 +195,10 @@ def release_gpu_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> tuple[dict[str, dict], dict[str, dict]]:
+def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> tuple[dict[str, dict], dict[str, dict], dict]:
     """The rounds' median microseconds, by share smoothed, and mean spread, by table and tokens. Shares that only the first round
-    has are as much slower as its other ones are in the median. `BETWEEN_ROUNDS` among the spreads: experts' slowest round over
-    the fastest, less one."""
+    has are as much slower as its other ones are in the median. And the drift: by tokens, an absent expert's slowest round over the
+    fastest, less one."""
     rounds: dict[str, dict[int, list[dict]]] = {}
     spreads: dict[str, dict[int, list[float]]] = {}
     for part, (_, tokens) in timed.items():
@@ -216,15 +217,15 @@ def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> 
     def middle(several: list[dict]) -> dict | float:
         first, again = several[0], in_all(several)
         medians = {share: median(by_share[share] for by_share in several) for share in again}
-        drift = sum(medians.values()) / sum(first[share] for share in again)
-        medians = {share: round(medians.get(share, first[share] * drift), 1) for share in first}
+        slower = sum(medians.values()) / sum(first[share] for share in again)
+        medians = {share: round(medians.get(share, first[share] * slower), 1) for share in first}
         return medians[None] if None in medians else smoothed(medians)
 
     tables = {table: {tokens: middle(several) for tokens, several in found.items()} for table, found in rounds.items()}
     spread = {table: {tokens: round(fmean(of), 3) for tokens, of in found.items()} for table, found in spreads.items()}
     timed_again = {tokens: several for tokens, several in rounds["absent_expert_us"].items() if len(several) > 1}
-    spread[BETWEEN_ROUNDS] = {tokens: round(slowest_over_fastest(several), 3) for tokens, several in timed_again.items()}
-    return tables, spread
+    drift = {tokens: round(slowest_over_fastest(several), 3) for tokens, several in timed_again.items()}
+    return tables, spread, drift
 
 
 def smoothed(by_share: dict[float, float]) -> dict[float, float]:

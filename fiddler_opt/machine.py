@@ -11,7 +11,7 @@ from fiddler_run.yaml_file import Section, YamlFile
 
 Times = dict[PositiveInt, PositiveFloat]  # microseconds by number of tokens
 LEAST_US = 0.1  # what a file holds of a time; nothing takes none
-BETWEEN_ROUNDS, FEW_TOKENS = "between_rounds", 16  # a key of `spread`; tokens of an expert as decode meets them
+FEW_TOKENS = 16  # of an expert: as decode meets them
 Share = float  # of an absent expert's blocks, sent over the link
 
 
@@ -113,6 +113,7 @@ class MachineProfile(YamlFile):
     head_us: Times
     host_embedding_us: Times | None
     spread: dict[str, dict[PositiveInt, NonNegativeFloat]]
+    drift: dict[PositiveInt, NonNegativeFloat] = {}
     provenance: Made
 
     header: ClassVar[str] = (
@@ -127,10 +128,8 @@ class MachineProfile(YamlFile):
         "dense_device_us": "what it adds to experts that keep the device busy: the rest is Python's, hidden behind them",
         "head_us": "once a step: embedding, output head, choice of the token",
         "host_embedding_us": "what a step takes longer with the embedding table in host memory; null: there is no GPU",
-        "spread": (
-            "how far the middle half of the samples lies from each median, as a part of it; "
-            "between_rounds, a minute apart: by how much the slowest of an expert in host memory was slower than the fastest"
-        ),
+        "spread": "how far the middle half of the samples lies from each median, as a part of it",
+        "drift": "of an expert in host memory, timed in several rounds: by how much the slowest round was slower than the fastest",
     }
 
     @model_validator(mode="after")
@@ -171,9 +170,9 @@ class MachineProfile(YamlFile):
         return self.link is not None and any(share > 0 for times in self.absent_expert_us.values() for share in times)
 
     @property
-    def drift(self) -> float:
-        """By how much the machine was slower in one minute than in another, with a few tokens; 0 if it was timed only once."""
-        found = [part for tokens, part in self.spread.get(BETWEEN_ROUNDS, {}).items() if tokens <= FEW_TOKENS]
+    def typical_drift(self) -> float:
+        """By how much the machine was slower in one minute than in another, with a few tokens; 0 if there was one round."""
+        found = [part for tokens, part in self.drift.items() if tokens <= FEW_TOKENS]
         return median(found) if found else 0.0
 
     @property

@@ -62,7 +62,7 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
         console.print(f"an expert for one token by threads, GB/s: {fastest}")
     if machine.memory.timed_bytes:
         sizes = format_bytes(machine.memory.timed_bytes), format_bytes(machine.memory.available_bytes)
-        steady = f"; from minute to minute {machine.drift:.0%} apart" if machine.drift else ""
+        steady = f"; from minute to minute {machine.typical_drift:.0%} apart" if machine.drift else ""
         console.print(f"timed in {sizes[0]} of {sizes[1]} free memory{steady}")
     if machine.disk_bytes_per_s:
         console.print(f"the checkpoint's disk: {format_bytes(machine.disk_bytes_per_s)}/s")
@@ -216,10 +216,10 @@ def plan_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> list[s
         notes.append("no routing profile for this model: uniform routing assumed; record one with `fiddler-opt profile --prompts`")
     if machine.source != "measured":
         notes.append(f"{machine_file} comes from data sheets, nothing was measured: run `fiddler-opt profile` on your machine")
-    if machine.drift > NOTED_DRIFT:
+    if machine.typical_drift > NOTED_DRIFT:
         notes.append(
-            f"{machine_file}: experts in host memory took up to {machine.drift:.0%} longer in one minute than in another; "
-            "what is predicted may be off by as much"
+            f"{machine_file}: the same experts in host memory took {machine.typical_drift:.0%} longer in one minute than in "
+            "another; what is predicted may be off by as much"
         )
     if machine.link and not machine.streams and plan.gpu_memory_bytes.total:
         notes.append(f"by {machine_file} experts cannot be page-locked: nothing is copied to the GPU, and prompts take longer")

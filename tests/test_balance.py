@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fiddler_run.balance import FEW_TOKENS, PROMPT_TOKENS, TOKENS, Observed, balance, observe, shares
+from fiddler_run.balance import FEW_TOKENS, TOKENS, Observed, balance, observe, shares
 from fiddler_run.kernels.routed import RoutedLayer, favoured
 from fiddler_run.plan import MOST_ROUTED_TOKENS
 from fiddler_run.timeline import Span
@@ -43,7 +43,7 @@ class Layer:
         self.routed = RoutedLayer(nothing, blocks, lambda _: share)
         self.experts = [SimpleNamespace(num_absent=BLOCKS)] * EXPERTS
         self.executors, self.cpu_s, self.link_s, self.late_s = executors, cpu_s, link_s, late_s
-        self.share, self.link_favour, self.prompts = share, 1.0, 0
+        self.share, self.prompts_favour_link, self.prompts, self.late_prompt_s = share, 1.0, [], 0.0
 
     def __call__(self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         if len(states) > 1:
@@ -63,23 +63,27 @@ class Layer:
         executors.calls += 1
 
     def compute_prompt(self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        assert states.shape == (PROMPT_TOKENS, 4)
-        assert index.shape == weights.shape == (PROMPT_TOKENS, TOP_K)
+        assert index.shape == weights.shape == (len(states), TOP_K)
         assert index.flatten().bincount(minlength=EXPERTS).min() > 0
-        share, self.prompts = favoured(self.share, self.link_favour), self.prompts + 1
-        self.executors.spans += [
-            Span("CPU", "blocks", 0, 0, 1.0, 1.0 + (1 - share) * self.cpu_s),
-            Span("link", "copy", 0, 0, 0.0, share * self.link_s / 2),
-            Span("link", "copy", 0, 0, 9.0, 9.0 + share * self.link_s / 2),
-            Span("GPU", "streamed", 0, 0, 0.0, 99.0),
+        self.prompts.append(len(states))
+        share, call, executors = favoured(self.share, self.prompts_favour_link), self.executors.calls, self.executors
+        late_s, self.late_prompt_s = self.late_prompt_s, 0.0
+        executors.spans += [
+            Span("CPU", "blocks", 0, call, 1.0, 1.0 + (1 - share) * self.cpu_s + late_s),
+            Span("link", "copy", 0, call, 0.0, share * self.link_s / 2),
+            Span("link", "copy", 0, call, 9.0, 9.0 + share * self.link_s / 2),
+            Span("GPU", "streamed", 0, call, 0.0, 99.0),
         ]
+        executors.calls += 1
 
 
 def model_of(executors: Executors, layers: list[Layer]) -> SimpleNamespace:
     config = SimpleNamespace(num_experts_per_tok=TOP_K, num_local_experts=EXPERTS, hidden_size=4)
     modules, device = [SimpleNamespace(dispatch=layer) for layer in layers], torch.device("cpu")
     plan = SimpleNamespace(
-        prefill_chunk_tokens=2048, workload=SimpleNamespace(max_seq_len=4096), stream_share_at=lambda tokens: layers[0].share
+        prefill_chunk_tokens=2048,
+        workload=SimpleNamespace(max_seq_len=4096, batch_size=1),
+        stream_share_at=lambda tokens: layers[0].share,
     )
     return SimpleNamespace(
         executors=executors, config=config, plan=plan, dtype=None, device=device, experts_modules=lambda: modules
@@ -107,22 +111,46 @@ def test_cpu_and_link_finish_together(share):
 @pytest.mark.parametrize("share", [0.2, 0.8])
 def test_prompts_have_one_division_for_all_layers(share):
     executors = Executors()
-    layers = [Layer(executors, share, *each) for each in ((1.0, 2.0), (2.0, 2.0), (3.0, 5.0))]
-    balanced(executors, layers)
-    assert len({layer.link_favour for layer in layers}) == 1
-    assert favoured(share, layers[0].link_favour) == pytest.approx(6 / (6 + 9))
+    layers = [Layer(executors, share, *each) for each in ((1.0, 2.0), (2.0, 3.0), (3.0, 5.0))]
+    layers[1].routed = None  # some of its blocks are on disk
+    balance(model_of(executors, layers))
+    assert len({layer.prompts_favour_link for layer in layers}) == 1
+    assert favoured(share, layers[0].prompts_favour_link) == pytest.approx(3 / (3 + 5))  # the layer in the middle
+    assert [layer.prompts for layer in layers] == [[128 * EXPERTS // TOP_K] * 2] * 3
 
 
-@pytest.mark.parametrize("change", ["short", "small chunks", "all over the link", "nothing absent"])
-def test_prompts_are_left_alone_where_there_is_nothing_to_divide(change):
+def test_one_late_layer_does_not_change_what_prompts_do():
     executors = Executors()
-    layer = Layer(executors, 1.0 if change == "all over the link" else 0.3, 1.0, 2.0)
-    layer.experts = [SimpleNamespace(num_absent=0)] * EXPERTS if change == "nothing absent" else layer.experts
+    layers = [Layer(executors, 2 / 3, 2.0, 1.0) for _ in range(8)]
+    layers[5].late_prompt_s = 1.0
+    balanced(executors, layers)
+    assert layers[0].prompts_favour_link == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "tokens"),
+    [
+        ({"prefill_chunk_tokens": 300}, 300),
+        ({"max_seq_len": 300}, 300),
+        ({"max_seq_len": 200, "batch_size": 2}, 400),
+        ({"max_seq_len": 200, "batch_size": 8}, 512),
+        ({"prefill_chunk_tokens": MOST_ROUTED_TOKENS}, None),
+        ({"max_seq_len": MOST_ROUTED_TOKENS}, None),
+        ({"share": 0.0}, None),
+        ({"share": 1.0}, None),
+        ({"absent": 0}, None),
+    ],
+)
+def test_which_prompts_are_divided_anew(change, tokens):
+    executors = Executors()
+    layer = Layer(executors, change.get("share", 0.3), 1.0, 2.0)
+    layer.experts = [SimpleNamespace(num_absent=change.get("absent", BLOCKS))] * EXPERTS
     model = model_of(executors, [layer])
-    model.plan.prefill_chunk_tokens = MOST_ROUTED_TOKENS if change == "small chunks" else 2048
-    model.plan.workload.max_seq_len = MOST_ROUTED_TOKENS if change == "short" else 4096
+    model.plan.prefill_chunk_tokens = change.get("prefill_chunk_tokens", 2048)
+    model.plan.workload = SimpleNamespace(max_seq_len=change.get("max_seq_len", 4096), batch_size=change.get("batch_size", 1))
     balance(model)
-    assert (layer.link_favour, layer.prompts) == (1.0, 0)
+    assert layer.prompts == ([tokens] * 2 if tokens else [])
+    assert (layer.prompts_favour_link == 1.0) == (tokens is None)
 
 
 def test_one_late_call_changes_nothing():

@@ -40,8 +40,11 @@ def test_figures_add_up():
     assert ("CPU" in result.bare_bytes_per_s) == (library() is not None)
     assert result.stream_share == {}
     assert "for one token" not in rates(plan, result).caption
-    shared = replace(result, stream_share={0: 0.2, 3: 0.4})
-    assert "for one token the link has 30%, by layer 20% to 40% (plan: " in rates(plan, shared).caption
+    assert result.prompts_favour_link == 1
+    assert "with long prompts" not in rates(plan, result).caption
+    shared = rates(plan, replace(result, stream_share={0: 0.2, 3: 0.4}, prompts_favour_link=1.25)).caption
+    assert "for one token the link has 30%, by layer 20% to 40% (plan: " in shared
+    assert "with long prompts the link has 1.25 times the plan's blocks" in shared
     calls = {span.call for span in spans}
     assert calls == set(range(6 * (1 + steps)))
     assert {span.lane for span in spans} == set(LANES)

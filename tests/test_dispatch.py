@@ -17,6 +17,7 @@ from fiddler_run.checkpoint import Checkpoint
 from fiddler_run.dispatch import Expert, ExpertCall, LayerDispatch, expert_groups
 from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import _takes_long
+from fiddler_run.staging import StagedBlocks
 from fiddler_run.timeline import Timeline
 from fiddler_run.transfer import StagingRing
 
@@ -40,6 +41,56 @@ def test_a_layer_streams_its_share_to_half_a_block(share):
         streamed, absent = sum(call.num_streamed for call in calls), sum(call.expert.num_absent for call in calls)
         assert abs(streamed - share * absent) <= 0.5
         assert all(0 <= call.num_streamed <= call.expert.num_absent for call in calls)
+
+
+@pytest.mark.parametrize(("tokens", "favour", "streamed"), [(300, 3.0, 12), (300, 1.0, 8), (256, 3.0, 8)])
+def test_long_prompts_may_be_divided_otherwise(tokens, favour, streamed):
+    """Also what is copied ahead of them."""
+    nothing, blocks = [torch.empty(0, 6)] * 4, [torch.zeros(16, 6)] * 4
+    layer, following = (LayerDispatch(number, nothing, blocks, lambda _: 0.5, Executors()) for number in range(2))
+    layer.next = following
+    layer.prompts_favour_link = following.prompts_favour_link = favour
+    layer(torch.zeros(tokens, 2), torch.arange(2 * tokens).view(tokens, 2) % 4, torch.ones(tokens, 2))
+    given, ahead = layer.executors.given, layer.executors.ahead
+    assert [call.num_streamed for call in given] == [streamed] * 4
+    assert [call.num_streamed for call in ahead] == ([streamed] * 4 if tokens > 256 else [])
+
+
+class Executors:
+    """Note what they are given."""
+
+    def __init__(self):
+        self.timeline, self.given, self.ahead = Timeline(CPU), [], []
+
+    def routes(self, tokens):
+        return False
+
+    def receive(self, *tensors):
+        return tensors
+
+    def run(self, calls, host_states, hidden_states, top_k_index, top_k_weights):
+        self.given = calls
+        return hidden_states
+
+    def stream_ahead(self, calls):
+        self.ahead = calls
+
+
+def test_streamed_blocks_are_computed_before_resident_ones():
+    """Which makes room for the next copy; later they take turns."""
+    done, ring = [], StagingRing(4, 6, torch.float32, CPU)
+    resident, absent = torch.full((1, 6), 1.0), torch.full((5, 6), 2.0)
+    rows, weights = np.arange(3), np.ones(3, dtype=np.float32)
+    calls = [ExpertCall(Expert(resident, absent, absent[:0]), 3 * number, rows, weights, 5) for number in range(2)]
+
+    def apply(blocks: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        done.append((int(blocks[0, 0]), len(blocks)))
+        return blocks.sum() * states
+
+    staged, states = StagedBlocks(ring, apply, Timeline(CPU)), torch.ones(3, 2)
+    output = staged.compute(calls, states, torch.tensor([[0, 1]] * 3), torch.ones(3, 2))
+    assert done == [(2, 2), (1, 1), (2, 2), (1, 1), (2, 1), (2, 2), (2, 2), (2, 1)]
+    assert torch.equal(output, torch.full((3, 2), 2 * 6 * (1.0 + 5 * 2.0)))
 
 
 def test_a_model_that_goes_gives_its_memory_back():

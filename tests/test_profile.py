@@ -44,11 +44,11 @@ def test_rounds_are_merged():
         "c": part({0.0: 90.0, 0.3: 10.0}, 2.5, 0.6),  # the machine was busy
         "d": part({0.0: 50.0}, 9.0, 0.0),
     }
-    tables, spread = merged_rounds(parts, {**dict.fromkeys("abc", ("experts", 1)), "d": ("experts", 8)})
+    tables, spread, drift = merged_rounds(parts, {**dict.fromkeys("abc", ("experts", 1)), "d": ("experts", 8)})
     merged = {0.0: 17.0, 0.3: 8.0, 1.0: round(20.0 * 25 / 18, 1)}
     assert tables == {"absent_expert_us": {1: merged, 8: {0.0: 50.0}}, "device_expert_us": {1: 2.5, 8: 9.0}}
     assert spread["absent_expert_us"] == {1: 0.3, 8: 0.0}
-    assert spread["between_rounds"] == {1: round(100 / 18 - 1, 3)}  # of what all have: one round tells nothing
+    assert drift == {1: round(100 / 18 - 1, 3)}  # of what all have: one round tells nothing
 
 
 def test_times_are_smoothed_over_shares():

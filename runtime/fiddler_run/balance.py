@@ -15,11 +15,12 @@ import torch
 
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.model import DispatchedMixtral
+from fiddler_run.plan import MOST_ROUTED_TOKENS
 from fiddler_run.timeline import Span, whole_s
 
 ROUNDS, TOKENS = 2, 4  # how often the division changes, and by what so many tokens took
 FEW_TOKENS = 16  # of an expert: with so many it is no longer memory that sets the CPU's pace, and the plan's division stays
-PROMPT_TOKENS = 512  # each expert of Mixtral has 128 of them, for which CPU and link are about equally fast
+PROMPT_TOKENS = 128  # of an expert: with so many neither CPU nor link has nearly all of the work
 MOST_CHANGE = 3.0  # of a division at once
 
 
@@ -58,17 +59,17 @@ def _balance_few_tokens(model: DispatchedMixtral) -> None:
 
 
 def _balance_prompts(model: DispatchedMixtral) -> None:
-    plan, config, dispatches = model.plan, model.config, _routed(model)
-    tokens = min(PROMPT_TOKENS, plan.prefill_chunk_tokens, plan.workload.max_seq_len)
-    of_each = tokens * config.num_experts_per_tok // config.num_local_experts
-    divided = any(expert.num_absent for each in dispatches for expert in each.experts) and 0 < plan.stream_share_at(of_each) < 1
-    if not divided or model.executors.routes(tokens):
+    dispatches, workload, top_k = _dispatches(model), model.plan.workload, model.config.num_experts_per_tok
+    per_token = top_k / model.config.num_local_experts
+    at_once = min(model.plan.prefill_chunk_tokens, workload.max_seq_len) * workload.batch_size
+    tokens = min(int(PROMPT_TOKENS / per_token), at_once)
+    divided = any(expert.num_absent for each in dispatches for expert in each.experts)
+    if tokens <= MOST_ROUTED_TOKENS or not divided or model.plan.stream_share_at(int(tokens * per_token)) in (0, 1):
         return
     for _ in range(ROUNDS):
-        cpu_s, link_s = observe_prompt(model, tokens)
-        if cpu_s and link_s:
-            for dispatch in dispatches:
-                dispatch.link_favour *= _limited(cpu_s / link_s)
+        factors = [cpu_s / link_s for cpu_s, link_s in observe_prompt(model, tokens) if cpu_s and link_s]
+        for dispatch in dispatches if factors else ():
+            dispatch.prompts_favour_link *= _limited(median(factors))
 
 
 def _limited(factor: float) -> float:
@@ -76,16 +77,17 @@ def _limited(factor: float) -> float:
 
 
 @torch.inference_mode()
-def observe_prompt(model: DispatchedMixtral, tokens: int) -> tuple[float, float]:
+def observe_prompt(model: DispatchedMixtral, tokens: int) -> list[tuple[float, float]]:
     """Has every layer's experts computed for `tokens` tokens of random states, which choose experts at random: how long the CPU and
-    the link were at work, in seconds."""
+    the link were at work in each, in seconds, what is copied ahead for the next one included."""
     config = model.config
     generator = torch.Generator(model.device).manual_seed(0)
     random = {"generator": generator, "device": model.device}
     states = torch.randn(tokens, config.hidden_size, dtype=model.dtype, **random)
     weights, index = torch.rand(tokens, config.num_local_experts, **random).topk(config.num_experts_per_tok)
-    spans = _spans(model, states, index, weights)
-    return _at_work_s(spans, "blocks"), _at_work_s(spans, "copy")
+    dispatches = _dispatches(model)
+    of_calls = _spans(model, dispatches, states, index, weights)
+    return [(_at_work_s(spans, "blocks"), _at_work_s(spans, "copy")) for spans in of_calls]
 
 
 @torch.inference_mode()
@@ -98,10 +100,9 @@ def observe(model: DispatchedMixtral, number: int = 0) -> list[Observed]:
     first = number * max(1, num_experts // (top_k * TOKENS))
     chosen = [(first + choice * (num_experts // top_k)) % num_experts for choice in range(top_k)]
     index, weights = torch.tensor([chosen], device=model.device), torch.full((1, top_k), 1 / top_k, device=model.device)
-    spans = [span for span in _spans(model, states, index, weights) if span.name in ("blocks", "in place")]
-    return [
-        _observed(dispatch, chosen, [span for span in spans if span.call == call]) for call, dispatch in enumerate(_routed(model))
-    ]
+    dispatches = _routed(model)
+    of_calls = _spans(model, dispatches, states, index, weights)
+    return [_observed(dispatch, chosen, spans) for dispatch, spans in zip(dispatches, of_calls, strict=True)]
 
 
 def shares(model: DispatchedMixtral) -> dict[int, float]:
@@ -110,28 +111,39 @@ def shares(model: DispatchedMixtral) -> dict[int, float]:
     return {dispatch.layer: share for dispatch in both if 0 < (share := dispatch.routed.shares[1]) < 1}
 
 
-def _spans(model: DispatchedMixtral, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[Span]:
-    """Of the experts of all layers, one after the other."""
+def prompts_favour_link(model: DispatchedMixtral) -> float:
+    """How many times the plan's blocks the link has with long prompts, for each of the CPU's."""
+    return _dispatches(model)[0].prompts_favour_link
+
+
+def _spans(
+    model: DispatchedMixtral, dispatches: list[LayerDispatch], states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> list[list[Span]]:
+    """Of each layer's experts, computed one after the other."""
     executors = model.executors
     executors.finish_cpu()  # or its last job would appear on the timeline
     executors.timeline.start()
-    for dispatch in _routed(model):
+    for dispatch in dispatches:
         dispatch(states, index, weights)
     executors.finish_cpu()
-    return executors.timeline.stop()
+    spans = executors.timeline.stop()
+    return [[span for span in spans if span.call == call] for call in range(len(dispatches))]
+
+
+def _dispatches(model: DispatchedMixtral) -> list[LayerDispatch]:
+    return [experts.dispatch for experts in model.experts_modules()]
 
 
 def _routed(model: DispatchedMixtral) -> list[LayerDispatch]:
-    if not model.executors.routes(1):
-        return []
-    dispatches = [experts.dispatch for experts in model.experts_modules()]
-    return [dispatch for dispatch in dispatches if dispatch.routed is not None]
+    """Those in which few tokens go the way of decode."""
+    return [each for each in _dispatches(model) if each.routed is not None] if model.executors.routes(1) else []
 
 
 def _observed(dispatch: LayerDispatch, chosen: list[int], spans: list[Span]) -> Observed:
     absent = sum(dispatch.experts[expert].num_absent for expert in chosen)
     streamed = int(dispatch.routed.shares[1] * absent + 0.5)  # the rule of `LayerDispatch`
-    at_work = [span for span in spans if (absent - streamed if span.name == "blocks" else streamed)]
+    blocks = {"blocks": absent - streamed, "in place": streamed}
+    at_work = [span for span in spans if blocks.get(span.name)]
     link_s, cpu_s = _at_work_s(at_work, "in place"), _at_work_s(at_work, "blocks")
     return Observed(streamed, absent - streamed, link_s, cpu_s, whole_s(at_work))
 

@@ -9,7 +9,7 @@ from itertools import cycle, pairwise
 import torch
 import transformers
 
-from fiddler_run.balance import shares
+from fiddler_run.balance import prompts_favour_link, shares
 from fiddler_run.dispatch import Traffic
 from fiddler_run.executors import Executors
 from fiddler_run.generate import Measured, Options, generate_ids, never_stopping
@@ -53,7 +53,8 @@ class BenchResult:
 
     `bare_bytes_per_s`: what the same memory gives to loops that only read with the CPU's threads, only copy to the GPU, and do
     both at once.
-    `stream_share`: the share of a layer's absent blocks that the link has for one token, by layer, if that was found after loading.
+    `stream_share`: the share of a layer's absent blocks that the link has for one token, by layer, if that was found after loading;
+    `prompts_favour_link`: how many times the plan's blocks it has with long prompts, for each of the CPU's.
     Peaks: what PyTorch's allocator held, what the whole GPU held at the end, and what this process held in RAM.
     """
 
@@ -65,6 +66,7 @@ class BenchResult:
     decode: PhaseTimes
     bare_bytes_per_s: dict[str, float]
     stream_share: dict[int, float]
+    prompts_favour_link: float
     peak_gpu_bytes: int
     used_gpu_bytes: int
     peak_host_bytes: int
@@ -106,6 +108,7 @@ def bench(
         decode=_phase(model.plan, of_decode, observed.traffic, step_s, 1, sequences),
         bare_bytes_per_s=_bare_rates(model),
         stream_share=shares(model),
+        prompts_favour_link=prompts_favour_link(model),
         peak_gpu_bytes=measured.peak_gpu_bytes,
         used_gpu_bytes=_used_gpu_bytes(model.device),
         peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -105,7 +105,7 @@ class LayerDispatch:
         on_disk = on_disk or [blocks[:0] for blocks in absent]
         self.layer, self.experts = layer, [Expert(*blocks) for blocks in zip(resident, absent, on_disk, strict=True)]
         self.stream_share, self.executors = stream_share, executors
-        self.link_favour = 1.0  # where Python divides: so many times the link's blocks for each of the CPU's
+        self.prompts_favour_link = 1.0  # with long ones it has so many times the blocks of `stream_share`, for each of the CPU's
         self.next: LayerDispatch | None = None
 
     @cached_property
@@ -134,8 +134,10 @@ class LayerDispatch:
             host_states, index, weights = executors.receive(hidden_states, top_k_index, top_k_weights)
             timeline.end("host", "wait for the router")
             groups = expert_groups(index.numpy(), weights.numpy(), len(self.experts))
-            output = executors.run(self._split(groups), host_states, hidden_states, top_k_index, top_k_weights)
-            if self.next is not None and len(hidden_states) > MOST_ROUTED_TOKENS:  # then it calls nearly all experts
+            is_prompt = len(hidden_states) > MOST_ROUTED_TOKENS
+            calls = self._split(groups, self.prompts_favour_link if is_prompt else 1.0)
+            output = executors.run(calls, host_states, hidden_states, top_k_index, top_k_weights)
+            if self.next is not None and is_prompt:  # then it calls nearly all experts
                 executors.stream_ahead(self.next._expected_calls(index.numel()))
         timeline.begin("GPU", "dense")
         return output
@@ -143,15 +145,15 @@ class LayerDispatch:
     def _expected_calls(self, choices: int) -> list[ExpertCall]:
         """If every expert is chosen as often as any other."""
         each = np.zeros(max(1, choices // len(self.experts)), dtype=np.int64)
-        return self._split([(number, each, each) for number in range(len(self.experts))])
+        return self._split([(number, each, each) for number in range(len(self.experts))], self.prompts_favour_link)
 
-    def _split(self, groups: list[tuple[int, np.ndarray, np.ndarray]]) -> list[ExpertCall]:
+    def _split(self, groups: list[tuple[int, np.ndarray, np.ndarray]], favour_link: float = 1.0) -> list[ExpertCall]:
         """Divides the blocks of each called expert. What rounding to whole blocks gives the link too much or too little with
-        one expert is made up for with the next. The same rule as in kernels/route.h."""
+        one expert is made up for with the next. The same rule as in kernels/route.h, where the shares are themselves changed."""
         calls, start, owed = [], 0, 0.0
         for number, rows, weights in groups:
             expert = self.experts[number]
-            owed += favoured(self.stream_share(len(rows)), self.link_favour) * expert.num_absent
+            owed += favoured(self.stream_share(len(rows)), favour_link) * expert.num_absent
             streamed = min(expert.num_absent, max(0, int(owed + 0.5)))
             owed -= streamed
             calls.append(ExpertCall(expert, start, rows, weights, streamed))

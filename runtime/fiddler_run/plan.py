@@ -3,7 +3,7 @@
 Every decision is a plain number. An expert's intermediate neurons are cut into blocks of `block_neurons`; for expert e of
 layer l the first `resident_blocks[l][e]` lie in GPU memory, the last `disk_blocks[l][e]` on disk, those between (the absent ones)
 in host memory, of which each call streams a share over the link and computes the remainder, and those on disk, on the CPU.
-For few tokens on a GPU, balance.py begins with that share and finds each layer's own.
+On a GPU, balance.py begins with that share and finds each layer's own for few tokens, and one for all with long prompts.
 """
 
 from bisect import bisect_right

@@ -77,5 +77,9 @@ def rates(plan: Plan, result) -> Table:
         found = result.stream_share.values()
         mean, planned = sum(found) / len(found), plan.stream_share_at(1)
         lines.append(f"for one token the link has {mean:.0%}, by layer {min(found):.0%} to {max(found):.0%} (plan: {planned:.0%})")
+    if result.prompts_favour_link != 1:
+        lines.append(
+            f"with long prompts the link has {result.prompts_favour_link:.2f} times the plan's blocks for each of the CPU's"
+        )
     table.caption = "\n".join(lines)
     return table

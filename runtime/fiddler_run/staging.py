@@ -15,8 +15,8 @@ Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of blocks [count
 class StagedBlocks:
     """The device's part of a layer.
 
-    The link should never wait: what has arrived is computed first, which makes room in the ring, and resident blocks between two
-    arrivals. What was copied ahead fills the ring until the first of it is computed, so that nothing else is done before.
+    The link should never wait: streamed blocks are computed as they arrive, which makes room in the ring, and resident ones between
+    two arrivals. What was copied ahead fills the ring until the first of it is computed, so that nothing else is done before.
     """
 
     def __init__(self, ring: StagingRing | None, apply: Apply, timeline: Timeline):

@@ -65,7 +65,7 @@ class RoutedInput:
 
 def favoured(share: float, factor: float) -> float:
     """The link's share, if for each of the CPU's blocks it had `factor` times as many as with `share`."""
-    return share * factor / (share * factor + 1 - share)
+    return share * factor / (share * factor + 1 - share) if factor != 1 else share  # exactly
 
 
 def table_size(max_blocks: int, num_experts: int, choices: int) -> int:
