@@ -21,6 +21,7 @@ from fiddler_opt.routing import Routing
 from fiddler_opt.unfinished import Unfinished
 from fiddler_run import load_model
 from fiddler_run.arena import Arena
+from fiddler_run.balance import observe_prompt
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
@@ -327,6 +328,26 @@ def wide_bfloat16(random_checkpoint):
     folder, shape = random_checkpoint(**WIDE)
     plan = random_plan(shape.model_copy(update={"dtype": "bfloat16"}), random.Random(3), block_neurons=224)
     return load_model(plan, folder, load_format="dummy")
+
+
+def test_long_prompts_are_computed_alike_however_divided(wide_bfloat16):
+    model, _ = wide_bfloat16
+    dispatches = [experts.dispatch for experts in model.experts_modules()]
+    found = dispatches[0].prompts_favour_link
+    assert len(observe_prompt(model, 400)) == len(dispatches)
+    generator = torch.Generator(CUDA).manual_seed(1)
+    states = torch.randn(400, 1024, generator=generator, device=CUDA).bfloat16()
+    weights, index = torch.rand(400, 8, generator=generator, device=CUDA).topk(2)
+    expected = None
+    for favour in (1.0, 8.0, 0.125):
+        for dispatch in dispatches:
+            dispatch.prompts_favour_link = favour
+        outputs = [dispatch(states, index, weights).float() for dispatch in dispatches]
+        expected = expected or outputs
+        for output, other in zip(outputs, expected, strict=True):
+            assert (output - other).abs().max() < 1e-2 * other.abs().max()
+    for dispatch in dispatches:
+        dispatch.prompts_favour_link = found
 
 
 def test_a_whole_model_gives_the_same_tokens_twice(wide_bfloat16):
