@@ -1,10 +1,12 @@
 """Measures a MachineProfile, part by part. Rule: it times the functions that the runtime calls, on weights of the model's shape."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 
@@ -17,7 +19,7 @@ from fiddler_opt.bench_device import describe_device
 from fiddler_opt.bench_experts import MAX_CPU_TOKENS, SMOOTHED, ExpertBench
 from fiddler_opt.bench_probe import bus_id
 from fiddler_opt.bench_timing import Stopwatch, Timing
-from fiddler_opt.machine import Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
+from fiddler_opt.machine import FEW_TOKENS, Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
 from fiddler_opt.memory import STAGED_BLOCKS
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.unfinished import Unfinished
@@ -30,7 +32,7 @@ from fiddler_run.host import available_memory_bytes, cpu_name, num_cores, num_ph
 @dataclass(frozen=True)
 class Effort:
     """How thorough: token counts, how many rounds, for each figure of one about how many seconds, the part of free host memory to
-    time in, and its limit. Rounds lie half a minute or more apart: what slows a machine for a while meets one of three."""
+    time in, and its limit. Rounds lie half a minute or more apart: what slows a machine for a while meets one or two."""
 
     tokens: tuple[int, ...]
     dense_tokens: tuple[int, ...]
@@ -59,11 +61,18 @@ class MachineBench:
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self._stopwatch = Stopwatch(self.device, effort.seconds)
         most = min(MAX_CPU_TOKENS if self.device.type == "cpu" else 10**6, model.max_position_embeddings - 1)
+        figures = [
+            (what, n) for what, counts in ((EXPERTS, effort.tokens), (LAYERS, effort.dense_tokens)) for n in counts if n <= most
+        ]
+        few, many = ([figure for figure in figures if (figure[1] <= FEW_TOKENS) == is_few] for is_few in (True, False))
+        # What decode meets is soon timed and set by memory, whose speed changes within seconds on some machines: twice a round.
+        middle, again = len(many) // 2, few if effort.rounds > 1 else []
+        in_turn = few + many[:middle] + again + many[middle:]
         self.timed: dict[str, tuple[str, int]] = {}
-        for number in range(1, effort.rounds + 1):
-            for what, counts in ((EXPERTS, effort.tokens), (LAYERS, effort.dense_tokens)):
-                for tokens in (tokens for tokens in counts if tokens <= most):
-                    self.timed[f"{what}, {tokens} tokens, round {number}"] = what, tokens
+        times = Counter()
+        for _, (what, tokens) in product(range(effort.rounds), in_turn):
+            times[what, tokens] += 1
+            self.timed[f"{what}, {tokens} tokens, round {times[what, tokens]}"] = what, tokens
 
     @property
     def parts(self) -> dict[str, Callable[[], dict]]:

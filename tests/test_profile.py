@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import Counter
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,10 @@ from test_commands import files_in, run
 
 from fiddler_opt.bench_experts import ExpertBench
 from fiddler_opt.bench_machine import QUICK as QUICK_EFFORT
-from fiddler_opt.bench_machine import MachineBench, merged_rounds, smoothed
+from fiddler_opt.bench_machine import THOROUGH, MachineBench, merged_rounds, smoothed
 from fiddler_opt.bench_timing import Stopwatch, Timing
 from fiddler_opt.machine import LEAST_US, MachineProfile
-from fiddler_opt.model import ModelSpec
+from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
 from fiddler_opt.routing import RoutingProfile
 from fiddler_opt.trace_routing import RoutingTrace
 from fiddler_run.errors import FiddlerError
@@ -49,6 +51,17 @@ def test_rounds_are_merged():
     assert tables == {"absent_expert_us": {1: merged, 8: {0.0: 50.0}}, "device_expert_us": {1: 2.5, 8: 9.0}}
     assert spread["absent_expert_us"] == {1: 0.3, 8: 0.0}
     assert drift == {1: round(100 / 18 - 1, 3)}  # of what all have: one round tells nothing
+
+
+def test_what_decode_meets_is_timed_more_often():
+    model = ModelSpec.load(DEFAULT_MODEL)
+    times = Counter(MachineBench(model, THOROUGH, None).timed.values())
+    assert {count for (_, tokens), count in times.items() if tokens <= 16} == {6}
+    assert {count for (_, tokens), count in times.items() if tokens > 16} == {3}
+    names = list(MachineBench(model, THOROUGH, None).timed)
+    visits = [names.index(f"experts, 1 tokens, round {number}") for number in range(1, 7)]
+    assert min(b - a for a, b in pairwise(visits)) > len(names) / 8  # all over the time that a profile takes
+    assert set(Counter(MachineBench(model, QUICK_EFFORT, None).timed.values()).values()) == {1}
 
 
 def test_times_are_smoothed_over_shares():
