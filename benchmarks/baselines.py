@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from workloads import MADE, forget, load, random_ids
+from workloads import MADE, continued, forget, load, random_ids, write_table
 
 from fiddler_opt.baselines import BASELINES
 from fiddler_opt.compiler import compile_plan
@@ -27,7 +27,7 @@ from fiddler_opt.trace_routing import RoutingJob, RoutingRecorder, routing_profi
 from fiddler_opt.units import parse_bytes
 from fiddler_run.cli import exit_status
 from fiddler_run.errors import FiddlerError
-from fiddler_run.generate import Measured, Options, generate_ids, never_stopping
+from fiddler_run.generate import Measured, Options
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan, Workload
 from fiddler_run.yaml_file import write_whole
@@ -53,9 +53,6 @@ def main() -> None:
             skew_routers(found, flags.skew)
         return found
 
-    def generate(model: DispatchedMixtral, seed: int, options: Options) -> Measured:
-        return generate_ids(model, random_ids(model, flags.prompt_tokens, seed), options, **never_stopping(model))[1]
-
     routing = recorded(loaded(plan_for(Routing.uniform(model))), model, workload)
     plans: dict[str, Plan] = {}
     for baseline in (None, *flags.rules):
@@ -66,19 +63,16 @@ def main() -> None:
     folder = Path(flags.output)
     folder.mkdir(parents=True, exist_ok=True)
     measured: dict[str, list[Measured]] = {name: [] for name in plans}
-    for seed, (name, plan) in product(range(flags.rounds), plans.items()):
+    for number, (name, plan) in product(range(flags.rounds), plans.items()):
         running = loaded(plan)
-        generate(running, seed=0, options=Options(2))  # what is done but once
-        measured[name] += [
-            generate(running, 1000 + seed * PROMPTS + prompt, Options(flags.output_tokens)) for prompt in range(PROMPTS)
-        ]
+        continued(running, flags.prompt_tokens, seed=0, options=Options(2))  # what is done but once
+        for seed in range(1000 + number * PROMPTS, 1000 + (number + 1) * PROMPTS):
+            measured[name].append(continued(running, flags.prompt_tokens, seed, Options(flags.output_tokens)))
         del running
         print(*row(name, plan, measured[name]), file=sys.stderr)
-        rows = [row(name, plans[name], found) for name, found in measured.items() if found]
-        table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
         raw = {name: [asdict(each) for each in found] for name, found in measured.items()}
         write_whole(folder / "baselines.json", json.dumps(raw, indent=1))
-        write_whole(folder / "baselines.md", "".join(f"| {' | '.join(cells)} |\n" for cells in table))
+        write_table(folder / "baselines.md", COLUMNS, [row(each, plans[each], found) for each, found in measured.items() if found])
 
 
 def row(name: str, plan: Plan, found: list[Measured]) -> tuple[str, ...]:

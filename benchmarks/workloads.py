@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -81,8 +82,7 @@ def main() -> None:
         forget()
     if not rows:
         raise FiddlerError("no plan fits")
-    table = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells for row in rows)]
-    write_whole(folder / "workloads.md", "".join(f"| {' | '.join(cells)} |\n" for cells in table))
+    write_table(folder / "workloads.md", COLUMNS, [row.cells for row in rows])
     figure(rows).savefig(folder / "workloads.png", dpi=130)
 
 
@@ -96,8 +96,7 @@ def measured(flags: argparse.Namespace, model: ModelSpec, machine: MachineProfil
     loaded, placement = load(plan, flags.model, flags.load_format), placement_of(plan)
 
     def generate(prompt: int, output: int) -> Measured:
-        ids = random_ids(loaded, prompt, seed=prompt)
-        return generate_ids(loaded, ids, Options(output, num_beams=beams), **never_stopping(loaded))[1]
+        return continued(loaded, prompt, seed=prompt, options=Options(output, num_beams=beams))
 
     for prompt, output in product(flags.prompts, flags.outputs):
         if output == flags.outputs[0]:
@@ -134,8 +133,18 @@ def forget() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def continued(model: DispatchedMixtral, prompt_tokens: int, seed: int, options: Options) -> Measured:
+    """What was measured while a random prompt was continued."""
+    return generate_ids(model, random_ids(model, prompt_tokens, seed), options, **never_stopping(model))[1]
+
+
 def random_ids(model: DispatchedMixtral, tokens: int, seed: int) -> torch.Tensor:
     return torch.randint(3, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """As Markdown."""
+    write_whole(path, "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, ("---",) * len(columns), *rows)))
 
 
 def figure(rows: list[Row]):

@@ -8,18 +8,17 @@ from datetime import date
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from statistics import fmean, median
 
-import numpy as np
 import torch
 
 from fiddler_opt import facts
 from fiddler_opt.bench_dense import DenseBench
 from fiddler_opt.bench_device import describe_device
-from fiddler_opt.bench_experts import MAX_CPU_TOKENS, SMOOTHED, ExpertBench
+from fiddler_opt.bench_experts import MAX_CPU_TOKENS, ExpertBench
 from fiddler_opt.bench_probe import bus_id
+from fiddler_opt.bench_rounds import drift_between_rounds, merged_rounds
 from fiddler_opt.bench_timing import Stopwatch, Timing
-from fiddler_opt.machine import FEW_TOKENS, Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
+from fiddler_opt.machine import Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
 from fiddler_opt.memory import STAGED_BLOCKS
 from fiddler_opt.model import ModelSpec
 from fiddler_opt.unfinished import Unfinished
@@ -27,6 +26,7 @@ from fiddler_run.arena import TORCH_DTYPES
 from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
 from fiddler_run.host import available_memory_bytes, cpu_name, num_cores, num_physical_cores
+from fiddler_run.plan import FEW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def measure_machine(
         on_part(name, finished)
         unfinished.part(name, measure if force else lambda name=name, measure=measure: undisturbed(name, measure))
     threads, host = parts["threads"], parts["host"]
-    tables, spread, drift = merged_rounds(parts, bench.timed)
+    tables, spread = merged_rounds(parts, bench.timed)
     return MachineProfile(
         version=2,
         source="measured",
@@ -193,7 +193,7 @@ def measure_machine(
         shape=MeasuredShape.of(bench.model),
         **{"host_embedding_us": None, **tables},
         spread=spread,
-        drift=drift,
+        drift=drift_between_rounds(parts, bench.timed),
         provenance=Made(command=command, created=date.today().isoformat(), software=f"PyTorch {torch.__version__}"),
     )
 
@@ -202,53 +202,6 @@ def release_gpu_memory() -> None:
     """Gives back what PyTorch keeps of it for later."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def merged_rounds(parts: dict[str, dict], timed: dict[str, tuple[str, int]]) -> tuple[dict[str, dict], dict[str, dict], dict]:
-    """The rounds' median microseconds, by share smoothed, and mean spread, by table and tokens. Shares that only the first round
-    has are as much slower as its other ones are in the median. And the drift: by tokens, an absent expert's slowest round over the
-    fastest, less one."""
-    rounds: dict[str, dict[int, list[dict]]] = {}
-    spreads: dict[str, dict[int, list[float]]] = {}
-    for part, (_, tokens) in timed.items():
-        for table, us in parts[part]["times"].items():
-            by_share = us if isinstance(us, dict) else {None: us}
-            rounds.setdefault(table, {}).setdefault(tokens, []).append(by_share)
-            spreads.setdefault(table, {}).setdefault(tokens, []).append(parts[part]["spread"][table])
-
-    def in_all(several: list[dict]) -> list[float]:
-        return [share for share in several[0] if all(share in by_share for by_share in several)]
-
-    def slowest_over_fastest(several: list[dict]) -> float:
-        whole = [sum(by_share[share] for share in in_all(several)) for by_share in several]
-        return max(whole) / min(whole) - 1
-
-    def middle(several: list[dict]) -> dict | float:
-        first, again = several[0], in_all(several)
-        medians = {share: median(by_share[share] for by_share in several) for share in again}
-        slower = sum(medians.values()) / sum(first[share] for share in again)
-        medians = {share: round(medians.get(share, first[share] * slower), 1) for share in first}
-        return medians[None] if None in medians else smoothed(medians)
-
-    tables = {table: {tokens: middle(several) for tokens, several in found.items()} for table, found in rounds.items()}
-    spread = {table: {tokens: round(fmean(of), 3) for tokens, of in found.items()} for table, found in spreads.items()}
-    timed_again = {tokens: several for tokens, several in rounds["absent_expert_us"].items() if len(several) > 1}
-    drift = {tokens: round(slowest_over_fastest(several), 3) for tokens, several in timed_again.items()}
-    return tables, spread, drift
-
-
-def smoothed(by_share: dict[float, float]) -> dict[float, float]:
-    """Each time between the ends replaced by what a parabola through the five around it says: of many noisy times the least is too
-    small, and its share chosen by chance."""
-    inside = sorted(share for share in by_share if 0 < share < 1)
-    if len(inside) < SMOOTHED:
-        return by_share
-    found = dict(by_share)
-    for number, share in enumerate(inside):
-        first = min(max(0, number - SMOOTHED // 2), len(inside) - SMOOTHED)
-        around = np.array(inside[first : first + SMOOTHED])
-        found[share] = round(float(np.polyfit(around - share, [by_share[each] for each in around], 2)[-1]), 1)
-    return found
 
 
 def undisturbed(name: str, measure: Callable[[], dict]) -> dict:

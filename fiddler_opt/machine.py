@@ -6,12 +6,11 @@ from typing import ClassVar, Literal, Self
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from fiddler_opt.model import ModelSpec
-from fiddler_run.plan import Dtype, interpolate
+from fiddler_run.plan import FEW_TOKENS, Dtype, interpolate
 from fiddler_run.yaml_file import Section, YamlFile
 
 Times = dict[PositiveInt, PositiveFloat]  # microseconds by number of tokens
 LEAST_US = 0.1  # what a file holds of a time; nothing takes none
-FEW_TOKENS = 16  # of an expert: as decode meets them
 Share = float  # of an absent expert's blocks, sent over the link
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fiddler_run.balance import FEW_TOKENS, TOKENS, Observed, balance, observe, shares
+from fiddler_run.balance import TOKENS, Observed, balance, observe, shares
 from fiddler_run.kernels.routed import RoutedLayer, favoured
-from fiddler_run.plan import MOST_ROUTED_TOKENS
+from fiddler_run.plan import FEW_TOKENS, MOST_ROUTED_TOKENS
 from fiddler_run.timeline import Span
 
 EXPERTS, BLOCKS, TOP_K = 8, 16, 2
@@ -84,6 +84,7 @@ def model_of(executors: Executors, layers: list[Layer]) -> SimpleNamespace:
         prefill_chunk_tokens=2048,
         workload=SimpleNamespace(max_seq_len=4096, batch_size=1),
         stream_share_at=lambda tokens: layers[0].share,
+        num_absent_blocks=sum(expert.num_absent for layer in layers for expert in getattr(layer, "experts", ())),
     )
     return SimpleNamespace(
         executors=executors, config=config, plan=plan, dtype=None, device=device, experts_modules=lambda: modules

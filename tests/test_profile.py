@@ -20,7 +20,8 @@ from test_commands import files_in, run
 
 from fiddler_opt.bench_experts import ExpertBench
 from fiddler_opt.bench_machine import QUICK as QUICK_EFFORT
-from fiddler_opt.bench_machine import THOROUGH, MachineBench, merged_rounds, smoothed
+from fiddler_opt.bench_machine import THOROUGH, MachineBench
+from fiddler_opt.bench_rounds import drift_between_rounds, merged_rounds, smoothed
 from fiddler_opt.bench_timing import Stopwatch, Timing
 from fiddler_opt.machine import LEAST_US, MachineProfile
 from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
@@ -46,11 +47,12 @@ def test_rounds_are_merged():
         "c": part({0.0: 90.0, 0.3: 10.0}, 2.5, 0.6),  # the machine was busy
         "d": part({0.0: 50.0}, 9.0, 0.0),
     }
-    tables, spread, drift = merged_rounds(parts, {**dict.fromkeys("abc", ("experts", 1)), "d": ("experts", 8)})
+    timed = {**dict.fromkeys("abc", ("experts", 1)), "d": ("experts", 8)}
+    tables, spread = merged_rounds(parts, timed)
     merged = {0.0: 17.0, 0.3: 8.0, 1.0: round(20.0 * 25 / 18, 1)}
     assert tables == {"absent_expert_us": {1: merged, 8: {0.0: 50.0}}, "device_expert_us": {1: 2.5, 8: 9.0}}
     assert spread["absent_expert_us"] == {1: 0.3, 8: 0.0}
-    assert drift == {1: round(100 / 18 - 1, 3)}  # of what all have: one round tells nothing
+    assert drift_between_rounds(parts, timed) == {1: round(100 / 18 - 1, 3)}  # of what all have: one round tells nothing
 
 
 def test_what_decode_meets_is_timed_more_often():

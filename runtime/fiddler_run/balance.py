@@ -15,11 +15,10 @@ import torch
 
 from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.model import DispatchedMixtral
-from fiddler_run.plan import MOST_ROUTED_TOKENS
+from fiddler_run.plan import FEW_TOKENS, MOST_ROUTED_TOKENS
 from fiddler_run.timeline import Span, whole_s
 
 ROUNDS, TOKENS = 2, 4  # how often the division changes, and by what so many tokens took
-FEW_TOKENS = 16  # of an expert: with so many it is no longer memory that sets the CPU's pace, and the plan's division stays
 PROMPT_TOKENS = 128  # of an expert: with so many neither CPU nor link has nearly all of the work
 MOST_CHANGE = 3.0  # of a division at once
 
@@ -59,17 +58,16 @@ def _balance_few_tokens(model: DispatchedMixtral) -> None:
 
 
 def _balance_prompts(model: DispatchedMixtral) -> None:
-    dispatches, workload, top_k = _dispatches(model), model.plan.workload, model.config.num_experts_per_tok
-    per_token = top_k / model.config.num_local_experts
-    at_once = min(model.plan.prefill_chunk_tokens, workload.max_seq_len) * workload.batch_size
+    plan, per_token = model.plan, model.config.num_experts_per_tok / model.config.num_local_experts
+    at_once = min(plan.prefill_chunk_tokens, plan.workload.max_seq_len) * plan.workload.batch_size
     tokens = min(int(PROMPT_TOKENS / per_token), at_once)
-    divided = any(expert.num_absent for each in dispatches for expert in each.experts)
-    if tokens <= MOST_ROUTED_TOKENS or not divided or model.plan.stream_share_at(int(tokens * per_token)) in (0, 1):
+    if tokens <= MOST_ROUTED_TOKENS or not plan.num_absent_blocks or plan.stream_share_at(int(tokens * per_token)) in (0, 1):
         return
     for _ in range(ROUNDS):
         factors = [cpu_s / link_s for cpu_s, link_s in observe_prompt(model, tokens) if cpu_s and link_s]
-        for dispatch in dispatches if factors else ():
-            dispatch.prompts_favour_link *= _limited(median(factors))
+        factor = _limited(median(factors)) if factors else 1.0
+        for dispatch in _dispatches(model):
+            dispatch.prompts_favour_link *= factor
 
 
 def _limited(factor: float) -> float:
@@ -85,8 +83,7 @@ def observe_prompt(model: DispatchedMixtral, tokens: int) -> list[tuple[float, f
     random = {"generator": generator, "device": model.device}
     states = torch.randn(tokens, config.hidden_size, dtype=model.dtype, **random)
     weights, index = torch.rand(tokens, config.num_local_experts, **random).topk(config.num_experts_per_tok)
-    dispatches = _dispatches(model)
-    of_calls = _spans(model, dispatches, states, index, weights)
+    of_calls = _spans(model, _dispatches(model), states, index, weights)
     return [(_at_work_s(spans, "blocks"), _at_work_s(spans, "copy")) for spans in of_calls]
 
 

@@ -16,6 +16,7 @@ from fiddler_run.yaml_file import Section, YamlFile
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 TOKEN_BLOCKS = 2048  # tokens times blocks that the runtime computes at once on the GPU: bounds the memory for their products
 MOST_ROUTED_TOKENS = 256  # of a layer, that the GPU sends to the CPU's threads and computes in place
+FEW_TOKENS = 16  # of an expert, as decode meets them: with more it is not memory alone that sets the CPU's pace
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
