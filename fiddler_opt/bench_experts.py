@@ -150,7 +150,7 @@ class ExpertBench:
 
         def measure() -> list[float]:
             timeline.start()
-            if self.on_gpu:
+            if self.device.type == "cuda":
                 torch.cuda._sleep(BUSY_CYCLES)
             dispatch()
             spans = [span for span in timeline.stop() if span.name in names]
