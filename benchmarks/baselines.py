@@ -25,12 +25,12 @@ from fiddler_opt.problem import Budget
 from fiddler_opt.routing import Routing
 from fiddler_opt.trace_routing import RoutingJob, RoutingRecorder, routing_profile
 from fiddler_opt.units import parse_bytes
-from fiddler_run.cli import exit_status
+from fiddler_run.command import exit_status
 from fiddler_run.errors import FiddlerError
+from fiddler_run.files import write_whole
 from fiddler_run.generate import Measured, Options
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan, Workload
-from fiddler_run.yaml_file import write_whole
 
 RECORDED_PROMPTS, PROMPTS = 16, 4  # to plan from; to run in each round
 COLUMNS = ("plan", "decode, tokens/s", "predicted", "", "first token, s", "predicted", "", "both, s", "GPU hit rate", "predicted")

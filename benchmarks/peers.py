@@ -17,9 +17,9 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from fiddler_run.files import write_whole
 from fiddler_run.locate import model_config_file
 from fiddler_run.plan import Plan
-from fiddler_run.yaml_file import write_whole
 
 SPARE_BYTES = 500_000_000  # accelerate counts weights alone
 

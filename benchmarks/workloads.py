@@ -25,14 +25,14 @@ from fiddler_opt.problem import Budget, Problem
 from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.units import parse_bytes
 from fiddler_run.balance import TOKENS, observe
-from fiddler_run.cli import exit_status
+from fiddler_run.command import exit_status
 from fiddler_run.errors import FiddlerError
+from fiddler_run.files import write_whole
 from fiddler_run.generate import Measured, Options, generate_ids, never_stopping
 from fiddler_run.load import ModelLoader
 from fiddler_run.locate import name_in_plan
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan, Workload
-from fiddler_run.yaml_file import write_whole
 
 MADE = dict.fromkeys(("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "benchmark")
 COLUMNS = ("GPU memory", "beams", "prompt", "output", "decode, steps/s", "predicted", "", "first token, s", "predicted", "", "rate")

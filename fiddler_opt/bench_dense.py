@@ -18,6 +18,7 @@ from fiddler_run.dispatch import LayerDispatch
 from fiddler_run.executors import Executors
 from fiddler_run.generate import never_stopping
 from fiddler_run.model import DispatchedMixtral, HostEmbedding
+from fiddler_run.session import Session
 
 LAYERS, STEPS, PROMPT = 5, 16, 16
 MOST_SEQUENCES = 16  # so many tokens are one of each sequence, more a prompt
@@ -42,6 +43,8 @@ class DenseBench:
     def __init__(self, spec: ModelSpec, device: torch.device, stopwatch: Stopwatch, executors: Executors):
         self.device, self.stopwatch = device, stopwatch
         self.models = [_model_without_experts(spec, layers, device) for layers in (0, LAYERS)]
+        for model in self.models:
+            model.session = Session(model, executors)
         nothing = [torch.empty((0, spec.block_elements), dtype=TORCH_DTYPES[spec.shape.dtype])] * spec.shape.num_experts
         on_device = [blocks.to(device) for blocks in nothing]
         self.dispatch = LayerDispatch(0, on_device, nothing, lambda _: 0.0, executors)
@@ -51,7 +54,7 @@ class DenseBench:
     def time(self, tokens: int) -> DenseTimes:
         """One pass with so many tokens, through `generate()`: a decode step of that many sequences, or, from 17 on, a prompt."""
         for model in self.models:
-            model.make_cache(*((tokens, PROMPT + STEPS + 1) if tokens <= MOST_SEQUENCES else (1, tokens + 1)))
+            model.session.make_cache(*((tokens, PROMPT + STEPS + 1) if tokens <= MOST_SEQUENCES else (1, tokens + 1)))
         head, whole = self._passes(tokens)
         layer = (whole - head) / LAYERS
         if self.device.type == "cpu":

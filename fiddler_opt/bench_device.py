@@ -26,9 +26,10 @@ def context_bytes(device: torch.device) -> int:
         "torch.nn.functional.silu(x @ x).sum().item(); print(torch.cuda.memory_reserved(), flush=True); sys.stdin.read()"
     )
     before, _ = torch.cuda.mem_get_info(device)
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(device.index)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
+    # -P: a torch.py in the working directory is not PyTorch.
+    command = [sys.executable, "-P", "-c", program, str(device.index)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as other:
         allocated = int(other.stdout.readline())
         after, _ = torch.cuda.mem_get_info(device)
         other.stdin.close()

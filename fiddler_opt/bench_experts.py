@@ -149,11 +149,11 @@ class ExpertBench:
         called, layers = self._called(tokens), range(self._layers)
 
         def measure() -> list[float]:
-            timeline.start()
-            if self.device.type == "cuda":
-                torch.cuda._sleep(BUSY_CYCLES)
-            dispatch()
-            spans = [span for span in timeline.stop() if span.name in names]
+            with timeline.recording() as recorded:
+                if self.device.type == "cuda":
+                    torch.cuda._sleep(BUSY_CYCLES)
+                dispatch()
+            spans = [span for span in recorded if span.name in names]
             return [whole_s([span for span in spans if span.call == call]) * 1e6 / called for call in layers]
 
         return measure

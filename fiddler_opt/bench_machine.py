@@ -25,8 +25,9 @@ from fiddler_opt.unfinished import Unfinished
 from fiddler_run.arena import TORCH_DTYPES
 from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
-from fiddler_run.host import available_memory_bytes, cpu_name, num_cores, num_physical_cores
+from fiddler_run.host import OtherProcesses, available_memory_bytes, cpu_name, num_cores, num_physical_cores
 from fiddler_run.plan import FEW_TOKENS
+from fiddler_run.process_settings import dense_threads
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class MachineBench:
         }
 
     def _time_dense(self, tokens: int) -> dict:
-        torch.set_num_threads(self._threads[0])
+        torch.set_num_threads(dense_threads(self._threads[0], self.model.dense_layer_bytes))
         times = self._dense.time(tokens)
         named = {"dense_layer_us": times.layer, "dense_device_us": times.device, "head_us": times.head}
         if times.host_embedding is not None:
@@ -210,7 +211,7 @@ def undisturbed(name: str, measure: Callable[[], dict]) -> dict:
     Raises:
         FiddlerError: they did not.
     """
-    others, cores, started = facts.Others(), num_cores(), time.monotonic()
+    others, cores, started = OtherProcesses(), num_cores(), time.monotonic()
     measured = measure()
     taken = others.cores() or 0.0
     long_enough = time.monotonic() - started > 0.5  # for the clock ticks in which the system counts

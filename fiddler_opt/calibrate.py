@@ -9,22 +9,24 @@ from math import log
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
 from fiddler_opt.compiler import choose_chunk, solve
 from fiddler_opt.cost import CostModel, Placement
 from fiddler_opt.explain import placement_of
-from fiddler_opt.machine import LEAST_US, MachineProfile, Made, Times, seconds_at
+from fiddler_opt.machine import LEAST_US, MOST_US, MachineProfile, Made, Times, seconds_at
 from fiddler_opt.problem import Problem
 from fiddler_opt.report import table
 from fiddler_opt.routing import Routing
 from fiddler_run.errors import FiddlerError
+from fiddler_run.files import read_text
 from fiddler_run.plan import Plan, Provenance, interpolate
-from fiddler_run.yaml_file import read_text
+from fiddler_run.yaml_file import Count, Milliseconds, Rate, Seconds
 
 WORTH_IT = 0.02  # of the workload's time: plans closer than this are alike
-Measure = Annotated[float, Field(gt=0, lt=1e18)]
+MAX_FACTOR = 1e6  # between what a run took and what the profile says; beyond it one of them is no measurement
+Average = Annotated[float, Field(ge=1e-6, le=2**31)]
 Part = Literal["absent", "resident", "dense", "head"]
 WORDS = {
     "absent": "an expert in host memory",
@@ -41,26 +43,26 @@ class _Lenient(BaseModel):
 
 
 class Phase(_Lenient):
-    ms: dict[str, Annotated[float, Field(ge=0, lt=1e9)]]
-    bytes_per_s: dict[str, Annotated[float, Field(gt=1, lt=1e18)]]
-    passes: Measure
-    tokens_per_pass: Measure
-    tokens_per_expert: Measure
+    ms: dict[str, Milliseconds]
+    bytes_per_s: dict[str, Rate]
+    passes: Average
+    tokens_per_pass: Average
+    tokens_per_expert: Average
 
 
 class Speeds(_Lenient):
-    prompt_tokens: PositiveInt
-    output_tokens: PositiveInt
-    ttft_s: Measure
-    decode_tokens_per_s: Measure
+    prompt_tokens: Count
+    output_tokens: Count
+    ttft_s: Seconds
+    decode_tokens_per_s: Rate
 
 
 class Result(_Lenient):
     """What `fiddler-run --bench --json` writes, as far as it is needed here."""
 
     plan: Provenance
-    num_beams: PositiveInt
-    batch_size: PositiveInt
+    num_beams: Count
+    batch_size: Count
     measured: Speeds
     prefill: Phase
     decode: Phase
@@ -120,13 +122,19 @@ def calibrate(plan: Plan, problem: Problem, routing: Routing, result: Result, co
     """`problem`, `routing`: what the plan was made from.
 
     Raises:
-        FiddlerError: the plan does not use what the profile timed.
+        FiddlerError: the plan does not use what the profile timed, or the result is no measurement of it.
     """
     if plan.provenance.status.startswith("not solved"):
         raise FiddlerError("the plan of a rule of thumb is not run as the profile's best; calibrate with one that was solved")
     if plan.gpu_memory_bytes.total == 0 and problem.machine.device.kind == "cuda":
         raise FiddlerError("the plan makes no use of the GPU that its profile timed; calibrate with one that does")
     terms = [term for term in compared(plan, problem, result) if term.measured_us > 0]
+    for term in terms:
+        if not 1 / MAX_FACTOR <= term.factor <= MAX_FACTOR:
+            raise FiddlerError(
+                f"the result says that {WORDS[term.part]} takes {term.measured_us:.3g} us, the profile "
+                f"{term.profile_us:.3g} us: one of them is no measurement; run `fiddler-run --bench` again"
+            )
     machine = refitted(problem.machine, terms, command)
     cost = replace(problem, machine=machine).cost(routing)
     best = choose_chunk(problem.model, machine, routing, problem.workload, problem.budget)
@@ -165,7 +173,7 @@ def refitted(machine: MachineProfile, terms: list[Term], command: str) -> Machin
         return {log(term.tokens): term.factor for term in reversed(terms) if term.part == part} or {0.0: 1.0}
 
     def corrected(us: float, tokens: int, factors: dict[float, float]) -> float:
-        return max(LEAST_US, round(us * interpolate(factors, log(tokens)), 1))
+        return min(max(LEAST_US, round(us * interpolate(factors, log(tokens)), 1)), MOST_US)
 
     def fit(times: Times, factors: dict[float, float]) -> Times:
         return {tokens: corrected(us, tokens, factors) for tokens, us in times.items()}

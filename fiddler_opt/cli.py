@@ -20,11 +20,12 @@ from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.sweep_flags import add_whatif_flags, parse_whatif
 from fiddler_opt.target import least_memory, parse_rate
 from fiddler_opt.units import parse_bytes
-from fiddler_run.cli import exit_status, positive
+from fiddler_run.cli import positive
+from fiddler_run.command import exit_status
 from fiddler_run.errors import FiddlerError
+from fiddler_run.files import cannot_read, is_file, is_folder, require_writable
 from fiddler_run.locate import name_in_plan, shipped_file
 from fiddler_run.plan import Plan, Workload
-from fiddler_run.yaml_file import require_writable
 
 WORKLOAD = {"prompt_tokens": 512, "output_tokens": 128, "num_beams": 1, "batch_size": 1, "max_seq_len": 4096}
 
@@ -159,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_profile(flags: argparse.Namespace, console: Console) -> None:
     from fiddler_opt.profiling import cpu_plan, profile_machine, profile_routing, routing_job
 
-    model = ModelSpec.load(flags.model)
+    model = load_spec(flags.model, console)
     machine_path, routing_path, prompts = machine_file(flags), routing_file(flags, model), prompts_files(flags)
     runs_by = Plan.load(shipped_file(flags.plan)) if flags.plan else None
     # All that could be wrong is found before the minutes of timing.
@@ -171,7 +172,7 @@ def run_profile(flags: argparse.Namespace, console: Console) -> None:
     job = routing_job(model, flags.model, prompts, flags.output_tokens, context) if prompts else None
 
     if flags.only != "routing":
-        folder = Path(flags.model) if Path(flags.model).is_dir() else None
+        folder = Path(flags.model) if is_folder(flags.model) else None
         machine = profile_machine(model, machine_path, flags.quick, flags.force, folder, command_line(), console)
         print_machine(console, machine)
         print(machine_path, flush=True)
@@ -189,7 +190,7 @@ def run_whatif_command(flags: argparse.Namespace, console: Console) -> None:
     from fiddler_opt.compiler import compile_plan
     from fiddler_opt.whatif import run_whatif
 
-    asked, model = parse_whatif(flags), ModelSpec.load(flags.model)
+    asked, model = parse_whatif(flags), load_spec(flags.model, console)
     workload = plan_workload(asked.workload_flags(), model)
     machine, path = load_machine(flags)
     routing = load_routing(flags, model)
@@ -258,7 +259,8 @@ def run_doctor(flags: argparse.Namespace, console: Console) -> None:
     from fiddler_opt.doctor import examine, print_findings, stops
 
     path = machine_file(flags)
-    model, machine = ModelSpec.load(flags.model), MachineProfile.load(path) if path.is_file() else None
+    model = load_spec(flags.model, console)
+    machine = MachineProfile.load(path) if is_file(path) else None
     with console.status("looking at this machine"):
         findings = examine(model, machine)
     print_findings(tables(), findings)
@@ -272,7 +274,7 @@ def run_plan(flags: argparse.Namespace, console: Console) -> None:
     total = None if flags.gpu_mem is None else parse_bytes(flags.gpu_mem, "--gpu-mem")
     rate = None if flags.target is None else parse_rate(flags.target)
     host_bytes = None if flags.host_mem is None else parse_bytes(flags.host_mem, "--host-mem")
-    model = ModelSpec.load(flags.model)
+    model = load_spec(flags.model, console)
     size = flags.gpu_mem or f"{rate:g}toks"
     output = Path(flags.output or f"plans/{model.short_name}-{size}.yaml")
     workload = plan_workload(flags, model)
@@ -312,6 +314,14 @@ def run_show(flags: argparse.Namespace, console: Console) -> None:
         console.print(f"drawn: {flags.plot}")
 
 
+def load_spec(name: str, console: Console) -> ModelSpec:
+    """The model of that name; says what was assumed of it."""
+    model = ModelSpec.load(name)
+    if model.note is not None:
+        console.print(f"note: {model.note}", style="yellow")
+    return model
+
+
 def plan_workload(flags: argparse.Namespace, model: ModelSpec) -> Workload:
     """The flags' workload. What is not given adapts to the model's context; what is given must fit."""
     given = {key: getattr(flags, key) for key in WORKLOAD if getattr(flags, key) is not None}
@@ -330,14 +340,14 @@ def plan_workload(flags: argparse.Namespace, model: ModelSpec) -> Workload:
 
 def load_machine(flags: argparse.Namespace) -> tuple[MachineProfile, Path]:
     path = machine_file(flags)
-    if not path.is_file():
+    if not is_file(path):
         raise FiddlerError(f"{path}: no such machine profile; run `fiddler-opt profile` first, or name one with --machine")
     return MachineProfile.load(path), path
 
 
 def load_routing(flags: argparse.Namespace, model: ModelSpec) -> Routing:
     path = routing_file(flags, model) if flags.routing is None else shipped_file(flags.routing)
-    if flags.routing is None and not path.is_file():
+    if flags.routing is None and not is_file(path):
         return Routing.uniform(model)
     return Routing.from_profile(RoutingProfile.load(path), model, str(path))
 
@@ -363,9 +373,14 @@ def prompts_files(flags: argparse.Namespace) -> list[Path]:
         return []
     if flags.prompts:
         return [Path(name) for name in flags.prompts]
-    beside_model = sorted((Path(flags.model) / "prompts").glob("[!.]*"))
-    if beside_model:
-        return beside_model
+    folder = Path(flags.model) / "prompts"
+    if is_folder(folder):
+        try:
+            beside_model = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        except OSError as error:
+            raise cannot_read(folder, error) from None
+        if beside_model:
+            return beside_model
     if flags.only == "routing" or flags.plan or flags.trace:
         raise FiddlerError("recording routing needs --prompts FILE: the model's folder has no folder `prompts`")
     return []

@@ -9,9 +9,9 @@ For one layer and a number of tokens
                                                                         disk       reading blocks on disk, for the CPU
 
 All but dense go on at once, and all but queueing are linear in blocks; where the CPU stands in for the GPU nothing overlaps: max
-becomes a sum. The expectation runs over which experts the router chooses: exactly, by pairs, when one token chooses two experts;
-for more tokens the expected work of each expert stands in for its distribution. A step adds the head, and the embedding if that
-is in host memory.
+becomes a sum. The expectation runs over which experts the router chooses: exactly, by pairs, when one token chooses two
+of not too many experts; otherwise the expected work of each expert stands in for its distribution. A step adds the
+head, and the embedding if that is in host memory.
 """
 
 from collections.abc import Callable
@@ -208,15 +208,17 @@ class CostModel:
 
 
 def absent_times(machine: MachineProfile, policy: Policy) -> Times:
-    """Microseconds of one absent expert, by tokens, served by that policy, which the machine must have a link for."""
+    """Microseconds of one absent expert, by tokens, served by that policy.
+
+    The machine must have timed the link alone for `link`, and a link for `better`.
+    """
     if policy == "cpu":
         return machine.cpu_expert_us
     if policy == "together":
         return machine.best_absent_us
-    link = {tokens: times[1.0] for tokens, times in machine.absent_expert_us.items() if 1.0 in times}
+    cpu, link = machine.cpu_expert_us, machine.link_expert_us
     if policy == "link":
         return link
-    cpu = machine.cpu_expert_us
     return {tokens: min(times[tokens] for times in (cpu, link) if tokens in times) for tokens in sorted(cpu | link)}
 
 
@@ -236,7 +238,7 @@ def workload_phases(workload: Workload, chunk_tokens: int) -> list[Phase]:
 
 def chance_called(probability: float, tokens: int) -> float:
     """Probability that at least one of `tokens` independent tokens chooses an expert that each chooses with `probability`."""
-    return 1 - (1 - probability) ** tokens
+    return 1 - (1 - probability) ** tokens or tokens * probability  # that difference is 0 below 1e-16
 
 
 def layer_scenarios(
@@ -245,7 +247,7 @@ def layer_scenarios(
     """What can happen in one layer; `expert_times(tokens)`: an expert's seconds when resident, absent, on disk. Copies of a token
     choose the same experts."""
     different = phase.tokens // phase.copies
-    if different == 1 and top_k <= 2:
+    if different == 1 and (top_k == 1 or routing.pair[layer]):
         times = expert_times(phase.copies)
         sets = routing.pair[layer].items() if top_k == 2 else (((e,), p) for e, p in enumerate(routing.expert[layer]))
         return [Scenario(p, *(dict.fromkeys(chosen, seconds) for seconds in times)) for chosen, p in sets if p > 0]

@@ -64,7 +64,7 @@ class Torch:
 
 def examine(model: ModelSpec, machine: MachineProfile | None) -> list[Finding]:
     """Looks at this machine for some seconds: what to know before running `model` on it, with its profile if there is one."""
-    others = facts.Others()
+    others = host.OtherProcesses()
     busiest = facts.busiest(LISTENING_S)
     busy, gpu_use = others.cores(), facts.gpu_use()
     torch = ask_torch(model)
@@ -263,7 +263,7 @@ def ask_torch(model: ModelSpec) -> Torch | Finding:
     blocks = [model.shape.dtype, str(model.shape.hidden_size), str(model.block_neurons)]
     with tempfile.TemporaryFile("w+") as errors:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
-        with subprocess.Popen([sys.executable, "-m", "fiddler_opt.bench_probe", *blocks], **pipes) as probe:
+        with subprocess.Popen([sys.executable, "-P", "-m", "fiddler_opt.bench_probe", *blocks], **pipes) as probe:
             answer = json.loads(probe.stdout.readline() or "null")
             gpu, link = answer and answer["gpu"], None
             if gpu:

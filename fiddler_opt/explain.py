@@ -13,7 +13,7 @@ from fiddler_opt.problem import Budget, Problem
 from fiddler_opt.report import print_alternatives, print_memory, table
 from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_run.errors import FiddlerError
-from fiddler_run.locate import model_config_file, read_json, shipped_file
+from fiddler_run.locate import model_config_file, shipped_file
 from fiddler_run.plan import Plan
 
 WORDS = {
@@ -51,8 +51,7 @@ def sources(plan: Plan, plan_path: Path, machine_path: str | None, routing_path:
     machine = MachineProfile.load(shipped_file(machine_path or made.machine))
     if hashlib.sha256(machine.dump().encode()).hexdigest() != made.machine_sha256:
         raise FiddlerError(f"{machine_path or made.machine}: not the profile that the plan was made from; name that with --machine")
-    config = model_config_file(plan.model.name, plan_path.resolve().parent)
-    model = ModelSpec.from_config(read_json(config), plan.model.name, str(config))
+    model = ModelSpec.from_file(model_config_file(plan.model.name, plan_path.resolve().parent), plan.model.name)
     origin = routing_path or made.routing
     if origin.startswith("uniform"):
         routing = Routing.uniform(model)
@@ -94,7 +93,8 @@ def print_explanation(console: Console, plan: Plan) -> None:
     for part in PARTS:
         decode, prefill = predicted.decode_ms.get(part, 0.0), predicted.ttft_ms.get(part, 0.0)
         if decode or prefill:
-            row = [f"{decode:.2f} ms", f"{decode / step_ms:.0%}", f"{prefill:.1f} ms", f"{prefill / ttft_ms:.0%}"]
+            shares = [f"{part / whole:.0%}" if whole else "-" for part, whole in ((decode, step_ms), (prefill, ttft_ms))]
+            row = [f"{decode:.2f} ms", shares[0], f"{prefill:.1f} ms", shares[1]]
             times.add_row(WORDS[part], *row)
     times.add_row("all", f"{step_ms:.2f} ms", "", f"{ttft_ms:.1f} ms", "", style="bold")
     console.print(times)
@@ -104,8 +104,12 @@ def print_explanation(console: Console, plan: Plan) -> None:
 
 
 def what_binds(plan: Plan) -> str:
-    predicted, longest = plan.predicted, max(plan.predicted.decode_ms, key=plan.predicted.decode_ms.get)
-    binds = f"most of a decode step goes into {WORDS[longest].removeprefix('experts: ')}"
+    predicted = plan.predicted
+    known = {name: ms for name, ms in predicted.decode_ms.items() if name in WORDS}
+    binds = "a decode step takes no time to speak of"
+    if known:
+        longest = max(known, key=known.get)
+        binds = f"most of a decode step goes into {WORDS[longest].removeprefix('experts: ')}"
     if predicted.binding == "nothing":
         return f"{binds}; more memory would not help"
     more = f"another GB of GPU memory would add {predicted.next_gb_tokens_per_s:.3f} tokens/s"

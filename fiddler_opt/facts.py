@@ -177,33 +177,6 @@ def _nvidia_smi(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-class Others:
-    """CPU time that others take, on the CPUs that this process may use, from the making of this object on."""
-
-    def __init__(self):
-        allowed = host.allowed_cpus()
-        # A control group that grants only some of their time leaves the rest to others, who disturb nobody.
-        self._cpus = allowed if host.num_cores() >= len(allowed) else []
-        self._start = self._now()
-
-    def cores(self) -> float | None:
-        """Cores' worth of it until now: what was not idle, and what other virtual machines took, less what this process and its
-        finished children used."""
-        (start_s, start_busy, start_own), (now_s, now_busy, now_own) = self._start, self._now()
-        if start_busy is None or now_busy is None or now_s <= start_s:
-            return None
-        return max(0.0, (now_busy - start_busy - (now_own - start_own)) / (now_s - start_s))
-
-    def _now(self) -> tuple[float, float | None, float]:
-        """Seconds on the clock, of these CPUs' work, and of our own."""
-        ticks = 0
-        for name, *counts in (line.split() for line in read("proc/stat").splitlines()):
-            if re.fullmatch(r"cpu\d+", name) and int(name[3:]) in self._cpus:
-                user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, counts[:8])  # guests' time is in user
-                ticks += user + nice + system + sum(interrupts_and_steal)
-        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") if ticks else None, sum(os.times()[:4])
-
-
 def busiest(seconds: float, count: int = 3) -> list[tuple[str, float]]:
     """The other processes with the most CPU time during the next `seconds`: name and cores' worth, those above 0.05."""
     before, start_s = _ticks_by_process(), time.monotonic()

@@ -61,11 +61,13 @@ def predict(problem: Problem, routing: Routing, solution: Solution, policy: Poli
     cost, placement, room = problem.cost(routing, policy), solution.placement, problem.room()
     best, more = problem.cost(routing), replace(room, gpu_bytes=room.gpu_bytes + GB)
     with_more = best.decode_tokens_per_s(decode_bound_s(best, more)) - best.decode_tokens_per_s(solution.decode_bound_s)
+    rate = rounded(cost.decode_tokens_per_s(cost.decode_step_s(placement)), 3)
+    bound = rounded(best.decode_tokens_per_s(solution.decode_bound_s), 3)
     return Predicted(
-        decode_tokens_per_s=round(cost.decode_tokens_per_s(cost.decode_step_s(placement)), 3),
+        decode_tokens_per_s=rate,
         ttft_s=to_tenths_of_a_millisecond(cost.ttft_s(placement)),
         gpu_hit_rate=round(cost.hit_rate(placement), 4),
-        bound_tokens_per_s=round(best.decode_tokens_per_s(solution.decode_bound_s), 3),
+        bound_tokens_per_s=max(bound, rate),  # equal up to the solver's tolerance
         gap=round(solution.gap, 6),
         decode_ms=milliseconds(cost.step_parts(cost.decode, placement)),
         ttft_ms=milliseconds(cost.ttft_parts(placement)),
@@ -74,6 +76,11 @@ def predict(problem: Problem, routing: Routing, solution: Solution, policy: Poli
         regret={},
         alternatives={},
     )
+
+
+def rounded(value: float, digits: int) -> float:
+    """Rounded, unless that would leave nothing of it."""
+    return round(value, digits) or value
 
 
 def to_tenths_of_a_millisecond(seconds: float) -> float:
@@ -99,7 +106,7 @@ def binding(problem: Problem, solution: Solution) -> Literal["GPU memory", "GPU 
 
 def rates(machine: MachineProfile) -> Rates:
     def rate(times: Times) -> float:
-        return float(round(machine.shape.expert_bytes / seconds_at(times, 1)))
+        return float(rounded(machine.shape.expert_bytes / seconds_at(times, 1), 0))
 
     return Rates(
         resident=rate(machine.device_expert_us),

@@ -1,17 +1,28 @@
 """MachineProfile: how fast a machine does each thing that the runtime does. It knows no prompts and no placement."""
 
 from statistics import median
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field
 
 from fiddler_opt.model import ModelSpec
-from fiddler_run.plan import FEW_TOKENS, Dtype, interpolate
-from fiddler_run.yaml_file import Section, YamlFile
+from fiddler_run.plan import DTYPE_BYTES, FEW_TOKENS, Dtype, interpolate
+from fiddler_run.yaml_file import (
+    Bytes,
+    BytesOrZero,
+    Count,
+    Microseconds,
+    Rate,
+    Ratio,
+    Section,
+    Width,
+    YamlFile,
+)
 
-Times = dict[PositiveInt, PositiveFloat]  # microseconds by number of tokens
+Times = dict[Count, Microseconds]  # by number of tokens
 LEAST_US = 0.1  # what a file holds of a time; nothing takes none
-Share = float  # of an absent expert's blocks, sent over the link
+MOST_US = 1e15  # what `Microseconds` can hold
+Share = Annotated[float, Field(ge=0, le=1)]  # of an absent expert's blocks, sent over the link
 
 
 class Cpu(Section):
@@ -21,10 +32,10 @@ class Cpu(Section):
     """
 
     name: str
-    cores: PositiveInt
-    physical_cores: PositiveInt
+    cores: Count
+    physical_cores: Count
     kernel: str
-    threads: PositiveInt
+    threads: Count
     pinned: bool
     threads_us: Times
     pinned_threads_us: Times
@@ -33,9 +44,9 @@ class Cpu(Section):
 class Memory(Section):
     """`timed_bytes`: experts lay in that much of the host's memory when they were timed. `memlock_bytes` is null if unlimited."""
 
-    available_bytes: PositiveInt
-    timed_bytes: NonNegativeInt
-    memlock_bytes: NonNegativeInt | None
+    available_bytes: Bytes
+    timed_bytes: BytesOrZero
+    memlock_bytes: BytesOrZero | None
 
 
 class Device(Section):
@@ -47,9 +58,9 @@ class Device(Section):
 
     kind: Literal["cuda", "host"]
     name: str
-    memory_bytes: NonNegativeInt
-    free_bytes: NonNegativeInt
-    context_bytes: NonNegativeInt
+    memory_bytes: BytesOrZero
+    free_bytes: BytesOrZero
+    context_bytes: BytesOrZero
 
 
 class Link(Section):
@@ -58,24 +69,31 @@ class Link(Section):
     `round_trip_us`: one token's activations to the host and back.
     """
 
-    generation: PositiveInt | None
-    width: PositiveInt | None
-    h2d_bytes_per_s: PositiveFloat
-    h2d_pageable_bytes_per_s: PositiveFloat | None
-    d2h_bytes_per_s: PositiveFloat | None
-    round_trip_us: PositiveFloat | None
+    generation: Count | None
+    width: Count | None
+    h2d_bytes_per_s: Rate
+    h2d_pageable_bytes_per_s: Rate | None
+    d2h_bytes_per_s: Rate | None
+    round_trip_us: Microseconds | None
 
 
 class MeasuredShape(Section):
     """The weights whose handling was timed. For other sizes, times are taken to grow with bytes."""
 
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
+    hidden_size: Width
+    intermediate_size: Width
     dtype: Dtype
-    block_neurons: PositiveInt
-    expert_bytes: PositiveInt
-    dense_layer_bytes: PositiveInt
-    head_bytes: PositiveInt
+    block_neurons: Width
+    expert_bytes: Bytes
+    dense_layer_bytes: Bytes
+    head_bytes: Bytes
+
+    def problems(self) -> list[str]:
+        blocks = -(-self.intermediate_size // self.block_neurons)
+        needed = 3 * blocks * self.block_neurons * self.hidden_size * DTYPE_BYTES[self.dtype]
+        if self.expert_bytes == needed:
+            return []
+        return [f"shape.expert_bytes: {self.expert_bytes}, by the other sizes {needed}"]
 
     @classmethod
     def of(cls, model: ModelSpec) -> Self:
@@ -97,22 +115,24 @@ class Made(Section):
 
 
 class MachineProfile(YamlFile):
+    kind: ClassVar[str] = "machine profile"
+
     version: Literal[2]
     source: Literal["measured", "data sheet"]
     cpu: Cpu
     memory: Memory
     device: Device
     link: Link | None
-    disk_bytes_per_s: PositiveFloat | None
+    disk_bytes_per_s: Rate | None
     shape: MeasuredShape
-    absent_expert_us: dict[PositiveInt, dict[Share, PositiveFloat]]
+    absent_expert_us: dict[Count, dict[Share, Microseconds]]
     device_expert_us: Times
     dense_layer_us: Times
     dense_device_us: Times
     head_us: Times
     host_embedding_us: Times | None
-    spread: dict[str, dict[PositiveInt, NonNegativeFloat]]
-    drift: dict[PositiveInt, NonNegativeFloat] = {}
+    spread: dict[str, dict[Count, Ratio]]
+    drift: dict[Count, Ratio] = {}
     provenance: Made
 
     header: ClassVar[str] = (
@@ -131,27 +151,30 @@ class MachineProfile(YamlFile):
         "drift": "of an expert in host memory, timed in several rounds: by how much the slowest round was slower than the fastest",
     }
 
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        for name in ("absent_expert_us", "device_expert_us", "dense_layer_us", "dense_device_us", "head_us"):
-            if 1 not in getattr(self, name):
-                raise ValueError(f"{name}: needs an entry for 1 token")
-        for tokens, times in self.absent_expert_us.items():
-            for share in times:
-                if not 0 <= share <= 1:
-                    raise ValueError(f"absent_expert_us[{tokens}]: a share of {share} is not between 0 and 1")
-            if not times:
-                raise ValueError(f"absent_expert_us[{tokens}]: needs at least one share")
-        if 0.0 not in self.absent_expert_us[1]:
-            raise ValueError("absent_expert_us[1]: needs an entry for the share 0.0, the CPU alone")
+    def problems(self) -> list[str]:
+        timed = ["absent_expert_us", "device_expert_us", "dense_layer_us", "dense_device_us", "head_us"]
+        if self.host_embedding_us is not None:
+            timed.append("host_embedding_us")
+        problems = [f"{key}: needs an entry for 1 token" for key in timed if 1 not in getattr(self, key)]
+        problems += [
+            f"absent_expert_us[{tokens}]: needs at least one share" for tokens, times in self.absent_expert_us.items() if not times
+        ]
+        if 0.0 not in self.absent_expert_us.get(1, {0.0: 1.0}):
+            problems.append("absent_expert_us[1]: needs an entry for the share 0.0, the CPU alone")
         if (self.device.kind == "cuda") != (self.link is not None):
-            raise ValueError(f"link: must {'be given' if self.link is None else 'be null'} for a device of kind {self.device.kind}")
-        return self
+            needed = "be given" if self.link is None else "be null"
+            problems.append(f"link: must {needed} for a device of kind {self.device.kind}")
+        return problems
 
     @property
     def cpu_expert_us(self) -> Times:
         """One expert in host memory, by the CPU alone."""
         return {tokens: times[0.0] for tokens, times in self.absent_expert_us.items() if 0.0 in times}
+
+    @property
+    def link_expert_us(self) -> Times:
+        """One expert in host memory, copied whole to the GPU; empty if that was not timed."""
+        return {tokens: times[1.0] for tokens, times in self.absent_expert_us.items() if 1.0 in times}
 
     @property
     def best_absent_us(self) -> Times:

@@ -38,22 +38,24 @@ def fixed_memory(model: ModelSpec, machine: MachineProfile, workload: Workload, 
             "by the machine profile"
         )
     on_gpu, streams = device.kind == "cuda", machine.streams
-    memory = GpuMemory(
-        total=total,
-        non_expert_weights=model.non_expert_bytes,
-        kv_cache=model.kv_bytes_per_token * workload.max_seq_len * workload.sequences,
-        staging=STAGED_BLOCKS * model.block_bytes if streams else 0,
-        activations=activation_bytes(model, workload, chunk_tokens) + (LIBRARY_WORKSPACE_BYTES if on_gpu else 0),
-        reserve=(device.context_bytes if on_gpu else 0) + (model.all_expert_bytes // PINNED_BYTES_PER_GPU_BYTE if streams else 0),
-        experts=0,
-    )
-    if memory.used > total:
-        needs = ", ".join(f"{purpose.replace('_', ' ')} {format_bytes(size)}" for purpose, size in memory.parts().items() if size)
+    parts = {
+        "non_expert_weights": model.non_expert_bytes,
+        "kv_cache": model.kv_bytes_per_token * workload.max_seq_len * workload.sequences,
+        "staging": STAGED_BLOCKS * model.block_bytes if streams else 0,
+        "activations": activation_bytes(model, workload, chunk_tokens),
+        "reserve": model.all_expert_bytes // PINNED_BYTES_PER_GPU_BYTE if streams else 0,
+    }
+    if on_gpu:
+        parts["activations"] += LIBRARY_WORKSPACE_BYTES
+        parts["reserve"] += device.context_bytes
+    used = sum(parts.values())
+    if used > total:
+        needs = ", ".join(f"{purpose.replace('_', ' ')} {format_bytes(size)}" for purpose, size in parts.items() if size)
         raise FiddlerError(
-            f"--gpu-mem {format_bytes(total)} is too small: {format_bytes(memory.used)} are needed before any expert ({needs}); "
+            f"--gpu-mem {format_bytes(total)} is too small: {format_bytes(used)} are needed before any expert ({needs}); "
             "give more, lower --max-seq-len, --num-beams or --batch-size, or plan for the CPU alone with --gpu-mem 0GB"
         )
-    return memory
+    return GpuMemory(total=total, experts=0, **parts)
 
 
 def activation_bytes(model: ModelSpec, workload: Workload, chunk_tokens: int) -> int:
@@ -74,6 +76,6 @@ def activation_bytes(model: ModelSpec, workload: Workload, chunk_tokens: int) ->
     blocks = min(few * shape.num_experts_per_tok, shape.num_experts) * shape.blocks_per_expert(model.block_neurons)
     of_few = max(few, 16) * blocks * model.block_neurons * width + few * shape.num_experts_per_tok * 4 * shape.hidden_size
     masks = workload.batch_size * chunk_tokens * workload.max_seq_len * width
-    expanded = 2 * workload.max_seq_len * model.num_attention_heads * model.head_dim * width
+    expanded = 2 * workload.max_seq_len * model.sizes.num_attention_heads * model.sizes.head_dim * width
     logits = 3 * 4 * model.vocab_size
     return int(ALLOCATOR_SLACK * (tokens * per_token + max(products, of_few) + masks + workload.sequences * (expanded + logits)))

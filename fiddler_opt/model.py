@@ -1,11 +1,13 @@
-"""ModelSpec: what the planner knows of a model. Rule: the only place in the planner that knows Hugging Face's key names."""
+"""ModelSpec: what the planner knows of a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.locate import model_config_file, read_json, require_mixtral
+from fiddler_run.locate import model_config_file
+from fiddler_run.model_config import ASSUMED_DTYPE, ModelConfig
 from fiddler_run.plan import DTYPE_BYTES, ModelShape
+from fiddler_run.tensor_files import INDEX, SINGLE_FILE, TensorFiles
 
 BLOCKS_PER_EXPERT = 16  # fine enough to split an expert to 3 % of a call, coarse enough to copy at the link's full speed
 DEFAULT_MODEL = "mistralai/Mixtral-8x7B-v0.1"
@@ -13,60 +15,57 @@ DEFAULT_MODEL = "mistralai/Mixtral-8x7B-v0.1"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Geometry of a Mixtral-style model. `config` is its config.json, for building a model of this shape."""
+    """Geometry of a Mixtral-style model.
+
+    `note`: what was assumed of it because its files do not say; None if they say everything.
+    """
 
     shape: ModelShape
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    tie_word_embeddings: bool
-    max_position_embeddings: int
-    config: dict
+    sizes: ModelConfig
+    note: str | None = None
 
     @classmethod
     def load(cls, name: str) -> "ModelSpec":
         """The model in folder `name`, or of that Hugging Face id.
 
         Raises:
-            FiddlerError: no such model, or not a Mixtral.
+            FiddlerError: there is no such model, or the runtime could not run it.
         """
-        config_file = model_config_file(name)
-        return cls.from_config(read_json(config_file), name, str(config_file))
+        return cls.from_file(model_config_file(name), name)
+
+    @classmethod
+    def from_file(cls, config_file: Path, name: str) -> "ModelSpec":
+        """The model of a config.json and the weights beside it, under a name. Raises as `load`."""
+        config = ModelConfig.read(config_file)
+        return cls._of(config, name, _stored_dtype(config_file.parent), str(config_file))
 
     @classmethod
     def from_config(cls, config: dict, name: str, origin: str) -> "ModelSpec":
-        require_mixtral(config, origin)
-        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-        if dtype not in DTYPE_BYTES:
-            raise FiddlerError(f"{origin}: dtype {dtype!r} is not supported; known are {', '.join(DTYPE_BYTES)}")
+        """The model of a config.json's content, which came from `origin`."""
+        return cls._of(ModelConfig.parse(config, origin), name, None, origin)
 
-        def count(key: str, default: int | None = None) -> int:
-            value = config.get(key) or default
-            if type(value) is not int or value < 1:
-                raise FiddlerError(f"{origin}: key {key!r} is {config.get(key)!r}, expected a positive whole number")
-            return value
+    @classmethod
+    def _of(cls, config: ModelConfig, name: str, stored_dtype: str | None, origin: str) -> "ModelSpec":
+        dtype = config.dtype or stored_dtype
+        note = None if dtype else f"{origin} names no dtype: {ASSUMED_DTYPE} is assumed"
+        return cls(config.shape(name, dtype or ASSUMED_DTYPE), config, note)
 
-        heads = count("num_attention_heads")
-        shape = ModelShape(
-            name=name,
-            num_layers=count("num_hidden_layers"),
-            num_experts=count("num_local_experts"),
-            num_experts_per_tok=count("num_experts_per_tok"),
-            hidden_size=count("hidden_size"),
-            intermediate_size=count("intermediate_size"),
-            dtype=dtype,
-        )
-        return cls(
-            shape=shape,
-            num_attention_heads=heads,
-            num_key_value_heads=count("num_key_value_heads", heads),
-            head_dim=count("head_dim", shape.hidden_size // heads),
-            vocab_size=count("vocab_size"),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position_embeddings=count("max_position_embeddings", 32768),
-            config=config,
-        )
+    @property
+    def config(self) -> dict:
+        """The keys of config.json from which transformers builds a model of this shape."""
+        return self.sizes.for_transformers()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sizes.vocab_size
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.sizes.max_position_embeddings
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return self.sizes.tie_word_embeddings
 
     @property
     def block_neurons(self) -> int:
@@ -90,23 +89,20 @@ class ModelSpec:
     @property
     def dense_layer_bytes(self) -> int:
         """Attention, router and norms of one layer."""
-        hidden, kv = self.shape.hidden_size, self.num_key_value_heads * self.head_dim
-        attention = 2 * hidden * self.num_attention_heads * self.head_dim + 2 * hidden * kv
-        return (attention + self.shape.num_experts * hidden + 2 * hidden) * DTYPE_BYTES[self.shape.dtype]
+        return self.sizes.dense_layer_elements * self._weight_bytes
 
     @property
     def head_bytes(self) -> int:
         """Embedding table, final norm and output head."""
-        tables = 1 if self.tie_word_embeddings else 2
-        return (tables * self.vocab_size * self.shape.hidden_size + self.shape.hidden_size) * DTYPE_BYTES[self.shape.dtype]
+        return self.sizes.head_elements * self._weight_bytes
 
     @property
     def embedding_bytes(self) -> int:
-        return self.vocab_size * self.shape.hidden_size * DTYPE_BYTES[self.shape.dtype]
+        return self.sizes.embedding_elements * self._weight_bytes
 
     @property
     def non_expert_bytes(self) -> int:
-        return self.shape.num_layers * self.dense_layer_bytes + self.head_bytes
+        return self.sizes.dense_elements * self._weight_bytes
 
     @property
     def all_expert_bytes(self) -> int:
@@ -116,8 +112,27 @@ class ModelSpec:
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in all layers."""
-        return 2 * self.shape.num_layers * self.num_key_value_heads * self.head_dim * DTYPE_BYTES[self.shape.dtype]
+        return self.sizes.kv_elements_per_token * self._weight_bytes
 
     @property
     def short_name(self) -> str:
         return Path(self.shape.name).name or "model"
+
+    @property
+    def _weight_bytes(self) -> int:
+        return DTYPE_BYTES[self.shape.dtype]
+
+
+def _stored_dtype(folder: Path) -> str | None:
+    """The dtype of the weights in a folder; None if there are none.
+
+    Raises:
+        FiddlerError: they are in a format that the runtime cannot run.
+    """
+    if not (folder / INDEX).is_file() and not (folder / SINGLE_FILE).is_file():
+        return None
+    files = TensorFiles(folder)
+    problem = files.format_problem()
+    if problem is not None:
+        raise FiddlerError(problem)
+    return files.dtype()

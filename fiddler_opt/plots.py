@@ -1,5 +1,6 @@
 """Pictures of profiles, plans and what-ifs. The only module that needs matplotlib, which comes with the extra `plots`."""
 
+import io
 from pathlib import Path
 
 from fiddler_opt.machine import MachineProfile
@@ -9,6 +10,7 @@ from fiddler_opt.sweep_flags import Quantity
 from fiddler_opt.units import format_bytes
 from fiddler_opt.whatif import Row
 from fiddler_run.errors import FiddlerError
+from fiddler_run.files import cannot_write, write_whole
 from fiddler_run.plan import Plan
 
 
@@ -70,11 +72,12 @@ def _require_matplotlib() -> None:
 
 
 def _save(figure, path: str | Path) -> None:
+    picture = io.BytesIO()
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise FiddlerError(f"{path}: cannot write: {str(error).splitlines()[0]}") from None
+        figure.savefig(picture, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
+    except ValueError as error:  # no such format
+        raise cannot_write(path, error) from None
+    write_whole(path, picture.getvalue())
 
 
 def _plan(plan: Plan):
@@ -135,8 +138,7 @@ def _machine(machine: MachineProfile):
     times, *rates = figure.subplots(1, 2) if machine.streams else [figure.subplots()]
     lines = {"CPU alone": machine.cpu_expert_us}
     if machine.streams:
-        link = {tokens: by_share[1.0] for tokens, by_share in machine.absent_expert_us.items() if 1.0 in by_share}
-        lines |= {"link alone": link, "CPU and link together": machine.best_absent_us}
+        lines |= {"link alone": machine.link_expert_us, "CPU and link together": machine.best_absent_us}
     if machine.device.kind == "cuda":
         lines["GPU"] = machine.device_expert_us
     for name, by_tokens in lines.items():

@@ -32,7 +32,8 @@ class Problem:
 
     @property
     def has_link(self) -> bool:
-        return self.machine.streams and self.budget.gpu_bytes > 0
+        """True if experts can be copied to the GPU, and the profile says how long a whole one takes."""
+        return bool(self.machine.link_expert_us) and self.machine.streams and self.budget.gpu_bytes > 0
 
     def memory(self) -> GpuMemory:
         """GPU bytes by purpose, before anything is placed; the embedding counts as if it lay there.
@@ -64,7 +65,7 @@ class Problem:
         alone = self.budget.gpu_bytes == 0
         if policy in ("link", "better") and not self.has_link:
             raise FiddlerError(
-                "copying experts to the GPU needs a GPU, and host memory that can be page-locked; plan with --gpu-mem, from the "
-                "profile of a machine that has both"
+                "copying experts to the GPU needs a GPU, and host memory that can be page-locked; plan with "
+                "--gpu-mem, from the profile of a machine that has both and timed the share 1.0"
             )
         return CostModel.build(self.model, self.machine, routing, self.workload, self.chunk_tokens, policy, cpu_alone=alone)

@@ -17,7 +17,6 @@ from fiddler_opt.prompts import encode_prompts, name_sets, read_prompts
 from fiddler_opt.routing import Routing, RoutingProfile
 from fiddler_opt.unfinished import Unfinished, forget_unfinished, unfinished_path
 from fiddler_run.cli import byte_progress
-from fiddler_run.locate import model_folder
 from fiddler_run.plan import Plan, Workload
 
 if TYPE_CHECKING:
@@ -66,14 +65,14 @@ def routing_job(model: ModelSpec, name: str, prompts: list[Path], output_tokens:
         FiddlerError: the checkpoint is incomplete, or the prompts cannot be read or are too long.
     """
     from fiddler_opt.trace_routing import RoutingJob
-    from fiddler_run.checkpoint import Checkpoint
-    from fiddler_run.load import load_tokenizer
+    from fiddler_run.check import ModelCheck
 
-    folder = model_folder(name)
-    Checkpoint(folder, model.shape)
+    checked = ModelCheck(model.shape, "the model", name, fetch=True)
+    checked.refuse()
     read = {name: (read_prompts(path), str(path)) for name, path in name_sets(prompts).items()}
-    tokenizer = load_tokenizer(folder)
-    sets = {name: encode_prompts(tokenizer, texts, context, origin) for name, (texts, origin) in read.items()}
+    sets = {
+        name: encode_prompts(checked.tokenizer, texts, context, origin, model.vocab_size) for name, (texts, origin) in read.items()
+    }
     return RoutingJob(model.shape, sets, output_tokens, context)
 
 

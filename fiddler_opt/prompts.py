@@ -3,19 +3,17 @@
 Rule: every entry becomes one prompt, or is an error that names it; nothing is skipped but blank lines, and nothing is cut.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from fiddler_run.errors import FiddlerError
-from fiddler_run.yaml_file import read_text
+from fiddler_run.files import cannot_read, is_file, is_folder, parse_json, read_text, reason
 
 Prompt = str | list[dict[str, str]]  # a text, or messages with "role" and "content"
 
 KEYS = ("prompt", "text", "messages", "conversations")  # the first that an entry fills holds its prompt
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+TOOL_CALLS = ("tool_calls", "function_call")
 SAVED_DATASET = ("dataset_dict.json", "state.json")
 
 
@@ -38,23 +36,25 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     `.jsonl`: a JSON string or object a line. `.json`: an array of them. Any other file: a text a line. A folder: rows of a
     dataset written by `save_to_disk` (all its splits), or of the parquet files in it. An object or row holds a "prompt" or
-    "text", "messages" (OpenAI; in a "body" too, as in batch files) or "conversations" (ShareGPT).
+    "text", "messages" (OpenAI; in a "body" too, as in batch files) or "conversations" (ShareGPT). A message that only calls
+    tools has empty text.
 
     Raises:
         FiddlerError: it cannot be read, an entry is malformed, or there is none.
     """
-    if path.is_dir():
+    if is_folder(path):
         prompts = [_prompt(row, where) for where, row in _rows(path)]
     elif path.suffix == ".json":
-        entries = _json(read_text(path), str(path), "one object a line belongs in a .jsonl file")
+        entries = parse_json(read_text(path), str(path), "one object a line belongs in a .jsonl file")
         if not isinstance(entries, list):
             raise FiddlerError(f"{path}: not an array; put the prompts between [ and ], or one a line in a .jsonl file")
         prompts = [_prompt(entry, f"{path}: entry {number}") for number, entry in enumerate(entries, 1)]
     else:
         # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-        lines = [(f"{path}:{number}", line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+        text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+        lines = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         if path.suffix == ".jsonl":
-            prompts = [_prompt(_json(line, where, "write one JSON value a line"), where) for where, line in lines]
+            prompts = [_prompt(parse_json(line, where, "write one JSON value a line"), where) for where, line in lines]
         else:
             prompts = [line for _, line in lines]
     if not prompts:
@@ -62,43 +62,32 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def encode_prompts(tokenizer, prompts: list[Prompt], context: int, origin: str) -> list[list[int]]:
+def encode_prompts(tokenizer, prompts: list[Prompt], context: int, origin: str, vocab_size: int | None = None) -> list[list[int]]:
     """Token ids of each prompt by itself; `origin` names the prompts in messages.
 
     Messages go through the tokenizer's chat template; without one, their contents are joined by newlines.
 
     Raises:
-        FiddlerError: a prompt is longer than `context` tokens, has none, or is refused by the chat template.
+        FiddlerError: a prompt is longer than `context` tokens, has none, or one beyond the `vocab_size` rows of the embedding;
+            the checkpoint's chat template or tokenizer fails.
     """
+    from fiddler_run.text import chat_text, token_ids
+
     encoded = []
     for number, prompt in enumerate(prompts, 1):
-        ids = _encode(tokenizer, prompt, f"{origin}: prompt {number}")
-        if not ids:
-            raise FiddlerError(f"{origin}: prompt {number} has no tokens; remove it")
+        where = f"{origin}: prompt {number}"
+        templated = not isinstance(prompt, str) and tokenizer.chat_template is not None
+        if isinstance(prompt, str):
+            text = prompt
+        elif templated:
+            text = chat_text(tokenizer, prompt, where, answer_follows=prompt[-1]["role"] != "assistant")
+        else:
+            text = "\n".join(message["content"] for message in prompt)
+        ids = token_ids(tokenizer, text, context, vocab_size, where, special_tokens=not templated)  # a template writes them itself
         if len(ids) > context:
-            raise FiddlerError(f"{origin}: prompt {number} has {len(ids)} tokens, more than the context of {context}; shorten it")
+            raise FiddlerError(f"{where} has {len(ids)} tokens, more than the context of {context}; shorten it")
         encoded.append(ids)
     return encoded
-
-
-def _encode(tokenizer, prompt: Prompt, where: str) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        return tokenizer("\n".join(message["content"] for message in prompt))["input_ids"]
-    answer_follows = prompt[-1]["role"] != "assistant"
-    try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=answer_follows)
-    except TemplateError as error:
-        raise FiddlerError(f"{where}: the model's chat template refuses it: {_one_line(error)}; change or remove it") from None
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes them itself
-
-
-def _json(text: str, where: str, remedy: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise FiddlerError(f"{where}: not JSON: {error}; {remedy}") from None
 
 
 def _prompt(entry: Any, where: str) -> Prompt:
@@ -121,6 +110,8 @@ def _message(message: Any, where: str) -> dict[str, str]:
     fields = message if isinstance(message, dict) else {}
     role = fields.get("role") or fields.get("from")
     content = fields["value"] if fields.get("content") is None and "value" in fields else fields.get("content")
+    if content is None and any(fields.get(key) for key in TOOL_CALLS):
+        content = ""
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
         if not all(isinstance(part, str) for part in parts):
@@ -142,8 +133,11 @@ def _utf8(text: str, where: str) -> str:
 
 def _rows(folder: Path) -> list[tuple[str, dict]]:
     """Rows of a folder's dataset, each with its place for messages; of their columns only those that can hold a prompt."""
-    saved = any((folder / name).is_file() for name in SAVED_DATASET)
-    files = [] if saved else sorted(folder.rglob("*.parquet"))
+    saved = any(is_file(folder / name) for name in SAVED_DATASET)
+    try:
+        files = [] if saved else sorted(folder.rglob("*.parquet"))
+    except OSError as error:
+        raise cannot_read(folder, error) from None
     if not saved and not files:
         raise FiddlerError(
             f"{folder}: neither a dataset written by `save_to_disk` nor a folder with parquet files; name a file or such a folder"
@@ -166,7 +160,7 @@ def _rows(folder: Path) -> list[tuple[str, dict]]:
     except FiddlerError:
         raise
     except Exception as error:  # a damaged folder surfaces as any of KeyError, ValueError, OSError, ArrowException ...
-        raise FiddlerError(f"{folder}: cannot read the dataset: {_one_line(error)}; write or download it again") from None
+        raise FiddlerError(f"{folder}: cannot read the dataset: {reason(error)}; write or download it again") from None
     return [(f"{place}: row {number}", row) for place, rows in tables.items() for number, row in enumerate(rows, 1)]
 
 
@@ -179,7 +173,3 @@ def _prompt_columns(place: Path, names: list[str]) -> list[str]:
 
 def _listed(keys: tuple[str, ...]) -> str:
     return ", ".join(f'"{key}"' for key in keys[:-1]) + f' or "{keys[-1]}"'
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,6 +1,7 @@
 """Tables for the terminal."""
 
 import re
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -10,8 +11,9 @@ from fiddler_opt.machine import Link, MachineProfile
 from fiddler_opt.routing import PromptSet, RoutingProfile
 from fiddler_opt.units import format_bytes
 from fiddler_run.errors import FiddlerError
+from fiddler_run.files import parse_yaml, read_text
 from fiddler_run.plan import Plan
-from fiddler_run.yaml_file import read_text
+from fiddler_run.yaml_file import KINDS, kind_of
 
 NOTED_DRIFT = 0.1  # of a machine: what less of it does to a prediction is not worth a line
 
@@ -128,11 +130,7 @@ def print_file(console: Console, path: str) -> Plan | MachineProfile | RoutingPr
         FiddlerError: it cannot be read, or is none of them.
     """
     text = read_text(path)
-    kinds = {"resident_blocks": Plan, "absent_expert_us": MachineProfile, "sets": RoutingProfile}
-    kind = next((kind for key, kind in kinds.items() if re.search(rf"^{key}:", text, re.MULTILINE)), None)
-    if kind is None:
-        raise FiddlerError(f"{path}: neither a plan nor a profile; give a file that `fiddler-opt` wrote")
-    shown = kind.parse(text, path)
+    shown = _file_class(text, path).parse(text, path)
     if isinstance(shown, Plan):
         print_plan(console, shown, [])
         print_placement(console, shown)
@@ -146,14 +144,37 @@ def print_file(console: Console, path: str) -> Plan | MachineProfile | RoutingPr
     return shown
 
 
+def _file_class(text: str, path: str) -> type[Plan | MachineProfile | RoutingProfile]:
+    """What a file is, by the key that only files of its kind have."""
+    found = [kind for kind, key in KINDS.items() if re.search(rf"^{key}:", text, re.MULTILINE)]
+    if len(found) != 1:  # written in another style, or not ours
+        data = parse_yaml(text, path)
+        found = [kind_of(data) if isinstance(data, dict) else None]
+    classes = {each.kind: each for each in (Plan, MachineProfile, RoutingProfile)}
+    if found[0] not in classes:
+        raise FiddlerError(f"{path}: neither a plan nor a profile; give a file that `fiddler-opt` wrote")
+    return classes[found[0]]
+
+
 def print_placement(console: Console, plan: Plan) -> None:
-    placed = table("layer", *map(str, range(plan.model.num_experts)))
-    for layer, row in plan.resident_blocks.items():
-        placed.add_row(str(layer), *(str(count) if count else "·" for count in row))
     console.print(f"blocks in GPU memory by expert, of {plan.blocks_per_expert} each:")
-    console.print(placed)
+    for experts in _columns_that_fit(console.width, plan):
+        placed = table("layer", *map(str, experts))
+        for layer, row in plan.resident_blocks.items():
+            placed.add_row(str(layer), *(str(row[expert] or "·") for expert in experts))
+        console.print(placed)
     made = plan.provenance
     console.print(f"made on {made.created} by `{made.command}`, from {made.machine} and {made.routing}")
+
+
+def _columns_that_fit(width: int, plan: Plan) -> Iterator[range]:
+    """The experts, in as many tables as they take at that width."""
+    experts, borders = plan.model.num_experts, 3  # a space on each side, and a line
+    column = len(str(max(experts - 1, plan.blocks_per_expert))) + borders
+    first = max(len("layer"), len(str(plan.model.num_layers))) + borders + 1
+    count = max(1, (width - first) // column)
+    for start in range(0, experts, count):
+        yield range(start, min(start + count, experts))
 
 
 def print_memory(console: Console, plan: Plan) -> None:

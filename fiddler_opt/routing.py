@@ -4,22 +4,26 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import comb
-from typing import ClassVar, Literal, Self
-
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from typing import ClassVar, Literal
 
 from fiddler_opt.model import ModelSpec
 from fiddler_run.errors import FiddlerError
-from fiddler_run.yaml_file import Section, YamlFile
+from fiddler_run.plan import ModelShape
+from fiddler_run.yaml_file import Count, CountOrZero, ExpertCount, LayerCount, Section, YamlFile
 
-Rows = dict[NonNegativeInt, list[NonNegativeInt]]  # per layer
+Rows = dict[CountOrZero, list[CountOrZero]]  # per layer
+MAX_PAIRS = 8_000  # of all layers together, each a case of its own to the solver; beyond this it takes minutes
 
 
 class RoutedModel(Section):
     name: str
-    num_layers: PositiveInt
-    num_experts: PositiveInt
-    num_experts_per_tok: PositiveInt
+    num_layers: LayerCount
+    num_experts: ExpertCount
+    num_experts_per_tok: ExpertCount
+
+    def problems(self) -> list[str]:
+        chosen, experts = self.num_experts_per_tok, self.num_experts
+        return [] if chosen <= experts else [f"model.num_experts_per_tok: {chosen} of {experts} experts"]
 
 
 class Recorded(Section):
@@ -27,7 +31,7 @@ class Recorded(Section):
 
     command: str
     created: str
-    output_tokens: PositiveInt
+    output_tokens: Count
 
 
 class Counts(Section):
@@ -37,8 +41,8 @@ class Counts(Section):
     (0,1), (0,2) ... (1,2) ..., and `reuse[layer][expert]`: tokens that chose an expert which the token before them chose too.
     """
 
-    tokens: NonNegativeInt
-    followers: NonNegativeInt
+    tokens: CountOrZero
+    followers: CountOrZero
     activations: Rows
     pairs: Rows
     reuse: Rows
@@ -47,12 +51,14 @@ class Counts(Section):
 class PromptSet(Section):
     """`prefill` counts the prompts' tokens, `decode` those that were generated and routed: the last of each prompt is not."""
 
-    prompts: PositiveInt
+    prompts: Count
     prefill: Counts
     decode: Counts
 
 
 class RoutingProfile(YamlFile):
+    kind: ClassVar[str] = "routing profile"
+
     version: Literal[2]
     model: RoutedModel
     recorded: Recorded
@@ -66,49 +72,73 @@ class RoutingProfile(YamlFile):
         "  reuse: per layer, for each expert: tokens that chose it, as the token before them did"
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if not self.sets:
-            raise ValueError("sets: needs at least one set of prompts")
+    def problems(self) -> list[str]:
+        problems = [] if self.sets else ["sets: needs at least one set of prompts"]
         for name, part in self.sets.items():
             where = f"sets.{name}"
-            prefill, decode, most = part.prefill.tokens, part.decode.tokens, part.prompts * (self.recorded.output_tokens - 1)
+            prefill, decode = part.prefill.tokens, part.decode.tokens
+            most = part.prompts * (self.recorded.output_tokens - 1)
             if prefill < part.prompts:
-                raise ValueError(f"{where}.prefill.tokens: {prefill} for {part.prompts} prompts; each has at least one")
+                problems.append(f"{where}.prefill.tokens: {prefill} for {part.prompts} prompts; each has at least one")
             if decode > most:
-                raise ValueError(f"{where}.decode.tokens: {decode}, at most {most} follow from recorded.output_tokens")
-            _check(part.prefill, self.model, prefill - part.prompts, f"{where}.prefill")
-            _check(part.decode, self.model, decode, f"{where}.decode")
-        return self
+                problems.append(f"{where}.decode.tokens: {decode}, at most {most} follow from recorded.output_tokens")
+            problems += _problems(part.prefill, self.model, prefill - part.prompts, f"{where}.prefill")
+            problems += _problems(part.decode, self.model, decode, f"{where}.decode")
+        return problems
 
 
-def _check(counts: Counts, model: RoutedModel, followers: int, where: str) -> None:
-    """
-    Raises:
-        ValueError: the counts do not add up; the message names the key.
-    """
-    experts, top_k, tokens = model.num_experts, model.num_experts_per_tok, counts.tokens
+def _problems(counts: Counts, model: RoutedModel, followers: int, where: str) -> list[str]:
+    """What keeps the counts from adding up. Rows are compared only where their lengths are right."""
+    experts, tokens = model.num_experts, counts.tokens
+    problems = []
     if counts.followers != followers:
-        raise ValueError(f"{where}.followers: {counts.followers}, expected {followers} of {tokens} tokens")
-    totals = {"activations": tokens * top_k, "pairs": tokens * comb(top_k, 2)}
-    for key, length in {"activations": experts, "pairs": comb(experts, 2), "reuse": experts}.items():
+        problems.append(f"{where}.followers: {counts.followers}, expected {followers} of {tokens} tokens")
+    lengths = {"activations": experts, "pairs": comb(experts, 2), "reuse": experts}
+    for key, length in lengths.items():
         rows = getattr(counts, key)
         if sorted(rows) != list(range(model.num_layers)):
-            raise ValueError(f"{where}.{key}: needs exactly the layers 0 to {model.num_layers - 1}")
+            return [*problems, f"{where}.{key}: needs exactly the layers 0 to {model.num_layers - 1}"]
         for layer, row in rows.items():
             if len(row) != length:
-                raise ValueError(f"{where}.{key}[{layer}]: {len(row)} numbers, expected {length}")
-            if key in totals and sum(row) != totals[key]:
-                raise ValueError(f"{where}.{key}[{layer}]: adds up to {sum(row)}, expected {totals[key]} for {tokens} tokens")
-    for layer, row in counts.reuse.items():
-        for expert, (again, chosen) in enumerate(zip(row, counts.activations[layer], strict=True)):
-            if again > min(chosen, followers):
-                raise ValueError(f"{where}.reuse[{layer}][{expert}]: {again} of {chosen} choices and {followers} followers")
+                return [*problems, f"{where}.{key}[{layer}]: {len(row)} numbers, expected {length}"]
+    for layer in range(model.num_layers):
+        problems += _layer_problems(counts, model.num_experts_per_tok, layer, followers, where)
+    return problems
+
+
+def _layer_problems(counts: Counts, top_k: int, layer: int, followers: int, where: str) -> list[str]:
+    tokens, activations, pairs = counts.tokens, counts.activations[layer], counts.pairs[layer]
+    problems = [
+        f"{where}.{key}[{layer}]: adds up to {sum(row)}, expected {total} for {tokens} tokens"
+        for key, row, total in (
+            ("activations", activations, tokens * top_k),
+            ("pairs", pairs, tokens * comb(top_k, 2)),
+        )
+        if sum(row) != total
+    ]
+    with_others = [0] * len(activations)  # pairs that hold each expert
+    for (first, second), count in zip(combinations(range(len(activations)), 2), pairs, strict=True):
+        with_others[first] += count
+        with_others[second] += count
+    for expert, (chosen, again) in enumerate(zip(activations, counts.reuse[layer], strict=True)):
+        if chosen > tokens:
+            problems.append(f"{where}.activations[{layer}][{expert}]: {chosen} of {tokens} tokens")
+        if with_others[expert] != chosen * (top_k - 1):
+            problems.append(
+                f"{where}.pairs[{layer}]: {with_others[expert]} hold expert {expert}, "
+                f"expected {chosen * (top_k - 1)} for {chosen} choices of it"
+            )
+        if again > min(chosen, followers):
+            problems.append(f"{where}.reuse[{layer}][{expert}]: {again} of {chosen} choices and {followers} followers")
+    return problems
 
 
 @dataclass(frozen=True)
 class PhaseRouting:
-    """Probabilities per layer that one token chooses expert e (`expert`), or experts (e, f) both (`pair`, e < f)."""
+    """Probabilities per layer that one token chooses expert e (`expert`), or experts (e, f) both (`pair`, e < f).
+
+    `pair` holds none where a token does not choose two experts, or there are more pairs than MAX_PAIRS.
+    """
 
     expert: list[list[float]]
     pair: list[dict[tuple[int, int], float]]
@@ -130,8 +160,8 @@ class Routing:
     def uniform(cls, model: ModelSpec) -> "Routing":
         shape = model.shape
         expert = [shape.num_experts_per_tok / shape.num_experts] * shape.num_experts
-        chance = comb(shape.num_experts_per_tok, 2) / max(1, comb(shape.num_experts, 2))
-        pair = dict.fromkeys(combinations(range(shape.num_experts), 2), chance)
+        pairs = _pairs(shape)
+        pair = dict.fromkeys(pairs, 1 / max(1, len(pairs)))
         phase = PhaseRouting([expert] * shape.num_layers, [pair] * shape.num_layers)
         return cls("uniform (assumed)", phase, phase)
 
@@ -163,12 +193,20 @@ class Routing:
 
 def _frequencies(parts: list[Counts], model: RoutedModel) -> PhaseRouting:
     tokens = sum(part.tokens for part in parts)
-    pairs = list(combinations(range(model.num_experts), 2))
+    pairs = _pairs(model)
 
     def chances(key: str, layer: int) -> list[float]:
         return [sum(counts) / tokens for counts in zip(*(getattr(part, key)[layer] for part in parts), strict=True)]
 
     return PhaseRouting(
         expert=[chances("activations", layer) for layer in range(model.num_layers)],
-        pair=[dict(zip(pairs, chances("pairs", layer), strict=True)) for layer in range(model.num_layers)],
+        pair=[dict(zip(pairs, chances("pairs", layer), strict=True)) if pairs else {} for layer in range(model.num_layers)],
     )
+
+
+def _pairs(model: RoutedModel | ModelShape) -> list[tuple[int, int]]:
+    """The pairs of experts that a token can choose, in the order of a profile's rows; none if too many."""
+    several = model.num_layers * comb(model.num_experts, 2) > MAX_PAIRS
+    if model.num_experts_per_tok != 2 or several:
+        return []
+    return list(combinations(range(model.num_experts), 2))

@@ -19,10 +19,10 @@ import torch
 
 from fiddler_opt.routing import Counts, PromptSet, Recorded, RoutedModel, RoutingProfile
 from fiddler_run.errors import FiddlerError
+from fiddler_run.files import write_whole
 from fiddler_run.generate import Options, generate_ids
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import ModelShape
-from fiddler_run.yaml_file import write_whole
 
 
 @dataclass(frozen=True, eq=False)

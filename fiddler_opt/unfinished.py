@@ -1,11 +1,24 @@
-"""Unfinished work: what long work has finished so far, in a file beside the one it will write, for a second call to go on from."""
+"""Checkpoints of a long-running command, so that a second call resumes.
+
+They lie in a file beside the one that the command will write.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
-from fiddler_run.yaml_file import write_whole
+from fiddler_run.errors import FiddlerError
+from fiddler_run.files import (
+    MAX_TEXT_BYTES,
+    cannot_write,
+    decode_text,
+    exists,
+    parse_yaml,
+    partial_files,
+    read_bytes,
+    write_whole,
+)
 
 
 def unfinished_path(target: Path) -> Path:
@@ -14,31 +27,57 @@ def unfinished_path(target: Path) -> Path:
 
 
 def forget_unfinished(target: Path) -> None:
-    """Removes the parts of what has been written, and what writers that were killed left of it."""
-    for path in [*target.parent.glob(f".{target.name}.*"), *target.parent.glob(f"..{target.name}.*")]:
-        path.unlink(missing_ok=True)
+    """Removes the parts of `target`, which has been written, and what killed writers of either left.
+
+    Raises:
+        FiddlerError: a file cannot be removed.
+    """
+    parts = unfinished_path(target)
+    for path in [parts, *partial_files(parts), *partial_files(target)]:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error) from None
 
 
 class Unfinished:
     """Finished parts by name, of plain numbers, strings, lists and dicts; saved after each.
 
     `made_with` says what the parts depend on: those made with anything else are of no use and forgotten.
+
+    Raises:
+        FiddlerError: there are parts, but they may not be read.
     """
 
     def __init__(self, target: Path, made_with: dict):
-        self._path, self._made_with = unfinished_path(target), made_with
+        self._path = unfinished_path(target)
+        self._made_with = made_with
         self.parts = self._load()
 
     def _load(self) -> dict:
-        try:
-            found = yaml.safe_load(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):  # none, or not ours
+        if not exists(self._path):
             return {}
-        return found["parts"] if isinstance(found, dict) and found.get("made_with") == self._made_with else {}
+        content = read_bytes(self._path, MAX_TEXT_BYTES)
+        try:
+            found = parse_yaml(decode_text(content, str(self._path)), str(self._path))
+        except FiddlerError:  # not ours, or damaged: the parts are made again
+            return {}
+        if not isinstance(found, dict) or found.get("made_with") != self._made_with:
+            return {}
+        parts = found.get("parts")
+        return parts if isinstance(parts, dict) else {}
 
     def part(self, name: str, make: Callable[[], object]) -> object:
         """The part of that name: as found, or made now and kept."""
         if name not in self.parts:
             self.parts[name] = make()
-            write_whole(self._path, yaml.safe_dump({"made_with": self._made_with, "parts": self.parts}, sort_keys=False))
+            content = {"made_with": self._made_with, "parts": self.parts}
+            write_whole(self._path, yaml.dump(content, Dumper=_PlainDumper, sort_keys=False))
         return self.parts[name]
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes an object that occurs twice in full: the reader accepts no aliases."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True

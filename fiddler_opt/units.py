@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from fiddler_run.errors import FiddlerError
 
+MAX_BYTES = 2**60  # and bytes per second; far beyond any machine
+MAX_COUNT = 2**31 - 1
 UNITS = {
     "B": 1,
     "KB": 10**3,
@@ -22,7 +24,7 @@ def parse_bytes(text: str, where: str) -> int:
     """Bytes of a size such as `24GB`, `1.5 GiB` or `0GB`; `where` names the flag in messages.
 
     Raises:
-        FiddlerError: no number, no unit, or an unknown unit.
+        FiddlerError: no number, no unit, an unknown unit, or more than MAX_BYTES.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None:
@@ -31,7 +33,10 @@ def parse_bytes(text: str, where: str) -> int:
     if unit not in UNITS:
         problem = f"{unit} is not a unit of size" if unit else "a size needs a unit"
         raise FiddlerError(f"{where} {text}: {problem}; write for example {number}GB (10^9 bytes) or {number}GiB (2^30 bytes)")
-    return int(float(number) * UNITS[unit])
+    size = float(number) * UNITS[unit]
+    if size > MAX_BYTES:
+        raise FiddlerError(f"{where} {_short(text)}: more than any machine has; write for example 24GB")
+    return int(size)
 
 
 def parse_bytes_per_s(text: str, where: str) -> int:
@@ -50,11 +55,17 @@ def parse_count(text: str, where: str) -> int:
     """A whole number above zero.
 
     Raises:
-        FiddlerError: it is none.
+        FiddlerError: it is none, or more than MAX_COUNT.
     """
     if not re.fullmatch(r"\s*[0-9]+\s*", text):
         raise FiddlerError(f"{where} {text}: not a whole number")
+    if len(text.strip().lstrip("0")) > len(str(MAX_COUNT)) or int(text) > MAX_COUNT:
+        raise FiddlerError(f"{where} {_short(text)}: more than {MAX_COUNT}")
     return _more_than_zero(int(text), text, where)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 30 else f"{text[:30]}..."
 
 
 def _more_than_zero(value: int, text: str, where: str) -> int:

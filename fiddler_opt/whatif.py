@@ -15,8 +15,8 @@ from fiddler_opt.scaling import memory_rate, ram_rate, with_gpu_memory, with_rat
 from fiddler_opt.sweep_flags import OF_WORKLOAD, Quantity, WhatIf
 from fiddler_opt.units import format_bytes, format_bytes_per_s
 from fiddler_run.errors import FiddlerError
+from fiddler_run.files import require_writable
 from fiddler_run.plan import Plan, Workload
-from fiddler_run.yaml_file import require_writable
 
 Solve = Callable[[MachineProfile, Workload, int], Plan]  # the best plan on a machine, for a workload, in bytes of GPU memory
 

@@ -1,7 +1,10 @@
 """Fixtures: the demo checkpoint, small random checkpoints, and plans written by hand for them."""
 
+import os
 import random
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is imported: waiting threads leave their cores to others
 
 import pytest
 import torch
@@ -125,7 +128,7 @@ def random_checkpoint(tmp_path_factory):
     def make(**overrides) -> tuple[Path, ModelShape]:
         torch.manual_seed(0)
         values = {
-            "vocab_size": 97,
+            "vocab_size": 768,  # that of the demo's tokenizer
             "hidden_size": 32,
             "intermediate_size": 96,
             "num_hidden_layers": 2,

@@ -1,5 +1,8 @@
 """Cutting an expert into blocks loses nothing, whatever the block size and wherever the cut between arenas."""
 
+import errno
+import shutil
+
 import pytest
 import torch
 from conftest import demo_shape, make_plan
@@ -61,3 +64,22 @@ def test_too_little_disk(tmp_path):
     plan = make_plan(demo_shape(), [[0] * 8] * 6)
     with pytest.raises(FiddlerError, match="1000000.00 GB of experts are to lie on disk, but .* GB are free there; name another"):
         refuse(disk_problems(plan.model_copy(update={"disk_bytes": 10**15}), tmp_path))
+
+
+def test_a_disk_that_fills_between_check_and_load(tmp_path, monkeypatch):
+    """The room is taken at once: writing to a mapped file on a full disk would kill the process."""
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fiddler_run.arena.os.posix_fallocate", full)
+    with pytest.raises(FiddlerError, match="cannot keep experts there: No space left on device; name another folder"):
+        Arena(4, 100, torch.float32, torch.device("cpu"), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_room_on_disk_is_taken(tmp_path):
+    before = shutil.disk_usage(tmp_path).used
+    arena = Arena(64, 2**18, torch.float32, torch.device("cpu"), tmp_path)  # 64 MiB
+    assert shutil.disk_usage(tmp_path).used - before > 2**25
+    del arena

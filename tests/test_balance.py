@@ -1,5 +1,6 @@
 """Each layer's division between link and CPU, found after loading: with layers whose speeds the test sets."""
 
+from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -26,11 +27,10 @@ class Executors:
     def finish_cpu(self) -> None:
         pass
 
-    def start(self) -> None:
+    @contextmanager
+    def recording(self):
         self.spans, self.calls = [], 0
-
-    def stop(self) -> list[Span]:
-        return self.spans
+        yield self.spans
 
 
 class Layer:

@@ -100,13 +100,13 @@ def test_rates_of_blocks_read_in_place():
 def test_a_timeline_that_is_off_keeps_nothing():
     timeline = Timeline(torch.device("cpu"))
     timeline.begin("CPU", "blocks")
-    timeline.start()
-    timeline.end("CPU", "blocks")  # it began before
-    timeline.enter(3)
-    timeline.begin("CPU", "blocks")
-    timeline.end("CPU", "blocks")
-    timeline.begin("link", "copy")  # never ends
-    (span,) = timeline.stop()
+    with timeline.recording() as spans:
+        timeline.end("CPU", "blocks")  # it began before
+        timeline.enter(3)
+        timeline.begin("CPU", "blocks")
+        timeline.end("CPU", "blocks")
+        timeline.begin("link", "copy")  # never ends
+    (span,) = spans
     assert (span.lane, span.name, span.layer, span.call) == ("CPU", "blocks", 3, 0)
     assert 0 <= span.start_s <= span.stop_s
 

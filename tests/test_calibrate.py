@@ -177,3 +177,34 @@ def test_the_command(tmp_path):
             (tmp_path / file).write_text(content)
         assert_refused(run("fiddler-opt", "calibrate", SHIPPED_PLAN, file, "-o", "x.yaml", cwd=tmp_path), words)
     assert not (tmp_path / "x.yaml").exists()
+
+
+@pytest.mark.parametrize("value", [1.7e308, 5e-324, 10**400, -1, 0, "x", None])
+@pytest.mark.parametrize("key", ["passes", "tokens_per_pass", "tokens_per_expert"])
+def test_results_beyond_reason(problem, tmp_path, key, value):
+    plan, _ = problem
+    data = result_of(plan, {}, {}).model_dump()
+    data["decode"][key] = value
+    (tmp_path / "b.json").write_text(json.dumps(data))
+    with pytest.raises(FiddlerError, match=rf"b.json: not a result of .*\((decode.{key}|no JSON)") as caught:
+        Result.load(tmp_path / "b.json", plan)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_result_with_a_byte_order_mark_and_one_that_is_deep(problem, tmp_path):
+    plan, _ = problem
+    result = result_of(plan, {}, {})
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + result.model_dump_json().encode())
+    assert Result.load(tmp_path / "b.json", plan) == result
+    for text in ("[" * 100_000, '{"plan":' * 100_000):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(FiddlerError, match="b.json: not a result of"):
+            Result.load(tmp_path / "b.json", plan)
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e9])
+def test_a_run_a_billion_times_off_is_no_measurement(problem, factor):
+    plan, made_from = problem
+    result = result_of(plan, {"absent": factor}, {"absent": factor})
+    with pytest.raises(FiddlerError, match="an expert in host memory takes .* us: one of them is no measurement"):
+        calibrate(plan, made_from, ROUTING, result, "test")

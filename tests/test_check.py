@@ -152,6 +152,18 @@ def test_loading_refuses_by_the_memory_that_is_free(tmp_path, model, machine):
     assert str(refusal.value) == problems[0]
 
 
+def test_predictions_that_contradict_each_other_are_told(tmp_path, model):
+    for changes, words in (
+        ({"predicted__decode_tokens_per_s": 50.0}, "decode_ms adds up to 1000, not 20; decode_tokens_per_s is more than its bound"),
+        ({"predicted__ttft_s": 3.0}, "ttft_ms adds up to 1000, not 3000"),
+    ):
+        problems, notes = check_plan(write_plan(tmp_path, **changes))
+        assert problems == []
+        assert any(words in note for note in notes)
+    for shipped in ("plans/demo.yaml", "plans/rtx4090.yaml"):
+        assert not any("predicted:" in note for note in check_plan(shipped)[1])
+
+
 def test_numbers_at_which_a_machine_suffices():
     assert core_problem(threads=16, cores=16) is None
     assert core_problem(threads=16, cores=15).startswith("cpu_threads is 16, but 15 cores are available here")

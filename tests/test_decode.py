@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import DEMO, demo_shape, random_plan
 from transformers import DynamicCache, MixtralForCausalLM, StaticCache
+from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from fiddler_run import load_model
 from fiddler_run.cache import KeyValueCache
 from fiddler_run.decode import DecodeStep
+from fiddler_run.errors import FiddlerError
 
 TEXTS = ["Once upon a time there was a kind bear", "3 + 4 ="]
 
@@ -105,6 +107,105 @@ def test_weights_that_change_afterwards(device):
         for forward in (type(model).forward, MixtralForCausalLM.forward)
     )
     assert all(torch.equal(*pair) for pair in zip(step, whole, strict=True))
+
+
+def rolled(linear: torch.nn.Linear) -> torch.nn.Linear:
+    """Another module with other weights."""
+    other = torch.nn.Linear(
+        linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype, device=linear.weight.device
+    )
+    other.weight = torch.nn.Parameter(linear.weight.roll(5, dims=0), requires_grad=False)
+    return other
+
+
+class Wrapped(torch.nn.Module):
+    """A layer inside another one, as adapters make them."""
+
+    def __init__(self, base: torch.nn.Module):
+        super().__init__()
+        self.base = base
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.base(states).roll(1, dims=-1)
+
+
+class OtherLayer(mixtral.MixtralDecoderLayer):
+    """Of which nothing is known."""
+
+    def forward(self, hidden_states, **named):
+        return super().forward(hidden_states, **named) * 0.5
+
+
+def other_parameter(model) -> None:
+    for layer in model.model.layers:
+        weight = layer.self_attn.o_proj.weight
+        layer.self_attn.o_proj.weight = torch.nn.Parameter(weight.roll(7, dims=0), requires_grad=False)
+
+
+def other_data(model) -> None:
+    for layer in model.model.layers:
+        norm = layer.post_attention_layernorm
+        norm.weight.data = norm.weight.data * torch.randn(128, generator=torch.Generator().manual_seed(1)).to(norm.weight.device)
+
+
+def other_router(model) -> None:
+    for layer in model.model.layers:
+        router = layer.mlp.gate
+        router.weight = torch.nn.Parameter(router.weight.flip(0).clone(), requires_grad=False)
+
+
+def other_class(model) -> None:
+    layer = model.model.layers[4]
+    layer.__class__ = OtherLayer
+
+
+REPLACEMENTS = {
+    "head": lambda model: model.set_output_embeddings(rolled(model.get_output_embeddings())),
+    "wrapped head": lambda model: setattr(model, "lm_head", Wrapped(model.lm_head)),
+    "o_proj": lambda model: setattr(model.model.layers[0].self_attn, "o_proj", rolled(model.model.layers[0].self_attn.o_proj)),
+    "wrapped q_proj": lambda model: setattr(
+        model.model.layers[0].self_attn, "q_proj", Wrapped(model.model.layers[0].self_attn.q_proj)
+    ),
+    "a parameter": other_parameter,
+    "a parameter's data": other_data,
+    "router": other_router,
+    "layer of another class": other_class,
+    "fewer layers": lambda model: setattr(model.model, "layers", model.model.layers[:4]),
+    "more rows of the embedding": lambda model: model.resize_token_embeddings(800, mean_resizing=False),
+    "final norm": lambda model: setattr(model.model, "norm", Wrapped(model.model.norm)),
+}
+
+
+@pytest.mark.parametrize("replacement", REPLACEMENTS)
+def test_what_is_replaced_after_a_generation_is_used(replacement, device):
+    """Prompt and decode follow, as transformers' own forward pass does."""
+    model, tokenizer = load_model(random_plan(demo_shape(), random.Random(3)), DEMO)
+    encoded = tokenizer(TEXTS[0], return_tensors="pt").to(device)
+    arguments = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    before = model.generate(**encoded, **arguments)
+    REPLACEMENTS[replacement](model)
+    after = model.generate(**encoded, **arguments)
+    with model.model.layers[0].register_forward_hook(lambda *_: None):  # which only transformers' own forward pass calls
+        expected = model.generate(**encoded, **arguments)
+    assert torch.equal(after, expected)
+    assert replacement == "more rows of the embedding" or not torch.equal(after, before)
+
+
+def test_an_embedding_in_host_memory_is_not_resized():
+    plan = random_plan(demo_shape(), random.Random(3))
+    in_host = plan.host_memory_bytes.model_copy(update={"embedding": 1})
+    model, _ = load_model(plan.model_copy(update={"host_memory_bytes": in_host}), DEMO)
+    with pytest.raises(FiddlerError, match="the plan keeps the embedding in host memory"):
+        model.resize_token_embeddings(800)
+
+
+def test_gradients_are_refused_in_words(dispatched, device):
+    model, tokenizer = dispatched
+    states = model.model.embed_tokens(tokenizer(TEXTS[0], return_tensors="pt").to(device)["input_ids"]).clone().requires_grad_()
+    with pytest.raises(FiddlerError, match="experts in blocks compute no gradients"):
+        model(inputs_embeds=states)
+    with torch.no_grad():
+        model(inputs_embeds=states)
 
 
 def small_cache() -> KeyValueCache:

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -61,6 +62,7 @@ class Executors:
 
     def __init__(self):
         self.timeline, self.given, self.ahead = Timeline(CPU), [], []
+        self.lock = threading.RLock()
 
     def routes(self, tokens):
         return False
@@ -105,7 +107,7 @@ def test_a_model_that_goes_gives_its_memory_back():
 
 def test_loading_can_be_interrupted():
     plan = make_plan(demo_shape("bfloat16"), [[0] * 8] * 6)
-    checkpoint, read = Checkpoint(DEMO, plan.model), []
+    checkpoint, read = Checkpoint.of_experts(DEMO, plan.model), []
 
     class Counting:
         def expert(self, layer, expert):
@@ -123,9 +125,14 @@ def test_loading_can_be_interrupted():
 
 def test_a_converted_model_is_refused(device):
     model, tokenizer = load_model(random_plan(demo_shape("bfloat16"), random.Random(3)), DEMO)
-    model.float()
-    with pytest.raises(FiddlerError, match=r"the model computes in torch.float32, but its experts are torch.bfloat16"):
-        model(**tokenizer("Once", return_tensors="pt").to(device))
+    for convert in (model.float, model.half, model.double, lambda: model.to(torch.float32)):
+        with pytest.raises(FiddlerError, match=r"the experts are bfloat16 and stay so; for torch.float"):
+            convert()
+    with pytest.raises(FiddlerError, match="a loaded model stays where its plan has put it"):
+        model.to("meta")
+    model.bfloat16()
+    model.to(device)
+    assert model(**tokenizer("Once", return_tensors="pt").to(device)).logits.isfinite().all()
 
 
 def test_strided_states_and_no_states(device):
@@ -153,12 +160,12 @@ def test_without_huge_pages_there_is_still_memory(monkeypatch):
 
 def test_a_span_belongs_to_the_call_in_which_it_began():
     timeline = Timeline(CPU)
-    timeline.start()
-    timeline.enter(4)
-    timeline.begin("CPU", "blocks")
-    timeline.enter(5)
-    timeline.end("CPU", "blocks")
-    (span,) = timeline.stop()
+    with timeline.recording() as spans:
+        timeline.enter(4)
+        timeline.begin("CPU", "blocks")
+        timeline.enter(5)
+        timeline.end("CPU", "blocks")
+    (span,) = spans
     assert (span.layer, span.call) == (4, 0)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from conftest import DEMO, ROOT
 from rich.console import Console
 
 import fiddler_run.kernels
-from fiddler_opt import doctor, facts
+from fiddler_opt import bench_device, doctor, facts
 from fiddler_opt.bench_probe import kernels
 from fiddler_opt.doctor import Finding, Gpu, Torch
 from fiddler_opt.facts import Driver, GpuUse, NumaNode, PcieLink
@@ -107,7 +108,7 @@ def test_a_system_that_tells_nothing(system):
     told = facts.numa_nodes(), facts.governor(), facts.transparent_huge_pages(), facts.nvidia_driver(), facts.pcie_link(GPU)
     assert told == (None,) * 5
     assert facts.gpu_numa_node(GPU) is None
-    assert facts.Others().cores() is None
+    assert host.OtherProcesses().cores() is None
     assert (facts.gpu_use(), facts.busiest(0.0)) == ({}, [])
     assert not facts.has_nvidia_gpu()
 
@@ -145,7 +146,7 @@ def test_others_are_all_that_is_neither_idle_nor_ours(system, monkeypatch):
     idle = "cpu 9 9 9 9 9 9 9 9 9 9\ncpu0 7 0 0 0 0 0 0 0 0 0\ncpu1 5 0 0 0 0 0 0 0 0 0\ncpu2 0 0 0 0 0 0 0 0 0 0"
     busy = "cpu0 900 0 0 0 0 0 0 0 0 0\ncpu1 305 0 200 800 600 0 400 0 0 0\ncpu2 300 100 0 900 0 0 0 300 300 0"
     write(system, {"proc/stat": idle})
-    others = facts.Others()
+    others = host.OtherProcesses()
     write(system, {"proc/stat": busy})
     assert others.cores() == pytest.approx((6 + 1 + 2 + 4 + 3 - 5) / 10)
 
@@ -252,3 +253,32 @@ def test_the_demo_model_runs_on_this_machine(monkeypatch):
     findings = doctor.examine(ModelSpec.load(str(DEMO)), None)
     assert not doctor.stops(findings), printed(findings)
     assert "tiny-mixtral needs" in printed(findings)
+
+
+def test_a_torch_in_the_working_directory_is_not_run(tmp_path):
+    (tmp_path / "torch.py").write_text("open('it-ran', 'w')\n")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "runtime")])
+    command = [sys.executable, "-P", "-m", "fiddler_opt.cli", "doctor", "--model", str(DEMO)]
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert "PyTorch does not start" not in result.stdout
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_nor_where_a_gpu_is_described(tmp_path, monkeypatch):
+    """The process that takes GPU memory for the profile; only its Python is looked at here."""
+    (tmp_path / "torch.py").write_text("found = 'the wrong one'\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_device.torch.cuda, "mem_get_info", lambda _: (0, 0))
+    real, seen = subprocess.Popen, []
+
+    def popen(command, **pipes):
+        program = command.index("-c") + 1
+        look = "import torch; print(len(getattr(torch, 'found', '')), flush=True)"
+        seen.append(real([*command[:program], look, *command[program + 1 :]], **pipes))
+        return seen[0]
+
+    monkeypatch.setattr(bench_device.subprocess, "Popen", popen)
+    assert bench_device.context_bytes(bench_device.torch.device("cuda", 0)) == 0
+    assert seen[0].args[1] == "-P"

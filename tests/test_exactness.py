@@ -143,7 +143,7 @@ def exact_layer(states, index, weights, experts):
 def test_bfloat16_layer_against_float64(tokens, device):
     rng = random.Random(tokens)
     plan = random_plan(demo_shape("bfloat16"), rng)
-    checkpoint, store = Checkpoint(DEMO, plan.model), ExpertStore(plan, device, DEMO)
+    checkpoint, store = Checkpoint.of_experts(DEMO, plan.model), ExpertStore(plan, device, DEMO)
     store.load(checkpoint)
     executors = make_executors(plan, device)
     torch.manual_seed(tokens)

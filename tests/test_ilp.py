@@ -5,10 +5,16 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+from conftest import DEMO, ROOT
 from planning import machine_profile, random_routing, small_model
 
+from fiddler_opt.compiler import choose_chunk
 from fiddler_opt.cost import CostModel, Placement
-from fiddler_opt.ilp import RELATIVE_GAP, Room, place
+from fiddler_opt.ilp import RELATIVE_GAP, Room, place, relaxed_s
+from fiddler_opt.machine import MachineProfile
+from fiddler_opt.model import ModelSpec
+from fiddler_opt.problem import Budget
+from fiddler_opt.routing import Routing
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan import Workload
 
@@ -134,3 +140,69 @@ def test_memory_that_is_of_use_is_not_left_empty():
     workload = Workload(prompt_tokens=8, output_tokens=8, num_beams=1, batch_size=1, max_seq_len=64)
     cost = CostModel.build(model, machine, random_routing(model, random.Random(3)), workload, 64)
     assert sum(map(sum, place([cost], Room(1, 9)).placement.resident)) == 9
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e9])
+def test_units_of_time_do_not_matter(scale):
+    """The solver's tolerances are absolute; a machine that is a million times faster gets the same plans."""
+    for seed in range(6):
+        costs, room = random_instance(random.Random(seed))
+        every = list(placements(costs[0], room))
+        if not every:
+            continue
+        costs = [scaled(cost, scale) for cost in costs]
+        best_s = min(max(cost.total_s(placement) for cost in costs) for placement in every)
+        solution = place(costs, room)
+        assert solution.objective_s <= best_s * (1 + EXACT)
+        assert solution.bound_s <= best_s * (1 + 1e-9)
+        assert solution.gap <= EXACT
+
+
+def scaled(cost: CostModel, scale: float) -> CostModel:
+    def times(values: dict) -> dict:
+        return {key: value * scale for key, value in values.items()}
+
+    return replace(
+        cost,
+        fixed_s={name: times(parts) for name, parts in cost.fixed_s.items()},
+        queueing_s=times(cost.queueing_s),
+        host_embedding_s=times(cost.host_embedding_s),
+        scenarios={
+            name: [
+                [
+                    replace(
+                        each,
+                        resident_s=times(each.resident_s),
+                        absent_s=times(each.absent_s),
+                        disk_s=times(each.disk_s),
+                    )
+                    for each in layer
+                ]
+                for layer in layers
+            ]
+            for name, layers in cost.scenarios.items()
+        },
+    )
+
+
+def test_equal_experts_do_not_keep_the_solver_busy():
+    """The demo model on a GPU that holds nearly all of it: any of very many placements is as good."""
+    model = ModelSpec.load(str(DEMO))
+    machine = MachineProfile.load(ROOT / "profiles" / "rtx4090.machine.yaml")
+    routing = Routing.uniform(model)
+    workload = Workload(prompt_tokens=256, output_tokens=128, num_beams=1, batch_size=1, max_seq_len=512)
+    problem = choose_chunk(model, machine, routing, workload, Budget(10**9))
+    solution = place([problem.cost(routing)], problem.room())
+    assert solution.gap <= 0.005
+    assert solution.solve_s < 15
+
+
+def test_budgets_that_nothing_fits_in():
+    """Neither memory holds the embedding."""
+    costs, room = random_instance(random.Random(2))
+    room = Room(room.block_bytes, 0, 0, embedding_bytes=10 * room.block_bytes)
+    steps = {phase: phase.steps for phase in costs[0].phases}
+    for solve in (lambda: place(costs, room), lambda: relaxed_s(costs, room, steps)):
+        with pytest.raises(FiddlerError, match="the solver found no placement") as caught:
+            solve()
+        assert "\n" not in str(caught.value)

@@ -7,8 +7,8 @@ import yaml
 from conftest import demo_shape, make_plan, random_plan, set_key
 
 from fiddler_run.errors import FiddlerError
+from fiddler_run.files import require_writable, write_whole
 from fiddler_run.plan import Plan
-from fiddler_run.yaml_file import require_writable, write_whole
 
 
 @pytest.fixture

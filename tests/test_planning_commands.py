@@ -1,6 +1,7 @@
 """What `fiddler-opt plan` offers beyond a budget, and the commands that look into plans."""
 
 import json
+import os
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import DEMO, ROOT
 from planning import machine_profile, random_routing, small_model
 from test_commands import assert_refused, files_in, run
 
+from fiddler_opt.cli import main
 from fiddler_opt.cost import CostModel, Placement
 from fiddler_opt.explain import placement_of, worths
 from fiddler_opt.machine import MachineProfile
@@ -45,8 +47,7 @@ def two_sets(tmp_path_factory):
         "sets": {"stories": part(0), "code": part(1)},
     }
     path = folder / "routing.yaml"
-    path.write_text(yaml.safe_dump(data))
-    RoutingProfile.load(path)
+    RoutingProfile.model_validate(data).save(path)
     return path
 
 
@@ -172,8 +173,142 @@ def test_doctor(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "CPU kernel" in result.stdout
     huge = tmp_path / "config.json"
-    huge.write_text(json.dumps({**json.loads((DEMO / "config.json").read_text()), "num_hidden_layers": 10**7}))
+    huge.write_text(json.dumps({**json.loads((DEMO / "config.json").read_text()), "intermediate_size": 2**20}))
     stopped = run("fiddler-opt", "doctor", "--model", tmp_path, cwd=tmp_path)
     assert stopped.returncode == 1
     assert stopped.stdout.startswith("stops")
     assert "cannot run here" in stopped.stderr
+
+
+def test_a_profile_that_did_not_time_the_link_alone(tmp_path):
+    profile = yaml.safe_load(MACHINE.read_text())
+    for times in profile["absent_expert_us"].values():
+        del times[1.0]
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(profile))
+    flags = ("plan", "--machine", "m.yaml", "--gpu-mem", "24GB", "-o", "p.yaml")
+    result = run("fiddler-opt", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    plan, usual = Plan.load(tmp_path / "p.yaml"), Plan.load(ROOT / "plans/rtx4090.yaml")
+    assert set(plan.predicted.alternatives) == {"greedy", "uniform", "layers", "cpu"}
+    assert plan.stream_share == usual.stream_share
+    assert plan.predicted.decode_tokens_per_s == pytest.approx(usual.predicted.decode_tokens_per_s, rel=1e-3)
+    for baseline in ("stream", "fiddler"):
+        assert_refused(run("fiddler-opt", *flags, "--baseline", baseline, cwd=tmp_path), "timed the share 1.0")
+
+
+def test_no_plan_is_faster_than_its_bound(tmp_path, two_sets):
+    for flags in (("--robust",), (), ("--robust", "--baseline", "greedy")):
+        plan = planned(tmp_path, "--gpu-mem", "24GB", "--routing", two_sets, *flags)
+        assert plan.predicted.bound_tokens_per_s >= plan.predicted.decode_tokens_per_s
+
+
+def test_the_program_goes_into_a_new_folder(tmp_path):
+    planned(tmp_path, "--gpu-mem", "24GB", "--emit", "new/folder/p.lp")
+    assert (tmp_path / "new/folder/p.lp").read_text().rstrip().endswith("End")
+    assert [path.name for path in (tmp_path / "new/folder").iterdir()] == ["p.lp"]
+
+
+LONG = "n" * 300
+READING = [
+    ["plan", "--gpu-mem", "24GB", "--machine", "{}"],
+    ["plan", "--gpu-mem", "24GB", "--machine", MACHINE, "--routing", "{}"],
+    ["plan", "--gpu-mem", "24GB", "--profiles", "{}"],
+    ["plan", "--gpu-mem", "24GB", "--machine", MACHINE, "--model", "{}"],
+    ["show", "{}"],
+    ["explain", "{}"],
+    ["explain", ROOT / "plans/demo.yaml", "--machine", "{}"],
+    ["diff", ROOT / "plans/demo.yaml", "{}"],
+    ["calibrate", ROOT / "plans/demo.yaml", "{}"],
+    ["profile", "--model", DEMO, "--prompts", "{}", "--only", "routing", "--plan", ROOT / "plans/demo.yaml"],
+    ["profile", "--model", DEMO, "--only", "routing", "--plan", "{}"],
+]
+WRITING = [
+    ["plan", "--gpu-mem", "24GB", "--machine", MACHINE, "-o", "{}"],
+    ["plan", "--gpu-mem", "24GB", "--machine", MACHINE, "--emit", "{}"],
+    ["whatif", "--gpu-mem", "8GB,24GB", "--machine", MACHINE, "--plot", "{}"],
+    ["show", ROOT / "plans/demo.yaml", "--plot", "{}"],
+]
+FOLDERS = [["doctor", "--model", DEMO, "--profiles", "{}"], ["profile", "--model", DEMO, "--profiles", "{}"]]
+CASES = [
+    (command, name)
+    for commands, names in (
+        (READING, (LONG, f"{LONG}/x", "loop", "loop/x")),
+        (WRITING, (LONG, f"{LONG}/x", "loop", "loop/x")),
+        (FOLDERS, (LONG, f"{LONG}/x", "loop", "loop/x")),
+    )
+    for command in commands
+    for name in names
+]
+
+
+@pytest.fixture
+def odd_places(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("command", "name"), CASES, ids=lambda value: " ".join(map(str, value))[:60])
+def test_places_that_cannot_be_looked_at(odd_places, monkeypatch, capsys, command, name):
+    """One line that names the place, and nothing is written."""
+    monkeypatch.chdir(odd_places)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = sorted(odd_places.iterdir())
+    status = main([str(part).format(name) for part in command])
+    captured = capsys.readouterr()
+    assert status == 1
+    assert captured.out == "" or command[0] == "explain"
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("fiddler-opt: ")
+    assert name[:20] in last
+    assert sorted(odd_places.iterdir()) == before
+
+
+def test_a_nul_in_a_name(odd_places, monkeypatch, capsys):
+    monkeypatch.chdir(odd_places)
+    for command in (["show", "a\0b"], ["plan", "--gpu-mem", "24GB", "--machine", "a\0b"]):
+        assert main(command) == 1
+        captured = capsys.readouterr()
+        assert "cannot read" in captured.err or "no such" in captured.err
+        assert len(captured.err.splitlines()) == 1
+
+
+def test_workloads_beyond_reason(tmp_path):
+    flags = ("--machine", MACHINE, "--gpu-mem", "24GB")
+    for key in ("--num-beams", "--batch-size"):
+        assert_refused(run("fiddler-opt", "plan", *flags, key, 2**31 - 1, cwd=tmp_path), "is too small")
+    assert_refused(run("fiddler-opt", "whatif", *flags, "--beams", "1," + "9" * 400, cwd=tmp_path), "--beams 999", "more than")
+    assert files_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan", "--gpu-mem", "24GB", "--machine", "locked/x"],
+        ["plan", "--gpu-mem", "24GB", "--machine", MACHINE, "--routing", "locked/x"],
+        ["plan", "--gpu-mem", "24GB", "--machine", MACHINE, "--profiles", "locked"],
+        ["plan", "--gpu-mem", "24GB", "--profiles", "locked"],
+        ["plan", "--gpu-mem", "24GB", "--machine", MACHINE, "--model", "locked/m"],
+        ["show", "locked/x.yaml"],
+        ["explain", "locked/x.yaml"],
+        ["calibrate", "locked/x.yaml", "b.json"],
+        ["doctor", "--model", DEMO, "--profiles", "locked"],
+        ["profile", "--model", DEMO, "--prompts", "locked/x.txt", "--only", "routing", "--plan", ROOT / "plans/demo.yaml"],
+    ],
+    ids=lambda command: " ".join(map(str, command))[:60],
+)
+def test_a_locked_folder(tmp_path, monkeypatch, capsys, command):
+    """As the system answers whoever may not enter it."""
+    look = os.stat
+
+    def stat(path, **flags):
+        if "locked" in str(path).split("/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, **flags)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.chdir(tmp_path)
+    assert main([str(part) for part in command]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("fiddler-opt: locked")
+    assert captured.err.endswith(": cannot read: Permission denied\n")
+    assert captured.out == ""

@@ -143,3 +143,80 @@ def test_prompts_too_long_or_empty(tokenizer):
     tokenizer.chat_template = "{# nothing #}"
     with pytest.raises(FiddlerError, match="file: prompt 1 has no tokens; remove it"):
         encode_prompts(tokenizer, [[{"role": "user", "content": ""}]], 256, "file")
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.json", "p.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, name):
+    text = {"p.txt": "Once\n", "p.json": '["Once"]', "p.jsonl": '"Once"\r\n'}[name]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_prompts(tmp_path / name) == ["Once"]
+
+
+@pytest.mark.parametrize(("name", "where"), [("p.json", "p.json"), ("p.jsonl", "p.jsonl:1")])
+def test_deep_json(tmp_path, name, where):
+    for text in ("[" * 100_000, '{"a":' * 100_000, "9" * 10_000):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(FiddlerError, match=f"{where}: not JSON") as caught:
+            read_prompts(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+@pytest.mark.parametrize("content", [{"content": None}, {}])
+def test_a_message_that_only_calls_tools_has_empty_text(tmp_path, key, content):
+    call = {"role": "assistant", key: [{"id": "1"}], **content}
+    log = {"messages": [{"role": "user", "content": "2 + 2?"}, call, {"role": "tool", "content": "4"}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(log))
+    [messages] = read_prompts(tmp_path / "p.jsonl")
+    assert [message["content"] for message in messages] == ["2 + 2?", "", "4"]
+    log["messages"][1] = {"role": "assistant", key: None, **content}
+    (tmp_path / "p.jsonl").write_text(json.dumps(log))
+    with pytest.raises(FiddlerError, match=r'p.jsonl:1: message 2: needs a "role" and a "content"'):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content }",
+        "{{ messages[0].content | nofilter }}",
+        "{{ messages[0].content.nope.x }}",
+        "{{ 1 // 0 }}",
+        "{{ messages + 1 }}",
+        "{{ [].pop() }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_templates_that_fail(tokenizer, template):
+    tokenizer.chat_template = template
+    with pytest.raises(FiddlerError, match="p: prompt 1: the model's chat template refuses it: .+; change or") as caught:
+        encode_prompts(tokenizer, [ASKED], 256, "p")
+    assert "\n" not in str(caught.value)
+
+
+def test_templates_without_a_default(tokenizer):
+    tokenizer.chat_template = {"rag": CHAT, "tool_use": CHAT}
+    with pytest.raises(FiddlerError, match=r"p: prompt 1: .* templates \(rag, tool_use\) have no default; name one"):
+        encode_prompts(tokenizer, [ASKED], 256, "p")
+    tokenizer.chat_template = {"default": CHAT, "rag": "{{ 1 // 0 }}"}
+    assert tokenizer.decode(encode_prompts(tokenizer, [ASKED], 256, "p")[0]) == "<user>Why?<assistant>So."
+
+
+def test_a_tokenizer_that_fails():
+    class Broken:
+        def get_vocab(self):
+            return {"a": 0}
+
+        def __call__(self, *_, **__):
+            raise Exception("data did not match\nany variant")
+
+    with pytest.raises(FiddlerError, match="p: prompt 1: the model's tokenizer fails: data did not match any variant; "):
+        encode_prompts(Broken(), ["a"], 16, "p")
+
+
+def test_a_prompt_that_cannot_fit_is_not_tokenized(tokenizer, monkeypatch):
+    longest = max(map(len, tokenizer.get_vocab()))
+    monkeypatch.setattr(type(tokenizer), "__call__", None)
+    for prompt in ("x" * (16 * longest + 1), [{"role": "user", "content": "x" * 10_000_000}]):
+        with pytest.raises(FiddlerError, match="p: prompt 1 has .* characters, more than the context of 16 tokens can hold"):
+            encode_prompts(tokenizer, [prompt], 16, "p")

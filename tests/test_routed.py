@@ -1,6 +1,9 @@
 """Jobs of the CPU kernel that wait for a GPU to name their tokens and experts; here the test plays the GPU."""
 
+import os
 import random
+import signal
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
@@ -8,11 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, demo_shape, make_plan
+from transformers import DynamicCache
 
 from fiddler_opt.bench_experts import ExpertBench
 from fiddler_opt.bench_timing import Stopwatch
 from fiddler_opt.model import ModelSpec
+from fiddler_run import load_model
 from fiddler_run.balance import observe
 from fiddler_run.dispatch import LayerDispatch, Traffic, expert_groups
 from fiddler_run.errors import FiddlerError
@@ -22,6 +27,7 @@ from fiddler_run.kernels.cpu import CompiledExperts, CpuCall, library, supported
 from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.kernels.routed import RoutedLayer
 from fiddler_run.plan import MOST_ROUTED_TOKENS
+from fiddler_run.timeline import Span
 from fiddler_run.transfer import Mailbox
 
 if library() is None:
@@ -83,23 +89,8 @@ class Gpu:
 
     def check(self) -> None:
         """The table's blocks and the CPU's output together are the layer's; the blocks are divided as Python divides them."""
-        addresses, experts, first_block, first_choice, choices = self._table()
-        sums = torch.zeros(self.index.shape + (HIDDEN,))
-        for expert in range(self.layer.experts):
-            blocks = range(first_block[expert], first_block[expert + 1])
-            assert all(experts[block] == expert for block in blocks)
-            for choice in choices[first_choice[expert] : first_choice[expert + 1]]:
-                token, place = divmod(choice, self.index.shape[1])
-                assert self.index[token, place] == expert
-                for block in blocks:
-                    sums[token, place] += applied(self.layer.at[addresses[block]][None], self.states[token])
-        found = self.output + (sums * self.weights.unsqueeze(2)).sum(dim=1)
-        expected = torch.zeros(self.states.shape)
-        for token, place in np.ndindex(*self.index.shape):
-            expert = self.index[token, place]
-            for blocks in (self.layer.resident[expert], self.layer.absent[expert]):
-                if len(blocks):
-                    expected[token] += self.weights[token, place] * applied(blocks, self.states[token])
+        addresses, _, _, _, choices = self._table()
+        found, expected = self.output + self.sums(), self.expected()
         assert (found - expected).norm() <= TOLERANCE * expected.norm()
         calls = self.layer.dispatch._split(expert_groups(self.index.numpy(), self.weights.numpy(), self.layer.experts))
         wanted = Traffic(
@@ -112,6 +103,32 @@ class Gpu:
         resident = {block.data_ptr() for call in calls for block in call.expert.resident}
         assert set(addresses) == streamed | resident
         assert sorted(choices) == list(range(self.index.numel()))
+
+    def sums(self) -> torch.Tensor:
+        """What the table tells a GPU to compute."""
+        addresses, experts, first_block, first_choice, choices = self._table()
+        sums = torch.zeros(self.index.shape + (HIDDEN,))
+        for expert in range(self.layer.experts):
+            blocks = range(first_block[expert], first_block[expert + 1])
+            assert all(experts[block] == expert for block in blocks)
+            for choice in choices[first_choice[expert] : first_choice[expert + 1]]:
+                token, place = divmod(choice, self.index.shape[1])
+                assert self.index[token, place] == expert
+                for block in blocks:
+                    sums[token, place] += applied(self.layer.at[addresses[block]][None], self.states[token])
+        return (sums * self.weights.unsqueeze(2)).sum(dim=1)
+
+    def expected(self) -> torch.Tensor:
+        """The layer's experts, of those that exist."""
+        expected = torch.zeros(self.states.shape)
+        for token, place in np.ndindex(*self.index.shape):
+            expert = self.index[token, place]
+            if not 0 <= expert < self.layer.experts:
+                continue
+            for blocks in (self.layer.resident[expert], self.layer.absent[expert]):
+                if len(blocks):
+                    expected[token] += self.weights[token, place] * applied(blocks, self.states[token])
+        return expected
 
     def _table(self) -> list[list[int]]:
         most, table = self.given.max_blocks, self.given.table.tolist()
@@ -223,6 +240,105 @@ def test_a_gpu_that_sends_nothing(monkeypatch):
     gpu.check()
 
 
+def interrupt_soon() -> threading.Timer:
+    """Ctrl-C, in a moment."""
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    return timer
+
+
+def test_an_interrupt_is_heard_while_a_gpu_sends_nothing():
+    """Long before the job times out; the job ends, without a result, and the next one is right."""
+    kernel, mailbox = CompiledExperts(2), Mailbox(torch.device("cpu"))
+    gpu = Gpu(1, Layer(random.Random(2), 0.5), mailbox)
+    for job in range(1, 4):
+        gpu.submit(kernel, 2 * job - 1)
+        started = time.monotonic()
+        timer = interrupt_soon()
+        with pytest.raises(KeyboardInterrupt):
+            kernel.wait()
+        timer.join()
+        kernel.abandon(mailbox.finished)
+        assert time.monotonic() - started < routed.PATIENCE_S / 3
+        assert mailbox.finished.item() == gpu.given.described.item() == 2 * job - 1  # should the GPU come back, it must not hang
+        gpu.traffic[:] = 0
+        gpu.submit(kernel, 2 * job)
+        gpu.send(2 * job)
+        kernel.wait()
+        gpu.check()
+
+
+def again_and_again(kernel: CompiledExperts, *job) -> None:
+    for _ in range(1000):
+        kernel.wait()
+        kernel.submit(*job)
+
+
+def test_an_interrupt_is_heard_during_a_long_job():
+    """One that no GPU is waited for: the caller of `wait` takes part in it."""
+    blocks = torch.randn(4, 3 * NEURONS * HIDDEN).mul_(0.1).bfloat16()
+    tokens = 60_000
+    call = CpuCall(blocks, np.arange(tokens), np.ones(tokens, dtype=np.float32))
+    states, output = torch.randn(tokens, HIDDEN).bfloat16(), torch.empty(tokens, HIDDEN)
+    finished = torch.zeros(1, dtype=torch.int64)
+    for threads in (1, 2):
+        kernel = CompiledExperts(threads, variant="portable")
+        kernel.submit([call], states, output, finished, threads)
+        timer = interrupt_soon()
+        with pytest.raises(KeyboardInterrupt):
+            again_and_again(kernel, [call], states, output, finished, threads)
+        timer.join()
+        kernel.abandon(finished)
+        expected = kernel.apply(blocks, states[:3])
+        assert torch.equal(kernel.apply(blocks, states[:3]), expected)
+
+
+def test_a_job_of_another_model_is_not_abandoned():
+    """Two models share the pool; one of them is interrupted."""
+    kernel, mailboxes = CompiledExperts(2), [Mailbox(torch.device("cpu")) for _ in range(2)]
+    layer = Layer(random.Random(4), 0.5)
+    gpus = [Gpu(2, layer, mailbox) for mailbox in mailboxes]
+    for gpu in gpus:
+        gpu.submit(kernel, 1)
+    helper = threading.Timer(0.1, gpus[1].send, (1,))
+    helper.start()
+    kernel.abandon(mailboxes[0].finished)
+    helper.join()
+    kernel.wait()
+    gpus[1].check()
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_choices_of_experts_that_do_not_exist(tokens):
+    """As transformers marks those that another process computes: they add nothing, and write nowhere."""
+    torch.manual_seed(tokens)
+    kernel, mailbox = CompiledExperts(2), Mailbox(torch.device("cpu"))
+    executors = Executors(torch.bfloat16, HIDDEN, NEURONS, 2, 4, torch.device("cpu"))
+    layer = Layer(random.Random(tokens), 0.4, executors=executors)
+    for job, outside in enumerate((layer.experts, layer.experts + 1, -1, 2**40), start=1):
+        gpu = Gpu(tokens, layer, mailbox)
+        lost = torch.rand(gpu.index.shape) < 0.4
+        lost[0, 0] = True
+        gpu.index[lost] = outside
+        gpu.submit(kernel, job)
+        gpu.send(job)
+        kernel.wait()
+        by_both = gpu.sums() + gpu.output
+        by_python = layer.dispatch(gpu.states, gpu.index, gpu.weights)
+        expected = gpu.expected()
+        for found in (by_both, by_python.float()):
+            assert (found - expected).norm() <= 2 * TOLERANCE * expected.norm()
+
+
+def test_indices_of_another_integer_type():
+    executors = Executors(torch.bfloat16, HIDDEN, NEURONS, 2, 4, torch.device("cpu"))
+    layer = Layer(random.Random(7), 0.4, executors=executors)
+    states, index, weights = torch.randn(5, HIDDEN).bfloat16(), torch.randint(0, 6, (5, 2)), torch.rand(5, 2)
+    expected = layer.dispatch(states, index, weights)
+    for dtype in (torch.int32, torch.uint8):
+        assert torch.equal(layer.dispatch(states, index.to(dtype), weights), expected)
+
+
 def test_jobs_of_both_kinds_and_of_several_threads():
     torch.manual_seed(3)
     kernel, layer = CompiledExperts(3), Layer(random.Random(3), 0.5)
@@ -277,7 +393,7 @@ class Stream:
 
         self.queue(work)
 
-    def fetch(self, table, described, job, device):
+    def fetch(self, table, described, gave_up, job, device):
         fetched = torch.empty_like(table)
         self.queue(lambda: (wait_for(described, job), fetched.copy_(table)))
         return fetched
@@ -297,7 +413,7 @@ class Stream:
         self.queue(work)
         return results
 
-    def add_up(self, results, cpu_output, finished, job, like):
+    def add_up(self, results, index, num_experts, cpu_output, finished, gave_up, job, like):
         output = torch.empty_like(like)
         self.queue(lambda: (wait_for(finished, job), output.copy_(results.sum(dim=1) + cpu_output)))
         return output
@@ -313,21 +429,19 @@ def test_python_is_ahead_of_cpu_and_gpu():
     weights = torch.rand(3, 2)
     states = [torch.randn(3, HIDDEN).bfloat16() for _ in layers]
 
-    def run() -> tuple[list[torch.Tensor], Traffic]:
+    def run() -> tuple[list[torch.Tensor], Traffic, list[Span]]:
         executors.forget_traffic()
-        executors.timeline.start()
-        outputs = [layer.dispatch(x, chosen, weights) for layer, x, chosen in zip(layers, states, index, strict=True)]
-        if executors.kernels:
-            executors.kernels.finish()
-        executors.finish_cpu()
-        return outputs, executors.traffic
+        with executors.timeline.recording() as spans:
+            outputs = [layer.dispatch(x, chosen, weights) for layer, x, chosen in zip(layers, states, index, strict=True)]
+            if executors.kernels:
+                executors.kernels.finish()
+            executors.finish_cpu()
+        return outputs, executors.traffic, spans
 
-    expected, traffic = run()
-    executors.timeline.stop()
+    expected, traffic, _ = run()
     executors.kernels = Stream({address: block for layer in layers for address, block in layer.at.items()})
     for _ in range(3):
-        found, same_traffic = run()
-        spans = executors.timeline.stop()
+        found, same_traffic, spans = run()
         assert same_traffic == traffic
         for got, want in zip(found, expected, strict=True):
             assert (got.float() - want.float()).norm() <= 1e-2 * want.float().norm()
@@ -398,3 +512,45 @@ def test_what_is_observed_of_a_token_is_what_was_computed():
         assert all((each.link_s > 0) == (each.streamed > 0) for each in observed)
         assert all(each.both_s >= max(each.cpu_s, each.link_s) for each in observed)
     stream.finish()
+
+
+class InStep(Stream):
+    """A GPU whose results are there when Python goes on, as tensors on a CPU must be."""
+
+    def add_up(self, *arguments):
+        output = super().add_up(*arguments)
+        self.finish()
+        self.queued.clear()
+        return output
+
+
+def test_a_whole_model_through_the_hand_over():
+    """Every layer of every step, in bfloat16: choices to the CPU's threads, their table, both parts, their sum."""
+    model, tokenizer = load_model(make_plan(demo_shape("bfloat16"), [[3] * 8] * 6, share={1: 0.4}, threads=2), DEMO)
+    executors = model.executors
+    ids = tokenizer("Once upon a time there was a brave owl named Ruby.", return_tensors="pt")["input_ids"]
+    ids = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=2)
+
+    @torch.no_grad()
+    def logits() -> torch.Tensor:
+        return torch.cat([model(ids).logits, *one_by_one()], dim=1).float()
+
+    def one_by_one() -> list[torch.Tensor]:
+        cache = DynamicCache(config=model.config)
+        return [model(input_ids=ids[:, n : n + 1], past_key_values=cache).logits for n in range(ids.shape[1])]
+
+    executors.forget_traffic()
+    expected, needed = logits(), executors.traffic.needed_blocks
+    executors.forget_traffic()
+    rows = [*model.store.resident, *model.store.absent]
+    blocks = [block for row in rows for expert in row for block in expert]
+    executors.kernels = stream = InStep({block.data_ptr(): block for block in blocks}, late_s=0.0)
+    found = logits()
+    stream.thread.shutdown()
+    executors.kernels = None
+    traffic = executors.traffic
+    assert min(traffic.resident_blocks, traffic.streamed_blocks, traffic.cpu_blocks) > 0
+    assert traffic.needed_blocks == pytest.approx(needed, rel=0.05)
+    assert (found - expected).norm() <= 0.05 * expected.norm()
+    same = (found.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean()
+    assert same > 0.95

@@ -259,3 +259,44 @@ def test_uniform_probabilities():
 def test_a_profile_of_another_model_is_refused(profile):
     with pytest.raises(FiddlerError, match="model.num_layers is 6, but small has 2: a profile of another model"):
         Routing.from_profile(profile, small_model(), "file")
+
+
+def two_tokens(activations: list[int], pairs: list[int]) -> dict:
+    """A profile of two prompts of one token each, in one layer of four experts."""
+    nothing = {"tokens": 0, "followers": 0, "activations": {0: [0] * 4}, "pairs": {0: [0] * 6}, "reuse": {0: [0] * 4}}
+    prefill = {**nothing, "tokens": 2, "activations": {0: activations}, "pairs": {0: pairs}}
+    return {
+        "version": 2,
+        "model": {"name": "m", "num_layers": 1, "num_experts": 4, "num_experts_per_tok": 2},
+        "recorded": {"command": "by hand", "created": "2026-01-01", "output_tokens": 1},
+        "sets": {"s": {"prompts": 2, "prefill": prefill, "decode": nothing}},
+    }
+
+
+def test_profiles_that_contradict_themselves():
+    RoutingProfile.model_validate(two_tokens([2, 1, 1, 0], [1, 1, 0, 0, 0, 0]))
+    for activations, pairs, message in (
+        ([3, 1, 0, 0], [2, 0, 0, 0, 0, 0], r"sets.s.prefill.activations\[0\]\[0\]: 3 of 2 tokens"),
+        ([2, 1, 1, 0], [2, 0, 0, 0, 0, 0], r"pairs\[0\]: 2 hold expert 1, expected 1 for 1 choices of it"),
+        ([1, 1, 1, 1], [1, 1, 0, 0, 0, 0], r"pairs\[0\]: 2 hold expert 0, expected 1 for 1 choices of it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RoutingProfile.model_validate(two_tokens(activations, pairs))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_layers", 10**9), ("num_experts", 10**9), ("num_experts_per_tok", 5), ("num_layers", 10**400)],
+)
+def test_models_beyond_reason(key, value):
+    data = two_tokens([2, 1, 1, 0], [1, 1, 0, 0, 0, 0])
+    data["model"][key] = value
+    with pytest.raises(ValueError, match=f"model.{key}|model\n"):
+        RoutingProfile.model_validate(data)
+
+
+def test_too_many_pairs_are_not_listed():
+    """Then decode is planned by expected work; the chances stay the same."""
+    routing = Routing.uniform(small_model(num_layers=2, num_experts=512))
+    assert routing.decode.pair == [{}, {}]
+    assert sum(routing.decode.expert[0]) == pytest.approx(2)

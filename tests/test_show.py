@@ -1,8 +1,18 @@
 """Any file that fiddler-opt writes can be shown and drawn."""
 
+import io
+import random
+import re
+
 import pytest
-from conftest import ROOT
+from conftest import ROOT, demo_shape, make_plan
+from rich.console import Console
 from test_commands import assert_refused, files_in, run
+
+from fiddler_opt.plots import plot
+from fiddler_opt.report import print_file
+from fiddler_run import files
+from fiddler_run.errors import FiddlerError
 
 FILES = {
     "plans/rtx4090.yaml": ["843 of 4096 blocks", "│ 31    │", "made on", "fiddler-opt plan --machine"],
@@ -39,3 +49,62 @@ def test_refused(tmp_path):
     assert unknown.returncode == 1
     assert "x.nothing: cannot write: Format 'nothing' is not supported" in unknown.stderr
     assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("experts", [8, 16, 18, 20, 32, 64, 128])
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_all_numbers_are_shown(tmp_path, experts, width):
+    shape = demo_shape().model_copy(update={"num_experts": experts, "intermediate_size": 512})
+    rng = random.Random(experts)
+    resident = [[rng.randint(1, 16) for _ in range(experts)] for _ in range(6)]
+    make_plan(shape, resident).save(tmp_path / "p.yaml")
+    out = io.StringIO()
+    print_file(Console(file=out, width=width, highlight=False, markup=False), str(tmp_path / "p.yaml"))
+    text = out.getvalue().partition("blocks in GPU memory by expert")[2]
+    shown = {layer: [] for layer in range(6)}
+    heads = []
+    for line in text.splitlines():
+        cells = re.split("[│┃]", line)[1:-1]
+        if cells and cells[0].strip() == "layer":
+            heads += [int(cell) for cell in cells[1:]]
+        elif cells:
+            shown[int(cells[0])] += [int(cell) for cell in cells[1:]]
+    assert heads == list(range(experts))
+    assert [shown[layer] for layer in range(6)] == resident
+    assert all(len(line) <= width for line in text.splitlines() if "│" in line)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1, 2", "x.yaml: not valid YAML"),
+        ("a: &b [1]\nc: *b\n", "x.yaml: not valid YAML: line 1: anchors"),
+        ("[" * 1000, "x.yaml: not valid YAML"),
+        ("hello", "x.yaml: neither a plan nor a profile"),
+        ("[1, 2]", "x.yaml: neither a plan nor a profile"),
+        ('{"decode": {"ms": 1}}', "x.yaml: neither a plan nor a profile"),
+        ("recorded: 1\nresident_blocks: 2\n", "x.yaml: neither a plan nor a profile"),
+        ("\nresident_blocks: {}\nversion: 9\n", "x.yaml: version: this release reads"),
+        ("{version: 2, recorded: {}}", "x.yaml: model: missing"),
+    ],
+)
+def test_files_of_another_kind(tmp_path, text, words):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(FiddlerError, match=words) as caught:
+        print_file(Console(file=io.StringIO()), str(tmp_path / "x.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_half_pictures(tmp_path, monkeypatch):
+    """The disk is full while the picture is written: the old one stays."""
+    file = tmp_path / "out.png"
+    file.write_bytes(b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    plan = make_plan(demo_shape(), [[3] * 8] * 6)
+    with pytest.raises(FiddlerError, match="out.png: cannot write: No space left on device"):
+        plot(plan, file)
+    assert files_in(tmp_path) == {"out.png": b"old"}

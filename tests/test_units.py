@@ -78,3 +78,30 @@ def test_any_range_has_a_handful_of_values():
 
 def test_format():
     assert [format_bytes(n) for n in (0, 999, 1500, 352_321_536, 24e9)] == ["0 B", "999 B", "1.50 KB", "352.32 MB", "24.00 GB"]
+
+
+NINES = "9" * 400
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [
+        (parse_bytes, f"{NINES}GB"),
+        (parse_bytes, f"{NINES}.5B"),
+        (parse_bytes, "1153000000TB"),
+        (parse_bytes_per_s, f"{NINES}GB/s"),
+        (parse_bytes_per_s, "2000000000000GB/s"),
+        (parse_count, NINES),
+        (parse_count, "9" * 5000),
+        (parse_count, "2147483648"),
+    ],
+)
+def test_sizes_beyond_reason(parse, text):
+    with pytest.raises(FiddlerError, match=r"^--flag \d+(\.\.\.|\S*): more than") as caught:
+        parse(text, "--flag")
+    assert len(str(caught.value)) < 120
+
+
+def test_the_largest_sizes():
+    assert parse_bytes("1048576TiB", "--gpu-mem") == 2**60
+    assert parse_count("0002147483647", "--beams") == 2**31 - 1

@@ -6,7 +6,9 @@ columns [hidden, b]. It is a small dense expert of its own, and one contiguous c
 
 import ctypes
 import mmap
+import os
 import tempfile
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -34,14 +36,14 @@ class Arena:
     """
 
     def __init__(self, num_blocks: int, block_elements: int, dtype: torch.dtype, device: torch.device, folder: Path | None = None):
-        if folder is not None and num_blocks > 0:
-            self.blocks = _on_disk(num_blocks * block_elements, dtype, folder).view(num_blocks, block_elements)
-        elif device.type == "cpu" and num_blocks > 0:
-            self.blocks = _huge_pages(num_blocks * block_elements, dtype).view(num_blocks, block_elements)
+        self._memory: mmap.mmap | None = None  # what the blocks lie in; it lives as long as any view of them
+        size = num_blocks * block_elements * dtype.itemsize
+        if size > 0 and (folder is not None or device.type == "cpu"):
+            self._memory = _huge_pages(size) if folder is None else _on_disk(size, folder)
+            self.blocks = torch.frombuffer(self._memory, dtype=dtype).view(num_blocks, block_elements)
         else:
             self.blocks = torch.empty((num_blocks, block_elements), dtype=dtype, device=device)
         self._taken = 0
-        self._pinned = False
 
     def take(self, count: int) -> torch.Tensor:
         """The next `count` blocks: [count, block_elements]."""
@@ -50,7 +52,8 @@ class Arena:
         return self.blocks[self._taken - count : self._taken]
 
     def pin(self) -> None:
-        """Page-locks an arena in host memory. Best once it has been filled, by several threads: that gives it its pages.
+        """Page-locks an arena in host memory, as long as any view of it lives. Best once it has been filled, by several threads:
+        that gives it its pages.
 
         Raises:
             FiddlerError: the system refuses.
@@ -65,36 +68,36 @@ class Arena:
                 f"cannot page-lock {self.blocks.nbytes / 1e9:.1f} GB of host memory for experts ({status}); free some, raise the "
                 "limit with `ulimit -l unlimited`, or leave them to the CPU: `staging: 0` and `stream_share: {1: 0.0}` in the plan"
             )
-        self._pinned = True
-
-    def __del__(self):
-        if getattr(self, "_pinned", False):
-            torch.cuda.synchronize()  # copies from it may still be under way
-            torch.cuda.cudart().cudaHostUnregister(self.blocks.data_ptr())
+        weakref.finalize(self._memory, _unpin, self.blocks.data_ptr(), os.getpid()).atexit = False
 
 
-def _huge_pages(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    size = elements * dtype.itemsize
+def _unpin(address: int, pid: int) -> None:
+    if os.getpid() == pid:  # a forked process has no CUDA
+        torch.cuda.synchronize()  # copies from it may still be under way
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _huge_pages(size: int) -> mmap.mmap:
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise FiddlerError(f"cannot take {size / 1e9:.1f} GB of host memory for experts ({error}); free some") from None
     with suppress(OSError, AttributeError):  # a kernel built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
+    return memory
 
 
-def _on_disk(elements: int, dtype: torch.dtype, folder: Path) -> torch.Tensor:
+def _on_disk(size: int, folder: Path) -> mmap.mmap:
     """A mapped file in `folder` that no other process sees.
 
     Raises:
-        FiddlerError: the folder cannot be written.
+        FiddlerError: the folder cannot be written, or has no room.
     """
-    size = elements * dtype.itemsize
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.truncate(size)
-            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype)
+            # The room is taken now: a process that writes to a mapped file when the disk is full is killed.
+            os.posix_fallocate(file.fileno(), 0, size)
+            return mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise FiddlerError(
             f"{folder}: cannot keep experts there: {error.strerror or error}; name another folder with --disk-folder"

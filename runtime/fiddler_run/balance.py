@@ -119,11 +119,10 @@ def _spans(
     """Of each layer's experts, computed one after the other."""
     executors = model.executors
     executors.finish_cpu()  # or its last job would appear on the timeline
-    executors.timeline.start()
-    for dispatch in dispatches:
-        dispatch(states, index, weights)
-    executors.finish_cpu()
-    spans = executors.timeline.stop()
+    with executors.timeline.recording() as spans:
+        for dispatch in dispatches:
+            dispatch(states, index, weights)
+        executors.finish_cpu()
     return [[span for span in spans if span.call == call] for call in range(len(dispatches))]
 
 

@@ -88,12 +88,9 @@ def bench(
 
     first, measured = run(traced), run(output_tokens)
     model.executors.finish_cpu()  # or its last job would appear on the timeline
-    timeline.start()
-    try:
+    with timeline.recording() as spans:
         observed = run(traced)
         model.executors.finish_cpu()  # or its last job would be missing
-    finally:
-        spans = timeline.stop()
     layers, sequences = model.plan.model.num_layers, num_beams * batch_size
     passes = (1 + max(span.call for span in spans)) // layers - (traced - 1)  # of the prompt
     prompts = batch_size * prompt_tokens + sequences - batch_size  # beams have their last token each

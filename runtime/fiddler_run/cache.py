@@ -25,7 +25,18 @@ class KeyValueCache(DynamicCache):
         # One tensor: of many, PyTorch's allocator would leave gaps between. In inference mode it could not be written to outside.
         with torch.inference_mode(False):
             memory = torch.empty((num_layers, 2, sequences, num_heads, max_tokens, head_dim), dtype=dtype, device=device)
+        self._sequences = sequences
+        self._max_tokens = max_tokens
+        self._token_bytes = 2 * num_layers * num_heads * head_dim * dtype.itemsize
         Cache.__init__(self, layers=[_Layer(*of_layer) for of_layer in memory])
+
+    def has_room(self, sequences: int, tokens: int) -> bool:
+        """True if its memory holds so many sequences of so many tokens."""
+        return sequences <= self._sequences and tokens <= self._max_tokens
+
+    def bytes_for(self, sequences: int, tokens: int) -> int:
+        """What the keys and values of so many sequences of so many tokens take."""
+        return sequences * tokens * self._token_bytes
 
     def copy_sequences(self, copies: int) -> None:
         """Puts so many copies of each sequence in its place."""

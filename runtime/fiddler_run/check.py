@@ -1,25 +1,33 @@
-"""Whether a plan suits its model and this machine. Rule: each condition is stated once, as a function that lists what breaks it.
+"""What keeps a plan from running with its model on this machine. Rule: each condition is stated once.
 
-Loading refuses by the first line of such a list, `check_plan` gives them all. PyTorch is imported when it is needed.
+`fiddler-run` refuses by the first problem that a `PlanCheck` finds, `fiddler-opt check` prints them all. PyTorch and transformers
+are imported when they are needed.
 """
 
+from __future__ import annotations
+
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from fiddler_run.errors import FiddlerError
+from fiddler_run.files import exists, is_file, is_folder, read_text, reason
+from fiddler_run.generation_defaults import GenerationDefaults
 from fiddler_run.host import available_memory_bytes, num_cores
-from fiddler_run.locate import is_local_name, model_config_file, read_json, require_mixtral, shipped_file
-from fiddler_run.plan import GpuMemory, Plan
-from fiddler_run.yaml_file import read_text
+from fiddler_run.locate import local_folder, model_config_file, model_folder, shipped_file
+from fiddler_run.model_config import PLAN_KEYS, ModelConfig
+from fiddler_run.plan import DTYPE_BYTES, GpuMemory, ModelShape, Plan
+from fiddler_run.tensor_files import INDEX, SINGLE_FILE, TensorFiles, other_weights
 
-CONFIG_KEYS = {
-    "num_layers": "num_hidden_layers",
-    "num_experts": "num_local_experts",
-    "num_experts_per_tok": "num_experts_per_tok",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fiddler_run.model import DispatchedMixtral
+
+LoadFormat = Literal["safetensors", "dummy"]
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,181 @@ class Gpu:
     name: str
     free_bytes: int
     total_bytes: int
+
+
+class ModelCheck:
+    """Holds a model's files against what they are to be run with.
+
+    `problems`: what keeps the model from running, a line each. `notes`: what could not be checked, or is good to know.
+    For loading, what was read is kept, or None: `folder`, `files`, `skeleton` (the model without data), `tokenizer`, `defaults`.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        origin: str,
+        name: str | Path,
+        relative_to: Path = Path(),
+        load_format: LoadFormat = "safetensors",
+        fetch: bool = False,
+    ):
+        """
+        Args:
+            shape: what the model is to be; `origin` says where it comes from.
+            name: the checkpoint's folder, relative to `relative_to`, or its Hugging Face id.
+            load_format: with `dummy`, only the model's config.json is looked at.
+            fetch: download what is missing of a model of the Hugging Face hub.
+        """
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.folder: Path | None = None
+        self.files: TensorFiles | None = None
+        self.config: ModelConfig | None = None
+        self.skeleton: DispatchedMixtral | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.defaults: GenerationDefaults | None = None
+        self._shape = shape
+        self._origin = origin
+        self._name = str(name)
+        self._relative_to = relative_to
+        self._dummy = load_format == "dummy"
+        self._fetch = fetch
+        self._try(self._look_at_model)
+
+    def refuse(self) -> None:
+        """
+        Raises:
+            FiddlerError: there is a problem; it says the first.
+        """
+        refuse(self.problems)
+
+    def _try(self, look: Callable[[], None]) -> None:
+        """A file that cannot be read is a problem like others, after which the next file is looked at."""
+        try:
+            look()
+        except FiddlerError as error:
+            self.problems.append(str(error))
+
+    def _look_at_model(self) -> None:
+        config_file = self._find()
+        config = ModelConfig.read(config_file)
+        self.problems += shape_problems(self._shape, config, self._origin, config_file)
+        if not self.problems:
+            self.config = config
+            self._try(lambda: self._build_skeleton(config, config_file))
+        if self._dummy:
+            self.defaults = GenerationDefaults.of_config(config.raw, config_file)
+            has_tokenizer = any(config_file.parent.glob("tokenizer*"))
+        else:
+            self._try(self._look_at_weights)
+            self._try(lambda: self._look_at_defaults(config))
+            has_tokenizer = self.folder is not None
+        if has_tokenizer:
+            self._try(lambda: self._look_at_tokenizer(config_file.parent, config))
+
+    def _find(self) -> Path:
+        """The config.json; sets `folder` if the weights are there."""
+        if self._dummy:
+            config_file = model_config_file(self._name, self._relative_to)
+            self.folder = config_file.parent
+            return config_file
+        if self._fetch:
+            self.folder = model_folder(self._name, self._relative_to)
+            return self.folder / "config.json"
+        self.folder = self._weights_at_hand()
+        if self.folder is not None:
+            return self.folder / "config.json"
+        self.notes.append(f"the weights of {self._name} are not here, or not all of them: only its config.json was checked")
+        return model_config_file(self._name, self._relative_to)
+
+    def _weights_at_hand(self) -> Path | None:
+        """The folder of the model's weights; None if they are not here, or not all of them."""
+        folder = local_folder(self._name, self._relative_to)
+        if folder is not None:
+            return folder if _holds_weights(folder) or other_weights(folder) else None
+        try:
+            folder = model_folder(self._name, fetch=False)
+            return folder if _holds_weights(folder) and not TensorFiles(folder).missing else None
+        except FiddlerError:
+            return None
+
+    def _build_skeleton(self, config: ModelConfig, config_file: Path) -> None:
+        from fiddler_run.model import skeleton
+
+        self.skeleton = skeleton(config, config_file)
+
+    def _look_at_weights(self) -> None:
+        if self.folder is None:
+            return
+        if exists(self.folder / ADAPTER):
+            raise FiddlerError(f"{self.folder / ADAPTER}: adapters are not applied; merge it into the weights, or move the file")
+        self.files = TensorFiles(self.folder)
+        single = self.folder / SINGLE_FILE
+        if is_file(self.folder / INDEX) and is_file(single) and single not in self.files.paths:
+            self.notes.append(f"{single}: not read, since {INDEX} names other files")
+        expected = {}
+        if self.skeleton is not None:
+            from fiddler_run.checkpoint import expert_tensors
+            from fiddler_run.model import dense_tensors
+
+            expected = {**expert_tensors(self._shape), **dense_tensors(self.skeleton)}
+        self.problems += self.files.problems(expected, self._shape.dtype)
+
+    def _look_at_defaults(self, config: ModelConfig) -> None:
+        if self.folder is not None:
+            self.defaults = GenerationDefaults.read(self.folder, config.raw)
+
+    def _look_at_tokenizer(self, folder: Path, config: ModelConfig) -> None:
+        from fiddler_run.text import SAMPLE, chat_text, load_tokenizer, token_ids
+
+        tokenizer = load_tokenizer(folder)
+        try:
+            token_ids(tokenizer, SAMPLE, len(SAMPLE), config.vocab_size)
+        except FiddlerError as error:
+            raise FiddlerError(f"{folder}: the tokenizer is not this model's: of a simple text, {error}") from None
+        self.tokenizer = tokenizer
+        if len(self.tokenizer) > config.vocab_size:
+            self.notes.append(
+                f"{folder}: the tokenizer has {len(self.tokenizer)} tokens, the model {config.vocab_size}: prompts with one of the "
+                "others are refused"
+            )
+        if self.tokenizer.chat_template is not None:
+            try:
+                chat_text(self.tokenizer, [{"role": "user", "content": "Hello"}], "--chat")
+            except FiddlerError as error:
+                self.notes.append(f"{folder}: {error}")
+
+
+class PlanCheck(ModelCheck):
+    """Holds a plan against its model's files and this machine. `gpu` is the GPU that it will use, or None."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        plan_file: Path | None = None,
+        model: str | Path | None = None,
+        load_format: LoadFormat = "safetensors",
+        disk_folder: str | Path | None = None,
+        fetch: bool = False,
+    ):
+        """
+        Args:
+            plan_file: where the plan comes from; None: it is no file.
+            model: the checkpoint's folder or Hugging Face id; None takes the plan's, relative to the plan's file.
+            disk_folder: where experts lie that the plan leaves on disk; None: beside the checkpoint, or for random weights here.
+            load_format, fetch: as for a `ModelCheck`.
+        """
+        origin = "plan" if plan_file is None else str(plan_file)
+        name = plan.model.name if model is None else model
+        relative_to = plan_file.resolve().parent if plan_file is not None and model is None else Path()
+        super().__init__(plan.model, origin, name, relative_to, load_format, fetch)
+        beside = self.folder if self.folder is not None and load_format != "dummy" else Path()
+        self.disk_folder = beside if disk_folder is None else Path(disk_folder)
+        self._try(lambda: refuse(disk_problems(plan, self.disk_folder)))
+        self.gpu = find_gpu(plan)
+        self.problems += machine_problems(plan, self.gpu, origin, self.config)
+        notes = device_note(plan, on_gpu=self.gpu is not None), prediction_note(plan, origin)
+        self.notes += [note for note in notes if note]
 
 
 def refuse(problems: list[str]) -> None:
@@ -50,52 +233,63 @@ def check_plan(path: str | Path, model: str | None = None) -> tuple[list[str], l
     Returns:
         Everything that is wrong, a line each, and notes on what could not be checked or is good to know.
     """
-    path = shipped_file(path)
     try:
+        path = shipped_file(path)
         plan, problems = Plan.examine(read_text(path), str(path))
     except FiddlerError as error:
         plan, problems = None, [str(error)]
     if plan is None:
         return problems, ["the model and this machine were not looked at: that needs a plan that can be read"]
-    of_model, notes = _look_at_model(plan, str(path), model or plan.model.name, Path() if model else path.resolve().parent)
-    gpu = find_gpu(plan)
-    note = device_note(plan, on_gpu=gpu is not None)
-    return [*problems, *of_model, *machine_problems(plan, gpu, str(path))], [*notes, *([note] if note else [])]
+    checked = PlanCheck(plan, path, model)
+    return [*problems, *checked.problems], checked.notes
 
 
-def model_problems(plan: Plan, config: dict, origin: str, config_file: Path) -> list[str]:
-    """Whether a config.json describes the model that a plan was made for: one for each number that differs."""
-    try:
-        require_mixtral(config, config_file)
-    except FiddlerError as error:
-        return [str(error)]
+def shape_problems(shape: ModelShape, config: ModelConfig, origin: str, config_file: Path) -> list[str]:
+    """One for each number in which a model differs from the one that a plan was made for."""
     remedy = "make a plan for this model with `fiddler-opt plan --model`"
     return [
-        f"{origin}: model.{ours} is {getattr(plan.model, ours)}, but {theirs} is {config.get(theirs)} in {config_file}; {remedy}"
-        for ours, theirs in CONFIG_KEYS.items()
-        if getattr(plan.model, ours) != config.get(theirs)
+        f"{origin}: model.{ours} is {getattr(shape, ours)}, but {theirs} is {getattr(config, theirs)} in {config_file}; {remedy}"
+        for ours, theirs in PLAN_KEYS.items()
+        if getattr(shape, ours) != getattr(config, theirs)
     ]
 
 
-def machine_problems(plan: Plan, gpu: Gpu | None, origin: str) -> list[str]:
-    """What this machine lacks of what a plan needs. `gpu` None: the plan's GPU part is to lie in host memory."""
+def machine_problems(plan: Plan, gpu: Gpu | None, origin: str, config: ModelConfig | None = None) -> list[str]:
+    """What this machine lacks of what a plan needs.
+
+    Args:
+        gpu: None: the plan's GPU part is to lie in host memory.
+        config: the model's sizes; None leaves out what follows from them.
+    """
     from fiddler_run.arena import LOADING_THREADS
 
     host = plan.host_memory_bytes
+    besides = 0 if config is None else besides_experts_bytes(plan, config)
     what = "experts and embedding" if host.embedding else "experts"
     held = host.experts + host.embedding + (0 if gpu else plan.gpu_memory_bytes.experts)
     loading = LOADING_THREADS * plan.model.expert_bytes(plan.block_neurons)
     problems = [
         core_problem(plan.cpu_threads, num_cores()),
-        host_memory_problem(what, held, loading, available_memory_bytes()),
+        host_memory_problem(what, held, loading, available_memory_bytes(), 0 if gpu else besides),
         gpu and gpu_memory_problem(plan.gpu_memory_bytes, gpu),
+        gpu and gpu_part_problem(plan.gpu_memory_bytes, besides - host.embedding),
     ]
     return [f"{origin}: {problem}" for problem in problems if problem]
 
 
+def besides_experts_bytes(plan: Plan, config: ModelConfig) -> int:
+    """Memory for the weights outside the experts, the KV cache and the staging ring."""
+    workload, width = plan.workload, DTYPE_BYTES[plan.model.dtype]
+    cached = workload.sequences * workload.max_seq_len * config.kv_elements_per_token
+    return (config.dense_elements + cached) * width + plan.gpu_memory_bytes.staging
+
+
 def disk_problems(plan: Plan, folder: Path) -> list[str]:
     """Whether the folder has room for what the plan leaves on disk."""
-    free = shutil.disk_usage(folder).free if plan.disk_bytes and folder.is_dir() else 0
+    try:
+        free = shutil.disk_usage(folder).free if plan.disk_bytes and is_folder(folder) else 0
+    except OSError as error:
+        return [f"{folder}: cannot look at the disk: {reason(error)}; name another folder with --disk-folder"]
     if plan.disk_bytes <= free:
         return []
     return [
@@ -113,12 +307,13 @@ def core_problem(threads: int, cores: int) -> str | None:
     )
 
 
-def host_memory_problem(what: str, held_bytes: int, loading_bytes: int, available_bytes: int) -> str | None:
+def host_memory_problem(what: str, held_bytes: int, loading_bytes: int, available_bytes: int, besides_bytes: int = 0) -> str | None:
     """Rather refused than killed by the kernel half-way through the loading."""
-    if held_bytes + loading_bytes <= available_bytes:
+    if held_bytes + loading_bytes + besides_bytes <= available_bytes:
         return None
+    besides = f", all else {besides_bytes / 1e9:.2f}" if besides_bytes else ""
     return (
-        f"its {what} need {held_bytes / 1e9:.2f} GB of host memory, and loading them {loading_bytes / 1e9:.2f}, "
+        f"its {what} need {held_bytes / 1e9:.2f} GB of host memory, and loading them {loading_bytes / 1e9:.2f}{besides}, "
         f"but {available_bytes / 1e9:.2f} GB are available; close other programs, add memory, or plan with more --gpu-mem"
     )
 
@@ -131,6 +326,17 @@ def gpu_memory_problem(memory: GpuMemory, gpu: Gpu) -> str | None:
     return (
         f"gpu_memory_bytes.total is {memory.total / 1e9:.2f} GB, but {gpu.name} has {gpu.free_bytes / 1e9:.2f} GB free, "
         f"and {needed / 1e9:.2f} are needed besides the reserve; free GPU memory, or plan again with a smaller --gpu-mem"
+    )
+
+
+def gpu_part_problem(memory: GpuMemory, besides_bytes: int) -> str | None:
+    """Whether there is room beside the experts, whatever the plan says of it."""
+    room = memory.total - memory.reserve - memory.experts
+    if besides_bytes <= room:
+        return None
+    return (
+        f"gpu_memory_bytes leaves {max(0, room) / 1e9:.2f} GB beside the experts, but attention, KV cache and staging need "
+        f"{besides_bytes / 1e9:.2f}; plan again for this workload"
     )
 
 
@@ -156,40 +362,22 @@ def device_note(plan: Plan, on_gpu: bool) -> str | None:
     return f"{reason}: its GPU part is held in host memory and computed by the CPU"
 
 
-def _look_at_model(plan: Plan, origin: str, name: str, relative_to: Path) -> tuple[list[str], list[str]]:
-    """Problems and notes."""
-    from fiddler_run.checkpoint import TensorFiles, expert_tensors
-    from fiddler_run.load import dense_tensors, skeleton
-
-    problems, notes = [], []
-    try:
-        folder = _weights_at_hand(name, relative_to)
-        config_file = folder / "config.json" if folder else model_config_file(name, relative_to)
-        problems += model_problems(plan, read_json(config_file), origin, config_file)
-        expected = {} if problems else {**expert_tensors(plan.model), **dense_tensors(skeleton(config_file))}
-        if folder:
-            problems += TensorFiles(folder).problems(expected, plan.model.dtype)
-            problems += disk_problems(plan, folder)
-        else:
-            notes.append(f"the weights of {name} are not here, or not all of them: only its config.json was checked")
-    except FiddlerError as error:  # of a file without which there is nothing more to look at
-        problems.append(str(error))
-    return problems, notes
+def prediction_note(plan: Plan, origin: str) -> str | None:
+    """Which of a plan's predicted figures contradict each other: what was measured is shown beside them."""
+    predicted, batch_size = plan.predicted, plan.workload.batch_size
+    stated_ms = {
+        "decode_ms": (predicted.decode_ms, 1e3 * batch_size / predicted.decode_tokens_per_s),
+        "ttft_ms": (predicted.ttft_ms, 1e3 * predicted.ttft_s),
+    }
+    wrong = [
+        f"{key} adds up to {sum(parts.values()):g}, not {whole:g}"
+        for key, (parts, whole) in stated_ms.items()
+        if abs(sum(parts.values()) - whole) > 0.02 * whole + 0.1  # they are rounded
+    ]
+    if predicted.decode_tokens_per_s > 1.001 * predicted.bound_tokens_per_s:
+        wrong.append("decode_tokens_per_s is more than its bound")
+    return f"{origin}: predicted: {'; '.join(wrong)}; its figures were edited" if wrong else None
 
 
-def _weights_at_hand(name: str, relative_to: Path) -> Path | None:
-    """The folder of a model's weights, if they are here: in a folder of that name, or all of a Hugging Face id's in its cache."""
-    from fiddler_run.checkpoint import TensorFiles
-
-    folder = relative_to / name
-    if folder.is_dir():
-        return folder if any(folder.glob("*.safetensors*")) else None
-    if is_local_name(name):
-        return None
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True))
-        return None if TensorFiles(folder).missing else folder
-    except Exception:  # the hub's client raises many unrelated types; all mean that the weights are not here
-        return None
+def _holds_weights(folder: Path) -> bool:
+    return is_file(folder / INDEX) or is_file(folder / SINGLE_FILE)

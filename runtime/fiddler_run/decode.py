@@ -6,7 +6,8 @@ lies between is a segment of transformers' own modules, on a GPU recorded once a
     [norm, q k v, rotary]  attention  [o, norm, router]  experts  [norm, q k v, rotary]  ...  experts  norm, output head
 """
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 from transformers import MixtralForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -25,17 +26,30 @@ class DecodeStep:
     def __init__(self, model: MixtralForCausalLM):
         self._model, self._head, self._config = model.model, model.lm_head, model.config
         recorder, layers = Recorder(model.device), model.model.layers
-        self._layers = [(layer, recorder.segment(_Before(layer)), recorder.segment(_After(layer))) for layer in layers]
+        # Of a layer of another class nothing is known; transformers' own forward pass runs it.
+        self._is_stock = all(map(_is_stock, layers))
+        self._layers = [
+            (layer, recorder.segment(_Before(layer)), recorder.segment(_After(layer))) for layer in layers if self._is_stock
+        ]
         fixed = self._model.rotary_emb.rope_type == "default"  # others look at the positions
         self._rotary = recorder.segment(self._model.rotary_emb) if fixed else self._model.rotary_emb
         # Hooks that someone has put on these would not be called, by the step or by a recording.
-        self._hookable = [self._model, *(part for layer in layers for part in layer.modules() if part is not layer.mlp.experts)]
+        self._hookable = [self._model, *(part for layer in layers for part in layer.modules())]
+        self._weights = _weights(model)
+
+    def is_current(self, model: MixtralForCausalLM) -> bool:
+        """False if a module or a parameter of the model has been replaced, or was moved, since the step was made from it."""
+        now = _weights(model)
+        return len(now) == len(self._weights) and all(
+            old[0] is new[0] and old[1:] == new[1:] for old, new in zip(self._weights, now, strict=True)
+        )
 
     def serves(self, arguments: dict) -> bool:
-        """Whether a call of `forward` with these keyword arguments asks for such a step, and for its logits alone."""
+        """True if a call of `forward` with these keyword arguments asks for such a step, and for its logits alone."""
         ids = arguments.get("input_ids")
         return (
-            ids is not None
+            self._is_stock
+            and ids is not None
             and ids.shape[1] == 1
             and arguments.get("past_key_values") is not None
             and arguments.get("return_dict") is not False
@@ -44,6 +58,7 @@ class DecodeStep:
             and not any(_asked(getattr(self._config, name, None)) for name in MORE_OUTPUTS)
             and not self._model.training
             and not any(module._forward_hooks or module._forward_pre_hooks for module in self._hookable)
+            and not (torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
         )
 
     def __call__(
@@ -100,6 +115,30 @@ class _After:
         normed = self._norm(residual).flatten(0, 1)
         _, weights, index = self._router(normed)
         return residual, normed, index, weights
+
+
+def _is_stock(layer: nn.Module) -> bool:
+    return (
+        type(layer) is mixtral.MixtralDecoderLayer
+        and type(layer.self_attn) is mixtral.MixtralAttention
+        and type(layer.mlp) is mixtral.MixtralSparseMoeBlock
+    )
+
+
+def _weights(model: nn.Module) -> list[tuple[nn.Module, type, list[int]]]:
+    """Every module inside a model, its class, and where its parameters and buffers lie.
+
+    The model itself is left out: it owns what this is kept in.
+    """
+    return [
+        (
+            module,
+            type(module),
+            [tensor.data_ptr() for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))],
+        )
+        for module in model.modules()
+        if module is not model
+    ]
 
 
 def _sum(parts: tuple[Tensor, ...]) -> Tensor:

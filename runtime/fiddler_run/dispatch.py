@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fiddler_run.errors import FiddlerError
 from fiddler_run.kernels.routed import RoutedLayer, favoured
 from fiddler_run.plan import MOST_ROUTED_TOKENS
 
@@ -120,8 +121,13 @@ class LayerDispatch:
         """hidden_states [tokens, hidden], top_k_index [tokens, k] and top_k_weights [tokens, k] on the device: [tokens, hidden]."""
         if len(hidden_states) == 0:
             return torch.zeros_like(hidden_states)
-        with torch.cuda.device(hidden_states.device) if hidden_states.is_cuda else nullcontext():
-            return self._run(hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.float().contiguous())
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+            raise FiddlerError(
+                "experts in blocks compute no gradients; call the model inside torch.no_grad(), or train the stock one"
+            )
+        on_device = torch.cuda.device(hidden_states.device) if hidden_states.is_cuda else nullcontext()
+        with on_device, self.executors.lock:
+            return self._run(hidden_states.contiguous(), top_k_index.long().contiguous(), top_k_weights.float().contiguous())
 
     def _run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         executors, timeline = self.executors, self.executors.timeline
@@ -163,11 +169,15 @@ class LayerDispatch:
 
 def expert_groups(top_k_index: np.ndarray, top_k_weights: np.ndarray, num_experts: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """Groups the router's choices [tokens, k] by expert, leaving out experts that no token chose: of each its number, rows [n]
-    int64 and weights [n] float32, contiguous."""
+    int64 and weights [n] float32, contiguous.
+
+    Choices of experts that do not exist are left out; transformers marks by `num_experts` those that other processes compute.
+    """
     chosen = top_k_index.ravel()
+    chosen = np.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts)
     order = chosen.argsort(kind="stable")
     rows, weights = order // top_k_index.shape[1], top_k_weights.ravel()[order]
-    stops = np.bincount(chosen, minlength=num_experts).cumsum().tolist()
+    stops = np.bincount(chosen, minlength=num_experts)[:num_experts].cumsum().tolist()
     groups, start = [], 0
     for expert, stop in enumerate(stops):
         if stop > start:

@@ -5,6 +5,8 @@ lie; many, as in prefill, to matrix products over blocks that are copied into a 
 """
 
 import logging
+import os
+import threading
 import time
 from collections import deque
 from functools import cache
@@ -18,7 +20,7 @@ from fiddler_run.dispatch import ExpertCall, Traffic
 from fiddler_run.errors import FiddlerError, first_line
 from fiddler_run.kernels.cpu import CpuCall, cpu_experts
 from fiddler_run.kernels.pytorch import apply_blocks
-from fiddler_run.kernels.routed import RoutedLayer
+from fiddler_run.kernels.routed import PATIENCE_S, RoutedLayer
 from fiddler_run.plan import MOST_ROUTED_TOKENS
 from fiddler_run.staging import StagedBlocks
 from fiddler_run.timeline import Place, Timeline
@@ -63,6 +65,8 @@ class Executors:
         # Without a GPU the CPU stands in for it, one step after the other; where nothing is ever streamed, in the same job.
         self._staged = StagedBlocks(self.ring, apply_blocks if on_gpu else self.cpu.apply, self.timeline)
         self._cpu_does_all = not on_gpu and self.ring is None
+        self.lock = threading.RLock()  # held for a layer's call: buffers and jobs are of one call at a time
+        self._pid = os.getpid()
         self._jobs = 0  # of the CPU
         self._under_way: deque[tuple[Place, float | None]] = deque()  # of these: the place, and since when it waits for the router
 
@@ -92,12 +96,13 @@ class Executors:
         try:
             return self._queue_routed(layer, hidden_states, top_k_index, top_k_weights)
         except BaseException:
-            self.finish_cpu()  # before anything is sent anew
+            self.abandon()  # before anything is sent anew
             raise
 
     def _queue_routed(
         self, layer: RoutedLayer, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        self._check_hand_over()
         kernels, mailbox, (tokens, top_k) = self.kernels, self.mailbox, top_k_index.shape
         lane = ("link", "in place") if layer.streams(tokens) else ("GPU", "resident")
         self.timeline.begin("host", "queue device work")
@@ -107,11 +112,12 @@ class Executors:
         tensors = hidden_states, top_k_index, top_k_weights
         kernels.send(tensors, [given.states, given.index, given.weights], given.arrived, self._jobs)
         self.cpu.submit_routed(layer, given, self._block_neurons, self._blocks, output, mailbox.finished, self._jobs)
-        table = kernels.fetch(given.table, given.described, self._jobs, self.device)
+        table = kernels.fetch(given.table, given.described, mailbox.gave_up, self._jobs, self.device)
         self.timeline.begin(*lane)
         results = kernels.apply(table, max_blocks, layer.num_experts, hidden_states, top_k_weights, self._block_neurons)
         self.timeline.end(*lane)
-        total = kernels.add_up(results, output, mailbox.finished, self._jobs, hidden_states)
+        cpu_result = output, mailbox.finished, mailbox.gave_up, self._jobs
+        total = kernels.add_up(results, top_k_index, layer.num_experts, *cpu_result, hidden_states)
         self.timeline.end("host", "queue device work")
         self.finish_cpu(but=1)  # this layer's job has just begun
         return total
@@ -139,18 +145,18 @@ class Executors:
             host_states: `hidden_states` in host memory.
         """
         self._check(hidden_states)
-        computed = ((call.expert.num_resident, call.num_streamed, call.num_on_cpu) for call in calls)
-        self._blocks += [sum(blocks) for blocks in zip(*computed, strict=True)]
+        for call in calls:
+            self._blocks += (call.expert.num_resident, call.num_streamed, call.num_on_cpu)
         cpu_output = self._start_cpu(calls, host_states)
         if self.device.type == "cpu":  # one after the other
             self.finish_cpu()
             if self._cpu_does_all and cpu_output is not None:
-                return cpu_output.to(hidden_states.dtype)
+                return cpu_output.to(hidden_states.dtype, copy=True)  # the next layer's result takes its place
         self.timeline.begin("host", "queue device work")
         output = self._staged.compute(calls, hidden_states, top_k_index, top_k_weights)
         if cpu_output is not None:
             if self.kernels and not _takes_long(calls):
-                self.kernels.wait(self.mailbox.finished, self._jobs)
+                self.kernels.wait(self.mailbox.finished, self.mailbox.gave_up, self._jobs)
             else:
                 self.finish_cpu()
             output += cpu_output.to(self.device, non_blocking=True)
@@ -197,8 +203,33 @@ class Executors:
                 self.timeline.add("CPU", "wait for the router", place, waits_since_s, started_s)
             self.timeline.add("CPU", "blocks", place, started_s, finished_s)
 
+    def settle(self) -> None:
+        """Returns when CPU and device have done what was queued.
+
+        Raises:
+            FiddlerError: one of them gave up waiting for the other, so that what was computed is wrong.
+        """
+        self.finish_cpu()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        self._check_hand_over()
+
+    def abandon(self) -> None:
+        """Ends the CPU's jobs under way, whose results nobody wants any more. The device goes on without them."""
+        if self._under_way:
+            self._under_way.clear()
+            self.cpu.abandon(self.mailbox.finished)
+
+    def _check_hand_over(self) -> None:
+        if self.mailbox.gave_up.item():
+            torch.cuda.synchronize(self.device)
+            self.mailbox.gave_up.zero_()
+            raise FiddlerError(
+                f"the GPU waited {PATIENCE_S:g} s for this process, which was stopped or had no CPU time, and gave up; start again"
+            )
+
     def __del__(self):
-        if getattr(self, "_under_way", None):
+        if getattr(self, "_under_way", None) and os.getpid() == self._pid:
             self.cpu.wait()  # the jobs hold views of the model's memory
 
 

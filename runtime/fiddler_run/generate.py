@@ -5,23 +5,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from fiddler_run.dispatch import Traffic
 from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
 from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan
+from fiddler_run.text import TextStream, answer_text, chat_text, token_ids
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate. `temperature` 0 is greedy."""
+    """How to generate. `temperature` 0 is greedy; `top_p` None takes the checkpoint's, which also refines sampling otherwise."""
 
     max_new_tokens: int
     num_beams: int = 1
     temperature: float = 0.0
-    top_p: float = 1.0
+    top_p: float | None = None
     seed: int | None = None
     chat: bool = False
 
@@ -57,15 +70,42 @@ class StepClock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-class _CallbackStreamer(TextStreamer):
-    """Hands each finished piece of text to a function instead of printing it."""
+class _CallbackStreamer(BaseStreamer):
+    """Hands the text of an answer to a function as it comes."""
 
-    def __init__(self, tokenizer, on_text: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], on_text: Callable[[str], None]):
+        self._text = TextStream(tokenizer, prompt)
         self._on_text = on_text
+        self._prompt_comes = True
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._on_text(text)
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_comes:  # transformers begins with it
+            self._prompt_comes = False
+            return
+        for token in value.flatten().tolist():
+            self._send(self._text.put(token))
+
+    def end(self) -> None:
+        self._send(self._text.finish())
+
+    def _send(self, text: str) -> None:
+        if text:
+            self._on_text(text)
+
+
+class _Draw(LogitsProcessor):
+    """Draws each token with a random generator of its own; greedy decoding then takes it. Other generations draw with theirs."""
+
+    def __init__(self, seed: int | None, device: torch.device):
+        self._generator = torch.Generator(device)
+        self._generator.seed() if seed is None else self._generator.manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        probabilities = scores.softmax(dim=-1)
+        if not probabilities.isfinite().all():
+            raise FiddlerError("the model's logits are not finite, so there is nothing to sample from; check its weights")
+        drawn = torch.multinomial(probabilities, num_samples=1, generator=self._generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: int = 1) -> None:
@@ -91,26 +131,23 @@ def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: i
         )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Options, plan: Plan) -> torch.Tensor:
-    """Token ids [1, n] of a prompt that the plan has room for.
+def room_for_answer(prompt_tokens: int, plan: Plan) -> int:
+    """How many tokens to generate if nobody says: the plan's number, or what its context has room for after the prompt."""
+    return max(1, min(plan.workload.output_tokens, plan.workload.max_seq_len - prompt_tokens))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, plan: Plan, vocab_size: int) -> torch.Tensor:
+    """Token ids [1, n] of a prompt.
 
     Raises:
-        FiddlerError: the prompt is empty or no text; it or the beams exceed the plan; `chat` without a chat template.
+        FiddlerError: the prompt is empty, no text, or has tokens that the model does not know; `chat` without a chat template.
     """
     if not prompt.strip():
         raise FiddlerError("the prompt is empty")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # bytes of another encoding, which Python carries as lone surrogates
-        raise FiddlerError("the prompt is not UTF-8 text") from None
-    if options.chat:
-        if tokenizer.chat_template is None:
-            raise FiddlerError("--chat: this model's tokenizer has no chat template; leave the flag out")
-        message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not options.chat)["input_ids"]
-    check_length(ids.shape[1], options, plan)
-    return ids
+    if chat:
+        prompt = chat_text(tokenizer, [{"role": "user", "content": prompt}], "--chat")
+    ids = token_ids(tokenizer, prompt, plan.workload.max_seq_len, vocab_size, special_tokens=not chat)
+    return torch.tensor([ids])
 
 
 def generate(
@@ -123,13 +160,15 @@ def generate(
     """Generates from a prompt; hands the text to `on_text` as it comes (with beams: at the end).
 
     Raises:
-        FiddlerError: the prompt does not fit, see `encode_prompt`.
+        FiddlerError: the prompt cannot be encoded, see `encode_prompt`, or does not fit, see `check_length`.
     """
-    ids = encode_prompt(tokenizer, prompt, options, model.plan)
-    streamer = _CallbackStreamer(tokenizer, on_text) if options.num_beams == 1 else None
+    ids = encode_prompt(tokenizer, prompt, options.chat, model.plan, model.config.vocab_size)
+    check_length(ids.shape[1], options, model.plan)
+    prompt_ids = ids[0].tolist()
+    streamer = _CallbackStreamer(tokenizer, prompt_ids, on_text) if options.num_beams == 1 else None
     output, measured = generate_ids(model, ids, options, streamer=streamer, pad_token_id=tokenizer.pad_token_id)
     if streamer is None:
-        on_text(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        on_text(answer_text(tokenizer, prompt_ids, output[0, ids.shape[1] :].tolist()))
     return measured
 
 
@@ -138,21 +177,46 @@ def generate_ids(model: DispatchedMixtral, ids: torch.Tensor, options: Options, 
     """Continues token ids [sequences, n]: ids [sequences, n + new], and what was measured. `arguments` go to transformers'
     `generate()`; the sequences are not padded, unless they hold an `attention_mask`."""
     ids = ids.to(model.device)
-    if options.seed is not None:
-        torch.manual_seed(options.seed)
-    clock = StepClock(model.executors)
-    sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     arguments.setdefault("attention_mask", torch.ones_like(ids))
-    before, started = model.executors.traffic, time.perf_counter()
-    output = model.generate(
-        ids,
-        max_new_tokens=options.max_new_tokens,
-        num_beams=options.num_beams,
-        stopping_criteria=StoppingCriteriaList([clock]),
-        **(sampling if options.temperature > 0 else {"do_sample": False}),
-        **arguments,
-    )
-    return output, _measure(clock, before, started, ids, model.device)
+    with model.session.turn():  # the whole of it: what is measured is of this generation alone
+        clock = StepClock(model.executors)
+        before, started = model.executors.traffic, time.perf_counter()
+        output = model.generate(
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            num_beams=options.num_beams,
+            num_return_sequences=1,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **_sampling(model, options),
+            **arguments,
+        )
+        return output, _measure(clock, before, started, ids, model.device)
+
+
+def _sampling(model: DispatchedMixtral, options: Options) -> dict:
+    """Arguments for `generate()`."""
+    neutral = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+    if options.temperature == 0:
+        return {"do_sample": False, **neutral}
+    defaults = model.defaults
+    top_p = defaults.top_p if options.top_p is None else options.top_p
+    if options.num_beams > 1:  # transformers draws beams by PyTorch's own random numbers
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
+        return {"do_sample": True, "temperature": options.temperature, "top_p": top_p or 1.0, "top_k": defaults.top_k or 0}
+    warpers = [
+        TemperatureLogitsWarper(options.temperature),
+        TopKLogitsWarper(defaults.top_k) if defaults.top_k else None,
+        TopPLogitsWarper(top_p) if top_p not in (None, 1.0) else None,
+        MinPLogitsWarper(defaults.min_p) if defaults.min_p else None,
+        TypicalLogitsWarper(defaults.typical_p) if defaults.typical_p not in (None, 1.0) else None,
+    ]
+    chosen = [warper for warper in warpers if warper is not None]
+    return {
+        "do_sample": False,
+        **neutral,
+        "logits_processor": LogitsProcessorList([*chosen, _Draw(options.seed, model.device)]),
+    }
 
 
 def never_stopping(model: DispatchedMixtral) -> dict[str, int]:

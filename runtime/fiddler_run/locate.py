@@ -1,12 +1,13 @@
 """Finds what a user names: plans that ship with the package, and models by folder or by Hugging Face id. Imports no torch."""
 
-import json
 import os
 import site
 import sys
 from pathlib import Path
 
 from fiddler_run.errors import FiddlerError, first_line
+from fiddler_run.files import exists, is_file, is_folder
+from fiddler_run.tensor_files import INDEX, SINGLE_FILE, shard_names
 
 _INSTALLED = [Path(prefix) / "share" / "fiddler-opt" for prefix in (sys.prefix, site.getuserbase())]
 SHIPPED_FOLDERS = [Path(__file__).parents[2], *_INSTALLED]  # the first is the root of a source checkout
@@ -14,34 +15,51 @@ BUNDLED_CONFIGS = dict.fromkeys(
     ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
     Path(__file__).parent / "model_configs" / "Mixtral-8x7B.json",
 )
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+# What a model needs besides its weights. Other files of a repository, such as a second copy of all weights, are not fetched.
+SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+]
 
 
 def shipped_file(path: str | Path) -> Path:
     """`path` itself if it exists, else the file of that name that comes with the package, such as plans/demo.yaml."""
-    if Path(path).exists():
+    if exists(path):
         return Path(path)
     candidates = (folder / path for folder in SHIPPED_FOLDERS)
-    return next((candidate for candidate in candidates if candidate.is_file()), Path(path))
+    return next((candidate for candidate in candidates if is_file(candidate)), Path(path))
 
 
 def is_local_name(name: str) -> bool:
-    """Whether a model's name in a plan is a folder (it begins with `.` or `/`) rather than a Hugging Face id."""
+    """True if a model's name in a plan is a folder (it begins with `.` or `/`) rather than a Hugging Face id."""
     return name.startswith((".", "/"))
 
 
-def model_folder(name: str | Path, relative_to: Path = Path(), files: list[str] = CHECKPOINT_FILES) -> Path:
-    """The folder of model `name`: a folder (relative to `relative_to`), or that of a Hugging Face id, whose `files` are fetched.
+def model_folder(name: str | Path, relative_to: Path = Path(), fetch: bool = True) -> Path:
+    """The folder of all files of model `name`: a folder (relative to `relative_to`), or the cache of a Hugging Face id.
+
+    Args:
+        fetch: download what is not in the cache yet; otherwise files may be missing from the folder.
 
     Raises:
         FiddlerError: there is no such folder, and the hub has no such model or cannot be reached.
     """
-    folder = relative_to / name
-    if folder.is_dir():
+    folder = local_folder(name, relative_to)
+    if folder is not None:
         return folder
-    if is_local_name(str(name)):
-        raise FiddlerError(f"{folder}: no such folder; name the checkpoint's folder with --model")
-    return _download(str(name), files)
+    folder = _snapshot(str(name), SMALL_FILES, fetch)
+    weights = shard_names(folder) if is_file(folder / INDEX) else [SINGLE_FILE]
+    return _snapshot(str(name), [*SMALL_FILES, *weights], fetch)
 
 
 def model_config_file(name: str | Path, relative_to: Path = Path()) -> Path:
@@ -50,43 +68,18 @@ def model_config_file(name: str | Path, relative_to: Path = Path()) -> Path:
     Raises:
         FiddlerError: see `model_folder`.
     """
-    if str(name) in BUNDLED_CONFIGS and not (relative_to / name).is_dir():
+    folder = None if str(name) in BUNDLED_CONFIGS and not is_folder(relative_to / name) else local_folder(name, relative_to)
+    if folder is not None:
+        return folder / "config.json"
+    if str(name) in BUNDLED_CONFIGS:
         return BUNDLED_CONFIGS[str(name)]
-    return model_folder(name, relative_to, files=["config.json"]) / "config.json"
-
-
-def require_mixtral(config: dict, origin: str | Path) -> None:
-    """Whether a config.json, read from `origin`, describes a model of the supported kind.
-
-    Raises:
-        FiddlerError: it does not.
-    """
-    for key, supported, default in (("model_type", "mixtral", None), ("hidden_act", "silu", "silu")):
-        if config.get(key, default) != supported:
-            raise FiddlerError(f"{origin}: {key} is {config.get(key)!r}; only {supported!r} is supported")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object in a file of a checkpoint.
-
-    Raises:
-        FiddlerError: the file is missing or holds no JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FiddlerError(f"{path}: missing; --model names a checkpoint folder in Hugging Face format") from None
-    except (OSError, ValueError) as error:
-        raise FiddlerError(f"{path}: cannot read: {error}") from None
-    if not isinstance(data, dict):
-        raise FiddlerError(f"{path}: expected a JSON object, found {type(data).__name__}; download the checkpoint again")
-    return data
+    return _snapshot(str(name), ["config.json"], fetch=True) / "config.json"
 
 
 def name_in_plan(model: str | Path, plan_path: str | Path) -> str:
     """How a plan at `plan_path` names `model`: ids as they are, folders below the working directory relative, others absolute."""
     folder = Path(model)
-    if not folder.is_dir():
+    if not is_folder(folder):
         return str(model)
     folder = folder.resolve()
     if not folder.is_relative_to(Path.cwd()):
@@ -95,12 +88,37 @@ def name_in_plan(model: str | Path, plan_path: str | Path) -> str:
     return relative if relative.startswith(".") else f"./{relative}"
 
 
-def _download(name: str, patterns: list[str]) -> Path:
+def local_folder(name: str | Path, relative_to: Path) -> Path | None:
+    """The folder that `name` names; None if it is no folder and may be a Hugging Face id.
+
+    Raises:
+        FiddlerError: it is a file, or a folder that does not exist.
+    """
+    folder = relative_to / name
+    if is_folder(folder):
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            raise FiddlerError(
+                f"{folder}: the folder's name is not UTF-8, so that transformers cannot read it; rename it"
+            ) from None
+        return folder
+    if folder.suffix == ".gguf":
+        raise FiddlerError(f"{folder}: a GGUF file; --model takes a checkpoint folder in Hugging Face format, with safetensors")
+    if exists(folder):
+        raise FiddlerError(f"{folder}: a file; --model takes a checkpoint folder in Hugging Face format")
+    if is_local_name(str(name)):
+        raise FiddlerError(f"{folder}: no such folder; name the checkpoint's folder with --model")
+    return None
+
+
+def _snapshot(name: str, patterns: list[str], fetch: bool) -> Path:
+    """The folder of a Hugging Face model's files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not fetch))
     except HFValidationError:
         raise FiddlerError(f"{name}: neither a folder nor a Hugging Face model id; name the model with --model") from None
     except Exception as error:  # the hub's client raises many unrelated types; all mean that the files are not here

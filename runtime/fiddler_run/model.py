@@ -4,25 +4,30 @@ transformers stays in charge of attention, cache, router, sampling and `generate
 experts modules lose their parameters and hand each call to a `LayerDispatch`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 
 import torch
-from transformers import MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.utils import logging as transformers_logging
 
 from fiddler_run.arena import TORCH_DTYPES, ExpertStore
 from fiddler_run.cache import KeyValueCache
-from fiddler_run.decode import DecodeStep
 from fiddler_run.dispatch import LayerDispatch
+from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import Executors
+from fiddler_run.files import reason
+from fiddler_run.generation_defaults import GenerationDefaults
+from fiddler_run.model_config import ModelConfig
 from fiddler_run.plan import Plan
+from fiddler_run.process_settings import dense_threads
+from fiddler_run.session import Session
 
 EXPERTS_IMPLEMENTATION = "fiddler"
-
-# With cuDNN's attention, which PyTorch prefers on some GPUs, each token at a new length of the cache took 0.05 to 0.14 s more on
-# an H100; it is known to plan anew for each shape.
-torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _dispatch_experts(module, hidden_states, top_k_index, top_k_weights):
@@ -41,8 +46,8 @@ def _canonical_strides(_, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]
 class DispatchedMixtral(MixtralForCausalLM):
     """MixtralForCausalLM without expert parameters; `attach_experts` connects them.
 
-    `plan` is the plan it runs; `executors` compute its experts and count the blocks that calls needed; `cache` has room for the
-    plan's context.
+    `plan` is the plan it runs, `defaults` what its checkpoint recommends for sampling. `executors` compute its experts and count
+    the blocks that calls needed; `session` lets one generation run at a time.
     """
 
     _can_compile_fullgraph = False
@@ -57,69 +62,56 @@ class DispatchedMixtral(MixtralForCausalLM):
             experts._is_hf_initialized = True  # nothing left to initialise
         self.lm_head.register_forward_pre_hook(_canonical_strides)
         self.plan: Plan | None = None
-        self.cache: KeyValueCache | None = None
-        self._decode_step: DecodeStep | None = None
+        self.defaults = GenerationDefaults()
+        self.session: Session | None = None
 
     @wraps(MixtralForCausalLM.forward)  # whose signature tells `generate()` what to pass
     def forward(self, *arguments, **named):
-        if not arguments and self.decode_step.serves(named):
-            return self.decode_step(**named)
-        return super().forward(*arguments, **named)
+        if self.session is None:
+            return super().forward(*arguments, **named)
+        with self.session.turn():
+            if not arguments and self.session.decode.serves(named):
+                return self.session.decode(**named)
+            return super().forward(*arguments, **named)
 
     def generate(self, inputs=None, generation_config=None, *more, **arguments):
-        """As transformers': in chunks as the plan has memory for, and in its cache, unless the arguments ask for others."""
-        if self.plan is not None:
-            self._follow_plan(arguments, inputs, generation_config)
-        return super().generate(inputs, generation_config, *more, **arguments)
+        """As transformers': in chunks as the plan has memory for, and in its cache, unless the arguments ask for others.
 
-    def _follow_plan(self, arguments: dict, inputs: torch.Tensor | None, config) -> None:
-        """Adds to the arguments of `generate()`."""
-
-        def asked(name: str):
-            given = arguments.get(name, getattr(config, name, None))
-            return getattr(self.generation_config, name, None) if given is None else given
-
-        if asked("use_cache") is False:
-            return
-        other_cache = arguments.get("past_key_values") is not None or asked("cache_implementation")
-        # One that is handed out must not be overwritten by the next generation; of a window, transformers keeps no more.
-        own_cache = not other_cache and not asked("return_dict_in_generate") and self.config.sliding_window is None
-        if own_cache:
-            self.cache.reset()
-            arguments["past_key_values"] = self.cache
-        ids, mask = arguments.get("input_ids", inputs), arguments.get("attention_mask")
-        if ids is None:
-            return
-        copies = max(asked("num_beams") or 1, asked("num_return_sequences") or 1)
-        usual = mask is not None and mask.dim() == 2 and not any(name in arguments for name in ("inputs_embeds", "position_ids"))
-        shared = copies > 1 and own_cache and usual and ids.shape[1] > 1
-        at_once = self.plan.prefill_chunk_tokens * self.plan.workload.batch_size
-        chunk = asked("prefill_chunk_size") or max(1, at_once // (len(ids) * (1 if shared else copies)))
-        if shared:
-            self._prefill_once(ids, mask, copies, chunk)
-        elif ids.shape[1] > chunk:
-            arguments["prefill_chunk_size"] = chunk
-
-    @torch.no_grad()
-    def _prefill_once(self, ids: torch.Tensor, mask: torch.Tensor, copies: int, chunk: int) -> None:
-        """Takes all but the last token of each prompt [sequences, tokens] into the cache, for so many continuations of each.
-        transformers would run the same prompt for every one of them."""
-        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        for start in range(0, ids.shape[1] - 1, chunk):
-            stop = min(start + chunk, ids.shape[1] - 1)
-            of_chunk = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
-            self.model(**of_chunk, attention_mask=mask[:, :stop], past_key_values=self.cache, use_cache=True)
-        self.cache.copy_sequences(copies)
+        One generation runs at a time; a call from another thread waits for the one under way.
+        """
+        if self.session is None:
+            return super().generate(inputs, generation_config, *more, **arguments)
+        with self.session.turn(), self.session.generation(arguments, inputs, generation_config):
+            return super().generate(inputs, generation_config, *more, **arguments)
 
     @property
-    def decode_step(self) -> DecodeStep:
-        if self._decode_step is None:
-            self._decode_step = DecodeStep(self)
-        return self._decode_step
+    def cache(self) -> KeyValueCache:
+        """The KV cache that generations use in turn."""
+        return self.session.cache
 
-    def _apply(self, *arguments, **named):
-        self._decode_step = None  # it may hold on to weights that now move
-        return super()._apply(*arguments, **named)
+    def _apply(self, function, *arguments, **named):
+        if self.session is not None:
+            self._refuse_conversion(function)
+            self.session.forget_decode()  # it may hold on to weights that now move
+        return super()._apply(function, *arguments, **named)
+
+    def _refuse_conversion(self, function) -> None:
+        """
+        Raises:
+            FiddlerError: `function` would give the model another dtype or device than its experts have.
+        """
+        converted = function(torch.zeros(1, dtype=self.dtype, device=self.device))
+        if converted.dtype != self.dtype:
+            raise FiddlerError(
+                f"the experts are {self.plan.model.dtype} and stay so; for {converted.dtype}, make a plan of a model of that dtype"
+            )
+        if converted.device != self.device:
+            raise FiddlerError("a loaded model stays where its plan has put it; make another plan with `fiddler-opt plan`")
+
+    def resize_token_embeddings(self, *arguments, **named):
+        if isinstance(self.model.embed_tokens, HostEmbedding):
+            raise FiddlerError("the plan keeps the embedding in host memory, where it cannot be resized; resize the checkpoint's")
+        return super().resize_token_embeddings(*arguments, **named)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -144,15 +136,9 @@ class DispatchedMixtral(MixtralForCausalLM):
             experts.dispatch = LayerDispatch(layer, *places)
             if layer > 0:
                 self.experts_modules()[layer - 1].dispatch.next = experts.dispatch
-        self.make_cache(plan.workload.sequences, plan.workload.max_seq_len)
-
-    def make_cache(self, sequences: int, max_tokens: int) -> None:
-        config = self.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = config.num_key_value_heads
-        self.cache = KeyValueCache(
-            config.num_hidden_layers, sequences, heads, max_tokens, head_dim, dtype=self.dtype, device=self.device
-        )
+        layer_bytes = sum(parameter.nbytes for parameter in self.model.layers[0].parameters())
+        self.session = Session(self, self.executors, dense_threads(plan.cpu_threads, layer_bytes))
+        self.session.make_cache(plan.workload.sequences, plan.workload.max_seq_len)
 
     def move_embedding_to_host(self) -> None:
         """Leaves the embedding table in host memory, from which each step copies its rows."""
@@ -180,3 +166,39 @@ def make_executors(plan: Plan, device: torch.device) -> Executors:
     slots = plan.gpu_memory_bytes.staging // plan.block_bytes
     dtype = TORCH_DTYPES[plan.model.dtype]
     return Executors(dtype, plan.model.hidden_size, plan.block_neurons, plan.cpu_threads, slots, device, plan.cpu_pinned)
+
+
+def skeleton(config: ModelConfig, config_file: Path) -> DispatchedMixtral:
+    """The model of a config.json, without data.
+
+    Raises:
+        FiddlerError: transformers finds something wrong with it.
+    """
+    try:
+        with torch.device("meta"), _quiet_transformers():
+            return DispatchedMixtral(MixtralConfig(**config.for_transformers()))
+    except Exception as error:  # whatever transformers finds wrong with a config.json, in whatever type
+        raise FiddlerError(f"{config_file}: transformers cannot use it: {reason(error)}") from None
+
+
+def dense_tensors(model: DispatchedMixtral) -> dict[str, list[int]]:
+    """The names in a checkpoint of all weights outside the experts, and their shapes."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return {checkpoint_name(name): shape for name, shape in shapes.items()}
+
+
+def checkpoint_name(parameter: str) -> str:
+    """The name that a parameter outside the experts has in a checkpoint."""
+    return parameter.replace(".mlp.", ".block_sparse_moe.")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings: what can go wrong is checked."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -7,11 +7,25 @@ On a GPU, balance.py begins with that share and finds each layer's own for few t
 """
 
 from bisect import bisect_right
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from fiddler_run.yaml_file import Section, YamlFile
+from fiddler_run.yaml_file import (
+    BytesOrZero,
+    Count,
+    CountOrZero,
+    ExpertCount,
+    LayerCount,
+    Milliseconds,
+    Rate,
+    Ratio,
+    Seconds,
+    SecondsOrZero,
+    Section,
+    Width,
+    YamlFile,
+)
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 TOKEN_BLOCKS = 2048  # tokens times blocks that the runtime computes at once on the GPU: bounds the memory for their products
@@ -24,12 +38,17 @@ class ModelShape(Section):
     """The part of a model that decides an expert's geometry; names are Hugging Face's."""
 
     name: str
-    num_layers: PositiveInt
-    num_experts: PositiveInt
-    num_experts_per_tok: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
+    num_layers: LayerCount
+    num_experts: ExpertCount
+    num_experts_per_tok: ExpertCount
+    hidden_size: Width
+    intermediate_size: Width
     dtype: Dtype
+
+    def problems(self) -> list[str]:
+        if self.num_experts_per_tok <= self.num_experts:
+            return []
+        return [f"model.num_experts_per_tok: {self.num_experts_per_tok} is more than the {self.num_experts} experts"]
 
     def blocks_per_expert(self, block_neurons: int) -> int:
         return -(-self.intermediate_size // block_neurons)
@@ -47,11 +66,11 @@ class Workload(Section):
     """What the plan was made for: `batch_size` sequences at once, each of `prompt_tokens` then `output_tokens`, searched with
     `num_beams`."""
 
-    prompt_tokens: PositiveInt
-    output_tokens: PositiveInt
-    num_beams: PositiveInt
-    batch_size: PositiveInt
-    max_seq_len: PositiveInt
+    prompt_tokens: Count
+    output_tokens: Count
+    num_beams: Count
+    batch_size: Count
+    max_seq_len: Count
 
     @property
     def sequences(self) -> int:
@@ -70,13 +89,13 @@ class Workload(Section):
 class GpuMemory(Section):
     """Bytes of GPU memory by purpose. `reserve` is what the driver and libraries take outside the runtime's allocator."""
 
-    total: NonNegativeInt
-    non_expert_weights: NonNegativeInt
-    kv_cache: NonNegativeInt
-    staging: NonNegativeInt
-    activations: NonNegativeInt
-    reserve: NonNegativeInt
-    experts: NonNegativeInt
+    total: BytesOrZero
+    non_expert_weights: BytesOrZero
+    kv_cache: BytesOrZero
+    staging: BytesOrZero
+    activations: BytesOrZero
+    reserve: BytesOrZero
+    experts: BytesOrZero
 
     @property
     def used(self) -> int:
@@ -89,22 +108,22 @@ class GpuMemory(Section):
 class HostMemory(Section):
     """Bytes of host memory: absent experts, and the embedding table if it lies there."""
 
-    experts: NonNegativeInt
-    embedding: NonNegativeInt
+    experts: BytesOrZero
+    embedding: BytesOrZero
 
 
 class Rates(Section):
     """Expert bytes per second that the profiled machine handles for one token. `absent`: CPU and link together."""
 
-    resident: PositiveFloat
-    link: PositiveFloat | None
-    cpu: PositiveFloat
-    absent: PositiveFloat
+    resident: Rate
+    link: Rate | None
+    cpu: Rate
+    absent: Rate
 
 
 class Alternative(Section):
-    decode_tokens_per_s: PositiveFloat
-    ttft_s: PositiveFloat
+    decode_tokens_per_s: Rate
+    ttft_s: Seconds
 
 
 class Predicted(Section):
@@ -115,16 +134,16 @@ class Predicted(Section):
     much longer the workload takes there than with a plan for that set, as a part. `alternatives`: what rules of thumb give.
     """
 
-    decode_tokens_per_s: PositiveFloat
-    ttft_s: PositiveFloat
+    decode_tokens_per_s: Rate
+    ttft_s: Seconds
     gpu_hit_rate: float = Field(ge=0, le=1)
-    bound_tokens_per_s: PositiveFloat
-    gap: NonNegativeFloat
-    decode_ms: dict[str, NonNegativeFloat]
-    ttft_ms: dict[str, NonNegativeFloat]
+    bound_tokens_per_s: Rate
+    gap: Ratio
+    decode_ms: dict[str, Milliseconds]
+    ttft_ms: dict[str, Milliseconds]
     binding: Literal["GPU memory", "GPU and host memory", "host memory", "nothing"]
-    next_gb_tokens_per_s: NonNegativeFloat
-    regret: dict[str, NonNegativeFloat]
+    next_gb_tokens_per_s: Annotated[float, Field(ge=0, le=1e18)]
+    regret: dict[str, Ratio]
     alternatives: dict[str, Alternative]
 
 
@@ -138,25 +157,27 @@ class Provenance(Section):
     routing: str
     solver: str
     status: str
-    solve_s: NonNegativeFloat
+    solve_s: SecondsOrZero
     created: str
 
 
 class Plan(YamlFile):
+    kind: ClassVar[str] = "plan"
+
     version: Literal[2]
     model: ModelShape
     workload: Workload
     gpu_memory_bytes: GpuMemory
     host_memory_bytes: HostMemory
-    disk_bytes: NonNegativeInt
+    disk_bytes: BytesOrZero
     device: Literal["cuda", "host"]
-    cpu_threads: PositiveInt
+    cpu_threads: Count
     cpu_pinned: bool
-    prefill_chunk_tokens: PositiveInt
-    block_neurons: PositiveInt
-    stream_share: dict[PositiveInt, float]
-    resident_blocks: dict[NonNegativeInt, list[NonNegativeInt]]
-    disk_blocks: dict[NonNegativeInt, list[NonNegativeInt]]
+    prefill_chunk_tokens: Count
+    block_neurons: Width
+    stream_share: dict[Count, float]
+    resident_blocks: dict[CountOrZero, list[CountOrZero]]
+    disk_blocks: dict[CountOrZero, list[CountOrZero]]
     predicted: Predicted
     bytes_per_s: Rates
     provenance: Provenance

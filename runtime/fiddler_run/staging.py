@@ -33,8 +33,9 @@ class StagedBlocks:
             return output
         pieces = [self._pieces(call) for call in calls]
         arriving = self._ring.stream(list(chain(*pieces)), self._timeline) if any(pieces) else iter(())
-        # The same order that `expert_groups` finds on the host.
-        order = top_k_index.flatten().argsort(stable=True)
+        # The same order that `expert_groups` finds on the host: choices of experts that do not exist come last.
+        chosen = top_k_index.flatten()
+        order = chosen.where(chosen >= 0, torch.iinfo(chosen.dtype).max).argsort(stable=True)
         rows, weights = order // top_k_index.shape[1], top_k_weights.flatten()[order].unsqueeze(1)
         states: dict[int, torch.Tensor] = {}  # of each call's tokens, by its first choice
         sums: dict[int, torch.Tensor] = {}

@@ -2,12 +2,14 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fiddler_run.yaml_file import write_whole
+from fiddler_run.files import write_whole
 
 LANES = ("host", "CPU", "link", "GPU")
 ON_DEVICE = ("link", "GPU")
@@ -29,7 +31,7 @@ Place = tuple[int, int]  # a layer, and which call of layers
 
 
 class Timeline:
-    """Spans of the work of one model's layers."""
+    """Spans of the work of one model's layers, while they are recorded."""
 
     def __init__(self, device: torch.device):
         self._layer, self._call = 0, 0
@@ -37,7 +39,17 @@ class Timeline:
         self._marks: list[tuple] | None = None
         self._begun: dict[tuple[str, str], object] = {}
 
-    def start(self) -> None:
+    @contextmanager
+    def recording(self) -> Iterator[list[Span]]:
+        """Records spans inside the context; the list that it yields holds them once the context is left. Off again in any case."""
+        spans: list[Span] = []
+        self._start()
+        try:
+            yield spans
+        finally:
+            spans += self._stop()
+
+    def _start(self) -> None:
         self._marks, self._begun, self._call = [], {}, -1
         if self._events:
             torch.cuda.synchronize()
@@ -45,11 +57,11 @@ class Timeline:
             self._origin.synchronize()
         self._origin_s = time.perf_counter()
 
-    def stop(self) -> list[Span]:
-        """The spans since `start`; waits for the device."""
+    def _stop(self) -> list[Span]:
+        marks = self._marks
+        self._marks = None  # first: what follows can fail
         if self._events:
             torch.cuda.synchronize()
-        marks, self._marks = self._marks, None
         return [Span(*where, self._seconds(begun), self._seconds(ended)) for *where, begun, ended in marks]
 
     def enter(self, layer: int) -> None:

@@ -18,9 +18,13 @@ class Mailbox:
     def __init__(self, device: torch.device):
         self._device, self._on_gpu = device, device.type == "cuda"
         self._buffers: dict[str, torch.Tensor] = {}
-        # Numbers of the CPU's jobs: of the last finished one; of the last whose table is complete; of those whose tokens have come.
-        flags = torch.zeros((2 + MOST_ROUTED_TOKENS // 8, 8), dtype=torch.int64, pin_memory=self._on_gpu)  # rows: cache lines
-        self.finished, self._described, self._arrived = flags[0, :1], flags[1, :1], flags[2:].flatten()
+        # Numbers of the CPU's jobs: of the last finished one; of the last whose table is complete; of the last that the GPU gave
+        # up waiting for, or 0; of those whose tokens have come. Each row is a cache line.
+        flags = torch.zeros((3 + MOST_ROUTED_TOKENS // 8, 8), dtype=torch.int64, pin_memory=self._on_gpu)
+        self.finished = flags[0, :1]
+        self._described = flags[1, :1]
+        self.gave_up = flags[2, :1]
+        self._arrived = flags[3:].flatten()
 
     def receive(
         self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, meanwhile: Callable[[], None]

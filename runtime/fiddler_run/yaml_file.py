@@ -1,18 +1,36 @@
-"""Reading and writing the project's YAML files. Rule: strict when read, whole or not at all when written.
+"""The schema of the project's YAML files. Rule: strict when read, whole or not at all when written.
 
-Strict: unknown, missing and duplicate keys, wrong types, NaN and other versions are errors that name file and key.
+Strict: unknown, missing and duplicate keys, wrong types, numbers beyond reason and other versions are errors that name file
+and key.
 """
 
-import os
-import tempfile
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails
 
 from fiddler_run.errors import FiddlerError
+from fiddler_run.files import parse_yaml, read_text, write_whole
+
+# Bounds far beyond any machine or model, so that no arithmetic on what a file says overflows or takes all memory.
+LayerCount = Annotated[int, Field(gt=0, le=1_000)]
+ExpertCount = Annotated[int, Field(gt=0, le=4_096)]
+Width = Annotated[int, Field(gt=0, le=2**20)]  # of a vector: hidden_size, intermediate_size
+Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
+CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bytes = Annotated[int, Field(gt=0, le=2**60)]
+BytesOrZero = Annotated[int, Field(ge=0, le=2**60)]
+Rate = Annotated[float, Field(ge=1e-6, le=1e18)]  # tokens or bytes per second
+Seconds = Annotated[float, Field(ge=1e-9, le=1e9)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=1e9)]
+Ratio = Annotated[float, Field(ge=0, le=1e6)]
+Microseconds = Annotated[float, Field(ge=1e-3, le=1e15)]
+Milliseconds = Annotated[float, Field(ge=0, le=1e12)]
+
+# What tells the project's files apart: a key that only files of this kind have.
+KINDS = {"plan": "resident_blocks", "machine profile": "absent_expert_us", "routing profile": "recorded"}
 
 
 class Section(BaseModel):
@@ -38,6 +56,7 @@ class Section(BaseModel):
 class YamlFile(Section):
     """A whole file. Subclasses declare `version: Literal[...]` and its keys in the order in which they are written."""
 
+    kind: ClassVar[str]  # one of KINDS
     header: ClassVar[str] = ""
     key_comments: ClassVar[dict[str, str]] = {}
 
@@ -65,15 +84,18 @@ class YamlFile(Section):
         There is no content where a key or a type is wrong; where only rules between values are broken, there is.
         """
         try:
-            data = yaml.load(text, Loader=_UniqueKeyLoader)
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
-            return None, [f"{origin}: not valid YAML: {' '.join(str(error).split())}"]
+            data = parse_yaml(text, origin)
+        except FiddlerError as error:
+            return None, [str(error)]
         if not isinstance(data, dict):
-            return None, [f"{origin}: expected a mapping of keys, found {type(data).__name__}"]
+            return None, [f"{origin}: not a {cls.kind}: expected a mapping of keys, found {type(data).__name__}"]
+        other = kind_of(data)
+        if other not in (None, cls.kind):
+            return None, [f"{origin}: a {other}, not a {cls.kind}"]
         (known_version,) = cls.model_fields["version"].annotation.__args__
         if data.get("version") != known_version:
             return None, [
-                f"{origin}: version: this release reads version {known_version}, the file says {data.get('version')!r}; "
+                f"{origin}: version: this release reads version {known_version}, the file says {str(data.get('version'))[:30]}; "
                 "make the file again with this release"
             ]
         content, wrong, broken = None, [], []
@@ -102,75 +124,10 @@ class YamlFile(Section):
         write_whole(path, self.dump())
 
 
-def read_text(path: str | Path) -> str:
-    """The UTF-8 text of a file.
-
-    Raises:
-        FiddlerError: the file cannot be read.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FiddlerError(f"{path}: cannot read: {_reason(error)}") from None
-
-
-def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Writes to a temporary file beside `path`, then renames it, so that `path` never holds half a file. Text becomes UTF-8.
-
-    Raises:
-        FiddlerError: the place cannot be written.
-    """
-    require_writable(path)
-    target = Path(path).resolve()  # a link stays one, and what it points to is replaced
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    except OSError as error:
-        raise FiddlerError(f"{path}: cannot write: {_reason(error)}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def require_writable(path: str | Path) -> None:
-    """Finds out before long work whether `write_whole(path, ...)` can succeed; leaves nothing behind.
-
-    Raises:
-        FiddlerError: the place cannot be written.
-    """
-    target = Path(path).resolve()
-    if target.is_dir():
-        raise FiddlerError(f"{path}: cannot write: it is a folder; name a file")
-    if target.exists() and not target.is_file():
-        raise FiddlerError(f"{path}: cannot write: it is not a regular file")
-    folder = next(parent for parent in target.parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise FiddlerError(f"{path}: cannot write: {_reason(error)}") from None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice; plain YAML would silently keep the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (list, dict)):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a single value", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+def kind_of(data: dict) -> str | None:
+    """Which of KINDS a file's content is; None if it is none, or more than one."""
+    found = [kind for kind, key in KINDS.items() if key in data]
+    return found[0] if len(found) == 1 else None
 
 
 def _problems(error: ValidationError) -> list[str]:
@@ -185,13 +142,3 @@ def _problem(error: ErrorDetails) -> str:
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     what = {"extra_forbidden": "unknown key", "missing": "missing"}.get(error["type"], error["msg"])
     return f"{where}: {what}"
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,7 +1,9 @@
 """What only a CUDA device can show. The other tests run there too: their plans' GPU part is then in GPU memory."""
 
+import gc
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -19,7 +21,7 @@ from fiddler_opt.model import ModelSpec
 from fiddler_opt.problem import Budget
 from fiddler_opt.routing import Routing
 from fiddler_opt.unfinished import Unfinished
-from fiddler_run import load_model
+from fiddler_run import load_model, process_settings
 from fiddler_run.arena import Arena
 from fiddler_run.balance import observe_prompt
 from fiddler_run.dispatch import LayerDispatch
@@ -56,7 +58,6 @@ def wide(random_checkpoint, tmp_path_factory):
     """A wider model (0.85 GB of experts in float32) and this machine's profile of it."""
     folder, _ = random_checkpoint(**WIDE)
     spec = ModelSpec.load(str(folder))
-    torch.cuda.set_per_process_memory_fraction(1.0)
     bench = MachineBench(spec, HASTY, folder)
     unfinished = Unfinished(tmp_path_factory.mktemp("profiles") / "wide.machine.yaml", bench.identity)
     machine = measure_machine(bench, unfinished, "test", True, lambda name, finished: None)
@@ -133,9 +134,23 @@ def test_peak_memory_stays_under_the_plans_total(wide, beams, batch, extra_mb):
 def test_the_cap_is_real(wide):
     folder, spec, _ = wide
     plan = make_plan(spec.shape, [[0] * 8] * 3, block_neurons=spec.block_neurons)
-    load_model(plan, folder)
+    model, _ = load_model(plan, folder)
+    allowed = process_settings.allowed_gpu_bytes(model.device)  # this plan's, and what models of other tests may take
+    assert allowed >= plan.gpu_memory_bytes.total
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        torch.empty(plan.gpu_memory_bytes.total, dtype=torch.uint8, device=CUDA)
+        torch.empty(allowed, dtype=torch.uint8, device=CUDA)
+
+
+def test_the_cap_is_the_sum_of_what_loaded_models_may_take(wide):
+    folder, spec, _ = wide
+    plan = make_plan(spec.shape, [[0] * 8] * 3, block_neurons=spec.block_neurons)
+    gc.collect()
+    before = process_settings.allowed_gpu_bytes(CUDA) or 0
+    models = [load_model(plan, folder)[0] for _ in range(2)]
+    assert process_settings.allowed_gpu_bytes(CUDA) == before + 2 * plan.gpu_memory_bytes.total
+    del models
+    gc.collect()
+    assert (process_settings.allowed_gpu_bytes(CUDA) or 0) == before
 
 
 def test_a_plan_larger_than_the_free_memory(wide):
@@ -226,9 +241,11 @@ def test_the_device_waits_for_the_cpu():
     cpu_output = torch.zeros((3, 256), pin_memory=True)
     results = torch.ones((3, 2, 256), device=CUDA)
     states = torch.zeros((3, 256), dtype=torch.bfloat16, device=CUDA)
-    gpu.add_up(results, cpu_output, finished, 0, states)  # compiled before
+    gave_up = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+    index = torch.zeros((3, 2), dtype=torch.int64, device=CUDA)
+    gpu.add_up(results, index, 1, cpu_output, finished, gave_up, 0, states)  # compiled before
     torch.cuda.synchronize()
-    output = gpu.add_up(results, cpu_output, finished, 5, states)
+    output = gpu.add_up(results, index, 1, cpu_output, finished, gave_up, 5, states)
     done = torch.cuda.current_stream().record_event()
     try:
         finished.fill_(4)
@@ -238,6 +255,143 @@ def test_the_device_waits_for_the_cpu():
     finally:
         finished.fill_(5)
     assert torch.equal(output.cpu(), torch.full((3, 256), 4.5, dtype=torch.bfloat16))
+    assert gave_up.item() == 0
+
+
+def test_a_gpu_does_not_wait_for_ever(monkeypatch):
+    """For a process that is stopped: the kernels end, what follows reads no table that was never written, and no second wait takes
+    as long."""
+    from fiddler_run.kernels import gpu
+
+    described, gave_up = (torch.zeros(1, dtype=torch.int64, pin_memory=True) for _ in range(2))
+    table = torch.full((40,), 2**60, dtype=torch.int64).pin_memory()  # as memory that holds anything
+    gpu.fetch(table, described, gave_up, 0, CUDA)  # compiled before
+    torch.cuda.synchronize()
+    monkeypatch.setattr(gpu, "PATIENCE_S", 0.3)
+    started = time.monotonic()
+    fetched = gpu.fetch(table, described, gave_up, 7, CUDA)
+    torch.cuda.synchronize()
+    assert 0.2 < time.monotonic() - started < 5
+    assert gave_up.item() == 7
+    assert not fetched.any()
+    monkeypatch.setattr(gpu, "PATIENCE_S", 30.0)
+    gpu.fetch(table, described, gave_up, 8, CUDA)
+    torch.cuda.synchronize()
+    assert time.monotonic() - started < 10
+
+
+def test_a_model_says_that_the_gpu_gave_up(wide_bfloat16, monkeypatch):
+    """Where its CPU's threads never begin; afterwards it is right again."""
+    from fiddler_run.kernels import gpu
+
+    model, _ = wide_bfloat16
+    ids = torch.randint(3, 700, (1, 8), generator=torch.Generator().manual_seed(2)).to(CUDA)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **arguments)
+    submit = model.executors.cpu.submit_routed
+    calls = []
+
+    def forget_the_third(*given) -> None:
+        calls.append(1)
+        if len(calls) != 3:
+            submit(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "PATIENCE_S", 0.2)
+        patch.setattr(model.executors.cpu, "submit_routed", forget_the_third)
+        with pytest.raises(FiddlerError, match="the GPU waited .* s for this process, which was stopped"):
+            model.generate(ids, **arguments)
+    assert torch.equal(model.generate(ids, **arguments), expected)
+
+
+def test_a_cache_that_the_plan_has_not_counted(wide_bfloat16):
+    """Refused in words before it runs out of memory half-way."""
+    model, _ = wide_bfloat16
+    ids = torch.randint(3, 700, (1, 8), device=CUDA)
+    few = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+    assert few.sequences.shape == (1, 12)
+    many = ids.expand(4000, -1)
+    with pytest.raises(FiddlerError, match="a KV cache for 4000 x .* tokens besides the plan's needs .* GB"):
+        model.generate(many, attention_mask=torch.ones_like(many), max_new_tokens=2000, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_choices_of_experts_that_do_not_exist(wide_bfloat16, tokens):
+    """As transformers marks those that another process computes: in decode and in prompts they add nothing."""
+    model, _ = wide_bfloat16
+    dispatch = model.experts_modules()[1].dispatch
+    generator = torch.Generator(CUDA).manual_seed(tokens)
+    states = torch.randn(tokens, 1024, generator=generator, device=CUDA).bfloat16()
+    weights, index = torch.rand(tokens, 8, generator=generator, device=CUDA).topk(2)
+    without = weights.clone()
+    without[:, 1] = 0.0
+    expected = dispatch(states, index, without).float()
+    for outside in (8, 9, -1):
+        marked = index.clone()
+        marked[:, 1] = outside
+        found = dispatch(states, marked, weights).float()
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
+        found = dispatch(states, marked.int(), weights).float()
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
+    model.executors.settle()
+
+
+def test_threads_on_streams_of_their_own(wide_bfloat16):
+    """Each answer is as alone, streamed or not."""
+    model, _ = wide_bfloat16
+    prompts = [
+        torch.randint(3, 700, (1, 9 + number), generator=torch.Generator().manual_seed(number)).to(CUDA) for number in range(3)
+    ]
+    arguments = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+
+    def generated(ids: torch.Tensor) -> torch.Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+
+    def on_a_stream(ids: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            output = generated(ids)
+            torch.cuda.current_stream().synchronize()
+            return output
+
+    alone = [generated(ids) for ids in prompts]
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(6) as threads:
+        for run in (generated, on_a_stream):
+            found = list(threads.map(run, prompts * 4))
+            assert all(torch.equal(*pair) for pair in zip(found, alone * 4, strict=True))
+
+
+def test_what_is_replaced_after_a_recording_is_used(wide_bfloat16):
+    """Graphs read weights by address; a head, a norm or a router that is replaced lies elsewhere."""
+    model, _ = wide_bfloat16
+    ids = torch.randint(3, 700, (1, 12), generator=torch.Generator().manual_seed(5)).to(CUDA)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    before = model.generate(ids, **arguments)
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    kept = [router.weight for router in routers]
+    try:
+        for router in routers:
+            router.weight = torch.nn.Parameter(router.weight.flip(0).clone(), requires_grad=False)
+        after = model.generate(ids, **arguments)
+        with model.model.layers[0].register_forward_hook(lambda *_: None):
+            expected = model.generate(ids, **arguments)
+    finally:
+        for router, weight in zip(routers, kept, strict=True):
+            router.weight = weight
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
+    assert torch.equal(model.generate(ids, **arguments), before)
+
+
+def test_page_locks_live_as_long_as_views():
+    arena = Arena(4, 10**6, torch.float32, torch.device("cpu"))
+    view = arena.take(2)
+    arena.pin()
+    del arena
+    gc.collect()
+    assert view.is_pinned()
+    view.fill_(3.0)
+    assert view.to(CUDA, non_blocking=True).sum().item() == 3.0 * view.numel()
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 64])
@@ -316,7 +470,7 @@ def test_decode_is_recorded(wide_bfloat16, caplog):
         with model.model.layers[0].register_forward_hook(lambda *_: None):  # which only the whole model calls
             whole = model.generate(ids, **arguments)
         assert torch.equal(recorded, whole)
-    before, after = model.decode_step._layers[0][1:]
+    before, after = model.session.decode._layers[0][1:]
     assert len(before._recordings) >= 2
     assert len(after._recordings) >= 2
     assert not caplog.text

@@ -19,17 +19,19 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <thread>
 #include <type_traits>
 #include <vector>
 #if defined(__linux__)
+#include <linux/futex.h>
 #include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace {
@@ -216,8 +218,10 @@ void fiddler_submit_routed(void* pool, int hidden, int block_neurons, const uint
     static_cast<Pool*>(pool)->submit_routed(hidden, block_neurons, states, tokens, *route, output, finished, number);
 }
 
-// Helps until all jobs but the last `but` are finished; 0: since the last call, a job waited for a GPU in vain.
-int fiddler_wait(void* pool, int but) { return static_cast<Pool*>(pool)->wait(but); }
+// Helps until all jobs but the last `but` are finished, for about `most_ns`. Returns Pool::Outcome.
+int fiddler_wait(void* pool, int but, int64_t most_ns) { return static_cast<Pool*>(pool)->wait(but, most_ns); }
+
+void fiddler_abandon(void* pool, const int64_t* finished) { static_cast<Pool*>(pool)->abandon(finished); }
 
 // When the last job that was waited for began and was finished, on the monotonic clock.
 int64_t fiddler_started_ns(void* pool) { return static_cast<Pool*>(pool)->started_ns(); }

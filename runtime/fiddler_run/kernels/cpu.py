@@ -26,6 +26,8 @@ from fiddler_run.kernels.routed import RoutedInput, RoutedLayer, route_of
 
 VARIANTS = ("amx", "avx512bf16", "avx512", "avx2", "portable")  # best first
 ALIGNMENT = 32  # what the kernel needs hidden size and block_neurons to be multiples of
+WAIT_NS = 50_000_000  # at once in the kernel, where Python hears no signal
+TIMED_OUT, FINISHED, UNFINISHED = range(3)  # Pool::Outcome
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,15 @@ class CpuExperts:
         raise NotImplementedError
 
     def wait(self, but: int = 0) -> None:
-        """Returns when all jobs but the last `but`, at most 1, are finished.
+        """Returns when all jobs but the last `but`, at most 1, are finished. Signals such as Ctrl-C are handled meanwhile.
 
         Raises:
             FiddlerError: the GPU has not sent what one of them needs.
         """
+        raise NotImplementedError
+
+    def abandon(self, finished: torch.Tensor) -> None:
+        """Ends the jobs under way that would set this flag; they leave no result. Returns when all jobs are finished."""
         raise NotImplementedError
 
     def times_s(self) -> tuple[float, float]:
@@ -102,6 +108,8 @@ class CompiledExperts(CpuExperts):
         cpus = (ctypes.c_int * (threads - 1))(*(core_order() * threads)[1:threads]) if pinned else None
         self._pool = self._library.fiddler_pool_create(self.variant.encode(), threads, spin_us, cpus)
         self.finishes_alone = threads > 1
+        self._pid = os.getpid()
+        self._timed_out = False  # a job did, waiting for a GPU
         self._in_use = deque(maxlen=3)  # what the jobs under way, and one that is being submitted, work on
 
     def submit(self, calls, states, output, finished=None, job=0):
@@ -112,6 +120,7 @@ class CompiledExperts(CpuExperts):
         block_neurons = calls[0].blocks.shape[1] // (3 * hidden) if calls else ALIGNMENT
         arguments = hidden, block_neurons, states.data_ptr(), len(states), described, len(calls), output.data_ptr()
         with self.lock:
+            self._finish_all_but(1)  # here, where signals are handled
             self._in_use.append((calls, states, output, finished))
             self._library.fiddler_submit(self._pool, *arguments, None if finished is None else finished.data_ptr(), job)
 
@@ -133,17 +142,31 @@ class CompiledExperts(CpuExperts):
         route, (tokens, hidden) = route_of(layer, given, traffic), given.states.shape
         arguments = hidden, block_neurons, given.states.data_ptr(), tokens, ctypes.byref(route), output.data_ptr()
         with self.lock:
+            self._finish_all_but(1)
             self._in_use.append((layer, given, traffic, output, finished))
             self._library.fiddler_submit_routed(self._pool, *arguments, finished.data_ptr(), job)
 
     def wait(self, but=0):
         with self.lock:
-            complete = self._library.fiddler_wait(self._pool, but)
-            while len(self._in_use) > but:
-                self._in_use.popleft()
-        if not complete:
+            self._finish_all_but(but)
+            timed_out, self._timed_out = self._timed_out, False
+        if timed_out:
             torch.cuda.synchronize()  # raises what the GPU failed with
             raise FiddlerError("the GPU does not answer; see whether other programs keep it busy, and load the model again")
+
+    def abandon(self, finished):
+        with self.lock:
+            self._library.fiddler_abandon(self._pool, finished.data_ptr())
+            self._finish_all_but(0)
+            self._timed_out = False
+
+    def _finish_all_but(self, but: int) -> None:
+        outcome = UNFINISHED
+        while outcome == UNFINISHED:
+            outcome = self._library.fiddler_wait(self._pool, but, WAIT_NS)
+        self._timed_out |= outcome == TIMED_OUT
+        while len(self._in_use) > but:
+            self._in_use.popleft()
 
     def times_s(self):
         return self._library.fiddler_started_ns(self._pool) * 1e-9, self._library.fiddler_finished_ns(self._pool) * 1e-9
@@ -153,7 +176,7 @@ class CompiledExperts(CpuExperts):
         self._library.fiddler_read(self._pool, tensor.data_ptr(), tensor.nbytes)
 
     def __del__(self):
-        if getattr(self, "_pool", None):
+        if getattr(self, "_pool", None) and os.getpid() == self._pid:  # a forked process has none of the threads
             self._library.fiddler_pool_destroy(self._pool)
 
 
@@ -181,6 +204,9 @@ class PyTorchExperts(CpuExperts):
         self._times_s = started_s, time.perf_counter()
         if finished is not None:
             finished.fill_(job)
+
+    def abandon(self, finished):
+        self._job = None
 
     def times_s(self):
         return self._times_s
@@ -223,7 +249,8 @@ def library() -> ctypes.CDLL | None:
     loaded.fiddler_submit.argtypes = job
     routed = [pointer, integer, integer, pointer, integer, pointer, pointer, pointer, ctypes.c_int64]
     loaded.fiddler_submit_routed.argtypes = routed
-    loaded.fiddler_wait.argtypes = [pointer, integer]
+    loaded.fiddler_wait.argtypes = [pointer, integer, ctypes.c_int64]
+    loaded.fiddler_abandon.argtypes = [pointer, pointer]
     for time_of in (loaded.fiddler_started_ns, loaded.fiddler_finished_ns):
         time_of.argtypes, time_of.restype = [pointer], ctypes.c_int64
     loaded.fiddler_read.argtypes, loaded.fiddler_read.restype = [pointer, pointer, size], size

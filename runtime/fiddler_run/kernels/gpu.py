@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fiddler_run.kernels.routed import PATIENCE_S
+
 TILE_NEURONS, TILE_ROWS, TILE_WIDTH = 32, 16, 128
 STAGES = {16: 4, 32: 3, 64: 2}  # by tokens of a tile, loads under way: so many that 99 KB of shared memory suffice
 PIECE = 512  # of a table
@@ -31,6 +33,7 @@ def compile_all(dtype: torch.dtype, hidden: int, block_neurons: int) -> None:
         Exception: of many types, where Triton does not work.
     """
     flag = torch.zeros(max(STAGES), dtype=torch.int64, pin_memory=True)
+    gave_up = torch.zeros(1, dtype=torch.int64, pin_memory=True)
     for tokens in STAGES:
         states = torch.zeros((tokens, hidden), dtype=dtype, device="cuda")
         index = torch.zeros((tokens, 2), dtype=torch.int64, device="cuda")
@@ -39,9 +42,9 @@ def compile_all(dtype: torch.dtype, hidden: int, block_neurons: int) -> None:
         send((states, index, weights), host, flag, 0)
         block = torch.zeros((1, 3 * block_neurons * hidden), dtype=dtype, device="cuda")
         table = torch.tensor([1, block.data_ptr(), 0, 0, 1, 0, 2 * tokens, *range(2 * tokens)])
-        table = fetch(table.pin_memory(), flag, 0, states.device)
+        table = fetch(table.pin_memory(), flag, gave_up, 0, states.device)
         results = apply(table, 1, 1, states, weights, block_neurons)
-        add_up(results, torch.zeros((tokens, hidden), pin_memory=True), flag, 0, states)
+        add_up(results, index, 1, torch.zeros((tokens, hidden), pin_memory=True), flag, gave_up, 0, states)
     torch.cuda.synchronize()
 
 
@@ -56,16 +59,20 @@ def send(tensors: tuple[torch.Tensor, ...], host: list[torch.Tensor], arrived: t
     )  # fmt: skip
 
 
-def wait(flag: torch.Tensor, job: int) -> None:
-    """Lets the GPU wait until a page-locked flag holds the job's number."""
-    _wait[1,](flag, job)
+def wait(flag: torch.Tensor, gave_up: torch.Tensor, job: int) -> None:
+    """Lets the GPU wait until a page-locked flag holds the job's number, but no longer than `PATIENCE_S`: a process may be stopped,
+    and a GPU that waits shows no picture. `gave_up` [1] int64, page-locked, is then set to the job's number."""
+    _wait[1,](flag, gave_up, job, int(PATIENCE_S * 1e9))
 
 
-def fetch(table: torch.Tensor, described: torch.Tensor, job: int, device: torch.device) -> torch.Tensor:
-    """The page-locked table on the GPU, which waits until it is complete: when `described` holds the job's number."""
+def fetch(table: torch.Tensor, described: torch.Tensor, gave_up: torch.Tensor, job: int, device: torch.device) -> torch.Tensor:
+    """The page-locked table on the GPU, which waits until it is complete: when `described` holds the job's number.
+
+    If it gave up waiting, the table is one of no blocks.
+    """
     fetched = torch.empty(table.shape, dtype=table.dtype, device=device)
-    wait(described, job)
-    _fetch[triton.cdiv(len(table), PIECE),](table, fetched, len(table), PIECE=PIECE)
+    wait(described, gave_up, job)
+    _fetch[triton.cdiv(len(table), PIECE),](table, fetched, gave_up, len(table), PIECE=PIECE)
     return fetched
 
 
@@ -96,19 +103,31 @@ def apply(
     return results
 
 
-def add_up(results: torch.Tensor, cpu_output: torch.Tensor, finished: torch.Tensor, job: int, like: torch.Tensor) -> torch.Tensor:
+def add_up(
+    results: torch.Tensor,
+    index: torch.Tensor,
+    num_experts: int,
+    cpu_output: torch.Tensor,
+    finished: torch.Tensor,
+    gave_up: torch.Tensor,
+    job: int,
+    like: torch.Tensor,
+) -> torch.Tensor:
     """The layer's output [tokens, hidden], of dtype and device of `like`, whose shape it has too.
 
     Args:
-        results: [tokens, k, hidden] float32 of the GPU's blocks.
+        results: [tokens, k, hidden] float32 of the GPU's blocks, for choices of experts that exist.
+        index: the router's choices [tokens, k] int64.
         cpu_output: [tokens, hidden] float32, page-locked; complete when `finished` holds the job's number. The GPU waits for that,
             not Python.
     """
     output = torch.empty_like(like)
     tokens, hidden = like.shape
     width = _width(hidden, most=1024)
-    wait(finished, job)
-    _add_up[tokens, hidden // width](results, cpu_output, output, HIDDEN=hidden, WIDTH=width, CHOICES=results.shape[1])
+    wait(finished, gave_up, job)
+    _add_up[tokens, hidden // width](
+        results, index, num_experts, cpu_output, output, HIDDEN=hidden, WIDTH=width, CHOICES=results.shape[1]
+    )
     return output
 
 
@@ -147,9 +166,11 @@ def _mark(flag, job):
 
 
 @triton.jit(do_not_specialize=["size"])
-def _fetch(table, fetched, size, PIECE: tl.constexpr):
+def _fetch(table, fetched, gave_up, size, PIECE: tl.constexpr):
     at = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
-    tl.store(fetched + at, tl.load(table + at, mask=at < size, volatile=True), mask=at < size)
+    complete = tl.load(gave_up, volatile=True) == 0
+    content = tl.load(table + at, mask=(at < size) & complete, other=0, volatile=True)
+    tl.store(fetched + at, content, mask=at < size)
 
 
 @triton.jit
@@ -217,17 +238,31 @@ def _down(
         tl.store(results + choice[None, :] * HIDDEN + row[:, None], total, mask=exists[None, :])
 
 
-@triton.jit(do_not_specialize=["job"])
-def _wait(flag, job):
+@triton.jit(do_not_specialize=["job", "patience_ns"])
+def _wait(flag, gave_up, job, patience_ns):
     """A kernel of its own, so that one program looks, and what follows reads memory anew."""
     last = tl.load(flag, volatile=True)
-    while last < job:
+    waiting = (last < job) & (tl.load(gave_up, volatile=True) == 0)  # once is enough: nothing that follows can be right
+    until = _now_ns() + patience_ns
+    while waiting:
+        late = _now_ns() > until  # before the look: after a time in which nothing ran, the flag may be there
         last = tl.load(flag, volatile=True)
+        waiting = (last < job) & (late == 0)
+    if last < job:
+        tl.store(gave_up, job)
 
 
 @triton.jit
+def _now_ns():
+    """The GPU's clock, after a nap that leaves the others of its multiprocessor more of it."""
+    return tl.inline_asm_elementwise(
+        "nanosleep.u32 100; mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
+    )
+
+
+@triton.jit(do_not_specialize=["num_experts"])
 def _add_up(
-    results, cpu_output, output,
+    results, index, num_experts, cpu_output, output,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     """output[token, column] = sum of its choices' results and of the CPU's, for WIDTH columns of one token."""
@@ -235,5 +270,7 @@ def _add_up(
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.load(cpu_output + token * HIDDEN + column, volatile=True)
     for choice in tl.static_range(CHOICES):
-        total += tl.load(results + (token * CHOICES + choice) * HIDDEN + column)
+        expert = tl.load(index + token * CHOICES + choice)
+        exists = (expert >= 0) & (expert < num_experts)
+        total += tl.load(results + (token * CHOICES + choice) * HIDDEN + column, mask=exists, other=0.0)
     tl.store(output + token * HIDDEN + column, total.to(output.dtype.element_ty))

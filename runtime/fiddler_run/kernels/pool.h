@@ -21,9 +21,9 @@ class Pool {
     }
 
     ~Pool() {
-        stop_ = true;  // no job waits for a GPU any more
-        finish(0);     // but a GPU may be waiting for a job
-        wake();
+        stop_ = true;        // no job waits for a GPU any more
+        finish(0, FOREVER);  // but a GPU may be waiting for a job
+        submitted_signal_.notify();
         for (auto& worker : workers_) worker.join();
     }
 
@@ -48,21 +48,29 @@ class Pool {
 
     // Reads `bytes` bytes with all threads, as fast as plain loads go: what the memory gives. Returns a checksum.
     uint64_t read(const char* data, size_t bytes) {
-        finish(0);
+        finish(0, FOREVER);
         Slot& slot = next_slot();
         slot.data = data, slot.bytes = bytes, slot.finished = nullptr;
         slot.phases[READ].have(static_cast<int>((bytes + READ_UNIT - 1) / READ_UNIT));
         checksum_ = 0;
         open(slot);
-        finish(0);
+        finish(0, FOREVER);
         return checksum_;
     }
 
-    // Helps with the jobs under way until no more than `but` of them are unfinished. False if, since this was last called, a job
-    // waited for a GPU in vain.
-    bool wait(uint64_t but) {
-        finish(but);
-        return !lost_.exchange(false);
+    enum Outcome { TIMED_OUT, FINISHED, UNFINISHED };
+
+    // Helps with the jobs under way until no more than `but` of them are unfinished, or until about `most_ns` have passed.
+    // TIMED_OUT if, since the last FINISHED, a job timed out waiting for a GPU.
+    Outcome wait(uint64_t but, int64_t most_ns) {
+        if (!finish(but, now_ns() + most_ns)) return UNFINISHED;
+        return timed_out_.exchange(false) ? TIMED_OUT : FINISHED;
+    }
+
+    // The jobs under way that would set this flag end at once, without a result; they set it nevertheless.
+    void abandon(const int64_t* finished) {
+        for (uint64_t job = waited_ + 1; job <= submitted_; ++job)
+            if (slots_[job % SLOTS].finished == finished) slots_[job % SLOTS].abandoned = true;
     }
 
     // Of the last job that was waited for.
@@ -79,6 +87,7 @@ class Pool {
         int units = 0;
         alignas(64) std::atomic<int> next{0};
         alignas(64) std::atomic<int> unfinished{0};
+        Signal complete;
 
         void have(int number) { next = 0, units = unfinished = number; }
     };
@@ -89,25 +98,31 @@ class Pool {
         const char* data;
         size_t bytes;
         int64_t *finished, number, started_ns;
+        std::atomic<bool> abandoned{false};
         alignas(64) std::atomic<int64_t> finished_ns{0};
         Phase phases[PHASES];
         alignas(64) std::atomic<uint64_t> state{0};
+        Signal left;  // by a thread that was inside
     };
 
-    void finish(uint64_t but) {
+    // False if a time has come before that.
+    bool finish(uint64_t but, int64_t until_ns) {
         while (waited_ + but < submitted_) {
-            Slot& slot = slots_[++waited_ % SLOTS];
-            run(slot);
+            Slot& slot = slots_[(waited_ + 1) % SLOTS];
+            if (!run(slot, until_ns)) return false;
+            ++waited_;
             // Closed: a worker that wakes late finds nothing to enter, and those inside only look for units that are gone.
             slot.state.fetch_add(CLOSED);
-            spin_until([&] { return slot.state.load() % CLOSED == 0; });
+            slot.left.wait([&] { return slot.state.load() % CLOSED == 0; }, BARRIER_SPIN_NS);
             started_ns_ = slot.started_ns, finished_ns_ = slot.finished_ns;
         }
+        return true;
     }
 
     Slot& next_slot() {
-        finish(SLOTS - 1);
+        finish(SLOTS - 1, FOREVER);
         Slot& slot = slots_[(submitted_ + 1) % SLOTS];
+        slot.abandoned = false;
         for (Phase& phase : slot.phases) phase.have(0);
         return slot;
     }
@@ -123,9 +138,11 @@ class Pool {
     }
 
     void prepare(Slot& slot) {
-        if (slot.route.wait(slot.job.tokens, slot.number, stop_))
-            slot.route.divide(slot.job.tokens, 3 * slot.job.block_neurons * slot.job.hidden, slot.job.calls);
-        else lost_ = true, slot.route.divide_nothing();
+        auto given_up = [&] { return stop_.load() || slot.abandoned.load(); };
+        bool arrived = slot.route.wait(slot.job.tokens, slot.number, spin_ns_, given_up);
+        if (arrived) slot.route.divide(slot.job.tokens, 3 * slot.job.block_neurons * slot.job.hidden, slot.job.calls);
+        else slot.route.divide_nothing();
+        if (!arrived && !given_up()) timed_out_ = true;
         slot.route.describe(slot.number);
         plan(slot);
     }
@@ -199,12 +216,7 @@ class Pool {
         uint64_t job = submitted_ + 1;
         slot.state = job * JOB;
         submitted_ = job;
-        wake();
-    }
-
-    void wake() {
-        signal_.fetch_add(1);
-        signal_.notify_all();
+        submitted_signal_.notify();
     }
 
     void serve() {
@@ -215,50 +227,62 @@ class Pool {
             do is_open = state / CLOSED == job * JOB / CLOSED;
             while (is_open && !slot.state.compare_exchange_weak(state, state + 1));
             if (!is_open) continue;
-            run(slot);
+            run(slot, FOREVER);
             slot.state.fetch_sub(1);
+            slot.left.notify();
         }
     }
 
     // Until the job is submitted; false: there will be none any more.
     bool await(uint64_t job) {
-        while (true) {
-            uint32_t seen = signal_.load();
-            if (stop_) return false;
-            if (submitted_.load() >= job) return true;
-            for (int64_t until = now_ns() + spin_ns_; signal_.load() == seen && now_ns() < until;)
-                for (int i = 0; i < 32; ++i) relax();
-            signal_.wait(seen);
-        }
+        submitted_signal_.wait([&] { return stop_ || submitted_.load() >= job; }, spin_ns_);
+        return !stop_;
     }
 
-    void run(Slot& slot) {
+    // Takes part in a job until it is finished. False if a time has come before that; it can then be called again.
+    bool run(Slot& slot, int64_t until_ns) {
         Job& job = slot.job;
         const auto& first = job.gate_up_units;
         const auto& second = job.down_units;
-        run_phase(slot, PREPARE, [&](int, int) { prepare(slot); });
-        run_phase(slot, READ, [&](int unit, int) { read_unit(slot, unit); });
-        run_phase(slot, PACK, [&](int unit, int) { variant_.pack(job, job.pack_units[unit]); });
-        run_phase(slot, GATE_UP, [&](int unit, int next) { variant_.run_gate_up(job, first[unit], next < 0 ? nullptr : &first[next]); });
-        run_phase(slot, DOWN, [&](int unit, int next) { variant_.run_down(job, second[unit], next < 0 ? nullptr : &second[next]); });
+        // One thread waits for the GPU: a worker, where there is one, so that the caller can return in time.
+        bool prepares = until_ns == FOREVER || workers_.empty();
+        return (prepares ? run_phase(slot, PREPARE, until_ns, [&](int, int) { prepare(slot); })
+                         : complete(slot.phases[PREPARE], spin_ns_, until_ns)) &&
+               run_phase(slot, READ, until_ns, [&](int unit, int) { read_unit(slot, unit); }) &&
+               run_phase(slot, PACK, until_ns, [&](int unit, int) { variant_.pack(job, job.pack_units[unit]); }) &&
+               run_phase(slot, GATE_UP, until_ns,
+                         [&](int unit, int next) { variant_.run_gate_up(job, first[unit], next < 0 ? nullptr : &first[next]); }) &&
+               run_phase(slot, DOWN, until_ns,
+                         [&](int unit, int next) { variant_.run_down(job, second[unit], next < 0 ? nullptr : &second[next]); });
     }
 
     // Runs units until all are done. A thread claims its next one early, to ask for its weights in time; not near the end,
     // where a claimed unit would wait while other threads have nothing to do.
     template <class F>
-    void run_phase(Slot& slot, int number, F&& run_unit) {
+    bool run_phase(Slot& slot, int number, int64_t until_ns, F&& run_unit) {
         Phase& phase = slot.phases[number];
         int units = phase.units, tail = units - 2 * static_cast<int>(workers_.size() + 1);
+        bool late = false;
         for (int unit = phase.next.fetch_add(1); unit < units;) {
-            bool early = unit < tail;
+            bool early = unit < tail && !late;
             int next = early ? phase.next.fetch_add(1) : -1;
-            run_unit(unit, next < units ? next : -1);
-            slot.finished_ns = now_ns();
-            if (phase.unfinished.fetch_sub(1) == 1 && number == DOWN && slot.finished)
-                std::atomic_ref(*slot.finished).store(slot.number, std::memory_order_release);
+            if (number == PREPARE || !slot.abandoned) run_unit(unit, next < units ? next : -1);
+            int64_t now = now_ns();
+            slot.finished_ns = now;
+            if (phase.unfinished.fetch_sub(1) == 1) {
+                if (number == DOWN && slot.finished)
+                    std::atomic_ref(*slot.finished).store(slot.number, std::memory_order_release);
+                phase.complete.notify();
+            }
+            late = now >= until_ns;
+            if (late && !early) return false;  // nothing is claimed
             unit = early ? next : phase.next.fetch_add(1);
         }
-        spin_until([&] { return phase.unfinished.load() == 0; });
+        return complete(phase, number == PREPARE ? spin_ns_ : BARRIER_SPIN_NS, until_ns);
+    }
+
+    static bool complete(Phase& phase, int64_t spin_ns, int64_t until_ns) {
+        return phase.complete.wait([&] { return phase.unfinished.load() == 0; }, spin_ns, until_ns);
     }
 
     void read_unit(const Slot& slot, int unit) {
@@ -282,8 +306,8 @@ class Pool {
     std::atomic<uint64_t> submitted_{0};  // jobs so far
     uint64_t waited_ = 0;                 // of these, those that were waited for
     int64_t started_ns_ = 0, finished_ns_ = 0;
-    alignas(64) std::atomic<uint32_t> signal_{0};
+    Signal submitted_signal_;
     std::atomic<uint64_t> checksum_{0};
-    std::atomic<bool> stop_{false}, lost_{false};
+    std::atomic<bool> stop_{false}, timed_out_{false};
     std::vector<std::thread> workers_;  // last: they use all of the above
 };

@@ -26,16 +26,20 @@ class Route {
    public:
     RouteArguments arguments;
 
-    // Waits until all tokens have arrived, or nobody wants them any more: whether they have.
-    bool wait(int tokens, int64_t number, const std::atomic<bool>& stop) const {
-        int64_t until = now_ns() + arguments.patience_ns;
-        for (int token = 0, looks = 0; token < tokens;) {
-            bool late = now_ns() > until;  // before the look: a process that was stopped finds everything there
+    // Blocks until every token has arrived. False after `patience_ns`, or once `given_up()`.
+    template <class F>
+    bool wait(int tokens, int64_t number, int64_t spin_ns, F&& given_up) const {
+        int64_t started = now_ns(), until = started + arguments.patience_ns;
+        for (int token = 0; token < tokens; ++token) {
             std::atomic_ref arrived(const_cast<int64_t&>(arguments.arrived[token]));
-            if (arrived.load(std::memory_order_acquire) >= number) ++token, looks = 0;
-            else if (late || stop) return false;
-            else if (++looks < SPINS) relax();
-            else std::this_thread::yield();
+            auto here = [&] { return arrived.load(std::memory_order_acquire) >= number; };
+            while (!spin_until([&] { return here() || given_up(); }, started + spin_ns)) {
+                bool late = now_ns() > until;  // before the look: a process that was stopped finds everything there
+                if (here()) break;
+                if (late) return false;
+                std::this_thread::sleep_for(NAP);  // no GPU can wake a thread
+            }
+            if (!here()) return false;
         }
         return true;
     }
@@ -84,15 +88,20 @@ class Route {
     void describe(int64_t number) const { std::atomic_ref(*arguments.described).store(number, std::memory_order_release); }
 
    private:
-    // Sorts the choices by expert: those of expert e are `first_[e]` to `first_[e + 1]`.
+    // Sorts the choices by expert: those of expert e are `first_[e]` to `first_[e + 1]`. Choices of experts that do not exist are
+    // left out; transformers marks by `num_experts` those that other processes compute.
     void group(int tokens) {
         const RouteArguments& a = arguments;
         int num_choices = tokens * a.top_k;
+        auto exists = [&](int i) { return a.index[i] >= 0 && a.index[i] < a.num_experts; };
         first_.assign(a.num_experts + 2, 0);
-        for (int i = 0; i < num_choices; ++i) ++first_[a.index[i] + 2];
+        for (int i = 0; i < num_choices; ++i)
+            if (exists(i)) ++first_[a.index[i] + 2];
         std::partial_sum(first_.begin(), first_.end(), first_.begin());
-        choices_.resize(num_choices), rows_.resize(num_choices), weights_.resize(num_choices);
+        int num_existing = first_.back();
+        choices_.resize(num_existing), rows_.resize(num_existing), weights_.resize(num_existing);
         for (int i = 0; i < num_choices; ++i) {
+            if (!exists(i)) continue;
             int at = first_[a.index[i] + 1]++;
             choices_[at] = i, rows_[at] = i / a.top_k, weights_[at] = a.weights[i];
         }

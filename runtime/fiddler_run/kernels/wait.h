@@ -1,6 +1,12 @@
 // Included by cpu.cpp: time, and waiting for what another thread or a GPU writes.
+//
+// Whoever waits looks often for a short time, because waking a thread takes as long as a small piece of work, and then sleeps: on
+// a busy machine, a thread that keeps looking takes the core that the thread it waits for would need.
 
-constexpr int SPINS = 2000;  // looks at a flag before a thread lets others of its core run
+constexpr int64_t FOREVER = std::numeric_limits<int64_t>::max();  // a time that never comes
+constexpr int64_t BARRIER_SPIN_NS = 100'000;  // as long as waking a thread may take
+constexpr int LOOKS = 32;                     // at memory, between two at the clock
+constexpr auto NAP = std::chrono::microseconds(50);
 
 int64_t now_ns() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -12,10 +18,56 @@ inline void relax() {
 #endif
 }
 
-// Until `ready()`: looks often at first, then lets other threads of this core run.
+// Looks until `ready()` or until a time has come. True if it was ready.
 template <class F>
-void spin_until(F&& ready) {
-    for (int i = 0; !ready(); ++i)
-        if (i < SPINS) relax();
-        else std::this_thread::yield();
+bool spin_until(F&& ready, int64_t until_ns) {
+    while (true) {
+        for (int i = 0; i < LOOKS; ++i) {
+            if (ready()) return true;
+            relax();
+        }
+        if (now_ns() >= until_ns) return ready();
+    }
 }
+
+// Something to sleep on that costs nothing to signal while nobody sleeps.
+class Signal {
+   public:
+    // After what `ready` reads has changed.
+    void notify() {
+        changes_.fetch_add(1);
+        if (sleepers_.load()) wake();
+    }
+
+    // Spins for `spin_ns`, then sleeps, until `ready()` or until a time has come. True if it was ready.
+    template <class F>
+    bool wait(F&& ready, int64_t spin_ns, int64_t until_ns = FOREVER) {
+        if (spin_until(ready, std::min(until_ns, now_ns() + spin_ns))) return true;
+        sleepers_.fetch_add(1);
+        bool is_ready = false;
+        while (true) {
+            uint32_t seen = changes_.load();
+            is_ready = ready();
+            int64_t left_ns = until_ns - now_ns();
+            if (is_ready || left_ns <= 0) break;
+            sleep(seen, left_ns);
+        }
+        sleepers_.fetch_sub(1);
+        return is_ready;
+    }
+
+   private:
+#if defined(__linux__)
+    void sleep(uint32_t seen, int64_t most_ns) {
+        timespec most{static_cast<time_t>(most_ns / 1'000'000'000), static_cast<long>(most_ns % 1'000'000'000)};
+        syscall(SYS_futex, &changes_, FUTEX_WAIT_PRIVATE, seen, &most, nullptr, 0);
+    }
+    void wake() { syscall(SYS_futex, &changes_, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr, nullptr, 0); }
+#else
+    void sleep(uint32_t, int64_t) { std::this_thread::sleep_for(NAP); }
+    void wake() {}
+#endif
+
+    alignas(64) std::atomic<uint32_t> changes_{0};
+    std::atomic<int> sleepers_{0};
+};

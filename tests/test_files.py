@@ -1,0 +1,162 @@
+"""What users hand in is read, and what they get is written, whole or not at all; whatever is wrong is one line."""
+
+import errno
+import os
+import stat
+
+import pytest
+
+from fiddler_run import files
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan import Plan
+
+YAML_THAT_IS_HOSTILE = [
+    "[" * 1000,
+    "{a: " * 1000,
+    "\n".join(" " * depth + "b:" for depth in range(200)),
+    "a: &x [1]\nb: *x",
+    'a: &a ["l"]\n' + "\n".join(f"{chr(98 + n)}: &{chr(98 + n)} [*{chr(97 + n)}, *{chr(97 + n)}]" for n in range(20)),
+    "? !!set {x}\n: 1",
+    "a: !!int ''",
+    "a: !!float ''",
+    "a: !!bool x",
+    "a: !!timestamp x",
+    "a: !!python/object/apply:os.system [ls]",
+    "a: 1:" + "59:" * 3000 + "1.5",
+    'a: "\\UFFFFFFFF"',
+    "a: " + "9" * 5000,
+    "a: 0x" + "f" * 5000,
+    "a: 2026-13-45",
+    "a: 1\na: 2",
+    "? [1, 2]\n: 3",
+    "a: \0",
+    "a: 'unfinished",
+    "- a\nb: c",
+]
+
+
+@pytest.mark.parametrize("text", YAML_THAT_IS_HOSTILE, ids=lambda text: text[:20])
+def test_yaml_that_is_hostile(text):
+    with pytest.raises(FiddlerError) as refusal:
+        files.parse_yaml(text, "here.yaml")
+    assert str(refusal.value).startswith("here.yaml: not valid YAML: ")
+    assert len(str(refusal.value)) < 500
+    assert "\n" not in str(refusal.value)
+
+
+def test_yaml_that_is_ours():
+    text = "a: {1: [2, 0x10, 1.5e-3], x: null}\nb: 'x: y'\nc: 2026-11-23\n# comment\nd: |\n  text\n"
+    assert files.parse_yaml(text, "here")["a"] == {1: [2, 16, 0.0015], "x": None}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '"\\ud83d', "{'a': 1}"], ids=lambda text: text[:9]
+)
+def test_json_that_is_none(text):
+    with pytest.raises(FiddlerError, match="here: not JSON: .*; write it again") as refusal:
+        files.parse_json(text, "here", "write it again")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"\xef\xbb\xbfOnce \xef\xbb\xbf")
+    assert files.read_text(path) == "Once \ufeff"  # only in front
+
+
+def test_what_cannot_be_read(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "large").write_bytes(b"x" * 11)
+    for path, words in (
+        (tmp_path / "none", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "loop", "Too many levels of symbolic links"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "a\0b", "null byte"),
+    ):
+        with pytest.raises(FiddlerError, match=f"cannot read: .*{words}"):
+            files.read_text(path)
+    with pytest.raises(FiddlerError, match=r"latin: not UTF-8 text \(byte 3\); save it as UTF-8"):
+        files.read_text(tmp_path / "latin")
+    with pytest.raises(FiddlerError, match="large: larger than 1e-05 MB"):
+        files.read_bytes(tmp_path / "large", 10)
+    for question in (files.exists, files.is_file, files.is_folder):
+        assert not question(tmp_path / "none")
+        assert not question(tmp_path / "latin" / "below")
+        for name in ("loop", "x" * 300, "a\0b"):
+            with pytest.raises(FiddlerError, match="cannot read: "):
+                question(tmp_path / name)
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+    """For root there is none, so the system's answer is played."""
+
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        with pytest.raises(FiddlerError, match="locked/t.yaml: cannot read: Permission denied"):
+            files.exists("locked/t.yaml")
+        with pytest.raises(FiddlerError, match="locked/t.yaml: cannot write: Permission denied"):
+            files.require_writable("locked/t.yaml")
+
+
+@pytest.mark.parametrize("name", ["loop/x", "loop", "x" * 300, "a\0b", ".", "fifo", "file/below"])
+def test_what_cannot_be_written(tmp_path, monkeypatch, name):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("kept")
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir())
+    for write in (files.require_writable, lambda path: files.write_whole(path, "new")):
+        with pytest.raises(FiddlerError, match="cannot write: ") as refusal:
+            write(name)
+        assert "\n" not in str(refusal.value)
+    assert sorted(os.listdir()) == before
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FiddlerError, match="file: cannot write: No space left on device"):
+        files.write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_new_files_have_the_mode_that_the_user_has_set(tmp_path):
+    """Without a moment in which any other thread's files would be open to all."""
+    before = os.umask(0o027)
+    try:
+        files.write_whole(tmp_path / "new", "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+
+
+def test_partial_files_are_known_by_their_name(tmp_path):
+    target = tmp_path / "a[b]*.yaml"
+    ours = tmp_path / f".{target.name}.0123456789abcdef.partial"
+    for path in (ours, tmp_path / f".{target.name}.swp", tmp_path / ".ab.yaml.0123456789abcdef.partial", target):
+        path.write_text("")
+    assert files.partial_files(target) == [ours]
+
+
+def test_files_of_another_kind_are_named():
+    root = files.Path(__file__).parents[1]
+    for path, kind in (
+        ("profiles/two-cores.machine.yaml", "machine profile"),
+        ("profiles/tiny-mixtral.routing.yaml", "routing profile"),
+    ):
+        with pytest.raises(FiddlerError, match=f"{path}: a {kind}, not a plan"):
+            Plan.parse((root / path).read_text(), path)
+    with pytest.raises(FiddlerError, match="p: not a plan: expected a mapping of keys, found list"):
+        Plan.parse("[1]", "p")

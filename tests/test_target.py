@@ -1,0 +1,55 @@
+"""The least memory for a speed, also where more memory predicts a little slower."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from fiddler_opt.target import STEP_BYTES, least_memory, parse_rate
+from fiddler_run.errors import FiddlerError
+
+
+def solver(rates: dict[int, float]):
+    """A plan for each number of steps of memory; those that are missing do not hold the model."""
+
+    def solve(gpu_bytes: int):
+        steps = gpu_bytes // STEP_BYTES
+        if steps not in rates:
+            raise FiddlerError("too small")
+        return SimpleNamespace(steps=steps, predicted=SimpleNamespace(decode_tokens_per_s=rates[steps]))
+
+    return solve
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_it_reaches_the_speed_and_a_step_less_does_not(seed):
+    rng = random.Random(seed)
+    most = rng.randint(3, 240)
+    rates = {n: (1 + n / 20) * rng.uniform(0.985, 1.0) for n in range(rng.randint(0, most), most + 1)}
+    rate = rng.choice(list(rates.values()))
+    try:
+        plan = least_memory(solver(rates), rate, most * STEP_BYTES)
+    except FiddlerError:
+        assert rates[most] < rate
+        return
+    assert plan.predicted.decode_tokens_per_s >= rate
+    assert rates.get(plan.steps - 1, 0.0) < rate
+
+
+def test_all_memory_may_miss_what_less_reaches():
+    rates = dict.fromkeys(range(10, 100), 5.0) | {100: 4.95}
+    assert least_memory(solver(rates), 5.0, 100 * STEP_BYTES).steps == 10
+
+
+def test_out_of_reach():
+    with pytest.raises(FiddlerError, match="cannot be reached with the GPU's 10.00 GB by this profile: they reach 4.00"):
+        least_memory(solver(dict.fromkeys(range(101), 4.0)), 5.0, 100 * STEP_BYTES)
+    with pytest.raises(FiddlerError, match="by this profile: too small"):
+        least_memory(solver({}), 5.0, 100 * STEP_BYTES)
+
+
+@pytest.mark.parametrize("text", ["9" * 400 + "tok/s", "0.0000000001tok/s", "0tok/s", "6", "-1tok/s", "1" * 5000 + "tok/s"])
+def test_no_speed(text):
+    with pytest.raises(FiddlerError, match="--target .*: not a speed; write for example 6tok/s") as caught:
+        parse_rate(text)
+    assert len(str(caught.value)) < 120
