@@ -4,6 +4,7 @@ import os
 import random
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is imported: waiting threads leave their cores to others
 
 import pytest

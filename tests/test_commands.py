@@ -1,33 +1,57 @@
 """The real commands: exit status, stdout, stderr, and what they leave on disk."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
 from conftest import DEMO, ROOT
 
+import fiddler_opt.cli
+import fiddler_run.cli
 from fiddler_run.plan import Plan
 
 SHIPPED_PLAN = ROOT / "plans" / "demo.yaml"
 MACHINE, ROUTING = ROOT / "profiles" / "two-cores.machine.yaml", ROOT / "profiles" / "tiny-mixtral.routing.yaml"
 
 
-def run(command: str, *arguments: object, cwd: Path, stdin: str | None = None) -> subprocess.CompletedProcess:
-    module = {"fiddler-opt": "fiddler_opt.cli", "fiddler-run": "fiddler_run.cli"}[command]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "runtime"), os.environ.get("PYTHONPATH", "")]),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-    }
+def run(command: str, *arguments: object, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess:
+    """A command in this process, from a folder: its exit status, stdout and stderr."""
+    main = {"fiddler-opt": fiddler_opt.cli.main, "fiddler-run": fiddler_run.cli.main}[command]
+    words = [str(argument) for argument in arguments]
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with ExitStack() as stack:
+        stack.enter_context(chdir(cwd))
+        stack.enter_context(redirect_stdout(stdout))
+        stack.enter_context(redirect_stderr(stderr))
+        stack.enter_context(patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()))))
+        stack.enter_context(patch.object(sys, "argv", [command, *words]))
+        stack.enter_context(patch.dict(os.environ, COLUMNS="200"))
+        try:
+            status = main(words)
+        except SystemExit as ended:  # argparse
+            status = ended.code
+    return subprocess.CompletedProcess([command, *words], status, stdout.getvalue(), stderr.getvalue())
+
+
+def run_process(command: str, *arguments: object, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess:
+    """The same in a process of its own, as a user starts it."""
+    module, function = {
+        "fiddler-opt": ("fiddler_opt.entry", "main"),
+        "fiddler-run": ("fiddler_run.command", "fiddler_run"),
+    }[command]
+    folders = [str(ROOT), str(ROOT / "runtime"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    program = f"import sys; from {module} import {function}; sys.argv[0] = {command!r}; sys.exit({function}())"
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
+        [sys.executable, "-c", program, *map(str, arguments)],
         cwd=cwd,
         env=environment,
         input=stdin,
@@ -55,12 +79,12 @@ def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
 def demo(tmp_path_factory) -> Path:
     """A folder in which the demo was profiled and planned by the commands."""
     folder = tmp_path_factory.mktemp("demo")
-    profiled = run("fiddler-opt", "profile", "--quick", "--force", "--model", DEMO, cwd=folder)
+    profiled = run_process("fiddler-opt", "profile", "--quick", "--force", "--model", DEMO, cwd=folder)
     assert profiled.returncode == 0, profiled.stderr
     assert profiled.stdout.split() == ["profiles/local.machine.yaml", "profiles/tiny-mixtral.routing.yaml"]
     # On a machine with a GPU the driver alone takes more than the 10 MB that suffice without one.
     budget = "10MB" if "kind: host" in (folder / "profiles/local.machine.yaml").read_text() else "2GB"
-    planned = run(
+    planned = run_process(
         "fiddler-opt", "plan", "--model", DEMO, "--gpu-mem", budget, "--max-seq-len", 512, "-o", "plans/demo.yaml", cwd=folder
     )
     assert planned.returncode == 0, planned.stderr
@@ -74,7 +98,7 @@ def test_chain(demo):
     assert plan.gpu_memory_bytes.used <= plan.gpu_memory_bytes.total
     if plan.device == "host":  # a GPU may well be slower than the CPU with experts as small as these
         assert plan.num_resident_blocks > 0
-    result = run("fiddler-run", "--plan", "plans/demo.yaml", "Once upon a time", "--max-new-tokens", 60, cwd=demo)
+    result = run_process("fiddler-run", "--plan", "plans/demo.yaml", "Once upon a time", "--max-new-tokens", 60, cwd=demo)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(" there was a ")
     for words in ("time to first token", "decode", "GPU hit rate", "loading experts"):
@@ -106,7 +130,8 @@ def test_the_same_plan_from_the_same_profiles(demo):
 
 def test_the_shipped_plan_runs_from_any_folder(tmp_path):
     """Named as in the README, from a folder that has no plans; the prompt comes from stdin."""
-    result = run("fiddler-run", "--plan", "plans/demo.yaml", "-", "--max-new-tokens", 40, cwd=tmp_path, stdin="Once upon a time\n")
+    arguments = "--plan", "plans/demo.yaml", "-", "--max-new-tokens", 40
+    result = run_process("fiddler-run", *arguments, cwd=tmp_path, stdin="Once upon a time\n")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(" there was a ")
 
