@@ -235,7 +235,7 @@ def run_calibrate(flags: argparse.Namespace, console: Console) -> None:
 
 
 def run_check(flags: argparse.Namespace, console: Console) -> None:
-    from fiddler_run.check import check_plan
+    from fiddler_run.check import NOT_HERE, check_plan
 
     path = shipped_file(flags.plan)
     with console.status("checking"):
@@ -248,7 +248,9 @@ def run_check(flags: argparse.Namespace, console: Console) -> None:
         raise FiddlerError(
             f"{path}: cannot run here: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}, listed above"
         )
-    tables().print(f"{path} fits its model and this machine")
+    only_config = any(NOT_HERE in note for note in notes)
+    model = "its model's config.json" if only_config else "its model"
+    tables().print(f"{path} fits {model} and this machine")
 
 
 def run_diff(flags: argparse.Namespace, console: Console) -> None:

@@ -69,9 +69,9 @@ def routing_job(model: ModelSpec, name: str, prompts: list[Path], output_tokens:
 
     checked = ModelCheck(model.shape, "the model", name, fetch=True)
     checked.refuse()
-    read = {name: (read_prompts(path), str(path)) for name, path in name_sets(prompts).items()}
     sets = {
-        name: encode_prompts(checked.tokenizer, texts, context, origin, model.vocab_size) for name, (texts, origin) in read.items()
+        set_name: encode_prompts(checked.tokenizer, read_prompts(path), context, str(path), model.vocab_size)
+        for set_name, path in name_sets(prompts).items()
     }
     return RoutingJob(model.shape, sets, output_tokens, context)
 

@@ -144,8 +144,21 @@ REFUSED = {
         "generation_config.json: eos_token_id: ",
     ),
     "a temperature that is none": (
-        lambda model: change_json(model / "generation_config.json", temperature=-1.0),
+        lambda model: change_json(model / "generation_config.json", do_sample=True, temperature=-1.0),
         "generation_config.json: temperature: ",
+    ),
+    "NaN where a number belongs": (
+        lambda model: change_json(model / "config.json", rms_norm_eps=float("nan")),
+        "config.json: cannot read: not JSON: NaN is no number",
+    ),
+    "a tokenizer of another model": (
+        lambda model: (
+            change_tensors(
+                model, lambda name, t: (name, t[:300] if name in ("lm_head.weight", "model.embed_tokens.weight") else t)
+            ),
+            change_json(model / "config.json", vocab_size=300),
+        ),
+        "the tokenizer is not this model's: of a simple text, the prompt holds the token",
     ),
     "dynamic RoPE": (
         lambda model: change_json(
@@ -219,6 +232,44 @@ def test_flags_and_plan_decide_what_is_generated(tmp_path, model, kind, where):
     assert texts(tmp_path) == expected
     beams = texts(tmp_path, num_beams=2)
     assert len(beams) > 10
+
+
+def test_what_does_not_count_is_told(tmp_path, model):
+    change_json(model / "generation_config.json", no_repeat_ngram_size=3, suppress_tokens=[1], _from_model_config=True)
+    _, notes = check_plan(plan_file(tmp_path))
+    assert any(
+        note.endswith("generation_config.json: not used: no_repeat_ngram_size, suppress_tokens; flags decide") for note in notes
+    )
+
+
+def test_values_of_old_files_that_mean_nothing(tmp_path, model):
+    expected = texts(tmp_path)
+    change_json(model / "generation_config.json", pad_token_id=-1, do_sample=False, temperature=0.0)
+    assert check_plan(plan_file(tmp_path))[0] == []
+    assert texts(tmp_path) == expected
+
+
+def test_weights_that_are_no_numbers(tmp_path, model):
+    """They are found by the first token, in greedy decoding, too."""
+    change_tensors(model, lambda name, t: (name, t * float("nan") if name == "model.norm.weight" else t))
+    assert check_plan(plan_file(tmp_path))[0] == []
+    for options in ({}, {"temperature": 1.0}):
+        with pytest.raises(FiddlerError, match="the model's logits are no numbers; check its weights"):
+            texts(tmp_path, **options)
+
+
+def test_one_wrong_value_is_one_problem(tmp_path, model):
+    """Though the tokenizer's class reads config.json as well."""
+    change_json(model / "config.json", initializer_range=True)
+    problems, _ = check_plan(plan_file(tmp_path))
+    assert len(problems) == 1
+    assert "config.json: transformers cannot use it" in problems[0]
+
+
+def test_a_folder_for_experts_on_disk_that_does_not_exist(tmp_path):
+    plan = make_plan(demo_shape("bfloat16"), [[0] * 8] * 6, on_disk=[[1] * 8] * 6)
+    with pytest.raises(FiddlerError, match="none: no such folder for the experts that are to lie on disk"):
+        load_model(plan, DEMO, disk_folder=tmp_path / "none")
 
 
 def test_the_tokenizers_own_end_token_ends_an_answer(tmp_path, model):

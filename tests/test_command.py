@@ -56,6 +56,7 @@ def test_statuses(capsys):
     def interrupt() -> None:
         raise KeyboardInterrupt
 
+    assert str(FiddlerError("a\nb")) == "a b"  # a key or a path may hold a newline
     assert exit_status(refuse, "name") == 1
     assert exit_status(interrupt, "name") == 130
     assert capsys.readouterr().err == "name: here: this is wrong; do that\nname: interrupted\n"

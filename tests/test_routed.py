@@ -240,6 +240,23 @@ def test_a_gpu_that_sends_nothing(monkeypatch):
     gpu.check()
 
 
+def test_a_timeout_is_told_to_the_model_whose_job_it_was(monkeypatch):
+    """Two models share the pool; the GPU sends nothing for one of them."""
+    monkeypatch.setattr(routed, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    kernel, mailboxes = CompiledExperts(2), [Mailbox(torch.device("cpu")) for _ in range(2)]
+    silent, other = (Gpu(1, Layer(random.Random(2), 0.5), mailbox) for mailbox in mailboxes)
+    silent.submit(kernel, 1)
+    other.submit(kernel, 1)
+    other.send(1)
+    kernel.wait(0, mailboxes[1].finished)
+    other.check()
+    kernel.abandon(mailboxes[1].finished)
+    with pytest.raises(FiddlerError, match="the GPU does not answer"):
+        kernel.wait(0, mailboxes[0].finished)
+    kernel.wait(0, mailboxes[0].finished)  # it is told once
+
+
 def interrupt_soon() -> threading.Timer:
     """Ctrl-C, in a moment."""
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
@@ -471,6 +488,24 @@ def test_an_interrupt_leaves_nothing_under_way(monkeypatch):
         stream.finish()
         executors.finish_cpu()
         assert torch.equal(*found)
+
+
+def test_an_interrupted_wait_leaves_the_job_to_be_abandoned(monkeypatch):
+    executors = Executors(torch.bfloat16, HIDDEN, NEURONS, 2, 4, torch.device("cpu"))
+    layer = Layer(random.Random(5), 0.4, executors=executors)
+    abandoned = []
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(executors.cpu, "abandon", abandoned.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(executors.cpu, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            layer.dispatch(torch.randn(1, HIDDEN).bfloat16(), torch.tensor([[0, 3]]), torch.rand(1, 2))
+    executors.abandon()
+    assert len(abandoned) == 1
+    assert not executors._under_way
 
 
 def test_a_profile_times_what_experts_take_and_nothing_else():

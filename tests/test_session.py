@@ -1,9 +1,11 @@
 """One generation at a time: whoever calls a model gets the answer that they would get alone."""
 
+import contextlib
 import gc
 import os
 import random
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,8 +15,8 @@ from conftest import DEMO, demo_shape, make_plan, random_plan
 from transformers import DynamicCache, MixtralForCausalLM, StoppingCriteria, TextIteratorStreamer
 
 from fiddler_run import load_model, process_settings
-from fiddler_run.errors import FiddlerError
 from fiddler_run.generate import Options, generate
+from fiddler_run.kernels.cpu import cpu_experts
 
 TEXTS = ["Once upon a time", "def count", "3 + 4 =", "One bright morning"]
 NEW_TOKENS = 16
@@ -107,6 +109,37 @@ def test_layers_called_beside_a_generation(model_and_tokenizer):
         assert all(torch.equal(found, expected) for found in beside.result(timeout=60))
 
 
+def test_jobs_of_layers_called_beside_turns():
+    """Where nothing is streamed, a layer's result is its CPU job's alone: whoever has a turn must not take the job away."""
+    plan = make_plan(demo_shape("bfloat16"), [[0] * 8] * 6, threads=2)
+    memory = plan.gpu_memory_bytes.model_copy(update={"staging": 0})
+    model, tokenizer = load_model(plan.model_copy(update={"gpu_memory_bytes": memory}), DEMO)
+    layer = model.experts_modules()[0].dispatch
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2000, 128, generator=generator).bfloat16()
+    weights, index = torch.rand(2000, 8, generator=generator).topk(2)
+    expected = layer(states, index, weights)
+    ended = threading.Event()
+
+    def turns() -> None:
+        number = 0
+        while not ended.is_set():
+            number += 1
+            with contextlib.suppress(KeyError), model.session.turn():
+                time.sleep(0.0005)
+                if number % 3 == 0:
+                    raise KeyError
+
+    with ThreadPoolExecutor(2) as threads:
+        beside = threads.submit(turns)
+        try:
+            found = [layer(states, index, weights) for _ in range(25)]
+        finally:
+            ended.set()
+        beside.result(timeout=60)
+    assert all(torch.equal(each, expected) for each in found)
+
+
 def test_a_generation_within_a_generation(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     alone = [answer(model, tokenizer, text) for text in TEXTS[:2]]
@@ -171,28 +204,40 @@ def test_a_seed_draws_what_transformers_would_draw():
     assert "".join(pieces) == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_process_is_told(model_and_tokenizer):
-    """It has none of the threads that compute; it can still end as any process does."""
-    model, tokenizer = model_and_tokenizer
+def said_by_a_fork(say) -> str:
+    """What `say()` returns in a forked process, which must end as any process does."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        said = "nothing was refused"
         try:
-            answer(model, tokenizer, TEXTS[0])
-        except FiddlerError as error:
-            said = str(error)
+            said = say()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
         os.write(writing, said.encode())
-        del model, tokenizer
         os._exit(0)
     os.close(writing)
     with open(reading, "rb") as pipe:
         said = pipe.read().decode()
     assert os.waitpid(child, 0)[1] == 0
-    assert said.startswith("this model was loaded by process ")
-    assert "load it in the new process" in said
+    return said
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_is_told(model_and_tokenizer):
+    """It has none of the threads that compute, nor what another thread has locked."""
+    model, tokenizer = model_and_tokenizer
+    said = said_by_a_fork(lambda: answer(model, tokenizer, TEXTS[0]))
+    assert said.startswith("FiddlerError: this model was loaded by process ")
+    assert said.endswith('by the method "spawn", and load the model there')
+
+    def settings_and_pool() -> str:
+        with process_settings.while_running(1):
+            return str(cpu_experts(2, False, 20, torch.bfloat16, 128, 32) is pool)
+
+    pool = cpu_experts(2, False, 20, torch.bfloat16, 128, 32)
+    with process_settings._lock:  # as another thread may
+        assert said_by_a_fork(settings_and_pool) == "False"
 
 
 def test_a_model_is_gone_with_its_last_reference():
@@ -249,6 +294,35 @@ def test_what_is_set_for_the_process_is_put_back(monkeypatch):
 def test_little_work_is_not_divided():
     assert process_settings.dense_threads(16, 83_902_464) == 16  # a layer of Mixtral-8x7B
     assert process_settings.dense_threads(16, 101_000) == 1  # of the demo model
+
+
+def test_turns_of_two_threads_put_back_what_each_had():
+    """PyTorch's number of threads is one of each thread."""
+    before, cudnn = torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()
+    entered, left = threading.Event(), threading.Event()
+    found = []
+
+    def first() -> None:
+        with process_settings.while_running(before + 3):
+            entered.set()
+            time.sleep(0.05)
+        found.append(torch.get_num_threads())
+        left.set()
+
+    def second() -> None:
+        entered.wait()
+        with process_settings.while_running(before + 2):
+            left.wait()
+            found.append(torch.get_num_threads())
+        found.append(torch.get_num_threads())
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [before, before + 2, before]
+    assert (torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()) == (before, cudnn)
 
 
 def test_the_last_of_several_turns_puts_back():

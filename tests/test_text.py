@@ -96,6 +96,23 @@ def test_text_comes_as_soon_as_it_is_certain():
     assert sum(piece == "" for piece in pieces[:-1]) == 2  # two of the character's three bytes
 
 
+def test_a_decoder_that_changes_what_it_has_said(monkeypatch):
+    """Then the rest comes at the end."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    ids = tokenizer("Once upon a time there was", add_special_tokens=False)["input_ids"]
+    stream = TextStream(tokenizer, ids[:2])
+    pieces = [stream.put(ids[2])]
+
+    class Broken:
+        def step(self, *_):
+            raise Exception("Invalid prefix encountered")
+
+    stream._stream = Broken()
+    pieces += [stream.put(token) for token in ids[3:]]
+    assert pieces[1:] == [""] * (len(ids) - 3)
+    assert "".join([*pieces, stream.finish()]) == answer_text(tokenizer, ids[:2], ids[2:])
+
+
 def variant(folder: Path, **changes) -> Path:
     """A copy of the demo's tokenizer with other values in tokenizer_config.json."""
     for name in ("config.json", "tokenizer.json"):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.files import exists, is_file, is_folder, read_text, reason
-from fiddler_run.generation_defaults import GenerationDefaults
+from fiddler_run.generation_defaults import FILE as GENERATION_CONFIG
+from fiddler_run.generation_defaults import GenerationDefaults, unused_keys
 from fiddler_run.host import available_memory_bytes, num_cores
 from fiddler_run.locate import local_folder, model_config_file, model_folder, shipped_file
 from fiddler_run.model_config import PLAN_KEYS, ModelConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 LoadFormat = Literal["safetensors", "dummy"]
 ADAPTER = "adapter_config.json"
+NOT_HERE = "are not here, or not all of them"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class ModelCheck:
             self._try(self._look_at_weights)
             self._try(lambda: self._look_at_defaults(config))
             has_tokenizer = self.folder is not None
-        if has_tokenizer:
+        if has_tokenizer and (self.config is None or self.skeleton is not None):  # a tokenizer's class comes from the config, too
             self._try(lambda: self._look_at_tokenizer(config_file.parent, config))
 
     def _find(self) -> Path:
@@ -121,7 +123,7 @@ class ModelCheck:
         self.folder = self._weights_at_hand()
         if self.folder is not None:
             return self.folder / "config.json"
-        self.notes.append(f"the weights of {self._name} are not here, or not all of them: only its config.json was checked")
+        self.notes.append(f"the weights of {self._name} {NOT_HERE}: only its config.json was checked")
         return model_config_file(self._name, self._relative_to)
 
     def _weights_at_hand(self) -> Path | None:
@@ -160,6 +162,9 @@ class ModelCheck:
     def _look_at_defaults(self, config: ModelConfig) -> None:
         if self.folder is not None:
             self.defaults = GenerationDefaults.read(self.folder, config.raw)
+            unused = unused_keys(self.folder)
+            if unused:
+                self.notes.append(f"{self.folder / GENERATION_CONFIG}: not used: {', '.join(unused)}; flags decide")
 
     def _look_at_tokenizer(self, folder: Path, config: ModelConfig) -> None:
         from fiddler_run.text import SAMPLE, chat_text, load_tokenizer, token_ids
@@ -286,6 +291,8 @@ def besides_experts_bytes(plan: Plan, config: ModelConfig) -> int:
 
 def disk_problems(plan: Plan, folder: Path) -> list[str]:
     """Whether the folder has room for what the plan leaves on disk."""
+    if plan.disk_bytes and not exists(folder):
+        return [f"{folder}: no such folder for the experts that are to lie on disk; name another one with --disk-folder"]
     try:
         free = shutil.disk_usage(folder).free if plan.disk_bytes and is_folder(folder) else 0
     except OSError as error:
@@ -308,7 +315,7 @@ def core_problem(threads: int, cores: int) -> str | None:
 
 
 def host_memory_problem(what: str, held_bytes: int, loading_bytes: int, available_bytes: int, besides_bytes: int = 0) -> str | None:
-    """Rather refused than killed by the kernel half-way through the loading."""
+    """Refused here; otherwise the kernel's OOM killer ends the load."""
     if held_bytes + loading_bytes + besides_bytes <= available_bytes:
         return None
     besides = f", all else {besides_bytes / 1e9:.2f}" if besides_bytes else ""

@@ -32,7 +32,8 @@ def fiddler_run() -> int:
 
 def start(name: str, module: str) -> int:
     """Runs `main()` of a module, whose import takes a while; its exit status."""
-    os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
     with quitting_at_once(name):
         main = importlib.import_module(module).main
     return main()

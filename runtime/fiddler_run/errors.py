@@ -2,9 +2,7 @@
 
 
 class FiddlerError(Exception):
-    """A mistake or a condition outside the program. The message says where, what, and how to fix it."""
+    """A mistake or a condition outside the program. The message, one line, says where, what, and how to fix it."""
 
-
-def first_line(error: Exception) -> str:
-    """Of what an error of another library says; its type, if that is nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))

@@ -17,7 +17,8 @@ import torch
 
 from fiddler_run.arena import will_need
 from fiddler_run.dispatch import ExpertCall, Traffic
-from fiddler_run.errors import FiddlerError, first_line
+from fiddler_run.errors import FiddlerError
+from fiddler_run.files import reason
 from fiddler_run.kernels.cpu import CpuCall, cpu_experts
 from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.kernels.routed import PATIENCE_S, RoutedLayer
@@ -192,10 +193,10 @@ class Executors:
     def finish_cpu(self, but: int = 0) -> None:
         """Takes part in the CPU's jobs, until all but the last `but`, at most 1, are finished."""
         while len(self._under_way) > but:
-            place, waits_since_s = self._under_way.popleft()
             self.timeline.begin("host", "help the CPU")
-            self.cpu.wait(len(self._under_way))
+            self.cpu.wait(len(self._under_way) - 1, self.mailbox.finished)
             self.timeline.end("host", "help the CPU")
+            place, waits_since_s = self._under_way.popleft()  # now: an interrupted wait leaves it to `abandon`
             if not self.timeline.on:
                 continue
             started_s, finished_s = self.cpu.times_s()
@@ -209,16 +210,18 @@ class Executors:
         Raises:
             FiddlerError: one of them gave up waiting for the other, so that what was computed is wrong.
         """
-        self.finish_cpu()
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        self._check_hand_over()
+        with self.lock:
+            self.finish_cpu()
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            self._check_hand_over()
 
     def abandon(self) -> None:
         """Ends the CPU's jobs under way, whose results nobody wants any more. The device goes on without them."""
-        if self._under_way:
-            self._under_way.clear()
-            self.cpu.abandon(self.mailbox.finished)
+        with self.lock:
+            if self._under_way:
+                self._under_way.clear()
+                self.cpu.abandon(self.mailbox.finished)
 
     def _check_hand_over(self) -> None:
         if self.mailbox.gave_up.item():
@@ -255,8 +258,6 @@ def _gpu_kernels(dtype: torch.dtype, hidden: int, block_neurons: int):
     try:
         gpu.compile_all(dtype, hidden, block_neurons)
     except Exception as error:  # Triton needs a C compiler and Python's headers at run time; it raises what it likes
-        logging.getLogger("fiddler_run").warning(
-            "the GPU kernels cannot be compiled, decode will be slower (%s)", first_line(error)
-        )
+        logging.getLogger("fiddler_run").warning("the GPU kernels cannot be compiled, decode will be slower (%s)", reason(error))
         return None
     return gpu

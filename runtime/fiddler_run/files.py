@@ -66,7 +66,7 @@ def parse_json(text: str, origin: str, remedy: str) -> Any:
         FiddlerError: the text is no JSON; the message ends with `remedy`.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
         raise FiddlerError(f"{origin}: not JSON: nested too deeply; {remedy}") from None
     except ValueError as error:
@@ -190,6 +190,11 @@ def reason(error: Exception) -> str:
     said = getattr(error, "strerror", None) or " ".join(str(error).split())
     said = said or type(error).__name__
     return said if len(said) <= 300 else said[:300] + " ..."
+
+
+def _refuse_constant(name: str) -> None:
+    """NaN and Infinity are no JSON, though Python reads them."""
+    raise ValueError(f"{name} is no number")
 
 
 def _mode(path: Path) -> int | None:

@@ -26,6 +26,8 @@ from fiddler_run.model import DispatchedMixtral
 from fiddler_run.plan import Plan
 from fiddler_run.text import TextStream, answer_text, chat_text, token_ids
 
+NO_NUMBERS = "the model's logits are no numbers; check its weights, and rms_norm_eps and RoPE in config.json"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -93,6 +95,19 @@ class _CallbackStreamer(BaseStreamer):
             self._on_text(text)
 
 
+class _Finite(LogitsProcessor):
+    """Refuses a model whose first logits are no numbers; the likeliest of those would be any token."""
+
+    def __init__(self):
+        self._is_first = True
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._is_first and scores.isnan().any():
+            raise FiddlerError(NO_NUMBERS)
+        self._is_first = False
+        return scores
+
+
 class _Draw(LogitsProcessor):
     """Draws each token with a random generator of its own; greedy decoding then takes it. Other generations draw with theirs."""
 
@@ -103,7 +118,7 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         probabilities = scores.softmax(dim=-1)
         if not probabilities.isfinite().all():
-            raise FiddlerError("the model's logits are not finite, so there is nothing to sample from; check its weights")
+            raise FiddlerError(NO_NUMBERS)
         drawn = torch.multinomial(probabilities, num_samples=1, generator=self._generator)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
@@ -115,6 +130,11 @@ def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: i
         FiddlerError: it has not.
     """
     beams, workload = options.num_beams, plan.workload
+    if prompt_tokens >= workload.max_seq_len:
+        raise FiddlerError(
+            f"the prompt and one token of an answer are {prompt_tokens + 1} tokens, more than the plan's context of "
+            f"{workload.max_seq_len}; shorten it, or plan again with a larger --max-seq-len"
+        )
     too_many = {"num-beams": beams * batch_size > workload.sequences, "batch-size": batch_size > workload.batch_size}
     for name, asked, planned in (
         ("batch-size", batch_size, workload.batch_size),
@@ -197,7 +217,7 @@ def _sampling(model: DispatchedMixtral, options: Options) -> dict:
     """Arguments for `generate()`."""
     neutral = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
     if options.temperature == 0:
-        return {"do_sample": False, **neutral}
+        return {"do_sample": False, **neutral, "logits_processor": LogitsProcessorList([_Finite()])}
     defaults = model.defaults
     top_p = defaults.top_p if options.top_p is None else options.top_p
     if options.num_beams > 1:  # transformers draws beams by PyTorch's own random numbers

@@ -11,6 +11,8 @@ from fiddler_run.files import is_file, read_json_object
 FILE = "generation_config.json"
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"}
+TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}  # -1, in old files, is none
+NO_EFFECT = {"transformers_version", "_from_model_config", "max_length", "trust_remote_code", "use_cache"}
 Probability = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -49,8 +51,11 @@ class GenerationDefaults(BaseModel):
 
     @classmethod
     def _of(cls, data: dict, path: Path) -> Self:
+        known = {key: None if key in TOKENS and type(value) is int and value < 0 else value for key, value in data.items()}
+        if not data.get("do_sample"):
+            known.pop("temperature", None)  # the flag decides; some files say 0.0
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(known)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise FiddlerError(f"{path}: {first['loc'][0]}: {first['msg']}; correct it, or remove the key") from None
@@ -67,3 +72,12 @@ class GenerationDefaults(BaseModel):
         named = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         own = None if tokenizer is None else tokenizer.eos_token_id
         return sorted({token for token in (*named, own) if token is not None})
+
+
+def unused_keys(folder: Path) -> list[str]:
+    """What the generation_config.json in `folder` says that would matter, but does not count."""
+    path = folder / FILE
+    if not is_file(path):
+        return []
+    said = {key for key, value in read_json_object(path).items() if value is not None and key not in NO_EFFECT}
+    return sorted(said - set(GenerationDefaults.model_fields))

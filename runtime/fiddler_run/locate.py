@@ -5,8 +5,8 @@ import site
 import sys
 from pathlib import Path
 
-from fiddler_run.errors import FiddlerError, first_line
-from fiddler_run.files import exists, is_file, is_folder
+from fiddler_run.errors import FiddlerError
+from fiddler_run.files import exists, is_file, is_folder, reason
 from fiddler_run.tensor_files import INDEX, SINGLE_FILE, shard_names
 
 _INSTALLED = [Path(prefix) / "share" / "fiddler-opt" for prefix in (sys.prefix, site.getuserbase())]
@@ -122,7 +122,6 @@ def _snapshot(name: str, patterns: list[str], fetch: bool) -> Path:
     except HFValidationError:
         raise FiddlerError(f"{name}: neither a folder nor a Hugging Face model id; name the model with --model") from None
     except Exception as error:  # the hub's client raises many unrelated types; all mean that the files are not here
-        reason = first_line(error)
         raise FiddlerError(
-            f"{name}: not a folder, and not to be had from the Hugging Face hub ({reason}); name a local folder with --model"
+            f"{name}: not a folder, and not to be had from the Hugging Face hub ({reason(error)}); name a local folder with --model"
         ) from None

@@ -1,5 +1,6 @@
 """What the runtime sets for the whole process: set while it is needed, and put back afterwards."""
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -26,24 +27,36 @@ def while_running(cpu_threads: int | None) -> Iterator[None]:
         if _turns == 0:
             _before = torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()
         _turns += 1
+        threads, cudnn = _before
     if cpu_threads not in (None, torch.get_num_threads()):
         torch.set_num_threads(cpu_threads)
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
+        if cpu_threads is not None:
+            torch.set_num_threads(threads)  # the calling thread's number; each turn puts back its own
         with _lock:
             _turns -= 1
             if _turns == 0:
-                threads, cudnn = _before
-                torch.set_num_threads(threads)
                 torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+def _after_fork() -> None:
+    """A thread that held the lock, or had its turn, is not there any more."""
+    global _lock, _turns
+    _lock = threading.Lock()
+    _turns = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def dense_threads(cpu_threads: int, layer_bytes: int) -> int:
     """PyTorch's threads for a model with `layer_bytes` of weights outside the experts in each layer.
 
-    To divide little work costs as much as it saves, and far more where other programs use the cores.
+    Splitting little work over threads costs as much as it saves, and far more where other programs use the cores.
     """
     return cpu_threads if layer_bytes >= DIVIDED_BYTES else 1
 
@@ -55,7 +68,7 @@ def allow_gpu_memory(owner: object, device: torch.device, num_bytes: int) -> Non
     """
     _caps.setdefault(device.index, {})[id(owner)] = num_bytes
     _apply_cap(device)
-    weakref.finalize(owner, _forget, device, id(owner)).atexit = False
+    weakref.finalize(owner, _forget, device, id(owner), os.getpid()).atexit = False
 
 
 def allowed_gpu_bytes(device: torch.device) -> int | None:
@@ -63,9 +76,10 @@ def allowed_gpu_bytes(device: torch.device) -> int | None:
     return sum(_caps.get(device.index, {}).values()) or None
 
 
-def _forget(device: torch.device, owner: int) -> None:
+def _forget(device: torch.device, owner: int, pid: int) -> None:
     _caps[device.index].pop(owner, None)
-    _apply_cap(device)
+    if os.getpid() == pid:  # a forked process has no CUDA
+        _apply_cap(device)
 
 
 def _apply_cap(device: torch.device) -> None:

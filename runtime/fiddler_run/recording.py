@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fiddler_run.errors import first_line
+from fiddler_run.files import reason
 
 TOLERANCE = 1e-2  # of a replay, relative: another algorithm may round otherwise
 WARM_UP_CALLS = 2  # libraries set themselves up in the first
@@ -34,7 +34,7 @@ class Recorder:
 
     def give_up(self, error: Exception) -> None:
         self.active = False
-        logging.getLogger("fiddler_run").warning("no CUDA graphs, decode will be slower (%s)", first_line(error))
+        logging.getLogger("fiddler_run").warning("no CUDA graphs, decode will be slower (%s)", reason(error))
 
 
 class _Segment:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +25,12 @@ class Session:
 
     def __init__(self, model: DispatchedMixtral, executors: Executors, cpu_threads: int | None = None):
         """`cpu_threads`: of PyTorch's operations; None leaves their number as it is. `make_cache` comes next."""
-        self._to_model = weakref.ref(model)  # which owns this: of a cycle, 90 GB would wait for the garbage collector
+        self._to_model = weakref.ref(model)  # a reference would form a cycle: 90 GB would wait for the garbage collector
         self._executors = executors
         self._cpu_threads = cpu_threads
         self.cache: KeyValueCache | None = None
         self._decode: DecodeStep | None = None
-        self._lock = threading.RLock()
+        self._lock = executors.lock  # layers that are called past the model wait for the turn, too
         self._depth = 0  # a generation calls the model, and may be called from within another one
         self._cache_is_taken = False
         self._pid = os.getpid()
@@ -45,24 +44,32 @@ class Session:
         """
         if os.getpid() != self._pid:
             raise FiddlerError(
-                f"this model was loaded by process {self._pid}, whose threads a forked process does not have; "
-                'load it in the new process, or start that by the method "spawn"'
+                f"this model was loaded by process {self._pid}, whose threads a forked process does not have; start processes "
+                'by the method "spawn", and load the model there'
             )
-        with self._lock, while_running(self._cpu_threads):
-            outermost = self._depth == 0
-            if outermost and self._decode is not None and not self._decode.is_current(self._model):
-                self._decode = None
+        with self._lock:
             self._depth += 1
             try:
-                yield
-                if outermost:
-                    self._executors.settle()
-            except BaseException:
-                if outermost:
-                    self._executors.abandon()
-                raise
+                if self._depth > 1:
+                    yield
+                else:
+                    with self._outermost_turn():
+                        yield
             finally:
                 self._depth -= 1
+
+    @contextmanager
+    def _outermost_turn(self) -> Iterator[None]:
+        self._executors.finish_cpu()  # a job of a layer that was called past the model; later ones are of this turn
+        if self._decode is not None and not self._decode.is_current(self._model):
+            self._decode = None
+        try:
+            with while_running(self._cpu_threads):
+                yield
+            self._executors.settle()
+        except BaseException:
+            self._executors.abandon()
+            raise
 
     @property
     def _model(self) -> DispatchedMixtral:
@@ -133,8 +140,8 @@ class Session:
             arguments["prefill_chunk_size"] = chunk
 
     def _may_use_own_cache(self, arguments: dict, asked) -> bool:
-        """A cache that is handed out must not be overwritten by the next generation, nor that of a generation under way; of a
-        sliding window, transformers keeps no more."""
+        """False if the caller brings or keeps the cache, a generation is using it, or the model has a sliding window, of which
+        transformers keeps no more than the window."""
         other = arguments.get("past_key_values") is not None or asked("cache_implementation")
         handed_out = asked("return_dict_in_generate")
         return not other and not handed_out and self._model.config.sliding_window is None and not self._cache_is_taken

@@ -1,5 +1,6 @@
 """A checkpoint's tokenizer: loading it, prompts to token ids, and token ids to text as they come."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,8 +97,7 @@ def token_ids(
         text.encode()
     except UnicodeEncodeError:  # bytes of another encoding, which Python carries as lone surrogates
         raise FiddlerError(f"{where} is not UTF-8 text") from None
-    longest = max(map(len, tokenizer.get_vocab()), default=1)
-    if len(text) > context * longest:  # encoding it would take gigabytes
+    if len(text) > context and len(text) > context * max(map(len, tokenizer.get_vocab()), default=1):  # it would take gigabytes
         raise FiddlerError(f"{where} has {len(text)} characters, more than the context of {context} tokens can hold; shorten it")
     with library_errors(f"{where}: the model's tokenizer fails", "change or remove it"):
         ids = tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
@@ -132,7 +132,7 @@ class TextStream:
         self._answer.append(token)
         self._held.append(token)
         if self._stream is None or BYTE_TOKEN.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or ""):
-            return ""  # all bytes in a row are decoded together: one that is wrong makes all of them wrong
+            return ""  # a run of byte tokens is decoded as one: one invalid byte invalidates the run
         try:
             piece = self._stream.step(self._backend, self._held) or ""
         except Exception:  # a decoder that changes what it has said: the rest comes at the end
@@ -145,7 +145,7 @@ class TextStream:
     def finish(self) -> str:
         """The rest of the text."""
         whole = answer_text(self._tokenizer, self._prompt, self._answer)
-        return whole.removeprefix(self._sent) if whole.startswith(self._sent) else ""
+        return whole[len(os.path.commonprefix([whole, self._sent])) :]
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int]) -> str:

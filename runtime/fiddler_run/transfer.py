@@ -19,12 +19,14 @@ class Mailbox:
         self._device, self._on_gpu = device, device.type == "cuda"
         self._buffers: dict[str, torch.Tensor] = {}
         # Numbers of the CPU's jobs: of the last finished one; of the last whose table is complete; of the last that the GPU gave
-        # up waiting for, or 0; of those whose tokens have come. Each row is a cache line.
-        flags = torch.zeros((3 + MOST_ROUTED_TOKENS // 8, 8), dtype=torch.int64, pin_memory=self._on_gpu)
+        # up waiting for, or 0; of the last that gave up waiting for the GPU, or 0; of those whose tokens have come. Each row is a
+        # cache line.
+        flags = torch.zeros((4 + MOST_ROUTED_TOKENS // 8, 8), dtype=torch.int64, pin_memory=self._on_gpu)
         self.finished = flags[0, :1]
         self._described = flags[1, :1]
         self.gave_up = flags[2, :1]
-        self._arrived = flags[3:].flatten()
+        self._timed_out = flags[3, :1]
+        self._arrived = flags[4:].flatten()
 
     def receive(
         self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, meanwhile: Callable[[], None]
@@ -55,6 +57,7 @@ class Mailbox:
             arrived=self._arrived,
             table=self._buffer("table", torch.Size([size]), torch.int64),
             described=self._described,
+            timed_out=self._timed_out,
             max_blocks=max_blocks,
         )
 

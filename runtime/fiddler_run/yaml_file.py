@@ -103,7 +103,7 @@ class YamlFile(Section):
             content = cls.model_validate(data, context=broken)
         except ValidationError as error:
             wrong = _problems(error)
-        return content, [f"{origin}: {problem}" for problem in [*wrong, *broken]]
+        return content, [" ".join(f"{origin}: {problem}".splitlines()) for problem in [*wrong, *broken]]
 
     def dump(self) -> str:
         """The file's text: one line for each value that holds no other mapping or list. `parse(dump(x)) == x`."""

@@ -218,7 +218,7 @@ void fiddler_submit_routed(void* pool, int hidden, int block_neurons, const uint
     static_cast<Pool*>(pool)->submit_routed(hidden, block_neurons, states, tokens, *route, output, finished, number);
 }
 
-// Helps until all jobs but the last `but` are finished, for about `most_ns`. Returns Pool::Outcome.
+// Helps until all jobs but the last `but` are finished, for about `most_ns`. 0: they are not yet.
 int fiddler_wait(void* pool, int but, int64_t most_ns) { return static_cast<Pool*>(pool)->wait(but, most_ns); }
 
 void fiddler_abandon(void* pool, const int64_t* finished) { static_cast<Pool*>(pool)->abandon(finished); }

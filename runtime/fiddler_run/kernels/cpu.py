@@ -27,7 +27,6 @@ from fiddler_run.kernels.routed import RoutedInput, RoutedLayer, route_of
 VARIANTS = ("amx", "avx512bf16", "avx512", "avx2", "portable")  # best first
 ALIGNMENT = 32  # what the kernel needs hidden size and block_neurons to be multiples of
 WAIT_NS = 50_000_000  # at once in the kernel, where Python hears no signal
-TIMED_OUT, FINISHED, UNFINISHED = range(3)  # Pool::Outcome
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,11 @@ class CpuExperts:
         """
         raise NotImplementedError
 
-    def wait(self, but: int = 0) -> None:
+    def wait(self, but: int = 0, finished: torch.Tensor | None = None) -> None:
         """Returns when all jobs but the last `but`, at most 1, are finished. Signals such as Ctrl-C are handled meanwhile.
 
         Raises:
-            FiddlerError: the GPU has not sent what one of them needs.
+            FiddlerError: the GPU has not sent what one of them needs, of those that set the flag `finished` (None: of any).
         """
         raise NotImplementedError
 
@@ -109,7 +108,7 @@ class CompiledExperts(CpuExperts):
         self._pool = self._library.fiddler_pool_create(self.variant.encode(), threads, spin_us, cpus)
         self.finishes_alone = threads > 1
         self._pid = os.getpid()
-        self._timed_out = False  # a job did, waiting for a GPU
+        self._timed_out: set[int] = set()  # flags `finished` of jobs that did, waiting for a GPU
         self._in_use = deque(maxlen=3)  # what the jobs under way, and one that is being submitted, work on
 
     def submit(self, calls, states, output, finished=None, job=0):
@@ -121,7 +120,7 @@ class CompiledExperts(CpuExperts):
         arguments = hidden, block_neurons, states.data_ptr(), len(states), described, len(calls), output.data_ptr()
         with self.lock:
             self._finish_all_but(1)  # here, where signals are handled
-            self._in_use.append((calls, states, output, finished))
+            self._in_use.append((finished, None, (calls, states, output)))
             self._library.fiddler_submit(self._pool, *arguments, None if finished is None else finished.data_ptr(), job)
 
     def submit_routed(
@@ -143,14 +142,15 @@ class CompiledExperts(CpuExperts):
         arguments = hidden, block_neurons, given.states.data_ptr(), tokens, ctypes.byref(route), output.data_ptr()
         with self.lock:
             self._finish_all_but(1)
-            self._in_use.append((layer, given, traffic, output, finished))
+            self._in_use.append((finished, given, (layer, traffic, output)))
             self._library.fiddler_submit_routed(self._pool, *arguments, finished.data_ptr(), job)
 
-    def wait(self, but=0):
+    def wait(self, but=0, finished=None):
         with self.lock:
             self._finish_all_but(but)
-            timed_out, self._timed_out = self._timed_out, False
-        if timed_out:
+            ours = self._timed_out if finished is None else self._timed_out & {finished.data_ptr()}
+            self._timed_out = self._timed_out - ours
+        if ours:
             torch.cuda.synchronize()  # raises what the GPU failed with
             raise FiddlerError("the GPU does not answer; see whether other programs keep it busy, and load the model again")
 
@@ -158,15 +158,16 @@ class CompiledExperts(CpuExperts):
         with self.lock:
             self._library.fiddler_abandon(self._pool, finished.data_ptr())
             self._finish_all_but(0)
-            self._timed_out = False
+            self._timed_out.discard(finished.data_ptr())
 
     def _finish_all_but(self, but: int) -> None:
-        outcome = UNFINISHED
-        while outcome == UNFINISHED:
-            outcome = self._library.fiddler_wait(self._pool, but, WAIT_NS)
-        self._timed_out |= outcome == TIMED_OUT
+        while not self._library.fiddler_wait(self._pool, but, WAIT_NS):
+            pass
         while len(self._in_use) > but:
-            self._in_use.popleft()
+            finished, given, _ = self._in_use.popleft()
+            if given is not None and given.timed_out.item():
+                given.timed_out.zero_()
+                self._timed_out.add(finished.data_ptr())
 
     def times_s(self):
         return self._library.fiddler_started_ns(self._pool) * 1e-9, self._library.fiddler_finished_ns(self._pool) * 1e-9
@@ -192,18 +193,18 @@ class PyTorchExperts(CpuExperts):
         self.wait()
         self._job = calls, states, output, finished, job
 
-    def wait(self, but=0):
+    def wait(self, but=0, finished=None):
         if self._job is None:
             return
         started_s = time.perf_counter()
-        (calls, states, output, finished, job), self._job = self._job, None
+        (calls, states, output, flag, job), self._job = self._job, None
         output.zero_()
         for call in calls:
             rows, weights = torch.from_numpy(call.rows), torch.from_numpy(call.weights)
             output.index_add_(0, rows, apply_blocks(call.blocks, states[rows]) * weights.unsqueeze(1))
         self._times_s = started_s, time.perf_counter()
-        if finished is not None:
-            finished.fill_(job)
+        if flag is not None:
+            flag.fill_(job)
 
     def abandon(self, finished):
         self._job = None
@@ -220,6 +221,8 @@ def cpu_experts(threads: int, pinned: bool, spin_us: int, dtype: torch.dtype, hi
 
 
 _pool = cache(CompiledExperts)  # shared by the models of a process that use as many threads
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of the threads
 
 
 @cache

@@ -61,7 +61,7 @@ def send(tensors: tuple[torch.Tensor, ...], host: list[torch.Tensor], arrived: t
 
 def wait(flag: torch.Tensor, gave_up: torch.Tensor, job: int) -> None:
     """Lets the GPU wait until a page-locked flag holds the job's number, but no longer than `PATIENCE_S`: a process may be stopped,
-    and a GPU that waits shows no picture. `gave_up` [1] int64, page-locked, is then set to the job's number."""
+    and a waiting kernel blocks the display. `gave_up` [1] int64, page-locked, is then set to the job's number."""
     _wait[1,](flag, gave_up, job, int(PATIENCE_S * 1e9))
 
 

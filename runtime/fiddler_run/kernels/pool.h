@@ -58,14 +58,8 @@ class Pool {
         return checksum_;
     }
 
-    enum Outcome { TIMED_OUT, FINISHED, UNFINISHED };
-
-    // Helps with the jobs under way until no more than `but` of them are unfinished, or until about `most_ns` have passed.
-    // TIMED_OUT if, since the last FINISHED, a job timed out waiting for a GPU.
-    Outcome wait(uint64_t but, int64_t most_ns) {
-        if (!finish(but, now_ns() + most_ns)) return UNFINISHED;
-        return timed_out_.exchange(false) ? TIMED_OUT : FINISHED;
-    }
+    // Helps with the jobs under way until no more than `but` of them are unfinished. False if that takes longer than about `most_ns`.
+    bool wait(uint64_t but, int64_t most_ns) { return finish(but, now_ns() + most_ns); }
 
     // The jobs under way that would set this flag end at once, without a result; they set it nevertheless.
     void abandon(const int64_t* finished) {
@@ -142,7 +136,7 @@ class Pool {
         bool arrived = slot.route.wait(slot.job.tokens, slot.number, spin_ns_, given_up);
         if (arrived) slot.route.divide(slot.job.tokens, 3 * slot.job.block_neurons * slot.job.hidden, slot.job.calls);
         else slot.route.divide_nothing();
-        if (!arrived && !given_up()) timed_out_ = true;
+        if (!arrived && !given_up()) slot.route.time_out(slot.number);
         slot.route.describe(slot.number);
         plan(slot);
     }
@@ -308,6 +302,6 @@ class Pool {
     int64_t started_ns_ = 0, finished_ns_ = 0;
     Signal submitted_signal_;
     std::atomic<uint64_t> checksum_{0};
-    std::atomic<bool> stop_{false}, timed_out_{false};
+    std::atomic<bool> stop_{false};
     std::vector<std::thread> workers_;  // last: they use all of the above
 };

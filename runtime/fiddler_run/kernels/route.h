@@ -17,6 +17,7 @@ struct RouteArguments {
     const int64_t* arrived;  // [tokens] flags of the GPU: the token's state, index and weights are there
     int64_t* table;          // for the GPU; `table_size` in routed.py says what is in it
     int64_t* described;      // flag for the GPU: the table is complete
+    int64_t* timed_out;      // flag for Python: the GPU has not sent the job's tokens in time
     int64_t* traffic;        // blocks so far: resident, streamed, on the CPU
     int64_t patience_ns;     // a GPU that sends nothing for so long has failed
     int num_experts, top_k, max_blocks;
@@ -34,7 +35,7 @@ class Route {
             std::atomic_ref arrived(const_cast<int64_t&>(arguments.arrived[token]));
             auto here = [&] { return arrived.load(std::memory_order_acquire) >= number; };
             while (!spin_until([&] { return here() || given_up(); }, started + spin_ns)) {
-                bool late = now_ns() > until;  // before the look: a process that was stopped finds everything there
+                bool late = now_ns() > until;  // read first: after SIGSTOP the time is over, though the tokens have arrived
                 if (here()) break;
                 if (late) return false;
                 std::this_thread::sleep_for(NAP);  // no GPU can wake a thread
@@ -84,6 +85,8 @@ class Route {
         const RouteArguments& a = arguments;
         std::fill_n(a.table, 1 + 2 * a.max_blocks + 2 * (a.num_experts + 1), 0);
     }
+
+    void time_out(int64_t number) const { std::atomic_ref(*arguments.timed_out).store(number, std::memory_order_release); }
 
     void describe(int64_t number) const { std::atomic_ref(*arguments.described).store(number, std::memory_order_release); }
 

@@ -51,7 +51,8 @@ class RoutedInput:
 
     `states` [tokens, hidden], `index` [tokens, k] int64 and `weights` [tokens, k] float32 of the router have come when each of
     `arrived` [tokens] int64 is the job's number or more. `table` [table_size()] int64 has room for `max_blocks`
-    blocks and is complete when `described` [1] int64 is the job's number.
+    blocks and is complete when `described` [1] int64 is the job's number. `timed_out` [1] int64 becomes the number of a job whose
+    tokens have not come in time.
     """
 
     states: torch.Tensor
@@ -60,6 +61,7 @@ class RoutedInput:
     arrived: torch.Tensor
     table: torch.Tensor
     described: torch.Tensor
+    timed_out: torch.Tensor
     max_blocks: int
 
 
@@ -76,7 +78,7 @@ def table_size(max_blocks: int, num_experts: int, choices: int) -> int:
 
 def route_of(layer: RoutedLayer, given: RoutedInput, traffic: np.ndarray) -> ctypes.Structure:
     """route.h's RouteArguments; it points to all of these."""
-    tensors = given.index, given.weights, given.arrived, given.table, given.described
+    tensors = given.index, given.weights, given.arrived, given.table, given.described, given.timed_out
     return _Route(
         ctypes.addressof(layer.places),
         ctypes.addressof(layer.shares),
@@ -107,6 +109,7 @@ class _Route(ctypes.Structure):
         ("arrived", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
         ("described", ctypes.c_void_p),
+        ("timed_out", ctypes.c_void_p),
         ("traffic", ctypes.c_void_p),
         ("patience_ns", ctypes.c_int64),
         ("num_experts", ctypes.c_int),

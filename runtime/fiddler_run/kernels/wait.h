@@ -1,7 +1,7 @@
 // Included by cpu.cpp: time, and waiting for what another thread or a GPU writes.
 //
-// Whoever waits looks often for a short time, because waking a thread takes as long as a small piece of work, and then sleeps: on
-// a busy machine, a thread that keeps looking takes the core that the thread it waits for would need.
+// Waiters spin briefly, then sleep. Spinning avoids a wake-up, which costs as much as a small unit of work. Sleeping frees the core
+// for the thread that is waited for.
 
 constexpr int64_t FOREVER = std::numeric_limits<int64_t>::max();  // a time that never comes
 constexpr int64_t BARRIER_SPIN_NS = 100'000;  // as long as waking a thread may take
