@@ -132,8 +132,8 @@ def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: i
     beams, workload = options.num_beams, plan.workload
     if prompt_tokens >= workload.max_seq_len:
         raise FiddlerError(
-            f"the prompt and one token of an answer are {prompt_tokens + 1} tokens, more than the plan's context of "
-            f"{workload.max_seq_len}; shorten it, or plan again with a larger --max-seq-len"
+            f"the prompt has {prompt_tokens} tokens, with an answer more than the plan's context of {workload.max_seq_len}; "
+            "shorten it, or plan again with a larger --max-seq-len"
         )
     too_many = {"num-beams": beams * batch_size > workload.sequences, "batch-size": batch_size > workload.batch_size}
     for name, asked, planned in (
