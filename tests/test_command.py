@@ -82,19 +82,20 @@ def test_a_signal_to_end_unwinds_first(monkeypatch):
     assert not issubclass(Terminated, Exception)  # nobody catches it by accident
 
 
-@pytest.mark.parametrize("delay_s", [0.08, 0.15, 0.3, 0.6, 1.2, 2.5])
+@pytest.mark.parametrize("delay_s", [0.1, 0.2, 0.4, 0.8, 1.6, 2.5])
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_an_early_interrupt_leaves_no_traceback(tmp_path, command, delay_s):
-    """Python itself takes the first hundredths of a second."""
+    """From when the command's own module runs; Python's start comes before."""
     program = [OPT, *PLAN, "-o", str(tmp_path / "p.yaml")] if command == "plan" else [RUN, "--plan", "plans/demo.yaml", "Once"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", *program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    program[0] = "import os; os.write(1, b'.'); " + program[0]
+    command = [sys.executable, "-c", *program]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(1)
     time.sleep(delay_s)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert "Traceback" not in errors or "encodings" in errors  # of Python's own start
-    assert process.returncode in (0, 130, -signal.SIGINT)
+    assert "Traceback" not in errors
+    assert process.returncode in (0, 130)
     if process.returncode == 130:
         assert errors.rstrip().endswith("interrupted")
 

@@ -36,7 +36,9 @@ def start(name: str, module: str) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
     with quitting_at_once(name):
         main = importlib.import_module(module).main
-    return main()
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left but Python's own end, which would print a traceback
+    return status
 
 
 def exit_status(command: Callable[[], None], name: str) -> int:
