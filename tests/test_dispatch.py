@@ -18,6 +18,7 @@ from fiddler_run.checkpoint import Checkpoint
 from fiddler_run.dispatch import Expert, ExpertCall, LayerDispatch, expert_groups
 from fiddler_run.errors import FiddlerError
 from fiddler_run.executors import _takes_long
+from fiddler_run.load import _warm_up
 from fiddler_run.staging import StagedBlocks
 from fiddler_run.timeline import Timeline
 from fiddler_run.transfer import StagingRing
@@ -156,6 +157,32 @@ def test_loaded_in_inference_mode_it_runs_outside(dtype, device):
 def test_without_huge_pages_there_is_still_memory(monkeypatch):
     monkeypatch.setattr("fiddler_run.arena.mmap.MADV_HUGEPAGE", -1, raising=False)
     assert Arena(2, 10, torch.float32, CPU).blocks.shape == (2, 10)
+
+
+def test_a_timeline_does_not_stay_on():
+    """Whatever happens while it records: marking every span costs time."""
+    timeline, kept = Timeline(CPU), []
+
+    def record() -> None:
+        with timeline.recording() as spans:
+            kept.append(spans)
+            timeline.begin("CPU", "blocks")
+            timeline.end("CPU", "blocks")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        record()
+    assert not timeline.on
+    assert [len(spans) for spans in kept] == [1]
+
+
+def test_a_model_of_the_shortest_context_is_warmed_up():
+    """One token in, one out."""
+    plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6)
+    workload = plan.workload.model_copy(update={"prompt_tokens": 1, "output_tokens": 1, "max_seq_len": 2, "num_beams": 1})
+    model, _ = load_model(plan.model_copy(update={"workload": workload}), DEMO)
+    _warm_up(model)
+    assert model.executors.traffic.needed_blocks > 0
 
 
 def test_a_span_belongs_to_the_call_in_which_it_began():
