@@ -235,7 +235,8 @@ def run_calibrate(flags: argparse.Namespace, console: Console) -> None:
 
 
 def run_check(flags: argparse.Namespace, console: Console) -> None:
-    from fiddler_run.check import NOT_HERE, check_plan
+    from fiddler_run.check import check_plan
+    from fiddler_run.model_check import NOT_HERE
 
     path = shipped_file(flags.plan)
     with console.status("checking"):

@@ -65,7 +65,7 @@ def routing_job(model: ModelSpec, name: str, prompts: list[Path], output_tokens:
         FiddlerError: the checkpoint is incomplete, or the prompts cannot be read or are too long.
     """
     from fiddler_opt.trace_routing import RoutingJob
-    from fiddler_run.check import ModelCheck
+    from fiddler_run.model_check import ModelCheck
 
     checked = ModelCheck(model.shape, "the model", name, fetch=True)
     checked.refuse()

@@ -9,9 +9,10 @@ from conftest import demo_shape, make_plan
 from torch.nn.functional import silu
 
 from fiddler_run.arena import Arena, fill_blocks, will_need
-from fiddler_run.check import disk_problems, refuse
+from fiddler_run.check import disk_problems
 from fiddler_run.errors import FiddlerError
 from fiddler_run.kernels.pytorch import apply_blocks
+from fiddler_run.model_check import refuse
 
 HIDDEN = 24
 

@@ -8,12 +8,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fiddler_run.arena import TORCH_DTYPES, ExpertStore
 from fiddler_run.balance import balance
-from fiddler_run.check import LoadFormat, PlanCheck
+from fiddler_run.check import PlanCheck
 from fiddler_run.checkpoint import Checkpoint, DummyWeights
 from fiddler_run.generate import never_stopping
 from fiddler_run.generation_defaults import GenerationDefaults
 from fiddler_run.locate import shipped_file
 from fiddler_run.model import DispatchedMixtral, checkpoint_name
+from fiddler_run.model_check import LoadFormat
 from fiddler_run.plan import MOST_ROUTED_TOKENS, Plan
 from fiddler_run.process_settings import allow_gpu_memory
 
