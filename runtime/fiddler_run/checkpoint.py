@@ -44,15 +44,14 @@ class DummyWeights:
 
 
 class Checkpoint:
-    """The tensors of the checkpoint in `folder`.
+    """The tensors of a checkpoint.
 
     They are read in large pieces rather than mapped: that is three times as fast where the files are in the page cache already,
     and where they are not, several threads keep the disk busy.
     """
 
-    def __init__(self, folder: Path, files: TensorFiles):
-        """`files`: those in the folder, in which nothing was found wrong."""
-        self.folder = folder
+    def __init__(self, files: TensorFiles):
+        """`files`: those of its folder, in which nothing was found wrong."""
         self.files = files
 
     @classmethod
@@ -66,7 +65,7 @@ class Checkpoint:
         problems = files.problems(expert_tensors(shape), shape.dtype)
         if problems:
             raise FiddlerError(problems[0])
-        return cls(folder, files)
+        return cls(files)
 
     def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return tuple(self.read(EXPERT_TENSOR.format(layer=layer, expert=expert, matrix=matrix)) for matrix in MATRICES)

@@ -31,6 +31,7 @@ class GenerationDefaults(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Probability | None = None
     repetition_penalty: Annotated[float, Field(ge=1e-4, le=1e4)] | None = None
+    unused: list[str] = []  # other keys, which would matter but do not count
 
     @classmethod
     def read(cls, folder: Path, config: dict) -> Self:
@@ -52,6 +53,8 @@ class GenerationDefaults(BaseModel):
     @classmethod
     def _of(cls, data: dict, path: Path) -> Self:
         known = {key: None if key in TOKENS and type(value) is int and value < 0 else value for key, value in data.items()}
+        said = {key for key, value in data.items() if value is not None}
+        known["unused"] = sorted(said - NO_EFFECT - TOKENS - SAMPLING)
         if not data.get("do_sample"):
             known.pop("temperature", None)  # the flag decides; some files say 0.0
         try:
@@ -72,12 +75,3 @@ class GenerationDefaults(BaseModel):
         named = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         own = None if tokenizer is None else tokenizer.eos_token_id
         return sorted({token for token in (*named, own) if token is not None})
-
-
-def unused_keys(folder: Path) -> list[str]:
-    """What the generation_config.json in `folder` says that would matter, but does not count."""
-    path = folder / FILE
-    if not is_file(path):
-        return []
-    said = {key for key, value in read_json_object(path).items() if value is not None and key not in NO_EFFECT}
-    return sorted(said - set(GenerationDefaults.model_fields))

@@ -72,7 +72,7 @@ class ModelLoader:
         if load_format == "dummy":
             self.weights = DummyWeights(plan.model, self._dtype)
         else:
-            self.weights = Checkpoint(checked.folder, checked.files)
+            self.weights = Checkpoint(checked.files)
         gpu = checked.gpu
         self.device = torch.device("cpu") if gpu is None else torch.device("cuda", torch.cuda.current_device())
         if gpu is not None:

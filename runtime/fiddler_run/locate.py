@@ -68,11 +68,11 @@ def model_config_file(name: str | Path, relative_to: Path = Path()) -> Path:
     Raises:
         FiddlerError: see `model_folder`.
     """
-    folder = None if str(name) in BUNDLED_CONFIGS and not is_folder(relative_to / name) else local_folder(name, relative_to)
+    if str(name) in BUNDLED_CONFIGS and not is_folder(relative_to / name):
+        return BUNDLED_CONFIGS[str(name)]
+    folder = local_folder(name, relative_to)
     if folder is not None:
         return folder / "config.json"
-    if str(name) in BUNDLED_CONFIGS:
-        return BUNDLED_CONFIGS[str(name)]
     return _snapshot(str(name), ["config.json"], fetch=True) / "config.json"
 
 

@@ -51,7 +51,6 @@ class DispatchedMixtral(MixtralForCausalLM):
     """
 
     _can_compile_fullgraph = False
-    _keys_to_ignore_on_load_unexpected = [r"\.experts\."]
 
     def __init__(self, config):
         config._experts_implementation = EXPERTS_IMPLEMENTATION
@@ -59,7 +58,6 @@ class DispatchedMixtral(MixtralForCausalLM):
         for experts in self.experts_modules():
             for name in list(experts._parameters):
                 del experts._parameters[name]
-            experts._is_hf_initialized = True  # nothing left to initialise
         self.lm_head.register_forward_pre_hook(_canonical_strides)
         self.plan: Plan | None = None
         self.defaults = GenerationDefaults()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from fiddler_run.errors import FiddlerError
 from fiddler_run.files import exists, is_file
 from fiddler_run.generation_defaults import FILE as GENERATION_CONFIG
-from fiddler_run.generation_defaults import GenerationDefaults, unused_keys
+from fiddler_run.generation_defaults import GenerationDefaults
 from fiddler_run.locate import local_folder, model_config_file, model_folder
 from fiddler_run.model_config import PLAN_KEYS, ModelConfig
 from fiddler_run.plan import ModelShape
@@ -149,9 +149,8 @@ class ModelCheck:
     def _look_at_defaults(self, config: ModelConfig) -> None:
         if self.folder is not None:
             self.defaults = GenerationDefaults.read(self.folder, config.raw)
-            unused = unused_keys(self.folder)
-            if unused:
-                self.notes.append(f"{self.folder / GENERATION_CONFIG}: not used: {', '.join(unused)}; flags decide")
+            if self.defaults.unused:
+                self.notes.append(f"{self.folder / GENERATION_CONFIG}: not used: {', '.join(self.defaults.unused)}; flags decide")
 
     def _look_at_tokenizer(self, folder: Path, config: ModelConfig) -> None:
         from fiddler_run.text import SAMPLE, chat_text, load_tokenizer, token_ids
