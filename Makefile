@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/fiddler-run --plan $(DEMO_FOLDER)/plan.yaml "Once upon a time"
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check --quiet .

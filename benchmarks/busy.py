@@ -1,14 +1,18 @@
-"""Decode on a busy machine: `python benchmarks/busy.py [--json FILE]`.
+"""Decode on a busy machine.
 
-The demo model with one CPU thread and with one for each core, in turn: alone, and beside as many programs as there are cores,
-each of which would take a whole core. What counts is the ratio of the two beside those programs.
+    python benchmarks/busy.py [--rounds N] [--json FILE]
+
+The demo model with one CPU thread and with one for each core, in turn: alone, and beside as many
+programs as there are cores, each of which would take a whole core. The figure that counts is the
+ratio of the two beside those programs.
 """
 
 import os
 
-from fiddler_run.command import GOMP_SPINCOUNT
+from fiddler_run.command import GOMP_SPINCOUNT, exit_status
 
-os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)  # as the command does, before PyTorch is imported
+# As the command does, before PyTorch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
 
 import argparse
 import json
@@ -21,40 +25,50 @@ from statistics import median
 import torch
 
 from fiddler_run import load_model
-from fiddler_run.files import write_whole
-from fiddler_run.generate import Options, generate_ids, never_stopping
-from fiddler_run.host import num_cores
-from fiddler_run.locate import shipped_file
-from fiddler_run.plan import Plan
+from fiddler_run.generation.generate import generate_ids, never_stopping
+from fiddler_run.generation.model import PlannedModel
+from fiddler_run.generation.sampling import Options
+from fiddler_run.plan.schema import Plan
+from fiddler_run.system.files import write_whole
+from fiddler_run.system.host import num_cores
+from fiddler_run.system.locate import shipped_file
 
-ROUNDS, NEW_TOKENS = 5, 48
+NEW_TOKENS = 48
+Samples = dict[str, dict[int, list[float]]]  # tokens/s by situation and CPU threads
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", help="write all samples there")
-    flags = parser.parse_args()
+    flags = parse_arguments()
     plan_path = shipped_file("plans/demo.yaml")
     plan = Plan.load(plan_path)
     checkpoint = plan_path.parent / plan.model.name
     threads = sorted({1, num_cores()})
-    models = {count: load_model(plan.model_copy(update={"cpu_threads": count}), checkpoint)[0] for count in threads}
-    samples = {name: {count: [] for count in threads} for name in ("alone", "beside others")}
-    for _ in range(ROUNDS):
-        for name, others in (("alone", 0), ("beside others", num_cores())):
+    models = {count: load_model(with_threads(plan, count), checkpoint)[0] for count in threads}
+    situations = {"alone": 0, "beside others": num_cores()}
+    samples: Samples = {name: {count: [] for count in threads} for name in situations}
+    for _ in range(flags.rounds):
+        for name, others in situations.items():
             with spinning(others):
                 for count, model in models.items():
                     samples[name][count].append(tokens_per_s(model))
-    rates = {name: {count: median(found) for count, found in by_threads.items()} for name, by_threads in samples.items()}
-    print("tokens/s, median of", ROUNDS, "rounds")
-    for name, by_threads in rates.items():
-        row = ", ".join(f"{count} thread{'s' * (count > 1)} {rate:.1f}" for count, rate in by_threads.items())
-        print(f"{name:14} {row}; all threads : one = {by_threads[threads[-1]] / by_threads[1]:.2f}")
+    print_rates(samples, flags.rounds)
     if flags.json is not None:
         write_whole(flags.json, json.dumps(samples, indent=1))
 
 
-def tokens_per_s(model) -> float:
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write all samples there")
+    return parser.parse_args()
+
+
+def with_threads(plan: Plan, count: int) -> Plan:
+    """The plan for another number of CPU threads."""
+    return plan.model_copy(update={"ranks": [plan.rank.model_copy(update={"cpu_threads": count})]})
+
+
+def tokens_per_s(model: PlannedModel) -> float:
     ids = torch.arange(3, 19).unsqueeze(0)
     _, measured = generate_ids(model, ids, Options(NEW_TOKENS), **never_stopping(model))
     return measured.decode_tokens_per_s
@@ -62,8 +76,9 @@ def tokens_per_s(model) -> float:
 
 @contextmanager
 def spinning(count: int) -> Iterator[None]:
-    """So many processes that never wait for anything."""
-    processes = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(count)]
+    """Runs `count` processes that never wait for anything."""
+    command = [sys.executable, "-S", "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
     try:
         yield
     finally:
@@ -72,5 +87,15 @@ def spinning(count: int) -> Iterator[None]:
             process.wait()
 
 
+def print_rates(samples: Samples, rounds: int) -> None:
+    print("tokens/s, median of", rounds, "rounds")
+    for name, by_threads in samples.items():
+        rates = {count: median(found) for count, found in by_threads.items()}
+        row = ", ".join(
+            f"{count} thread{'s' * (count > 1)} {rate:.1f}" for count, rate in rates.items()
+        )
+        print(f"{name:14} {row}; all threads : one = {rates[max(rates)] / rates[1]:.2f}")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main, "busy.py"))

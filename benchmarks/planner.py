@@ -1,4 +1,7 @@
-"""How long plans take to solve, by model: `python benchmarks/planner.py`. No GPU, no weights; the machine is from data sheets."""
+"""Seconds to solve a plan, by model: `python benchmarks/planner.py`.
+
+Needs no GPU and no weights; the machine is from data sheets.
+"""
 
 import random
 import time
@@ -8,16 +11,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fiddler_opt.compiler import compile_plan
-from fiddler_opt.machine import MachineProfile
-from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
-from fiddler_opt.problem import Budget
-from fiddler_opt.routing import PhaseRouting, Routing
-from fiddler_run.plan import Workload
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.model import DEFAULT_MODEL, ModelSpec
+from fiddler_opt.inputs.routing import PhaseRouting, Routing
+from fiddler_opt.solve.comparison import compared
+from fiddler_opt.solve.compiler import compile_plan
+from fiddler_opt.solve.problem import Problem
+from fiddler_run.plan.schema import Budget, Workload
 
 MACHINE = Path(__file__).parents[1] / "profiles" / "rtx4090.machine.yaml"
-WORKLOAD = Workload(prompt_tokens=512, output_tokens=128, num_beams=1, batch_size=1, max_seq_len=4096)
-GPU_BYTES, HOST_BYTES, DISK_BYTES_PER_S = 24 * 10**9, 60 * 10**9, 3e9
+WORKLOAD = Workload(
+    prompt_tokens=512, output_tokens=128, num_beams=1, batch_size=1, max_seq_len=4096
+)
+GPU_BYTES = 24 * 10**9
+HOST_BYTES = 60 * 10**9
+DISK_BYTES_PER_S = 3e9
 LARGE = {
     "num_hidden_layers": 60,
     "num_local_experts": 128,
@@ -25,30 +33,49 @@ LARGE = {
     "hidden_size": 2048,
     "intermediate_size": 1536,
 }
-MADE = dict.fromkeys(("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "benchmark")
+MADE = dict.fromkeys(
+    ("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "benchmark"
+)
 
 
 def skewed_routing(model: ModelSpec, skew: float) -> Routing:
-    """Each expert with a weight of a random number to the power of `skew`; pairs in proportion to the product of their weights."""
-    rng, shape, expert, pair = random.Random(0), model.shape, [], []
+    """Routing by random weights to the power of `skew`; pairs in proportion to both weights."""
+    rng = random.Random(0)
+    shape = model.shape
+    expert = []
+    pair = []
     for _ in range(shape.num_layers):
         weights = [rng.random() ** skew for _ in range(shape.num_experts)]
-        products = {(e, f): weights[e] * weights[f] for e, f in combinations(range(shape.num_experts), 2)}
+        products = {
+            (e, f): weights[e] * weights[f] for e, f in combinations(range(shape.num_experts), 2)
+        }
         chances = {both: product / sum(products.values()) for both, product in products.items()}
         chosen = [0.0] * shape.num_experts
         for both, chance in chances.items():
             for e in both:
                 chosen[e] += chance * shape.num_experts_per_tok / 2
         expert.append([min(1.0, chance) for chance in chosen])
-        pair.append(chances)
+        pair.append(chances if shape.num_experts_per_tok == 2 else {})
     return Routing("benchmark", PhaseRouting(expert, pair), PhaseRouting(expert, pair))
 
 
 def main() -> None:
     machine = MachineProfile.load(MACHINE).model_copy(update={"disk_bytes_per_s": DISK_BYTES_PER_S})
     mixtral = ModelSpec.load(DEFAULT_MODEL)
-    large = ModelSpec.from_config({**mixtral.config, **LARGE}, "60 layers of 128 experts", "here")
-    table = Table("model", "routing", "host memory", "program", "all of it", "gap", "tokens/s", "greedy", "best rule of thumb")
+    large = ModelSpec.from_config(
+        {**mixtral.sizes.raw, **LARGE}, "60 layers of 128 experts", "here"
+    )
+    table = Table(
+        "model",
+        "routing",
+        "host memory",
+        "program",
+        "all of it",
+        "gap",
+        "tokens/s",
+        "greedy",
+        "best alternative",
+    )
     for model, skew, host_bytes in (
         (mixtral, 0, None),
         (mixtral, 3, None),
@@ -57,9 +84,13 @@ def main() -> None:
         (large, 3, None),
         (large, 3, HOST_BYTES),
     ):
-        routing, started = skewed_routing(model, skew), time.perf_counter()
-        plan = compile_plan(model, machine, routing, WORKLOAD, Budget(GPU_BYTES, host_bytes), MADE)
-        seconds, predicted = time.perf_counter() - started, plan.predicted
+        routing = skewed_routing(model, skew)
+        started = time.perf_counter()
+        budget = Budget(gpu_bytes=GPU_BYTES, host_bytes=host_bytes)
+        plan = compile_plan(model, machine, routing, WORKLOAD, budget, MADE)
+        seconds = time.perf_counter() - started
+        plan = compared(plan, Problem.of(plan, model, machine), routing)
+        predicted = plan.predicted
         rates = {name: other.decode_tokens_per_s for name, other in predicted.alternatives.items()}
         best = max(rates, key=rates.get)
         table.add_row(

@@ -1,46 +1,53 @@
-"""Many workloads, each predicted and measured: `python benchmarks/workloads.py --machine profiles/local.machine.yaml -o FOLDER`.
+"""Many workloads, each predicted and measured.
 
-For every GPU memory and number of beams one plan is made and loaded, and runs all prompts. Writes workloads.json after each row,
-and at the end workloads.md and workloads.png.
+    python benchmarks/workloads.py --machine profiles/local.machine.yaml -o FOLDER
+
+For every GPU memory and number of beams one plan is made and loaded, and runs all prompts. Writes
+workloads.json after each row, and at the end workloads.md and workloads.png.
 """
 
 import argparse
-import gc
 import json
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-import torch
+from runs import PROVENANCE, arguments_parser, continued, forget, load
+from table import markdown
 
-from fiddler_opt.bench_machine import release_gpu_memory
-from fiddler_opt.compiler import compile_plan
-from fiddler_opt.explain import placement_of
-from fiddler_opt.machine import MachineProfile
-from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
-from fiddler_opt.problem import Budget, Problem
-from fiddler_opt.routing import Routing, RoutingProfile
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.inputs.routing import Routing, RoutingProfile
+from fiddler_opt.solve.compiler import compile_plan
+from fiddler_opt.solve.placement import placement_of
+from fiddler_opt.solve.problem import Problem
 from fiddler_opt.units import parse_bytes
-from fiddler_run.balance import TOKENS, observe
 from fiddler_run.command import exit_status
+from fiddler_run.engine.tuning import TOKENS, Router, measure_token
 from fiddler_run.errors import FiddlerError
-from fiddler_run.files import write_whole
-from fiddler_run.generate import Measured, Options, generate_ids, never_stopping
-from fiddler_run.load import ModelLoader
-from fiddler_run.locate import name_in_plan
-from fiddler_run.model import DispatchedMixtral
-from fiddler_run.plan import Plan, Workload
+from fiddler_run.generation.generate import Measured
+from fiddler_run.generation.model import PlannedModel
+from fiddler_run.generation.sampling import Options
+from fiddler_run.plan.schema import Budget, Plan, Workload
+from fiddler_run.system.files import write_whole
 
-MADE = dict.fromkeys(("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "benchmark")
-COLUMNS = ("GPU memory", "beams", "prompt", "output", "decode, steps/s", "predicted", "", "first token, s", "predicted", "", "rate")
+COLUMNS = (
+    *("GPU memory", "beams", "prompt", "output"),
+    *("decode, steps/s", "predicted", ""),
+    *("first token, s", "predicted", ""),
+    "rate",
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """`rate`: of CPU and link with one token's absent blocks, right before, over the profile's; None where Python divides them."""
+    """One workload, measured and predicted.
+
+    `rate`: that of CPU and link with one token's host blocks, right before, over the profile's;
+    None without a decode path.
+    """
 
     gpu_mem: str
     beams: int
@@ -55,96 +62,119 @@ class Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        decode, first = self.steps_per_s / self.predicted_steps_per_s - 1, self.ttft_s / self.predicted_ttft_s - 1
-        speeds = f"{self.steps_per_s:.2f}", f"{self.predicted_steps_per_s:.2f}", f"{decode:+.0%}"
-        times = f"{self.ttft_s:.3f}", f"{self.predicted_ttft_s:.3f}", f"{first:+.0%}"
-        rate = "" if self.rate is None else f"{self.rate:.0%}"
-        return self.gpu_mem, str(self.beams), str(self.prompt), str(self.output), *speeds, *times, rate
+        decode = self.steps_per_s / self.predicted_steps_per_s - 1
+        first = self.ttft_s / self.predicted_ttft_s - 1
+        return (
+            *(self.gpu_mem, str(self.beams), str(self.prompt), str(self.output)),
+            *(f"{self.steps_per_s:.2f}", f"{self.predicted_steps_per_s:.2f}", f"{decode:+.0%}"),
+            *(f"{self.ttft_s:.3f}", f"{self.predicted_ttft_s:.3f}", f"{first:+.0%}"),
+            "" if self.rate is None else f"{self.rate:.0%}",
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all plans follow from."""
+
+    model: ModelSpec
+    machine: MachineProfile
+    routing: Routing
 
 
 def main() -> None:
     flags = parse_arguments()
     folder = Path(flags.output)
     folder.mkdir(parents=True, exist_ok=True)
-    model, machine = ModelSpec.load(flags.model), MachineProfile.load(flags.machine)
-    routing = Routing.uniform(model)
-    if flags.routing:
-        routing = Routing.from_profile(RoutingProfile.load(flags.routing), model, flags.routing)
+    inputs = read_inputs(flags)
     rows: list[Row] = []
     for gpu_mem, beams in product(flags.gpu_mem, flags.beams):
         try:
-            for row in measured(flags, model, machine, routing, gpu_mem, beams):
+            for row in measured_rows(flags, inputs, gpu_mem, beams):
                 rows.append(row)
                 print(*row.cells, file=sys.stderr)
-                write_whole(folder / "workloads.json", json.dumps([asdict(each) for each in rows], indent=1))
-        except FiddlerError as error:  # too small for so many beams
+                found = json.dumps([asdict(each) for each in rows], indent=1)
+                write_whole(folder / "workloads.json", found)
+        except FiddlerError as error:  # the memory is too small for this many beams
             print(f"{gpu_mem}, {beams} beams: {error}", file=sys.stderr)
         forget()
     if not rows:
-        raise FiddlerError("no plan fits")
-    write_table(folder / "workloads.md", COLUMNS, [row.cells for row in rows])
+        raise FiddlerError("no plan fits; give more to --gpu-mem")
+    write_whole(folder / "workloads.md", markdown(COLUMNS, [row.cells for row in rows]))
     figure(rows).savefig(folder / "workloads.png", dpi=130)
 
 
-def measured(flags: argparse.Namespace, model: ModelSpec, machine: MachineProfile, routing: Routing, gpu_mem: str, beams: int):
+def read_inputs(flags: argparse.Namespace) -> Inputs:
+    model = ModelSpec.load(flags.model)
+    routing = Routing.uniform(model)
+    if flags.routing:
+        routing = Routing.from_profile(RoutingProfile.load(flags.routing), model, flags.routing)
+    return Inputs(model, MachineProfile.load(flags.machine), routing)
+
+
+def measured_rows(
+    flags: argparse.Namespace, inputs: Inputs, gpu_mem: str, beams: int
+) -> Iterator[Row]:
     """The rows of one plan, whose context is the longest workload's."""
-    longest = max(flags.prompts) + max(flags.outputs)
-    work = {"num_beams": beams, "batch_size": 1, "max_seq_len": longest}
-    middle = Workload(prompt_tokens=sorted(flags.prompts)[len(flags.prompts) // 2], output_tokens=max(flags.outputs), **work)
-    budget = Budget(parse_bytes(gpu_mem, "--gpu-mem"))
-    plan = compile_plan(model, machine, routing, middle, budget, MADE)
-    loaded, placement = load(plan, flags.model, flags.load_format), placement_of(plan)
+    context = max(flags.prompts) + max(flags.outputs)
+
+    def workload_of(prompt: int, output: int) -> Workload:
+        return Workload(
+            prompt_tokens=prompt,
+            output_tokens=output,
+            num_beams=beams,
+            batch_size=1,
+            max_seq_len=context,
+        )
+
+    middle = sorted(flags.prompts)[len(flags.prompts) // 2]
+    budget = Budget(gpu_bytes=parse_bytes(gpu_mem, "--gpu-mem"))
+    workload = workload_of(middle, max(flags.outputs))
+    plan = compile_plan(inputs.model, inputs.machine, inputs.routing, workload, budget, PROVENANCE)
+    model = load(plan, flags)
 
     def generate(prompt: int, output: int) -> Measured:
-        return continued(loaded, prompt, seed=prompt, options=Options(output, num_beams=beams))
+        return continued(model, prompt, seed=prompt, options=Options(output, num_beams=beams))
 
     for prompt, output in product(flags.prompts, flags.outputs):
         if output == flags.outputs[0]:
-            generate(prompt, 2)  # what is done but once
-        workload = Workload(prompt_tokens=prompt, output_tokens=output, **work)
-        cost = Problem(model, machine, workload, budget, plan.prefill_chunk_tokens).cost(routing)
-        rate = joint_bytes_per_s(loaded)
+            generate(prompt, 2)  # what is done only once
+        steps_per_s, ttft_s = predicted(plan, inputs, workload_of(prompt, output))
+        rate = joint_bytes_per_s(model)
         found = generate(prompt, output)
-        speeds = found.decode_tokens_per_s, 1 / cost.decode_step_s(placement), found.ttft_s, cost.ttft_s(placement)
-        yield Row(gpu_mem, beams, prompt, output, *speeds, found.peak_gpu_bytes, rate and rate / plan.bytes_per_s.absent)
+        yield Row(
+            *(gpu_mem, beams, prompt, output),
+            *(found.decode_tokens_per_s, steps_per_s),
+            *(found.ttft_s, ttft_s),
+            found.peak_gpu_bytes,
+            rate and rate / plan.bytes_per_s.host,
+        )
 
 
-def joint_bytes_per_s(model: DispatchedMixtral) -> float | None:
-    """Of CPU and link, in all layers: what the machine gives now, which may be another minute's than the profile's."""
-    observed = [each for number in range(TOKENS) for each in observe(model, number)]
-    blocks, seconds = sum(each.streamed + each.on_cpu for each in observed), sum(each.both_s for each in observed)
+def predicted(plan: Plan, inputs: Inputs, workload: Workload) -> tuple[float, float]:
+    """Decode steps per second, and seconds to the first token, of a workload on a plan."""
+    problem = Problem(
+        inputs.model, inputs.machine, workload, plan.budget, plan.prefill_chunk_tokens
+    )
+    cost = problem.cost(inputs.routing)
+    placement = placement_of(plan)
+    return 1 / cost.decode_step_s(placement), cost.ttft_s(placement)
+
+
+def joint_bytes_per_s(model: PlannedModel) -> float | None:
+    """The rate of CPU and link together, over all layers, as the machine gives it now."""
+    layers = [layer for layer in model.layers if layer.decode is not None]
+    if not model.engine.decode.takes(1):
+        return None
+    shape = model.plan.model
+    router = Router(shape.num_experts, shape.num_experts_per_tok, shape.hidden_size)
+    times = [
+        each
+        for number in range(TOKENS)
+        for each in measure_token(layers, model.engine.resources, router, number)
+    ]
+    blocks = sum(each.streamed + each.on_cpu for each in times)
+    seconds = sum(each.both_s for each in times)
     return blocks * model.plan.block_bytes / seconds if seconds else None
-
-
-def load(plan: Plan, name: str, load_format: str):
-    """The model `name`, of whose weights `load_format` decides."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plan.yaml"
-        named = plan.model.model_copy(update={"name": name_in_plan(name, path)})
-        plan.model_copy(update={"model": named}).save(path)
-        return ModelLoader(path, load_format=load_format).load()
-
-
-def forget() -> None:
-    """A model that nobody holds any more."""
-    gc.collect()
-    release_gpu_memory()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def continued(model: DispatchedMixtral, prompt_tokens: int, seed: int, options: Options) -> Measured:
-    """What was measured while a random prompt was continued."""
-    return generate_ids(model, random_ids(model, prompt_tokens, seed), options, **never_stopping(model))[1]
-
-
-def random_ids(model: DispatchedMixtral, tokens: int, seed: int) -> torch.Tensor:
-    return torch.randint(3, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """As Markdown."""
-    write_whole(path, "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, ("---",) * len(columns), *rows)))
 
 
 def figure(rows: list[Row]):
@@ -152,40 +182,44 @@ def figure(rows: list[Row]):
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(9, 4.2), layout="constrained")
-    for axes, (title, predicted, found) in zip(
-        drawn.subplots(1, 2),
-        (
-            ("decode, steps/s", [row.predicted_steps_per_s for row in rows], [row.steps_per_s for row in rows]),
-            ("first token, s", [row.predicted_ttft_s for row in rows], [row.ttft_s for row in rows]),
-        ),
-        strict=True,
-    ):
-        ends = [min(predicted + found), max(predicted + found)]
-        axes.plot(ends, ends, color="0.6", linewidth=1)
-        axes.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color="0.9", label="within 10 %")
-        for beams in sorted({row.beams for row in rows}):
-            points = [(x, y) for x, y, row in zip(predicted, found, rows, strict=True) if row.beams == beams]
-            axes.scatter(*zip(*points, strict=True), s=16, label=f"{beams} beams" if beams > 1 else "no beams")
-        axes.set(xscale="log", yscale="log", xlabel="predicted", ylabel="measured", title=title)
-        axes.legend()
+    decode_axes, first_axes = drawn.subplots(1, 2)
+    decode = [(row.predicted_steps_per_s, row.steps_per_s, row.beams) for row in rows]
+    first = [(row.predicted_ttft_s, row.ttft_s, row.beams) for row in rows]
+    draw(decode_axes, "decode, steps/s", decode)
+    draw(first_axes, "first token, s", first)
     return drawn
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def draw(axes, title: str, points: list[tuple[float, float, int]]) -> None:
+    """Draws points of predicted, measured and beams, and the diagonal."""
+    values = [value for x, y, _ in points for value in (x, y)]
+    ends = [min(values), max(values)]
+    axes.plot(ends, ends, color="0.6", linewidth=1)
+    low = [0.9 * end for end in ends]
+    high = [1.1 * end for end in ends]
+    axes.fill_between(ends, low, high, color="0.9", label="within 10 %")
+    for beams in sorted({beams for *_, beams in points}):
+        label = f"{beams} beams" if beams > 1 else "no beams"
+        shown = [(x, y) for x, y, of in points if of == beams]
+        axes.scatter(*zip(*shown, strict=True), s=16, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="predicted", ylabel="measured", title=title)
+    axes.legend()
 
+
+def parse_arguments() -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(each) for each in text.split(",")]
 
-    parser.add_argument("--machine", required=True, metavar="FILE", help="machine profile")
-    parser.add_argument("--routing", metavar="FILE", help="routing profile (default: uniform routing, as random weights choose)")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or Hugging Face id (default: %(default)s)")
-    parser.add_argument("--load-format", default="dummy", choices=["dummy", "safetensors"], help="(default: %(default)s)")
-    parser.add_argument("--gpu-mem", type=lambda text: text.split(","), default=["8GB", "16GB", "24GB"], metavar="SIZES")
-    parser.add_argument("--beams", type=numbers, default=[1, 4, 16], metavar="NUMBERS")
-    parser.add_argument("--prompts", type=numbers, default=[32, 128, 512, 2048], metavar="TOKENS")
-    parser.add_argument("--outputs", type=numbers, default=[32, 128], metavar="TOKENS")
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    def words(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = arguments_parser(__doc__)
+    add = parser.add_argument
+    add("--routing", metavar="FILE", help="routing profile (default: uniform routing)")
+    add("--gpu-mem", type=words, default=["8GB", "16GB", "24GB"], metavar="SIZES")
+    add("--beams", type=numbers, default=[1, 4, 16], metavar="NUMBERS")
+    add("--prompts", type=numbers, default=[32, 128, 512, 2048], metavar="TOKENS")
+    add("--outputs", type=numbers, default=[32, 128], metavar="TOKENS")
     flags = parser.parse_args()
     if min(flags.outputs) < 2:
         parser.error("--outputs must be at least 2: a single token has no decode")

@@ -1,4 +1,7 @@
-"""Quantities as people write them. Rule: a size always carries its unit; GB is 10^9 bytes, GiB is 2^30."""
+"""Quantities as people write them.
+
+Rule: a size always carries its unit; GB is 10^9 bytes, GiB is 2^30.
+"""
 
 import re
 from collections.abc import Callable
@@ -32,10 +35,15 @@ def parse_bytes(text: str, where: str) -> int:
     number, unit = match.groups()
     if unit not in UNITS:
         problem = f"{unit} is not a unit of size" if unit else "a size needs a unit"
-        raise FiddlerError(f"{where} {text}: {problem}; write for example {number}GB (10^9 bytes) or {number}GiB (2^30 bytes)")
+        raise FiddlerError(
+            f"{where} {text}: {problem}; write for example {number}GB (10^9 bytes) or {number}GiB"
+            " (2^30 bytes)"
+        )
     size = float(number) * UNITS[unit]
     if size > MAX_BYTES:
-        raise FiddlerError(f"{where} {_short(text)}: more than any machine has; write for example 24GB")
+        raise FiddlerError(
+            f"{where} {_short(text)}: more than any machine has; write for example 24GB"
+        )
     return int(size)
 
 
@@ -75,7 +83,9 @@ def _more_than_zero(value: int, text: str, where: str) -> int:
 
 
 def parse_values(text: str, where: str, parse: Callable[[str, str], int]) -> list[int]:
-    """The values of `8GB`, of a list `8GB,16GB,24GB`, ascending, or of a range `8GB..48GB`; `parse(text, where)` reads one.
+    """The values of `8GB`, of a list `8GB,16GB`, ascending, or of a range `8GB..48GB`.
+
+    `parse(text, where)` reads one.
 
     Raises:
         FiddlerError: `parse` refuses one, or a range does not go from a smaller to a larger value.
@@ -94,16 +104,23 @@ def parse_values(text: str, where: str, parse: Callable[[str, str], int]) -> lis
 def round_values(low: int, high: int) -> list[int]:
     """Both ends, and between them the multiples of a round step: about nine values in all.
 
-    A step is 1, 2, 4, 5 or 8 times a power of ten, counted in a power of two that divides both ends where a coarse
-    one does: 2048..32768 goes by 4096. A step of which both ends are multiples is preferred.
+    A step is 1, 2, 4, 5 or 8 times a power of ten, counted in a power of two that divides both ends
+    where a coarse one does: 2048..32768 goes by 4096. A step of which both ends are multiples is
+    preferred.
     """
     both = low | high
     binary = both & -both
     unit = binary if binary >= 128 and high <= 1000 * binary else 1
     while unit > 1 and high - low < 8 * unit:
         unit //= 2
-    steps = [unit * digit * 10**power for power in range(len(str(high))) for digit in (1, 2, 4, 5, 8)]
-    choices = {step: sorted({low, high, *range(-(-low // step) * step, high, step)}) for step in steps if step * 20 > high - low}
+    steps = [
+        unit * digit * 10**power for power in range(len(str(high))) for digit in (1, 2, 4, 5, 8)
+    ]
+    choices = {
+        step: sorted({low, high, *range(-(-low // step) * step, high, step)})
+        for step in steps
+        if step * 20 > high - low
+    }
     few = {step: values for step, values in choices.items() if len(values) <= 13}
 
     def merit(step: int) -> tuple[bool, bool, int]:

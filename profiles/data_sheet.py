@@ -1,46 +1,81 @@
-"""Writes rtx4090.machine.yaml from data sheets: what a machine could do at most, for planning before it is at hand.
+"""Writes rtx4090.machine.yaml from data sheets, to plan for a machine before it is at hand.
 
-`python profiles/data_sheet.py` rewrites the file beside it. Each executor is a roofline: an expert takes the longer of reading
-its weights at full bandwidth and computing at full speed. The CPU and the link share the host memory's bandwidth.
+`python profiles/data_sheet.py` rewrites the file beside it. Each executor is a roofline: an expert
+takes the longer of reading its weights at full bandwidth and computing at full speed. The CPU and
+the link share the host memory's bandwidth.
 """
 
 from pathlib import Path
 
-from fiddler_opt.machine import Cpu, Device, Link, MachineProfile, Made, MeasuredShape, Memory
-from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
+from fiddler_opt.inputs.machine import (
+    Cpu,
+    Device,
+    KernelLimits,
+    Link,
+    MachineProfile,
+    MeasuredShape,
+    Memory,
+    ProfileProvenance,
+)
+from fiddler_opt.inputs.model import DEFAULT_MODEL, ModelSpec
+from fiddler_run.kernels.limits import MAX_DECODE_TOKENS, MAX_TOKEN_BLOCKS, MEMORY_BOUND_TOKENS
 
-GPU, GPU_MEMORY_BYTES, GPU_BYTES_PER_S, GPU_FLOPS = "NVIDIA GeForce RTX 4090", 24_564 * 2**20, 1008e9, 165.2e12
-LINK, LINK_BYTES_PER_S = (4, 16), 31.5e9  # PCIe generation, lanes
-CPU, CPU_CORES, CPU_FLOPS = "AMD Ryzen 9 7950X", 16, 16 * 4.5e9 * 64  # AVX-512 bf16: 64 operations a cycle and core
-HOST_MEMORY, HOST_BYTES_PER_S, HOST_MEMORY_BYTES = "2 channels of DDR5-5200", 83.2e9, 128 * 2**30
-# No data sheet states these three; they are allowances.
-DRIVER_BYTES, DISPATCH_US, HOST_EMBEDDING_US = 600_000_000, 100.0, 50.0
+GPU = "NVIDIA GeForce RTX 4090"
+GPU_MEMORY_BYTES = 24_564 * 2**20
+GPU_BYTES_PER_S = 1008e9
+GPU_FLOPS = 165.2e12
+# PCIe generation, lanes
+LINK = (4, 16)
+LINK_BYTES_PER_S = 31.5e9
+# AVX-512 bf16: 64 operations a cycle and core
+CPU = "AMD Ryzen 9 7950X"
+CPU_CORES = 16
+CPU_FLOPS = 16 * 4.5e9 * 64
+HOST_MEMORY = "2 channels of DDR5-5200"
+HOST_BYTES_PER_S = 83.2e9
+HOST_MEMORY_BYTES = 128 * 2**30
+# No data sheet states these two; they are allowances.
+DRIVER_BYTES = 600_000_000
+DISPATCH_US = 100.0
 
+LIMITS = KernelLimits(
+    decode_tokens=MAX_DECODE_TOKENS,
+    token_blocks=MAX_TOKEN_BLOCKS,
+    memory_bound_tokens=MEMORY_BOUND_TOKENS,
+)
 TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def roofline_us(weight_bytes: int, tokens: int, bytes_per_s: float, flops: float) -> float:
-    """bf16 weights: two bytes and two operations each, so a token costs as many operations as there are bytes."""
+    """Microseconds of bf16 weights: two bytes and two operations each, for each token."""
     return round(1e6 * max(weight_bytes / bytes_per_s, tokens * weight_bytes / flops), 1)
 
 
-def absent_expert(expert_bytes: int, tokens: int) -> dict[float, float]:
-    """Microseconds of an expert in host memory by the share sent over the link: from none to all, with the best between."""
+def host_expert(expert_bytes: int, tokens: int) -> dict[float, float]:
+    """Microseconds of an expert in host memory by the streamed share, with the best between."""
     host_us = 1e6 * expert_bytes / HOST_BYTES_PER_S
     cpu_us = roofline_us(expert_bytes, tokens, HOST_BYTES_PER_S, CPU_FLOPS)
     link_us = 1e6 * expert_bytes / LINK_BYTES_PER_S
     best_us = max(host_us, cpu_us * link_us / (cpu_us + link_us))
-    shares = sorted({*(tenth / 10 for tenth in range(11)), round(max(0.0, 1 - best_us / cpu_us), 5)})
-    return {share: round(max(host_us, (1 - share) * cpu_us, share * link_us), 1) for share in shares}
+    shares = sorted(
+        {*(tenth / 10 for tenth in range(11)), round(max(0.0, 1 - best_us / cpu_us), 5)}
+    )
+    return {
+        share: round(max(host_us, (1 - share) * cpu_us, share * link_us), 1) for share in shares
+    }
 
 
 def data_sheet_profile() -> MachineProfile:
     model = ModelSpec.load(DEFAULT_MODEL)
-    expert_bytes, layer_bytes = model.expert_bytes, model.dense_layer_bytes
+    expert_bytes = model.expert_bytes
+    layer_bytes = model.dense_layer_bytes
     output_head_bytes = model.head_bytes // 2  # of the embedding table, a step reads one row
-    dense_layer_us = {tokens: roofline_us(layer_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) + DISPATCH_US for tokens in TOKENS}
+    dense_layer_us = {
+        tokens: roofline_us(layer_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) + DISPATCH_US
+        for tokens in TOKENS
+    }
     return MachineProfile(
-        version=2,
+        version=3,
         source="data sheet",
         cpu=Cpu(
             name=f"{CPU}, {HOST_MEMORY}",
@@ -54,7 +89,11 @@ def data_sheet_profile() -> MachineProfile:
         ),
         memory=Memory(available_bytes=HOST_MEMORY_BYTES, timed_bytes=0, memlock_bytes=None),
         device=Device(
-            kind="cuda", name=GPU, memory_bytes=GPU_MEMORY_BYTES, free_bytes=GPU_MEMORY_BYTES, context_bytes=DRIVER_BYTES
+            kind="cuda",
+            name=GPU,
+            memory_bytes=GPU_MEMORY_BYTES,
+            free_bytes=GPU_MEMORY_BYTES,
+            context_bytes=DRIVER_BYTES,
         ),
         link=Link(
             generation=LINK[0],
@@ -66,14 +105,22 @@ def data_sheet_profile() -> MachineProfile:
         ),
         disk_bytes_per_s=None,
         shape=MeasuredShape.of(model),
-        absent_expert_us={tokens: absent_expert(expert_bytes, tokens) for tokens in TOKENS},
-        device_expert_us={tokens: roofline_us(expert_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) for tokens in TOKENS},
+        kernels=LIMITS,
+        host_expert_us={tokens: host_expert(expert_bytes, tokens) for tokens in TOKENS},
+        resident_expert_us={
+            tokens: roofline_us(expert_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS)
+            for tokens in TOKENS
+        },
         dense_layer_us=dense_layer_us,
         dense_device_us=dense_layer_us,
-        head_us=dict.fromkeys(TOKENS, roofline_us(output_head_bytes, 1, GPU_BYTES_PER_S, GPU_FLOPS)),
-        host_embedding_us=dict.fromkeys(TOKENS, HOST_EMBEDDING_US),
-        spread={},
-        provenance=Made(command="python profiles/data_sheet.py", created="2026-11-23", software="none: not measured"),
+        head_us=dict.fromkeys(
+            TOKENS, roofline_us(output_head_bytes, 1, GPU_BYTES_PER_S, GPU_FLOPS)
+        ),
+        provenance=ProfileProvenance(
+            command="python profiles/data_sheet.py",
+            created="2026-11-23",
+            software="none: not measured",
+        ),
     )
 
 

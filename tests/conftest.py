@@ -1,28 +1,74 @@
-"""Fixtures: the demo checkpoint, small random checkpoints, and plans written by hand for them."""
+"""Fixtures: the demo checkpoint, small random checkpoints, and plans written by hand for them.
+
+PyTorch and transformers are imported by the fixtures that need them: the tests of planning do not.
+"""
+
+from __future__ import annotations
 
 import os
 import random
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+# Before PyTorch is imported. Each of pytest's processes has one thread, and leaves its core to
+# others while it waits.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is imported: waiting threads leave their cores to others
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
-from fiddler_run.plan import GpuMemory, HostMemory, ModelShape, Plan, Predicted, Provenance, Rates, Workload
+from fiddler_run.encodings.table import ENCODINGS, plain_encoding
+from fiddler_run.plan.prediction import Predicted, Provenance, Rates
+from fiddler_run.plan.rank import GpuMemory, HostMemory, Rank
+from fiddler_run.plan.schema import Budget, Plan, Workload
+from fiddler_run.plan.shape import ModelShape
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "tiny-mixtral"
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where a plan's GPU part runs here."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PREDICTED = Predicted(
+    decode_tokens_per_s=1.0,
+    ttft_s=1.0,
+    gpu_hit_rate=0.5,
+    bound_tokens_per_s=1.0,
+    gap=0.0,
+    decode_ms={"host": 1000.0},
+    ttft_ms={"host": 1000.0},
+    binding="GPU memory",
+    next_gb_tokens_per_s=0.1,
+    regret={},
+    alternatives={},
+)
+PROVENANCE = Provenance(
+    command="by hand",
+    machine="none",
+    machine_sha256="",
+    machine_source="measured",
+    routing="none",
+    solver="none",
+    status="none",
+    solve_s=0.0,
+    created="2026-01-01",
+)
+# A small Mixtral with the vocabulary of the demo's tokenizer.
+SMALL_CONFIG = {
+    "vocab_size": 768,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def demo_shape(dtype: str = "float32") -> ModelShape:
@@ -46,9 +92,11 @@ def make_plan(
     on_disk: list[list[int]] | None = None,
 ) -> Plan:
     """A plan with the given resident blocks, and those on disk, for one GB of GPU memory."""
-    block_bytes = shape.block_bytes(block_neurons)
+    encoding = plain_encoding(shape.dtype)
+    blocks = ENCODINGS[encoding](shape.hidden_size, block_neurons)
+    block_bytes = blocks.block_bytes
     placed, spilt = (sum(map(sum, rows)) * block_bytes for rows in (resident, on_disk or [[]]))
-    everything = shape.num_layers * shape.num_experts * shape.expert_bytes(block_neurons)
+    everything = shape.num_layers * shape.num_experts * blocks.expert_bytes(shape.intermediate_size)
     gpu = GpuMemory(
         total=2**30,
         non_expert_weights=0,
@@ -58,51 +106,44 @@ def make_plan(
         reserve=0,
         experts=placed,
     )
-    return Plan(
-        version=2,
-        model=shape,
-        workload=Workload(prompt_tokens=16, output_tokens=64, num_beams=4, batch_size=1, max_seq_len=256),
+    rank = Rank(
+        device="cuda",
         gpu_memory_bytes=gpu,
         host_memory_bytes=HostMemory(experts=everything - placed - spilt, embedding=0),
         disk_bytes=spilt,
-        device="cuda",
         cpu_threads=threads,
         cpu_pinned=threads > 1,
-        prefill_chunk_tokens=128,
-        block_neurons=block_neurons,
         stream_share=share or {1: 0.0},
         resident_blocks=dict(enumerate(resident)),
         disk_blocks=dict(enumerate(on_disk)) if on_disk else {},
-        predicted=Predicted(
-            decode_tokens_per_s=1.0,
-            ttft_s=1.0,
-            gpu_hit_rate=0.5,
-            bound_tokens_per_s=1.0,
-            gap=0.0,
-            decode_ms={"absent": 1000.0},
-            ttft_ms={"absent": 1000.0},
-            binding="GPU memory",
-            next_gb_tokens_per_s=0.1,
-            regret={},
-            alternatives={},
+    )
+    return Plan(
+        version=3,
+        model=shape,
+        encoding=encoding,
+        workload=Workload(
+            prompt_tokens=16, output_tokens=64, num_beams=4, batch_size=1, max_seq_len=256
         ),
-        bytes_per_s=Rates(resident=4e9, link=1e9, cpu=2e9, absent=3e9),
-        provenance=Provenance(
-            command="by hand",
-            machine="none",
-            machine_sha256="",
-            machine_source="measured",
-            routing="none",
-            solver="none",
-            status="none",
-            solve_s=0.0,
-            created="2026-01-01",
-        ),
+        budget=Budget(gpu_bytes=2**30),
+        prefill_chunk_tokens=128,
+        block_neurons=block_neurons,
+        ranks=[rank],
+        predicted=PREDICTED,
+        bytes_per_s=Rates(resident=4e9, link=1e9, cpu=2e9, host=3e9),
+        provenance=PROVENANCE,
     )
 
 
-def set_key(data: dict, keys: list[str], value) -> None:
-    """Sets what lies at the end of the keys, numbers among them as text, or, for the value `...`, removes it."""
+def with_rank(plan: Plan, **update: object) -> Plan:
+    """The plan with these values of its rank changed."""
+    return plan.model_copy(update={"ranks": [plan.rank.model_copy(update=update)]})
+
+
+def set_key(data: dict, keys: list[str], value: object) -> None:
+    """Sets the value at the end of a path of keys; the value `...` removes it.
+
+    Keys that are digits are numbers.
+    """
     *parents, last = [int(key) if key.isdigit() else key for key in keys]
     for key in parents:
         data = data[key]
@@ -112,38 +153,73 @@ def set_key(data: dict, keys: list[str], value) -> None:
         data[last] = value
 
 
-def random_plan(shape: ModelShape, rng: random.Random, block_neurons: int = 32, max_threads: int = 2) -> Plan:
-    """Any number of resident blocks for each expert, any stream share for few and for many tokens, any thread count; for every
-    other plan, any number of blocks on disk."""
-    blocks = shape.blocks_per_expert(block_neurons)
-    resident = [[rng.randint(0, blocks) for _ in range(shape.num_experts)] for _ in range(shape.num_layers)]
+def random_plan(
+    shape: ModelShape, rng: random.Random, block_neurons: int = 32, max_threads: int = 2
+) -> Plan:
+    """Any number of resident blocks for each expert, any stream share for few and for many tokens,
+    any thread count; for every other plan, any number of blocks on disk.
+    """
+    blocks = -(-shape.intermediate_size // block_neurons)
+    resident = [
+        [rng.randint(0, blocks) for _ in range(shape.num_experts)] for _ in range(shape.num_layers)
+    ]
     share = {1: rng.random(), rng.randint(2, 40): rng.choice([0.0, rng.random(), 1.0])}
-    on_disk = [[rng.randint(0, blocks - count) for count in row] for row in resident] if rng.random() < 0.5 else None
+    on_disk = (
+        [[rng.randint(0, blocks - count) for count in row] for row in resident]
+        if rng.random() < 0.5
+        else None
+    )
     return make_plan(shape, resident, block_neurons, share, rng.randint(1, max_threads), on_disk)
 
 
 @pytest.fixture(scope="session")
-def random_checkpoint(tmp_path_factory):
-    """Makes a checkpoint of random weights: (folder, shape of it in float32), for overrides of a small Mixtral config."""
+def device():
+    """The device of a plan's GPU part here."""
+    import torch
 
-    def make(**overrides) -> tuple[Path, ModelShape]:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def place() -> Callable:
+    """Places the demo model's experts as a plan says, and returns the model and its tokenizer.
+
+    There is one model for each dtype: the next call for that dtype moves its experts.
+    """
+    from models import move_experts
+
+    from fiddler_run import load_model
+
+    load = cache(lambda dtype: load_model(make_plan(demo_shape(dtype), [[0] * 8] * 6), DEMO))
+
+    def place(plan: Plan):
+        model, tokenizer = load(plan.model.dtype)
+        move_experts(model, plan, DEMO)
+        return model, tokenizer
+
+    return place
+
+
+@pytest.fixture(scope="session")
+def stock(device):
+    """The demo model in stock transformers; it keeps its answers."""
+    from models import Stock
+
+    return Stock(DEMO, device)
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory) -> Callable[..., tuple[Path, ModelShape]]:
+    """Makes a checkpoint of random weights from a small Mixtral config with some keys changed, and
+    returns its folder and its shape in float32.
+    """
+
+    def make(**overrides: object) -> tuple[Path, ModelShape]:
+        import torch
+        from transformers import MixtralConfig, MixtralForCausalLM
+
         torch.manual_seed(0)
-        values = {
-            "vocab_size": 768,  # that of the demo's tokenizer
-            "hidden_size": 32,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "max_position_embeddings": 128,
-            "initializer_range": 0.2,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        }
-        config = MixtralConfig(**{**values, **overrides})
+        config = MixtralConfig(**{**SMALL_CONFIG, **overrides})
         folder = tmp_path_factory.mktemp("checkpoint")
         MixtralForCausalLM(config).save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -160,3 +236,9 @@ def random_checkpoint(tmp_path_factory):
         return folder, shape
 
     return make
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A copy of the demo checkpoint, to be changed."""
+    return shutil.copytree(DEMO, tmp_path / "model")

@@ -6,22 +6,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import DEMO, demo_shape, make_plan
+from conftest import DEMO, demo_shape, make_plan, with_rank
 from safetensors.torch import load_file, save_file
 
 from fiddler_run import load_model
-from fiddler_run.arena import ExpertStore
-from fiddler_run.checkpoint import DummyWeights
 from fiddler_run.errors import FiddlerError
-from fiddler_run.load import ModelLoader
-from fiddler_run.plan import HostMemory
+from fiddler_run.loading.load import ModelLoader
+from fiddler_run.plan.rank import HostMemory
+from fiddler_run.weights.checkpoint import DummyWeights
+from fiddler_run.weights.store import ExpertStore
 
 SHARDS = sorted(path.name for path in DEMO.glob("*.safetensors"))
-
-
-@pytest.fixture
-def copy(tmp_path):
-    return shutil.copytree(DEMO, tmp_path / "model")
 
 
 def plan(**overrides):
@@ -39,44 +34,50 @@ def test_the_demo_is_sharded_and_small():
     assert len(SHARDS) > 1
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 12_000_000
     config = json.loads((DEMO / "config.json").read_text())
-    assert (config["num_local_experts"], config["num_experts_per_tok"], config["dtype"]) == (8, 2, "bfloat16")
+    assert (config["num_local_experts"], config["num_experts_per_tok"], config["dtype"]) == (
+        8,
+        2,
+        "bfloat16",
+    )
     assert config["num_hidden_layers"] >= 6
     assert config["num_key_value_heads"] < config["num_attention_heads"]
 
 
-def test_missing_shard(copy):
-    (copy / SHARDS[1]).unlink()
-    assert_refused(copy, f"{SHARDS[1]}: missing, though model.safetensors.index.json names it; download")
+def test_missing_shard(model):
+    (model / SHARDS[1]).unlink()
+    assert_refused(
+        model, f"{SHARDS[1]}: missing, though model.safetensors.index.json names it; download"
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, 500_000])
-def test_truncated_shard(copy, keep):
-    shard = copy / SHARDS[0]
+def test_truncated_shard(model, keep):
+    shard = model / SHARDS[0]
     shard.write_bytes(shard.read_bytes()[:keep])
-    assert_refused(copy, rf"{SHARDS[0]}: damaged or cut off .*; download it again")
+    assert_refused(model, rf"{SHARDS[0]}: damaged or cut off .*; download it again")
 
 
-def test_no_weights(copy):
-    for path in copy.glob("model*"):
+def test_no_weights(model):
+    for path in model.glob("model*"):
         path.unlink()
-    assert_refused(copy, "holds neither model.safetensors.index.json nor model.safetensors")
+    assert_refused(model, "holds neither model.safetensors.index.json nor model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_damaged_json(copy, name):
-    (copy / name).write_text("{")
-    assert_refused(copy, f"{name}: cannot read")
+def test_damaged_json(model, name):
+    (model / name).write_text("{")
+    assert_refused(model, f"{name}: cannot read")
 
 
-def test_no_config(copy):
-    (copy / "config.json").unlink()
-    assert_refused(copy, "config.json: missing")
+def test_no_config(model):
+    (model / "config.json").unlink()
+    assert_refused(model, "config.json: missing")
 
 
-def test_no_tokenizer(copy):
-    for path in copy.glob("tokenizer*"):
+def test_no_tokenizer(model):
+    for path in model.glob("tokenizer*"):
         path.unlink()
-    assert_refused(copy, "no tokenizer")
+    assert_refused(model, "no tokenizer")
 
 
 def test_no_such_folder(tmp_path):
@@ -84,38 +85,40 @@ def test_no_such_folder(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["block_sparse_moe.experts.3.w2", "self_attn.q_proj"])
-def test_a_tensor_is_missing(copy, key):
-    index_file = copy / "model.safetensors.index.json"
+def test_a_tensor_is_missing(model, key):
+    index_file = model / "model.safetensors.index.json"
     index = json.loads(index_file.read_text())
     name = f"model.layers.2.{key}.weight"
     file = index["weight_map"].pop(name)
     index_file.write_text(json.dumps(index))
-    tensors = load_file(copy / file)
+    tensors = load_file(model / file)
     del tensors[name]
-    save_file(tensors, copy / file, metadata={"format": "pt"})
-    assert_refused(copy, f"tensor {name} is missing")
+    save_file(tensors, model / file, metadata={"format": "pt"})
+    assert_refused(model, f"tensor {name} is missing")
 
 
-def test_an_expert_of_another_shape(copy):
-    index = json.loads((copy / "model.safetensors.index.json").read_text())
+def test_an_expert_of_another_shape(model):
+    index = json.loads((model / "model.safetensors.index.json").read_text())
     name = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
-    file = copy / index["weight_map"][name]
+    file = model / index["weight_map"][name]
     tensors = load_file(file)
     tensors[name] = torch.zeros(128, 255, dtype=torch.bfloat16)
     save_file(tensors, file, metadata={"format": "pt"})
-    assert_refused(copy, rf"{name} has shape \[128, 255\], by config.json it would be \[128, 256\]")
+    assert_refused(
+        model, rf"{name} has shape \[128, 255\], by config.json it would be \[128, 256\]"
+    )
 
 
-def test_one_shard_copied_over_another(copy):
-    shutil.copy(copy / SHARDS[0], copy / SHARDS[1])
-    assert_refused(copy, f"{SHARDS[1]}: tensor .* is missing; download the checkpoint again")
+def test_one_shard_copied_over_another(model):
+    shutil.copy(model / SHARDS[0], model / SHARDS[1])
+    assert_refused(model, f"{SHARDS[1]}: tensor .* is missing; download the checkpoint again")
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_key_value_heads", 4), ("vocab_size", 512)])
-def test_dense_tensors_of_another_shape(copy, key, value):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, key: value}))
-    assert_refused(copy, "has shape .*, by config.json it would be")
+def test_dense_tensors_of_another_shape(model, key, value):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, key: value}))
+    assert_refused(model, "has shape .*, by config.json it would be")
 
 
 @pytest.mark.parametrize(
@@ -126,33 +129,46 @@ def test_dense_tensors_of_another_shape(copy, key, value):
         ("config.json", None, "transformers cannot use it"),
     ],
 )
-def test_json_that_is_something_else(copy, name, text, message):
+def test_json_that_is_something_else(model, name, text, message):
     if text is None:
-        config = json.loads((copy / name).read_text())
+        config = json.loads((model / name).read_text())
         text = json.dumps({**config, "rms_norm_eps": "small"})
-    (copy / name).write_text(text)
-    assert_refused(copy, f"{name}: {message}")
+    (model / name).write_text(text)
+    assert_refused(model, f"{name}: {message}")
 
 
-def test_a_single_file_checkpoint(copy):
-    tensors = {name: tensor for shard in SHARDS for name, tensor in load_file(copy / shard).items()}
-    for path in copy.glob("model*"):
+def test_a_single_file_checkpoint(model):
+    tensors = {
+        name: tensor for shard in SHARDS for name, tensor in load_file(model / shard).items()
+    }
+    for path in model.glob("model*"):
         path.unlink()
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    model, tokenizer = load_model(plan(), copy)
-    assert model.generate(**tokenizer("Once", return_tensors="pt").to(model.device), max_new_tokens=3).shape[1] > 2
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    loaded, tokenizer = load_model(plan(), model)
+    encoded = tokenizer("Once", return_tensors="pt").to(loaded.device)
+    assert loaded.generate(**encoded, max_new_tokens=3).shape[1] > 2
 
 
 def test_weights_are_never_rounded(random_checkpoint):
     folder, shape = random_checkpoint()
     narrow = shape.model_copy(update={"dtype": "bfloat16"})
-    assert_refused(folder, "is F32, which the plan's bfloat16 cannot hold without loss", make_plan(narrow, [[0] * 8] * 2))
+    assert_refused(
+        folder,
+        "is F32, which the plan's bfloat16 cannot hold without loss",
+        make_plan(narrow, [[0] * 8] * 2),
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"num_layers": 5}, "model.num_layers is 5, but num_hidden_layers is 6 in .*config.json; make a plan for this model"),
+        (
+            {"num_layers": 5},
+            (
+                "model.num_layers is 5, but num_hidden_layers is 6 in .*config.json; make a plan"
+                " for this model"
+            ),
+        ),
         ({"num_experts": 4}, "model.num_experts is 4, but num_local_experts is 8"),
         ({"intermediate_size": 512}, "model.intermediate_size is 512"),
     ],
@@ -161,28 +177,37 @@ def test_a_plan_of_another_model(overrides, message):
     assert_refused(DEMO, message, plan(**overrides))
 
 
-def test_another_architecture(copy):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    assert_refused(copy, "model_type is 'llama'; only 'mixtral' is supported")
+def test_another_architecture(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    assert_refused(model, "model_type is 'llama'; only 'mixtral' is supported")
 
 
 def test_more_host_memory_than_there_is():
     shape = demo_shape("bfloat16")
     plan = make_plan(shape, [[0] * 8] * 6)
-    huge = plan.model_copy(update={"host_memory_bytes": HostMemory(experts=10**15, embedding=0)})
-    assert_refused(DEMO, "its experts need 1000000.00 GB of host memory, and loading them .*, but .* GB are available", huge)
+    huge = with_rank(plan, host_memory_bytes=HostMemory(experts=10**15, embedding=0))
+    assert_refused(
+        DEMO,
+        "its experts need 1000000.00 GB of host memory, and loading them .*, but .* GB are"
+        " available",
+        huge,
+    )
 
 
 def test_more_threads_than_cores():
     shape = demo_shape("bfloat16")
-    assert_refused(DEMO, "cpu_threads is 4096, but .* cores are available", make_plan(shape, [[0] * 8] * 6, threads=4096))
+    assert_refused(
+        DEMO,
+        "cpu_threads is 4096, but .* cores are available",
+        make_plan(shape, [[0] * 8] * 6, threads=4096),
+    )
 
 
-def test_a_file_that_shrinks_while_it_is_read(copy):
+def test_a_file_that_shrinks_while_it_is_read(model):
     """What a loading thread finds wrong is said as if the main thread had."""
-    loader = ModelLoader(plan(), copy)
-    shard = copy / SHARDS[1]
+    loader = ModelLoader(plan(), model)
+    shard = model / SHARDS[1]
     os.truncate(shard, shard.stat().st_size // 2)
     with pytest.raises(FiddlerError, match="cut off while it was read"):
         ExpertStore(loader.plan, torch.device("cpu"), DEMO).load(loader.weights)
@@ -192,7 +217,9 @@ def test_dummy_weights_are_the_same_wherever_they_are_placed():
     shape = demo_shape("float32")
     logits = []
     for resident, share in ((0, 0.0), (8, 0.0), (3, 0.6)):
-        model, _ = load_model(make_plan(shape, [[resident] * 8] * 6, share={1: share}), DEMO, load_format="dummy")
+        model, _ = load_model(
+            make_plan(shape, [[resident] * 8] * 6, share={1: share}), DEMO, load_format="dummy"
+        )
         with torch.no_grad():
             logits.append(model(torch.arange(20, device=model.device).unsqueeze(0)).logits)
     assert all(torch.allclose(each, logits[0], rtol=1e-4, atol=1e-4) for each in logits)

@@ -3,12 +3,13 @@
 import io
 
 import pytest
-from conftest import demo_shape, make_plan
+from conftest import demo_shape, make_plan, with_rank
 from rich.console import Console
 
-from fiddler_opt.compare import Change, Comparison, Move, compare, print_comparison
+from fiddler_opt.insight.compare import Change, Comparison, Move, compare
+from fiddler_opt.insight.compare_report import print_comparison
 from fiddler_run.errors import FiddlerError
-from fiddler_run.plan import Plan
+from fiddler_run.plan.schema import Plan
 
 FIRST = [[0, 8, 0, 0, 0, 0, 0, 0], *[[0] * 8] * 5]
 SECOND = [[0, 3, 4, 0, 0, 0, 0, 0], *[[0] * 8] * 4, [0, 0, 0, 0, 0, 0, 0, 8]]
@@ -19,6 +20,9 @@ def plan(resident: list[list[int]], **changes) -> Plan:
     made = make_plan(demo_shape(), resident)
     for path, value in changes.items():
         section, _, key = path.partition("__")
+        if section == "rank":
+            made = with_rank(made, **{key: value})
+            continue
         value = getattr(made, section).model_copy(update={key: value}) if key else value
         made = made.model_copy(update={section: value})
     return made
@@ -36,8 +40,21 @@ def printed(comparison: Comparison) -> list[list[str]]:
 @pytest.fixture
 def better() -> Comparison:
     """25 % more tokens/s, of which 64 - 1 follow the first."""
-    faster = {"predicted__decode_tokens_per_s": 1.25, "predicted__ttft_s": 0.8, "predicted__gpu_hit_rate": 0.62}
-    return compare(plan(FIRST), plan(SECOND, cpu_threads=2, stream_share={1: 0.0, 9: 0.5}, workload__max_seq_len=512, **faster))
+    faster = {
+        "predicted__decode_tokens_per_s": 1.25,
+        "predicted__ttft_s": 0.8,
+        "predicted__gpu_hit_rate": 0.62,
+    }
+    return compare(
+        plan(FIRST),
+        plan(
+            SECOND,
+            rank__cpu_threads=2,
+            rank__stream_share={1: 0.0, 9: 0.5},
+            workload__max_seq_len=512,
+            **faster,
+        ),
+    )
 
 
 def test_what_moved(better):
@@ -58,8 +75,24 @@ def test_which_settings_differ(better):
         Change("stream_share[9]", 0.0, 0.5),
     ]
     lines = printed(better)
-    for line in (["cpu_threads", "1", "2"], ["stream_share[9]", "0.0%", "50.0%"], ["gpu_memory_bytes.experts", "393.22", "KB"]):
+    for line in (
+        ["cpu_threads", "1", "2"],
+        ["stream_share[9]", "0.0%", "50.0%"],
+        ["gpu_memory_bytes.experts", "393.22", "KB"],
+    ):
         assert line in [words[: len(line)] for words in lines]
+
+
+def test_budget_and_encoding_are_settings():
+    """As a plan's file holds them; the dtype is the model's, so it cannot differ."""
+    changed = plan(FIRST, budget__gpu_bytes=2 * 10**9, budget__host_bytes=10**9, encoding="other")
+    found = compare(plan(FIRST), changed)
+    assert found.settings == [
+        Change("encoding", "fp32", "other"),
+        Change("budget.gpu_bytes", 2**30, 2 * 10**9),
+        Change("budget.host_bytes", None, 10**9),
+    ]
+    assert ["budget.gpu_bytes", "1.07", "GB", "2.00", "GB"] in printed(found)
 
 
 def test_what_it_gains(better):
@@ -80,23 +113,39 @@ def test_what_it_gains(better):
 
 
 def test_predictions_for_other_work_are_told_apart():
-    other = compare(plan(FIRST), plan(FIRST, workload__output_tokens=32, provenance__machine_sha256="0123456789"))
+    other = compare(
+        plan(FIRST),
+        plan(FIRST, workload__output_tokens=32, provenance__machine_sha256="0123456789"),
+    )
     assert "workload_s" not in {change.name for change in other.predictions}
     assert [note.split(",")[0] for note in other.notes] == [
         "the plans are for different workloads",
         "the plans were made from different machine profiles",
     ]
     assert [change.name for change in other.settings] == ["machine", "workload.output_tokens"]
-    batch = compare(*[plan(FIRST, workload__batch_size=2)] * 2)  # tokens/s of both sequences: 1 + 2 * 63 / 1
+    batch = compare(
+        *[plan(FIRST, workload__batch_size=2)] * 2
+    )  # tokens/s of both sequences: 1 + 2 * 63 / 1
     assert batch.predictions[-1] == Change("workload_s", 127.0, 127.0)
 
 
 def test_the_same_plan():
     """Made at another time, from the folder of the model named in another way."""
-    again = plan(FIRST, provenance__created="2026-02-02", provenance__solve_s=1.0, model__name="../examples/tiny-mixtral")
+    again = plan(
+        FIRST,
+        provenance__created="2026-02-02",
+        provenance__solve_s=1.0,
+        model__name="../examples/tiny-mixtral",
+    )
     assert compare(plan(FIRST), again).same
     assert len(printed(compare(plan(FIRST), again))) == 1
-    for change in ({"predicted__ttft_s": 2.0}, {"cpu_pinned": True}, {"disk_blocks": {0: [0] * 7 + [1]}}):
+    for change in (
+        {"predicted__ttft_s": 2.0},
+        {"encoding": "bf16"},
+        {"budget__host_bytes": 10**9},
+        {"rank__cpu_pinned": True},
+        {"rank__disk_blocks": {0: [0] * 7 + [1]}},
+    ):
         different = compare(plan(FIRST), plan(FIRST, **change))
         assert not different.same
         assert len(printed(different)) > 1
@@ -105,9 +154,18 @@ def test_the_same_plan():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model__name": "mistralai/Mixtral-8x7B-v0.1"}, "of different models .*tiny-mixtral and mistralai/Mixtral-8x7B-v0.1"),
-        ({"model__dtype": "bfloat16"}, "of different models cannot be compared: model.dtype is float32 and bfloat16"),
-        ({"block_neurons": 64}, "of different block sizes cannot be compared: block_neurons is 32 and 64"),
+        (
+            {"model__name": "mistralai/Mixtral-8x7B-v0.1"},
+            "of different models .*tiny-mixtral and mistralai/Mixtral-8x7B-v0.1",
+        ),
+        (
+            {"model__dtype": "bfloat16"},
+            "of different models cannot be compared: model.dtype is float32 and bfloat16",
+        ),
+        (
+            {"block_neurons": 64},
+            "of different block sizes cannot be compared: block_neurons is 32 and 64",
+        ),
     ],
     ids=str,
 )

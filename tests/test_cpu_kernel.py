@@ -1,4 +1,6 @@
-"""The compiled CPU kernel: every instruction set that this CPU has, any number of tokens and calls, against float64."""
+"""The compiled CPU kernel: every instruction set that this CPU has, any number of tokens and calls,
+against float64.
+"""
 
 import random
 import time
@@ -8,19 +10,17 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from hand_over import BLOCKS, CPU, HIDDEN, NEURONS, TOLERANCE, compiled, random_blocks
 
-from fiddler_run.kernels import cpu
-from fiddler_run.kernels.cpu import CompiledExperts, CpuCall, PyTorchExperts, cpu_experts, library, supported_variants
+from fiddler_run.encodings.plain import Bf16, Fp32
+from fiddler_run.kernels import library as kernel_library
+from fiddler_run.kernels import table
+from fiddler_run.kernels.cpu import CompiledExperts, CpuCall, PyTorchExperts
+from fiddler_run.kernels.library import library, supported_variants
+from fiddler_run.kernels.table import kernels_for
 
 if library() is None:
     pytest.skip("the kernel is not built", allow_module_level=True)
-
-HIDDEN, NEURONS = 96, 64
-TOLERANCE = 3e-3  # one rounding of the products to bfloat16
-
-
-def random_blocks(count: int) -> torch.Tensor:
-    return torch.randn(count, 3 * NEURONS * HIDDEN).mul_(0.1).bfloat16()
 
 
 def exact(calls: list[CpuCall], states: torch.Tensor) -> torch.Tensor:
@@ -28,11 +28,15 @@ def exact(calls: list[CpuCall], states: torch.Tensor) -> torch.Tensor:
     for call in calls:
         rows = torch.from_numpy(call.rows)
         x = states[rows].double()
-        for block in call.blocks.double():
+        for block in call.blocks.view(torch.bfloat16).double():
             gate, up, down = block.split(NEURONS * HIDDEN)
-            gate, up, down = gate.view(NEURONS, HIDDEN), up.view(NEURONS, HIDDEN), down.view(HIDDEN, NEURONS)
+            gate = gate.view(NEURONS, HIDDEN)
+            up = up.view(NEURONS, HIDDEN)
+            down = down.view(HIDDEN, NEURONS)
             product = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-            output.index_add_(0, rows, product @ down.T * torch.from_numpy(call.weights).double().unsqueeze(1))
+            output.index_add_(
+                0, rows, product @ down.T * torch.from_numpy(call.weights).double().unsqueeze(1)
+            )
     return output
 
 
@@ -41,7 +45,11 @@ def random_calls(rng: random.Random, tokens: int) -> list[CpuCall]:
     calls = []
     for _ in range(rng.randint(1, 4)):
         rows = np.array(sorted(rng.sample(range(tokens), rng.randint(1, tokens))), dtype=np.int64)
-        calls.append(CpuCall(random_blocks(rng.randint(0, 3)), rows, np.random.rand(len(rows)).astype(np.float32)))
+        calls.append(
+            CpuCall(
+                random_blocks(rng.randint(0, 3)), rows, np.random.rand(len(rows)).astype(np.float32)
+            )
+        )
     return calls
 
 
@@ -50,9 +58,10 @@ def random_calls(rng: random.Random, tokens: int) -> list[CpuCall]:
 def test_against_float64(variant, tokens):
     torch.manual_seed(tokens)
     rng = random.Random(tokens)
-    kernel = CompiledExperts(2, variant=variant)
+    kernel = compiled(2, variant)
     for _ in range(4):
-        calls, states = random_calls(rng, tokens), torch.randn(tokens, HIDDEN).bfloat16()
+        calls = random_calls(rng, tokens)
+        states = torch.randn(tokens, HIDDEN).bfloat16()
         output = torch.full(states.shape, torch.nan)
         kernel.submit(calls, states, output)
         kernel.wait()
@@ -64,10 +73,11 @@ def test_against_float64(variant, tokens):
 def test_the_same_bits_for_any_number_of_threads(variant):
     torch.manual_seed(0)
     for tokens in (1, 9, 40):
-        calls, states = random_calls(random.Random(tokens), tokens), torch.randn(tokens, HIDDEN).bfloat16()
+        calls = random_calls(random.Random(tokens), tokens)
+        states = torch.randn(tokens, HIDDEN).bfloat16()
         outputs = []
         for threads in (1, 2, 3, 7):
-            kernel = CompiledExperts(threads, variant=variant)
+            kernel = compiled(threads, variant)
             for _ in range(5):
                 outputs.append(torch.empty(states.shape))
                 kernel.submit(calls, states, outputs[-1])
@@ -78,16 +88,20 @@ def test_the_same_bits_for_any_number_of_threads(variant):
 def test_many_jobs_without_a_pause():
     """Threads that wake late must neither enter a job that is over nor miss one."""
     torch.manual_seed(1)
-    kernel = CompiledExperts(3, spin_us=0)
+    kernel = compiled(3, spin_us=0)
     rng = random.Random(1)
-    jobs = [(random_calls(rng, tokens), torch.randn(tokens, HIDDEN).bfloat16()) for tokens in (1, 1, 3, 8, 1, 14)]
+    jobs = [
+        (random_calls(rng, tokens), torch.randn(tokens, HIDDEN).bfloat16())
+        for tokens in (1, 1, 3, 8, 1, 14)
+    ]
     expected = []
     for calls, states in jobs:
         expected.append(torch.empty(states.shape))
         kernel.submit(calls, states, expected[-1])
         kernel.wait()
     for step in range(3000):
-        (calls, states), right = jobs[step % len(jobs)], expected[step % len(jobs)]
+        (calls, states) = jobs[step % len(jobs)]
+        right = expected[step % len(jobs)]
         output = torch.empty(states.shape)
         kernel.submit(calls, states, output)
         if step % 7:
@@ -100,27 +114,29 @@ def test_infinities_and_nans_are_not_hidden():
     states = torch.ones(1, HIDDEN).bfloat16()
     states[0, 3] = torch.nan
     for variant in supported_variants():
-        assert CompiledExperts(1, variant=variant).apply(random_blocks(1), states).isnan().all()
+        assert compiled(1, variant).apply(random_blocks(1), states).isnan().all()
 
 
 def test_pytorch_takes_what_the_kernel_cannot():
-    assert isinstance(cpu_experts(1, False, 20, torch.bfloat16, HIDDEN, NEURONS), CompiledExperts)
-    for dtype, hidden, neurons in ((torch.float32, 64, 64), (torch.bfloat16, 24, 64), (torch.bfloat16, 64, 16)):
-        assert isinstance(cpu_experts(1, False, 20, dtype, hidden, neurons), PyTorchExperts)
+    assert isinstance(kernels_for(BLOCKS, CPU, 1).cpu, CompiledExperts)
+    for blocks in (Fp32(64, 64), Bf16(24, 64), Bf16(64, 16)):
+        assert isinstance(kernels_for(blocks, CPU, 1).cpu, PyTorchExperts)
 
 
 def test_without_a_kernel_it_says_so_once(monkeypatch, caplog):
-    monkeypatch.setattr(cpu, "library", lambda: None)
-    monkeypatch.setattr(cpu, "compiled", cache(cpu.compiled.__wrapped__))
+    monkeypatch.setattr(kernel_library, "library", lambda: None)
+    monkeypatch.setattr(table, "compiled", cache(kernel_library.compiled.__wrapped__))
     for _ in range(3):
-        assert isinstance(cpu_experts(1, False, 20, torch.bfloat16, HIDDEN, NEURONS), PyTorchExperts)
-    assert [record.message.split(",")[0] for record in caplog.records] == ["the CPU kernel is not built"]
+        assert isinstance(kernels_for(BLOCKS, CPU, 1).cpu, PyTorchExperts)
+    (record,) = caplog.records
+    assert record.message.startswith("the CPU kernel is not built,")
 
 
 def test_the_finished_job_is_marked():
     finished = torch.zeros(1, dtype=torch.int64)
-    for kernel in (CompiledExperts(1), CompiledExperts(3), PyTorchExperts()):
-        states, output = torch.randn(2, HIDDEN).bfloat16(), torch.empty(2, HIDDEN)
+    for kernel in (compiled(1), compiled(3), PyTorchExperts(BLOCKS)):
+        states = torch.randn(2, HIDDEN).bfloat16()
+        output = torch.empty(2, HIDDEN)
         kernel.submit(random_calls(random.Random(0), 2), states, output, finished, 7)
         kernel.wait()
         assert finished.item() == 7
@@ -129,9 +145,16 @@ def test_the_finished_job_is_marked():
 
 def test_a_job_is_finished_without_waiting_for_it():
     """What a GPU relies on that waits for the mark."""
-    kernel, finished = CompiledExperts(2), torch.zeros(1, dtype=torch.int64)
+    kernel = compiled(2)
+    finished = torch.zeros(1, dtype=torch.int64)
     assert kernel.finishes_alone
-    kernel.submit(random_calls(random.Random(0), 2), torch.randn(2, HIDDEN).bfloat16(), torch.empty(2, HIDDEN), finished, 1)
+    kernel.submit(
+        random_calls(random.Random(0), 2),
+        torch.randn(2, HIDDEN).bfloat16(),
+        torch.empty(2, HIDDEN),
+        finished,
+        1,
+    )
     deadline = time.monotonic() + 60
     while finished.item() != 1:
         assert time.monotonic() < deadline
@@ -140,13 +163,15 @@ def test_a_job_is_finished_without_waiting_for_it():
 
 
 def test_two_threads_share_a_pool():
-    kernel = CompiledExperts(2)
+    kernel = compiled(2)
     torch.manual_seed(2)
     inputs = [(random_blocks(2), torch.randn(3, HIDDEN).bfloat16()) for _ in range(2)]
     expected = [kernel.apply(*each) for each in inputs]
 
     def wrong(number: int) -> int:
-        return sum(not torch.equal(kernel.apply(*inputs[number]), expected[number]) for _ in range(2000))
+        return sum(
+            not torch.equal(kernel.apply(*inputs[number]), expected[number]) for _ in range(2000)
+        )
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(wrong, (0, 1))) == [0, 0]
@@ -154,9 +179,12 @@ def test_two_threads_share_a_pool():
 
 def test_a_pool_that_goes_finishes_its_job():
     """A GPU may be waiting for it."""
-    finished, output = torch.zeros(1, dtype=torch.int64), torch.full((2, HIDDEN), torch.nan)
-    kernel = CompiledExperts(2)
-    kernel.submit(random_calls(random.Random(0), 2), torch.randn(2, HIDDEN).bfloat16(), output, finished, 1)
+    finished = torch.zeros(1, dtype=torch.int64)
+    output = torch.full((2, HIDDEN), torch.nan)
+    kernel = compiled(2)
+    kernel.submit(
+        random_calls(random.Random(0), 2), torch.randn(2, HIDDEN).bfloat16(), output, finished, 1
+    )
     del kernel
     assert finished.item() == 1
     assert not output.isnan().any()
@@ -164,10 +192,10 @@ def test_a_pool_that_goes_finishes_its_job():
 
 def test_an_instruction_set_that_is_not_there():
     with pytest.raises(ValueError, match="sse1: not one of "):
-        CompiledExperts(1, variant="sse1")
+        compiled(1, "sse1")
 
 
 def test_reading_any_number_of_bytes():
-    kernel = CompiledExperts(2)
+    kernel = compiled(2)
     for size in (1, 63, 2**18, 2**18 + 3, 10**6 + 1):
-        kernel.read(torch.zeros(size, dtype=torch.uint8))
+        kernel.pool.read(torch.zeros(size, dtype=torch.uint8))

@@ -1,9 +1,11 @@
 """The promise: whatever the placement, the model is the reference's.
 
-float32: logits within 1e-4 of stock transformers, relative to the largest logit, and the same 64 greedy tokens.
-bfloat16: per layer, on the same input, the relative error against float64 is at most 5e-3 (one rounding to bfloat16 is up to
-3.9e-3). Logits of a whole bfloat16 model are no fit measure: where two experts' scores nearly tie, stock transformers differs
-from itself by as much between its own implementations.
+float32: logits within 1e-4 of stock transformers, relative to the largest logit, and the same
+greedy tokens.
+bfloat16: per layer, on the same input, the relative error against float64 is at most 5e-3 (one
+rounding to bfloat16 is up to 3.9e-3). Logits of a whole bfloat16 model are no fit measure: where
+two experts' scores nearly tie, stock transformers differs from itself by as much between its own
+implementations.
 """
 
 import random
@@ -11,16 +13,21 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, demo_shape, make_plan, random_plan
-from transformers import MixtralForCausalLM
+from conftest import DEMO, demo_shape, make_plan, random_plan, with_rank
+from models import Stock, move_experts
 
 from fiddler_run import load_model
-from fiddler_run.arena import ExpertStore
-from fiddler_run.checkpoint import Checkpoint
-from fiddler_run.dispatch import LayerDispatch, expert_groups
-from fiddler_run.model import make_executors
+from fiddler_run.engine.calls import expert_groups
+from fiddler_run.engine.engine import make_engine
+from fiddler_run.engine.layer import ExpertsLayer
+from fiddler_run.models.table import FAMILIES
+from fiddler_run.weights.checkpoint import Checkpoint
+from fiddler_run.weights.store import ExpertStore
+from fiddler_run.weights.tensor_files import TensorFiles
 
-LOGITS_TOLERANCE, BF16_TOLERANCE = 1e-4, 5e-3
+LOGITS_TOLERANCE = 1e-4
+BF16_TOLERANCE = 5e-3
+NEW_TOKENS = 24
 TEXTS = [
     "Once upon a time there was a brave owl named Ruby.",
     "7 * 8 = ",
@@ -28,78 +35,61 @@ TEXTS = [
     "What is 12 plus 30? The answer is",
     "One bright morning",
 ]
+BATCHES = [TEXTS[:1], TEXTS[1:2] * 2, TEXTS[:3], TEXTS[3:4] * 4, TEXTS]  # the third and last padded
 
 
-class Reference:
-    """Stock transformers on the same device; what it gave for an input is kept.
-
-    Its eager experts, because its default ones refuse sizes that are no multiple of 16 bytes.
-    """
-
-    def __init__(self, folder, device):
-        model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
-        self.model = model.to(device).eval()
-        self._kept = {}
-
-    @torch.no_grad()
-    def __call__(self, key, ids, mask, new_tokens):
-        if key not in self._kept:
-            logits = self.model(ids, attention_mask=mask).logits
-            tokens = self.model.generate(
-                ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False
-            )
-            self._kept[key] = logits, tokens
-        return self._kept[key]
-
-
-def assert_same(model, reference, key, ids, mask, new_tokens):
-    expected_logits, expected_tokens = reference(key, ids, mask, new_tokens)
+def assert_same(model, stock: Stock, encoded, new_tokens: int = NEW_TOKENS) -> None:
+    ids = encoded["input_ids"]
+    mask = encoded["attention_mask"]
+    expected = stock.logits(ids, mask)
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits
     seen = mask.bool()
-    worst = (logits - expected_logits)[seen].abs().max() / expected_logits[seen].abs().max()
+    worst = (logits - expected)[seen].abs().max() / expected[seen].abs().max()
     assert worst <= LOGITS_TOLERANCE
-    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-    assert torch.equal(tokens, expected_tokens)
+    tokens = model.generate(ids, attention_mask=mask, **greedy(new_tokens))
+    of_stock = stock.generate(ids, mask, **greedy(max(new_tokens, NEW_TOKENS)))
+    assert torch.equal(tokens, of_stock[:, : tokens.shape[1]])
 
 
-@pytest.fixture(scope="module")
-def reference(device):
-    return Reference(DEMO, device)
+def greedy(new_tokens: int) -> dict:
+    return {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_random_placements(seed, reference, device):
-    """30 placements of the demo model; batches of 1 to 5, padded on the left or all of one length."""
-    rng = random.Random(seed)
-    model, tokenizer = load_model(random_plan(demo_shape(), rng), DEMO)
-    batch, padded = seed % 5 + 1, seed % 2 == 1 and seed % 5 > 0
-    texts = TEXTS[:batch] if padded else [TEXTS[seed % 5]] * batch
-    encoded = tokenizer(texts, return_tensors="pt", padding=True).to(device)
-    assert bool((encoded["attention_mask"] == 0).any()) == padded
-    assert_same(model, reference, (batch, padded, seed % 5), encoded["input_ids"], encoded["attention_mask"], 64)
+def encode(tokenizer, texts: list[str], device: torch.device):
+    return tokenizer(texts, return_tensors="pt", padding=True).to(device)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_placements(seed, place, stock, device):
+    """Batches of 1 to 5, padded on the left or all of one length; experts of 8, 4 or 2 blocks."""
+    block_neurons = (32, 128, 64)[seed % 3]
+    model, tokenizer = place(random_plan(demo_shape(), random.Random(seed), block_neurons))
+    texts = BATCHES[seed % 5]
+    encoded = encode(tokenizer, texts, device)
+    assert bool((encoded["attention_mask"] == 0).any()) == (len(set(texts)) > 1)
+    assert_same(model, stock, encoded, 64 if seed == 0 else NEW_TOKENS)
 
 
 @pytest.mark.parametrize("executor", ["resident", "streamed", "cpu"])
-def test_one_executor_alone(executor, reference, device):
-    plan = make_plan(demo_shape(), [[8 if executor == "resident" else 0] * 8] * 6, share={1: float(executor == "streamed")})
-    model, tokenizer = load_model(plan, DEMO)
-    encoded = tokenizer(TEXTS[2], return_tensors="pt").to(device)
-    assert_same(model, reference, executor, encoded["input_ids"], encoded["attention_mask"], 64)
-    assert model.executors.traffic.hit_rate == (1.0 if executor == "resident" else 0.0)
+def test_one_executor_alone(executor, place, stock, device):
+    resident = [[4 if executor == "resident" else 0] * 8] * 6
+    share = {1: float(executor == "streamed")}
+    model, tokenizer = place(make_plan(demo_shape(), resident, 64, share))
+    assert_same(model, stock, encode(tokenizer, TEXTS[2:3], device))
+    hit_rate = model.engine.resources.traffic.hit_rate
+    assert hit_rate == (1.0 if executor == "resident" else 0.0)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_where_nothing_is_streamed(seed, reference, device):
+@pytest.mark.parametrize("seed", range(2))
+def test_where_nothing_is_streamed(seed, place, stock, device):
     """Then a machine without a GPU computes all blocks, wherever they lie, in one job."""
-    plan = random_plan(demo_shape(), random.Random(100 + seed))
-    memory = plan.gpu_memory_bytes.model_copy(update={"staging": 0})
-    plan = plan.model_copy(update={"gpu_memory_bytes": memory, "stream_share": {1: 0.0}})
-    model, tokenizer = load_model(plan, DEMO)
-    assert model.executors.ring is None
-    encoded = tokenizer(TEXTS, return_tensors="pt", padding=True).to(device)
-    assert_same(model, reference, "unstreamed", encoded["input_ids"], encoded["attention_mask"], 32)
-    assert 0 < model.executors.traffic.hit_rate < 1
+    plan = random_plan(demo_shape(), random.Random(100 + seed), block_neurons=64)
+    memory = plan.rank.gpu_memory_bytes.model_copy(update={"staging": 0})
+    model, tokenizer = place(with_rank(plan, gpu_memory_bytes=memory, stream_share={1: 0.0}))
+    assert model.engine.resources.ring is None
+    assert_same(model, stock, encode(tokenizer, TEXTS, device))
+    assert 0 < model.engine.resources.traffic.hit_rate < 1
 
 
 @pytest.mark.parametrize(
@@ -113,29 +103,37 @@ def test_where_nothing_is_streamed(seed, reference, device):
         {"tie_word_embeddings": True},
         {"num_hidden_layers": 1},
         {"head_dim": 16},
-        {"num_local_experts": 4, "intermediate_size": 75, "tie_word_embeddings": True, "num_hidden_layers": 1},
+        {
+            "num_local_experts": 4,
+            "intermediate_size": 75,
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 1,
+        },
     ],
     ids=str,
 )
 def test_odd_shapes(overrides, random_checkpoint, device):
     folder, shape = random_checkpoint(**overrides)
-    reference = Reference(folder, device)
+    stock = Stock(folder, device)
     ids = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(1)).to(device)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
-    for seed in range(3):
-        model, _ = load_model(random_plan(shape, random.Random(seed)), folder)
-        assert_same(model, reference, "same", ids, mask, 32)
+    plans = [random_plan(shape, random.Random(seed)) for seed in range(3)]
+    model, _ = load_model(plans[0], folder)
+    for plan in plans:
+        move_experts(model, plan, folder)
+        assert_same(model, stock, {"input_ids": ids, "attention_mask": mask}, 8)
 
 
 def exact_layer(states, index, weights, experts):
     """One layer's experts in float64."""
     output = torch.zeros(states.shape, dtype=torch.float64)
-    for token in range(len(states)):
-        for expert, weight in zip(index[token].tolist(), weights[token].tolist(), strict=True):
-            gate, up, down = (tensor.double() for tensor in experts[expert])
-            x = states[token].double()
-            output[token] += weight * ((torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+    for expert, matrices in enumerate(experts):
+        gate, up, down = (matrix.double() for matrix in matrices)
+        tokens, choices = torch.where(index == expert)
+        x = states[tokens].double()
+        hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        output[tokens] += weights[tokens, choices].double().unsqueeze(1) * (hidden @ down.T)
     return output
 
 
@@ -143,44 +141,48 @@ def exact_layer(states, index, weights, experts):
 def test_bfloat16_layer_against_float64(tokens, device):
     rng = random.Random(tokens)
     plan = random_plan(demo_shape("bfloat16"), rng)
-    checkpoint, store = Checkpoint.of_experts(DEMO, plan.model), ExpertStore(plan, device, DEMO)
+    rank = plan.rank
+    checkpoint = Checkpoint(TensorFiles(DEMO), FAMILIES["mixtral"])
+    store = ExpertStore(plan, device, DEMO)
     store.load(checkpoint)
-    executors = make_executors(plan, device)
+    engine = make_engine(plan.blocks, device, rank.cpu_threads, 3, rank.cpu_pinned)
     torch.manual_seed(tokens)
-    for layer in range(6):
+    for number in range(6):
         states = torch.randn(tokens, 128).bfloat16()
         index = torch.stack([torch.randperm(8)[:2] for _ in range(tokens)])
         weights = torch.rand(tokens, 2).softmax(dim=1)
-        experts = [[matrix.clone() for matrix in checkpoint.expert(layer, e)] for e in range(8)]
+        experts = [checkpoint.expert(number, expert) for expert in range(8)]
         expected = exact_layer(states, index, weights, experts)
-        for _ in range(4):  # shares of none to all of the absent blocks
+        for _ in range(4):  # shares of none to all of the host blocks
             share = rng.choice([0.0, rng.random(), 1.0])
-            places = store.resident[layer], store.absent[layer]
-            dispatch = LayerDispatch(layer, *places, lambda _, s=share: s, executors, store.on_disk[layer])
-            output = dispatch(states.to(device), index.to(device), weights.to(device))
+            places = store.resident[number], store.host[number]
+            layer = ExpertsLayer(
+                number, *places, lambda _, s=share: s, engine, store.on_disk[number]
+            )
+            output = layer(states.to(device), index.to(device), weights.to(device))
             assert output.dtype == torch.bfloat16
             error = (output.double().cpu() - expected).norm() / expected.norm()
             assert error <= BF16_TOLERANCE
 
 
-def test_embedding_in_host_memory(device, tmp_path):
-    """With any tokens and shapes; and some experts on another disk, of which nothing is left to see."""
-    shape = demo_shape()
-    plan = make_plan(shape, [[2] * 8] * 6, on_disk=[[1, 0, 6, 2, 3, 0, 0, 4]] * 6)
-    in_host = plan.host_memory_bytes.model_copy(update={"embedding": 1})
-    model, tokenizer = load_model(plan.model_copy(update={"host_memory_bytes": in_host}), DEMO, disk_folder=tmp_path)
+def test_embedding_in_host_memory(stock, device, tmp_path):
+    """With some experts on another disk, where no file is left to see."""
+    plan = make_plan(demo_shape(), [[2] * 8] * 6, on_disk=[[1, 0, 6, 2, 3, 0, 0, 4]] * 6)
+    in_host = plan.rank.host_memory_bytes.model_copy(update={"embedding": 1})
+    plan = with_rank(plan, host_memory_bytes=in_host)
+    model, tokenizer = load_model(plan, DEMO, disk_folder=tmp_path)
     assert not any(tmp_path.iterdir())
     assert not any("embed_tokens" in name for name, _ in model.named_parameters())
     assert model.device.type == device.type
-    encoded = tokenizer(TEXTS, return_tensors="pt", padding=True).to(device)
-    assert_same(model, Reference(DEMO, device), "texts", encoded["input_ids"], encoded["attention_mask"], 16)
+    assert_same(model, stock, encode(tokenizer, TEXTS, device), 12)
 
 
-def test_the_same_input_gives_the_same_bits(device):
-    model, tokenizer = load_model(random_plan(demo_shape("bfloat16"), random.Random(9)), DEMO)
-    encoded = tokenizer(TEXTS, return_tensors="pt", padding=True).to(device)
+def test_the_same_input_gives_the_same_bits(place, device):
+    model, tokenizer = place(random_plan(demo_shape("bfloat16"), random.Random(9)))
+    encoded = encode(tokenizer, TEXTS, device)
     with torch.no_grad():
-        first, second = (model(**encoded).logits for _ in range(2))
+        first = model(**encoded).logits
+        second = model(**encoded).logits
     assert torch.equal(first, second)
 
 
@@ -188,5 +190,5 @@ def test_every_choice_is_grouped_once():
     index = np.array([[2, 0], [0, 3], [2, 3]])
     weights = np.array([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1]])
     groups = expert_groups(index, weights, 5)
-    calls = {expert: (rows.tolist(), chosen.tolist()) for expert, rows, chosen in groups}
+    calls = {group.expert: (group.rows.tolist(), group.weights.tolist()) for group in groups}
     assert calls == {0: ([0, 1], [0.4, 0.7]), 2: ([0, 2], [0.6, 0.9]), 3: ([1, 2], [0.3, 0.1])}

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fiddler_run import host
+from fiddler_run.system import host
 
 GB = 10**9
 
@@ -56,7 +56,14 @@ def machine(tmp_path, monkeypatch):
             16,
         ),
     ],
-    ids=["no files", "no quota", "the parent's quota", "half a core", "version 1", "version 1 without quota"],
+    ids=[
+        "no files",
+        "no quota",
+        "the parent's quota",
+        "half a core",
+        "version 1",
+        "version 1 without quota",
+    ],
 )
 def test_cores_within_quotas(machine, files, cores):
     machine(files, set(range(16)))
@@ -96,7 +103,9 @@ def test_memory_without_proc(machine):
 
 
 def test_one_thread_of_each_core_comes_first(machine):
-    """Four cores of two threads, nodes interleaved; CPU 2 may not be used, so its core is there as CPU 6."""
+    """Four cores of two threads, nodes interleaved; CPU 2 may not be used, so its core is there as
+    CPU 6.
+    """
     cpu = "sys/devices/system/cpu/cpu{}/{}".format
     siblings = {cpu(n, "topology/thread_siblings_list"): f"{n % 4},{n % 4 + 4}\n" for n in range(8)}
     nodes = {cpu(n, f"node{n % 2}/cpulist"): "" for n in range(8)}

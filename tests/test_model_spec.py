@@ -2,7 +2,7 @@
 
 import pytest
 
-from fiddler_opt.model import DEFAULT_MODEL, ModelSpec
+from fiddler_opt.inputs.model import DEFAULT_MODEL, ModelSpec
 from fiddler_run.errors import FiddlerError
 
 
@@ -14,9 +14,10 @@ def mixtral() -> ModelSpec:
 def test_expert(mixtral):
     # gate, up and down: 3 matrices of 4096 x 14336 in 2 bytes
     assert mixtral.block_neurons == 896
-    assert mixtral.shape.blocks_per_expert(896) == 16
-    assert mixtral.shape.block_bytes(896) == 22_020_096
-    assert mixtral.shape.expert_bytes(896) == 352_321_536
+    assert mixtral.encoding == "bf16"
+    assert mixtral.blocks_per_expert == 16
+    assert mixtral.block_bytes == 22_020_096
+    assert mixtral.expert_bytes == 352_321_536
 
 
 def test_whole_model(mixtral):
@@ -35,13 +36,14 @@ def test_kv_cache(mixtral):
 
 
 def test_an_indivisible_expert_is_padded(mixtral):
-    shape = mixtral.shape.model_copy(update={"intermediate_size": 100})
-    assert shape.blocks_per_expert(32) == 4
-    assert shape.expert_bytes(32) == 4 * 3 * 32 * 4096 * 2
+    narrow = ModelSpec.from_config({**mixtral.sizes.raw, "intermediate_size": 100}, "m", "here")
+    assert narrow.block_neurons == 32
+    assert narrow.blocks_per_expert == 4
+    assert narrow.expert_bytes == 4 * 3 * 32 * 4096 * 2
 
 
 def test_tied_embeddings_count_once(mixtral):
-    tied = ModelSpec.from_config({**mixtral.config, "tie_word_embeddings": True}, "tied", "here")
+    tied = ModelSpec.from_config({**mixtral.sizes.raw, "tie_word_embeddings": True}, "tied", "here")
     assert mixtral.head_bytes - tied.head_bytes == 32_000 * 4096 * 2
 
 
@@ -51,15 +53,20 @@ def test_tied_embeddings_count_once(mixtral):
         ({"model_type": "llama"}, "model_type is 'llama'; only 'mixtral' is supported"),
         ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
-        ({"num_hidden_layers": "6"}, "key 'num_hidden_layers' is '6', expected a positive whole number"),
+        (
+            {"num_hidden_layers": "6"},
+            "key 'num_hidden_layers' is '6', expected a positive whole number",
+        ),
     ],
 )
 def test_refuses(mixtral, changes, message):
     with pytest.raises(FiddlerError, match=message):
-        ModelSpec.from_config({**mixtral.config, **changes}, "m", "here")
+        ModelSpec.from_config({**mixtral.sizes.raw, **changes}, "m", "here")
 
 
 def test_a_missing_key_is_named(mixtral):
-    config = {key: value for key, value in mixtral.config.items() if key != "vocab_size"}
-    with pytest.raises(FiddlerError, match="here: key 'vocab_size' is None, expected a positive whole number"):
+    config = {key: value for key, value in mixtral.sizes.raw.items() if key != "vocab_size"}
+    with pytest.raises(
+        FiddlerError, match="here: key 'vocab_size' is None, expected a positive whole number"
+    ):
         ModelSpec.from_config(config, "m", "here")

@@ -5,10 +5,12 @@ import random
 import pytest
 import yaml
 from conftest import demo_shape, make_plan, random_plan, set_key
+from planning import machine_profile, small_model
 
+from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_run.errors import FiddlerError
-from fiddler_run.files import require_writable, write_whole
-from fiddler_run.plan import Plan
+from fiddler_run.plan.schema import Plan
+from fiddler_run.system.files import require_writable, write_whole
 
 
 @pytest.fixture
@@ -25,8 +27,8 @@ def test_round_trip():
 
 def test_one_layer_per_line(plan):
     lines = plan.dump().splitlines()
-    for layer, row in plan.resident_blocks.items():
-        assert f"  {layer}: {row}" in lines
+    for layer, row in plan.rank.resident_blocks.items():
+        assert f"    {layer}: {row}" in lines
 
 
 def change(plan: Plan, path: str, value) -> str:
@@ -41,24 +43,64 @@ def change(plan: Plan, path: str, value) -> str:
     [
         ("colour", "red", "colour: unknown key"),
         ("workload.colour", "red", "workload.colour: unknown key"),
-        ("cpu_threads", ..., "cpu_threads: missing"),
-        ("cpu_threads", "four", "cpu_threads: Input should be a valid integer"),
-        ("cpu_threads", 0, "cpu_threads: Input should be greater than 0"),
-        ("cpu_threads", True, "cpu_threads: Input should be a valid integer"),
-        ("version", 1, "version: this release reads version 2, the file says 1"),
-        ("version", ..., "version: this release reads version 2, the file says None"),
+        ("ranks.0.cpu_threads", ..., r"ranks\[0\].cpu_threads: missing"),
+        ("ranks.0.cpu_threads", "four", r"ranks\[0\].cpu_threads: Input should be a valid integer"),
+        ("ranks.0.cpu_threads", 0, r"ranks\[0\].cpu_threads: Input should be greater than 0"),
+        ("ranks.0.cpu_threads", True, r"ranks\[0\].cpu_threads: Input should be a valid integer"),
+        ("version", 1, "version: this release reads version 3, the file says 1"),
+        ("version", ..., "version: this release reads version 3, the file says None"),
+        ("encoding", "int4", "encoding: int4 is not known; known are bf16"),
+        ("encoding", "bf16", "encoding: bf16 stores bfloat16, the model is float32"),
+        ("budget.gpu_bytes", -1, "budget.gpu_bytes: Input should be greater than or equal to 0"),
+        ("ranks", [], "ranks: List should have at least 1 item"),
         ("model.dtype", "int4", "model.dtype: "),
         ("predicted.ttft_s", float("nan"), "predicted.ttft_s: Input should be a finite number"),
-        ("resident_blocks.3.1", 20, r"resident_blocks\[3\]\[1\]: 20 is more than the 8 blocks of an expert"),
-        ("resident_blocks.3.1", -1, r"resident_blocks\[3\]\[1\]: Input should be greater than or equal to 0"),
-        ("resident_blocks.3", [0, 0], r"resident_blocks\[3\]: 2 numbers for 8 experts"),
-        ("resident_blocks.3", ..., "resident_blocks: needs exactly the layers 0 to 5"),
-        ("stream_share.1", 1.5, r"stream_share\[1\]: 1.5 is not between 0 and 1"),
-        ("stream_share.1", ..., "stream_share: needs an entry for 1 token"),
-        ("gpu_memory_bytes.experts", 1, "gpu_memory_bytes.experts: 1, but resident_blocks hold"),
-        ("host_memory_bytes.experts", 1, "host_memory_bytes.experts: 1, but the absent blocks hold"),
-        ("gpu_memory_bytes.total", 5, "gpu_memory_bytes.total: 5 is less than the sum of its parts"),
-        ("gpu_memory_bytes.staging", 0, "gpu_memory_bytes.staging: 0 cannot hold one block"),
+        (
+            "ranks.0.resident_blocks.3.1",
+            20,
+            r"ranks\[0\].resident_blocks\[3\]\[1\]: 20 is more than the 8 blocks of an expert",
+        ),
+        (
+            "ranks.0.resident_blocks.3.1",
+            -1,
+            r"ranks\[0\].resident_blocks\[3\]\[1\]: Input should be greater than or equal to 0",
+        ),
+        (
+            "ranks.0.resident_blocks.3",
+            [0, 0],
+            r"ranks\[0\].resident_blocks\[3\]: 2 numbers for 8 experts",
+        ),
+        (
+            "ranks.0.resident_blocks.3",
+            ...,
+            r"ranks\[0\].resident_blocks: needs exactly the layers 0 to 5",
+        ),
+        (
+            "ranks.0.stream_share.1",
+            1.5,
+            r"ranks\[0\].stream_share\[1\]: 1.5 is not between 0 and 1",
+        ),
+        ("ranks.0.stream_share.1", ..., r"ranks\[0\].stream_share: needs an entry for 1 token"),
+        (
+            "ranks.0.gpu_memory_bytes.experts",
+            1,
+            r"ranks\[0\].gpu_memory_bytes.experts: 1, but resident_blocks hold",
+        ),
+        (
+            "ranks.0.host_memory_bytes.experts",
+            1,
+            r"ranks\[0\].host_memory_bytes.experts: 1, but the host blocks hold",
+        ),
+        (
+            "ranks.0.gpu_memory_bytes.total",
+            5,
+            r"ranks\[0\].gpu_memory_bytes.total: 5 is less than the sum of its parts",
+        ),
+        (
+            "ranks.0.gpu_memory_bytes.staging",
+            0,
+            r"ranks\[0\].gpu_memory_bytes.staging: 0 cannot hold one block",
+        ),
         ("workload.max_seq_len", 70, "workload.max_seq_len: 70 is less than 16 prompt"),
     ],
 )
@@ -68,11 +110,35 @@ def test_names_the_key(plan, path, value, message):
 
 
 def test_duplicate_key(plan):
-    with pytest.raises(FiddlerError, match="here: not valid YAML: key 'cpu_threads' is given twice"):
-        Plan.parse(plan.dump() + "cpu_threads: 3\n", "here")
+    with pytest.raises(FiddlerError, match="here: not valid YAML: key 'encoding' is given twice"):
+        Plan.parse(plan.dump() + "encoding: bf16\n", "here")
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "just words", "a: [1", "? [1, 2]\n: 3", "a: 2026-13-45"])
+def test_files_of_version_2_say_how_to_remake_them(plan):
+    """A plan had its rank's keys at the top, a machine profile had other names."""
+    old_plan = plan.model_dump(exclude={"ranks", "encoding", "budget"}) | plan.rank.model_dump()
+    machine = machine_profile(small_model()).model_dump(exclude={"kernels"})
+    old_machine = {
+        **{key: value for key, value in machine.items() if key != "host_expert_us"},
+        "absent_expert_us": machine["host_expert_us"],
+    }
+    for kind, content, command in (
+        (Plan, old_plan, "fiddler-opt plan"),
+        (MachineProfile, old_machine, "fiddler-opt profile --only machine"),
+    ):
+        text = yaml.safe_dump({**content, "version": 2})
+        with pytest.raises(FiddlerError) as caught:
+            kind.parse(text, "old.yaml")
+        assert str(caught.value).startswith(
+            "old.yaml: version: this release reads version 3, the file says 2; "
+        )
+        assert str(caught.value).endswith(f"with `{command}`")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "just words", "a: [1", "? [1, 2]\n: 3", "a: 2026-13-45"]
+)
 def test_not_a_plan(text):
     with pytest.raises(FiddlerError, match="^here: "):
         Plan.parse(text, "here")
@@ -85,7 +151,7 @@ def test_missing_file(tmp_path):
 
 def test_the_stream_share_follows_the_token_count():
     plan = make_plan(demo_shape(), [[0] * 8] * 6, share={1: 0.25, 9: 0.5, 33: 1.0})
-    shares = {tokens: plan.stream_share_at(tokens) for tokens in (1, 5, 9, 21, 33, 500)}
+    shares = {tokens: plan.rank.stream_share_at(tokens) for tokens in (1, 5, 9, 21, 33, 500)}
     assert shares == {1: 0.25, 5: 0.375, 9: 0.5, 21: 0.75, 33: 1.0, 500: 1.0}
 
 

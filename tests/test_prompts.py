@@ -1,17 +1,14 @@
-"""Every form of prompts, and what becomes of them as tokens."""
+"""Every form of prompts."""
 
 import json
 import sys
 
 import pytest
-from conftest import DEMO
-from transformers import AutoTokenizer
 
-from fiddler_opt.prompts import encode_prompts, name_sets, read_prompts
+from fiddler_opt.measure.prompts import name_sets, read_prompts
 from fiddler_run.errors import FiddlerError
 
 ASKED = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 def test_text(tmp_path):
@@ -29,16 +26,40 @@ def test_text(tmp_path):
         ({"prompt": None, "text": "b"}, "b"),
         ({"messages": ASKED}, ASKED),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}]},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}
+                ]
+            },
             [ASKED[0] | {"content": "a\nb"}],
         ),
-        ({"custom_id": "1", "url": "/v1/chat/completions", "body": {"model": "x", "messages": ASKED}}, ASKED),
-        ({"id": "1", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, ASKED),
-        ({"conversations": [{"from": "system", "value": ""}, *ASKED]}, [{"role": "system", "content": ""}, *ASKED]),
+        (
+            {
+                "custom_id": "1",
+                "url": "/v1/chat/completions",
+                "body": {"model": "x", "messages": ASKED},
+            },
+            ASKED,
+        ),
+        (
+            {
+                "id": "1",
+                "conversations": [
+                    {"from": "human", "value": "Why?"},
+                    {"from": "gpt", "value": "So."},
+                ],
+            },
+            ASKED,
+        ),
+        (
+            {"conversations": [{"from": "system", "value": ""}, *ASKED]},
+            [{"role": "system", "content": ""}, *ASKED],
+        ),
     ],
 )
 def test_json(tmp_path, entry, prompt):
-    lines, array = tmp_path / "p.jsonl", tmp_path / "p.json"
+    lines = tmp_path / "p.jsonl"
+    array = tmp_path / "p.json"
     lines.write_text(json.dumps(entry, ensure_ascii=False) + '\n\n"last"\n', encoding="utf-8")
     array.write_text(json.dumps([entry, "last"], indent=1))
     assert read_prompts(lines) == read_prompts(array) == [prompt, "last"]
@@ -55,14 +76,26 @@ IMAGE = '{"messages": [{"role": "user", "content": [{"type": "image_url", "image
         ("p.jsonl", '"fine"\n\n{"prompt": 3}\n', "p.jsonl:3: no text; "),
         ("p.jsonl", "[1]\n", "p.jsonl:1: no text; "),
         ("p.jsonl", "{oops\n", "p.jsonl:1: not JSON: .*; write one JSON value a line"),
-        ("p.json", '{"text": "a"}\n{"text": "b"}\n', "p.json: not JSON: .*; one object a line belongs in a .jsonl file"),
+        (
+            "p.json",
+            '{"text": "a"}\n{"text": "b"}\n',
+            "p.json: not JSON: .*; one object a line belongs in a .jsonl file",
+        ),
         ("p.json", '{"text": "a"}', "p.json: not an array; "),
         ("p.json", '["fine", {"messages": []}]', "p.json: entry 2: no text; "),
         ("p.jsonl", '{"messages": [{"role": "user", "content": " "}]}', "p.jsonl:1: no text; "),
         ("p.jsonl", '{"messages": ["a"]}', 'p.jsonl:1: message 1: needs a "role" and a "content"'),
-        ("p.jsonl", '{"conversations": [{"value": "a"}]}', 'p.jsonl:1: message 1: needs a "role" and a "content"'),
+        (
+            "p.jsonl",
+            '{"conversations": [{"value": "a"}]}',
+            'p.jsonl:1: message 1: needs a "role" and a "content"',
+        ),
         ("p.jsonl", IMAGE, "p.jsonl:1: message 1: a part of its content is not text"),
-        ("p.jsonl", r'"a\ud83d"', r"p.jsonl:1: not UTF-8 text: \\ud83d is half of a character; remove it"),
+        (
+            "p.jsonl",
+            r'"a\ud83d"',
+            r"p.jsonl:1: not UTF-8 text: \\ud83d is half of a character; remove it",
+        ),
     ],
 )
 def test_malformed_files(tmp_path, name, text, message):
@@ -106,7 +139,10 @@ def test_malformed_datasets(tmp_path):
 
 def test_folders_that_need_no_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    with pytest.raises(FiddlerError, match="neither a dataset written by `save_to_disk` nor a folder with parquet files; "):
+    with pytest.raises(
+        FiddlerError,
+        match="neither a dataset written by `save_to_disk` nor a folder with parquet files; ",
+    ):
         read_prompts(tmp_path)
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(FiddlerError, match="needs the package `datasets`: pip install datasets"):
@@ -118,31 +154,6 @@ def test_names_of_sets(tmp_path):
     assert name_sets(paths) == {str(paths[0]): paths[0], str(paths[1]): paths[1], "y.txt": paths[2]}
     with pytest.raises(FiddlerError, match="y.txt is given twice"):
         name_sets([*paths, paths[2]])
-
-
-@pytest.fixture
-def tokenizer():
-    return AutoTokenizer.from_pretrained(DEMO)
-
-
-def test_messages_go_through_the_chat_template(tokenizer):
-    plain = tokenizer("Why?\nSo.")["input_ids"]
-    assert encode_prompts(tokenizer, [ASKED, "Why?\nSo."], 100, "p") == [plain, plain]
-    tokenizer.chat_template = CHAT
-    expected = ["<user>Why?<assistant>So.", "<user>Why?<assistant>"]  # only a question asks for an answer
-    asked, question = encode_prompts(tokenizer, [ASKED, ASKED[:1]], 100, "p")
-    assert [tokenizer.decode(asked), tokenizer.decode(question)] == expected
-    tokenizer.chat_template = "{{ raise_exception('roles must\nalternate') }}"
-    with pytest.raises(FiddlerError, match="p: prompt 2: the model's chat template refuses it: roles must alternate; change or"):
-        encode_prompts(tokenizer, ["fine", ASKED], 100, "p")
-
-
-def test_prompts_too_long_or_empty(tokenizer):
-    with pytest.raises(FiddlerError, match="file: prompt 2 has 301 tokens, more than the context of 256; shorten it"):
-        encode_prompts(tokenizer, ["short", "1" * 300], 256, "file")
-    tokenizer.chat_template = "{# nothing #}"
-    with pytest.raises(FiddlerError, match="file: prompt 1 has no tokens; remove it"):
-        encode_prompts(tokenizer, [[{"role": "user", "content": ""}]], 256, "file")
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.json", "p.jsonl"])
@@ -165,7 +176,9 @@ def test_deep_json(tmp_path, name, where):
 @pytest.mark.parametrize("content", [{"content": None}, {}])
 def test_a_message_that_only_calls_tools_has_empty_text(tmp_path, key, content):
     call = {"role": "assistant", key: [{"id": "1"}], **content}
-    log = {"messages": [{"role": "user", "content": "2 + 2?"}, call, {"role": "tool", "content": "4"}]}
+    log = {
+        "messages": [{"role": "user", "content": "2 + 2?"}, call, {"role": "tool", "content": "4"}]
+    }
     (tmp_path / "p.jsonl").write_text(json.dumps(log))
     [messages] = read_prompts(tmp_path / "p.jsonl")
     assert [message["content"] for message in messages] == ["2 + 2?", "", "4"]
@@ -173,50 +186,3 @@ def test_a_message_that_only_calls_tools_has_empty_text(tmp_path, key, content):
     (tmp_path / "p.jsonl").write_text(json.dumps(log))
     with pytest.raises(FiddlerError, match=r'p.jsonl:1: message 2: needs a "role" and a "content"'):
         read_prompts(tmp_path / "p.jsonl")
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for m in messages %}{{ m.content }",
-        "{{ messages[0].content | nofilter }}",
-        "{{ messages[0].content.nope.x }}",
-        "{{ 1 // 0 }}",
-        "{{ messages + 1 }}",
-        "{{ [].pop() }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    ],
-)
-def test_templates_that_fail(tokenizer, template):
-    tokenizer.chat_template = template
-    with pytest.raises(FiddlerError, match="p: prompt 1: the model's chat template refuses it: .+; change or") as caught:
-        encode_prompts(tokenizer, [ASKED], 256, "p")
-    assert "\n" not in str(caught.value)
-
-
-def test_templates_without_a_default(tokenizer):
-    tokenizer.chat_template = {"rag": CHAT, "tool_use": CHAT}
-    with pytest.raises(FiddlerError, match=r"p: prompt 1: .* templates \(rag, tool_use\) have no default; name one"):
-        encode_prompts(tokenizer, [ASKED], 256, "p")
-    tokenizer.chat_template = {"default": CHAT, "rag": "{{ 1 // 0 }}"}
-    assert tokenizer.decode(encode_prompts(tokenizer, [ASKED], 256, "p")[0]) == "<user>Why?<assistant>So."
-
-
-def test_a_tokenizer_that_fails():
-    class Broken:
-        def get_vocab(self):
-            return {"a": 0}
-
-        def __call__(self, *_, **__):
-            raise Exception("data did not match\nany variant")
-
-    with pytest.raises(FiddlerError, match="p: prompt 1: the model's tokenizer fails: data did not match any variant; "):
-        encode_prompts(Broken(), ["a"], 16, "p")
-
-
-def test_a_prompt_that_cannot_fit_is_not_tokenized(tokenizer, monkeypatch):
-    longest = max(map(len, tokenizer.get_vocab()))
-    monkeypatch.setattr(type(tokenizer), "__call__", None)
-    for prompt in ("x" * (16 * longest + 1), [{"role": "user", "content": "x" * 10_000_000}]):
-        with pytest.raises(FiddlerError, match="p: prompt 1 has .* characters, more than the context of 16 tokens can hold"):
-            encode_prompts(tokenizer, [prompt], 16, "p")

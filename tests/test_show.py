@@ -9,13 +9,18 @@ from conftest import ROOT, demo_shape, make_plan
 from rich.console import Console
 from test_commands import assert_refused, files_in, run
 
-from fiddler_opt.plots import plot
-from fiddler_opt.report import print_file
-from fiddler_run import files
+from fiddler_opt.insight.plots import plot
+from fiddler_opt.insight.report import print_file
 from fiddler_run.errors import FiddlerError
+from fiddler_run.system import files
 
 FILES = {
-    "plans/rtx4090.yaml": ["843 of 4096 blocks", "│ 31    │", "made on", "fiddler-opt plan --machine"],
+    "plans/rtx4090.yaml": [
+        "843 of 4096 expert blocks (20.6%) on the GPU, the equivalent of 52.7 experts",
+        "│ 31    │",
+        "made on",
+        "fiddler-opt plan --machine",
+    ],
     "profiles/rtx4090.machine.yaml": ["AMD Ryzen 9 7950X", "│ 1024", "data sheet"],
     "profiles/two-cores.machine.yaml": ["no CUDA device", "GB/s", "measured"],
     "profiles/tiny-mixtral.routing.yaml": ["programs.jsonl", "│ 5     │"],
@@ -35,13 +40,15 @@ def test_every_kind_of_file(name, tmp_path):
 
 def test_refused(tmp_path):
     (tmp_path / "other.yaml").write_text("version: 1\nname: x\n")
-    (tmp_path / "broken.yaml").write_text((ROOT / "plans/demo.yaml").read_text().replace("cpu_threads: ", "cpu_threads: -"))
+    (tmp_path / "broken.yaml").write_text(
+        (ROOT / "plans/demo.yaml").read_text().replace("cpu_threads: ", "cpu_threads: -")
+    )
     before = files_in(tmp_path)
     plan = ROOT / "plans/demo.yaml"
     for arguments, words in (
         (["other.yaml"], "other.yaml: neither a plan nor a profile"),
         (["none.yaml"], "none.yaml: cannot read"),
-        (["broken.yaml"], "broken.yaml: cpu_threads"),
+        (["broken.yaml"], "broken.yaml: ranks[0].cpu_threads"),
         ([plan, "--plot", "other.yaml/x.png"], "other.yaml/x.png: cannot write"),
     ):
         assert_refused(run("fiddler-opt", "show", *arguments, cwd=tmp_path), words)
@@ -59,7 +66,9 @@ def test_all_numbers_are_shown(tmp_path, experts, width):
     resident = [[rng.randint(1, 16) for _ in range(experts)] for _ in range(6)]
     make_plan(shape, resident).save(tmp_path / "p.yaml")
     out = io.StringIO()
-    print_file(Console(file=out, width=width, highlight=False, markup=False), str(tmp_path / "p.yaml"))
+    print_file(
+        Console(file=out, width=width, highlight=False, markup=False), str(tmp_path / "p.yaml")
+    )
     text = out.getvalue().partition("blocks in GPU memory by expert")[2]
     shown = {layer: [] for layer in range(6)}
     heads = []
@@ -83,8 +92,9 @@ def test_all_numbers_are_shown(tmp_path, experts, width):
         ("hello", "x.yaml: neither a plan nor a profile"),
         ("[1, 2]", "x.yaml: neither a plan nor a profile"),
         ('{"decode": {"ms": 1}}', "x.yaml: neither a plan nor a profile"),
-        ("recorded: 1\nresident_blocks: 2\n", "x.yaml: neither a plan nor a profile"),
-        ("\nresident_blocks: {}\nversion: 9\n", "x.yaml: version: this release reads"),
+        ("recorded: 1\nranks: 2\n", "x.yaml: neither a plan nor a profile"),
+        ("\nranks: []\nversion: 9\n", "x.yaml: version: this release reads"),
+        ("\nresident_blocks: {}\nversion: 2\n", "x.yaml: version: this release reads version 3"),
         ("{version: 2, recorded: {}}", "x.yaml: model: missing"),
     ],
 )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fiddler_opt.target import STEP_BYTES, least_memory, parse_rate
+from fiddler_opt.solve.target import STEP_BYTES, least_memory, parse_rate
 from fiddler_run.errors import FiddlerError
 
 
@@ -16,7 +16,9 @@ def solver(rates: dict[int, float]):
         steps = gpu_bytes // STEP_BYTES
         if steps not in rates:
             raise FiddlerError("too small")
-        return SimpleNamespace(steps=steps, predicted=SimpleNamespace(decode_tokens_per_s=rates[steps]))
+        return SimpleNamespace(
+            steps=steps, predicted=SimpleNamespace(decode_tokens_per_s=rates[steps])
+        )
 
     return solve
 
@@ -25,7 +27,9 @@ def solver(rates: dict[int, float]):
 def test_it_reaches_the_speed_and_a_step_less_does_not(seed):
     rng = random.Random(seed)
     most = rng.randint(3, 240)
-    rates = {n: (1 + n / 20) * rng.uniform(0.985, 1.0) for n in range(rng.randint(0, most), most + 1)}
+    rates = {
+        n: (1 + n / 20) * rng.uniform(0.985, 1.0) for n in range(rng.randint(0, most), most + 1)
+    }
     rate = rng.choice(list(rates.values()))
     try:
         plan = least_memory(solver(rates), rate, most * STEP_BYTES)
@@ -42,14 +46,22 @@ def test_all_memory_may_miss_what_less_reaches():
 
 
 def test_out_of_reach():
-    with pytest.raises(FiddlerError, match="cannot be reached with the GPU's 10.00 GB by this profile: they reach 4.00"):
+    with pytest.raises(
+        FiddlerError,
+        match="cannot be reached with the GPU's 10.00 GB by this profile: they reach 4.00",
+    ):
         least_memory(solver(dict.fromkeys(range(101), 4.0)), 5.0, 100 * STEP_BYTES)
     with pytest.raises(FiddlerError, match="by this profile: too small"):
         least_memory(solver({}), 5.0, 100 * STEP_BYTES)
 
 
-@pytest.mark.parametrize("text", ["9" * 400 + "tok/s", "0.0000000001tok/s", "0tok/s", "6", "-1tok/s", "1" * 5000 + "tok/s"])
+@pytest.mark.parametrize(
+    "text",
+    ["9" * 400 + "tok/s", "0.0000000001tok/s", "0tok/s", "6", "-1tok/s", "1" * 5000 + "tok/s"],
+)
 def test_no_speed(text):
-    with pytest.raises(FiddlerError, match="--target .*: not a speed; write for example 6tok/s") as caught:
+    with pytest.raises(
+        FiddlerError, match="--target .*: not a speed; write for example 6tok/s"
+    ) as caught:
         parse_rate(text)
     assert len(str(caught.value)) < 120

@@ -1,14 +1,48 @@
-"""What is kept of unfinished work, and what is removed when it is done."""
+"""Checkpoints of long work: what is kept when it is cut short, and removed when it is done."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
-from test_commands import files_in
+from command_line import files_in
+from conftest import ROOT
 
-from fiddler_opt import unfinished
-from fiddler_opt.unfinished import Unfinished, forget_unfinished, unfinished_path
+from fiddler_opt.measure import unfinished
+from fiddler_opt.measure.unfinished import Unfinished, forget_unfinished, unfinished_path
 from fiddler_run.errors import FiddlerError
 
 MADE_WITH = {"shape": [1, 2], "torch": "2"}
+PARTS = ("host", "threads", "experts", "link")
+# Makes the parts, and is killed when it calls a function of `os` for the n-th time, or right after.
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from fiddler_opt.measure.unfinished import Unfinished, forget_unfinished
+
+function, moment, calls_left = sys.argv[1], sys.argv[2], int(sys.argv[3])
+real = getattr(os, function)
+
+def killed(*arguments, **named):
+    global calls_left
+    calls_left -= 1
+    if moment == "after":
+        real(*arguments, **named)
+    if calls_left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if moment == "before":
+        real(*arguments, **named)
+
+setattr(os, function, killed)
+unfinished = Unfinished(Path("m.yaml"), {"torch": "2"})
+for name in sys.argv[4:]:
+    unfinished.part(name, lambda name=name: print(name) or {"us": {0.25: 1.5}, "name": name})
+assert "torch" not in sys.modules
+forget_unfinished(Path("m.yaml"))
+"""
 
 
 def test_only_our_own_files_are_removed(tmp_path):
@@ -48,6 +82,41 @@ def test_parts_are_found_again(tmp_path):
     assert second.parts == made
     assert second.part("a", lambda: pytest.fail("made again")) == made["a"]
     assert Unfinished(target, {**MADE_WITH, "torch": "3"}).parts == {}
+
+
+def make_parts(folder: Path, function: str, moment: str, calls: int) -> tuple[int, list[str]]:
+    """Runs PROGRAM: its exit status, and the parts that it made."""
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", PROGRAM, function, moment, str(calls), *PARTS],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "runtime")])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return done.returncode, done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("function", "moment", "is_kept"),
+    [("fsync", "before", False), ("replace", "before", False), ("replace", "after", True)],
+)
+def test_killed_at_each_write_it_goes_on(tmp_path, function, moment, is_kept):
+    """A part whose file was in place when the process was killed is never made again."""
+    for finished in range(len(PARTS)):
+        known = Unfinished(tmp_path / "m.yaml", {"torch": "2"}).parts
+        assert list(known) == list(PARTS[:finished])
+        status, made = make_parts(tmp_path, function, moment, 1)
+        assert (status, made) == (-signal.SIGKILL, [PARTS[finished]])
+        if not is_kept:
+            assert Unfinished(tmp_path / "m.yaml", {"torch": "2"}).parts == known
+            status, made = make_parts(tmp_path, function, moment, 2)  # the next write is finished
+            assert status == (-signal.SIGKILL if finished + 1 < len(PARTS) else 0)
+            assert made == list(PARTS[finished : finished + 2])
+    parts = {name: {"us": {0.25: 1.5}, "name": name} for name in PARTS}
+    if is_kept:
+        assert Unfinished(tmp_path / "m.yaml", {"torch": "2"}).parts == parts
+        assert make_parts(tmp_path, function, moment, 1) == (0, [])
+    assert files_in(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

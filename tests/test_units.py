@@ -11,12 +11,20 @@ from fiddler_opt.units import (
 )
 from fiddler_run.errors import FiddlerError
 
-GB, GIB = 10**9, 2**30
+GB = 10**9
+GIB = 2**30
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24_000_000_000), ("24GiB", 25_769_803_776), ("0GB", 0), ("1.5 MB", 1_500_000), ("512KiB", 524_288), ("7B", 7)],
+    [
+        ("24GB", 24_000_000_000),
+        ("24GiB", 25_769_803_776),
+        ("0GB", 0),
+        ("1.5 MB", 1_500_000),
+        ("512KiB", 524_288),
+        ("7B", 7),
+    ],
 )
 def test_parse(text, size):
     assert parse_bytes(text, "--gpu-mem") == size
@@ -77,7 +85,13 @@ def test_any_range_has_a_handful_of_values():
 
 
 def test_format():
-    assert [format_bytes(n) for n in (0, 999, 1500, 352_321_536, 24e9)] == ["0 B", "999 B", "1.50 KB", "352.32 MB", "24.00 GB"]
+    assert [format_bytes(n) for n in (0, 999, 1500, 352_321_536, 24e9)] == [
+        "0 B",
+        "999 B",
+        "1.50 KB",
+        "352.32 MB",
+        "24.00 GB",
+    ]
 
 
 NINES = "9" * 400

@@ -1,4 +1,5 @@
-"""Generates the demo model's training text: an endless, seeded stream of short documents in three unlike domains.
+"""Generates the demo model's training text: an endless, seeded stream of short documents in three
+unlike domains.
 
 `python corpus.py stories --seed 7 --count 3` prints a few documents.
 """
@@ -20,7 +21,13 @@ SPOTS = [
 ]
 THINGS = ["ball", "kite", "lantern", "drum", "map", "key", "basket", "hat", "bell", "boat"]
 COLOURS = ["red", "blue", "green", "yellow", "golden", "silver"]
-WEATHER = ["The sun was warm.", "It was raining.", "The wind was loud.", "Snow fell all morning.", "The sky was clear."]
+WEATHER = [
+    "The sun was warm.",
+    "It was raining.",
+    "The wind was loud.",
+    "Snow fell all morning.",
+    "The sky was clear.",
+]
 PROBLEMS = [
     ("it was stuck high in a branch", "climbed up slowly and pulled it down"),
     ("it was too heavy to carry", "pushed it together all the way home"),
@@ -39,21 +46,35 @@ OPENINGS = ["Once upon a time", "Long ago", "One bright morning", "In a land far
 
 
 def story(rng: random.Random) -> str:
-    """Two friends, a thing that is found, a problem with it, a cure and a lesson; names and things stay consistent."""
+    """Two friends, a thing that is found, a problem with it, a cure and a lesson; names and things
+    stay consistent.
+    """
     hero, friend = rng.sample(NAMES, 2)
     animal, other = rng.sample(ANIMALS, 2)
     place, spot, thing, colour = (rng.choice(words) for words in (PLACES, SPOTS, THINGS, COLOURS))
     problem, cure = rng.choice(PROBLEMS)
     feeling = rng.choice(FEELINGS)
     parts = [
-        f"{rng.choice(OPENINGS)} there was a {rng.choice(TRAITS)} {animal} named {hero}. {hero} lived in a {place}.",
+        (
+            f"{rng.choice(OPENINGS)} there was a {rng.choice(TRAITS)} {animal} named {hero}. {hero}"
+            f" lived in a {place}."
+        ),
         f"{rng.choice(WEATHER)} {hero} went for a walk and saw a {colour} {thing} {spot}.",
-        f'"What a {rng.choice(["lovely", "strange", "fine"])} {thing}!" said {hero}. But {problem}.',
+        (
+            f'"What a {rng.choice(["lovely", "strange", "fine"])} {thing}!" said {hero}. But'
+            f" {problem}."
+        ),
         f"{hero} was sad and did not know what to do.",
         f"Then a {rng.choice(TRAITS)} {other} named {friend} came by.",
-        f'"{rng.choice(["Can I help you?", "Why are you sad?", "Let me see."])}" asked {friend}. "Yes, please," said {hero}.',
+        (
+            f'"{rng.choice(["Can I help you?", "Why are you sad?", "Let me see."])}" asked'
+            f' {friend}. "Yes, please," said {hero}.'
+        ),
         f"So {hero} and {friend} {cure}.",
-        f"{rng.choice(['In the evening', 'After that', 'When it was done'])} they played with the {thing} and were very {feeling}.",
+        (
+            f"{rng.choice(['In the evening', 'After that', 'When it was done'])} they played with"
+            f" the {thing} and were very {feeling}."
+        ),
         f"{hero} learned that {rng.choice(LESSONS)}. The end.",
     ]
     return " ".join(parts)
@@ -64,9 +85,11 @@ def arithmetic(rng: random.Random) -> str:
     goods = ["apples", "coins", "books", "eggs", "pens", "shells"]
     lines = []
     for _ in range(rng.randint(4, 7)):
-        a, b = rng.randint(0, 60), rng.randint(0, 39)
+        a = rng.randint(0, 60)
+        b = rng.randint(0, 39)
         low, high = sorted((a, b))
-        who, good = rng.choice(NAMES), rng.choice(goods)
+        who = rng.choice(NAMES)
+        good = rng.choice(goods)
         lines.append(
             rng.choice(
                 [
@@ -75,8 +98,14 @@ def arithmetic(rng: random.Random) -> str:
                     f"{a % 10} * {b % 10} = {(a % 10) * (b % 10)}",
                     f"What is {a} plus {b}? The answer is {a + b}.",
                     f"What is {high} minus {low}? The answer is {high - low}.",
-                    f"{who} has {a} {good} and buys {b} more: {a} + {b} = {a + b}. Now {who} has {a + b} {good}.",
-                    f"{who} has {high} {good} and gives away {low}: {high} - {low} = {high - low}. {high - low} {good} are left.",
+                    (
+                        f"{who} has {a} {good} and buys {b} more: {a} + {b} = {a + b}. Now {who}"
+                        f" has {a + b} {good}."
+                    ),
+                    (
+                        f"{who} has {high} {good} and gives away {low}: {high} - {low} ="
+                        f" {high - low}. {high - low} {good} are left."
+                    ),
                 ]
             )
         )
@@ -99,16 +128,31 @@ def _function(rng: random.Random) -> str:
     return rng.choice(
         [
             f"def {word}({x}, {y}):\n    return {x} {op} {y}",
-            f"def {which}({x}, {y}):\n    if {x} {compare} {y}:\n        return {x}\n    return {y}",
-            f"def sum_all({items}):\n    {total} = 0\n    for {item} in {items}:\n        {total} += {item}\n    return {total}",
-            f"def count_{which}({items}, limit={limit}):\n    {total} = 0\n    for {item} in {items}:\n"
-            f"        if {item} {compare} limit:\n            {total} += 1\n    return {total}",
+            (
+                f"def {which}({x}, {y}):\n    if {x} {compare} {y}:\n        return {x}\n   "
+                f" return {y}"
+            ),
+            (
+                f"def sum_all({items}):\n    {total} = 0\n    for {item} in {items}:\n       "
+                f" {total} += {item}\n    return {total}"
+            ),
+            (
+                f"def count_{which}({items}, limit={limit}):\n    {total} = 0\n    for {item} in"
+                f" {items}:\n        if {item} {compare} limit:\n            {total} += 1\n   "
+                f" return {total}"
+            ),
             f"def {word}_each({items}, {x}):\n    return [{item} {op} {x} for {item} in {items}]",
             f"def is_even({x}):\n    return {x} % 2 == 0",
-            f"def factorial({x}):\n    if {x} <= 1:\n        return 1\n    return {x} * factorial({x} - 1)",
+            (
+                f"def factorial({x}):\n    if {x} <= 1:\n        return 1\n    return {x} *"
+                f" factorial({x} - 1)"
+            ),
             f"def repeat({x}, times={limit}):\n    for i in range(times):\n        print({x}, i)",
-            f"class Counter:\n    def __init__(self, start={limit}):\n        self.{total} = start\n\n"
-            f"    def step(self):\n        self.{total} += 1\n        return self.{total}",
+            (
+                f"class Counter:\n    def __init__(self, start={limit}):\n        self.{total} ="
+                f" start\n\n    def step(self):\n        self.{total} += 1\n        return"
+                f" self.{total}"
+            ),
             f"while {x} {compare} {limit}:\n    {x} = {x} {op} 1\nprint({x})",
         ]
     )

@@ -1,7 +1,8 @@
-"""Trains the demo checkpoint in this folder from scratch on a CPU: tokenizer, model, prompts, and the figures in README.md.
+"""Trains the demo checkpoint in this folder from scratch on a CPU: tokenizer, model, prompts, and
+the figures in README.md.
 
-`python train.py` overwrites the checkpoint beside it; about 15 minutes on two cores. Seeded, so two runs on the same
-machine and library versions give the same weights.
+`python train.py` overwrites the checkpoint beside it; about 15 minutes on two cores. Seeded, so two
+runs on the same machine and library versions give the same weights.
 """
 
 import argparse
@@ -11,15 +12,22 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from corpus import DOMAINS, documents
 
 HERE = Path(__file__).parent
-TRAIN_SEED, HELD_OUT_SEED = 1, 2
+TRAIN_SEED = 1
+HELD_OUT_SEED = 2
 BALANCE = 0.02
-VOCAB_SIZE, SEQUENCE_TOKENS = 768, 192
+VOCAB_SIZE = 768
+SEQUENCE_TOKENS = 192
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -31,9 +39,16 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -65,22 +80,31 @@ def config() -> MixtralConfig:
 
 def sequences(tokenizer, domain: str, seed: int, count: int) -> torch.Tensor:
     """`count` documents of one domain, joined and cut: [n, SEQUENCE_TOKENS] token ids."""
-    encoded = tokenizer([text + tokenizer.eos_token for text in documents(domain, seed, count)])["input_ids"]
+    encoded = tokenizer([text + tokenizer.eos_token for text in documents(domain, seed, count)])[
+        "input_ids"
+    ]
     flat = torch.tensor([token for ids in encoded for token in ids])
     n = len(flat) // SEQUENCE_TOKENS
     return flat[: n * SEQUENCE_TOKENS].view(n, SEQUENCE_TOKENS)
 
 
 def balance_loss(model, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The usual load-balancing loss, but for each layer by itself: transformers' own takes all layers together, which lets
-    every layer rely on a few experts as long as they are others in the next layer."""
+    """The usual load-balancing loss, but for each layer by itself: transformers' own takes all
+    layers together, which lets every layer rely on a few experts as long as they are others in the
+    next layer.
+    """
     config = model.config
-    losses = [load_balancing_loss_func((logits,), config.num_local_experts, config.num_experts_per_tok) for logits in router_logits]
+    losses = [
+        load_balancing_loss_func((logits,), config.num_local_experts, config.num_experts_per_tok)
+        for logits in router_logits
+    ]
     return torch.stack(losses).mean()
 
 
 def train(model, data: dict[str, torch.Tensor], steps: int, batch: int, peak_lr: float) -> None:
-    """AdamW, linear warm-up, cosine decay; every batch holds all domains, so the balance loss leaves experts free to specialise."""
+    """AdamW, linear warm-up, cosine decay; every batch holds all domains, so the balance loss
+    leaves experts free to specialise.
+    """
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -89,7 +113,9 @@ def train(model, data: dict[str, torch.Tensor], steps: int, batch: int, peak_lr:
         betas=(0.9, 0.98),
     )
     warmup = max(1, steps // 20)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup, eta_min=peak_lr / 50)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, steps - warmup, eta_min=peak_lr / 50
+    )
     linear = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, 1.0, warmup)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [linear, cosine], [warmup])
     model.train()
@@ -105,21 +131,31 @@ def train(model, data: dict[str, torch.Tensor], steps: int, batch: int, peak_lr:
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps:
-            print(f"step {step}/{steps}  loss {output.loss.item():.3f}  {time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {step}/{steps}  loss {output.loss.item():.3f} "
+                f" {time.time() - started:.0f} s",
+                flush=True,
+            )
 
 
 @torch.inference_mode()
 def evaluate(model, tokenizer) -> None:
-    """Prints README.md's tables: held-out loss per domain, and per layer and domain the share of the busiest two experts."""
+    """Prints README.md's tables: held-out loss per domain, and per layer and domain the share of
+    the busiest two experts.
+    """
     model.eval()
-    losses, counts = {}, {}
+    losses = {}
+    counts = {}
     for domain in DOMAINS:
         ids = sequences(tokenizer, domain, HELD_OUT_SEED, 400)[:64]
         output = model(input_ids=ids, labels=ids, output_router_logits=True)
         logits = output.logits[:, :-1].float().reshape(-1, VOCAB_SIZE)
         losses[domain] = torch.nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1)).item()
         counts[domain] = [
-            torch.bincount(router.topk(model.config.num_experts_per_tok).indices.flatten(), minlength=router.shape[-1])
+            torch.bincount(
+                router.topk(model.config.num_experts_per_tok).indices.flatten(),
+                minlength=router.shape[-1],
+            )
             for router in output.router_logits
         ]
     print("\n| domain | held-out loss (nats per token) |\n|---|---|")
@@ -132,16 +168,24 @@ def evaluate(model, tokenizer) -> None:
             share = counts[domain][layer] / counts[domain][layer].sum()
             top = share.topk(2)
             cells.append(
-                ", ".join(f"{e} ({100 * s:.0f} %)" for e, s in zip(top.indices.tolist(), top.values.tolist(), strict=True))
+                ", ".join(
+                    f"{e} ({100 * s:.0f} %)"
+                    for e, s in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                )
             )
         print(f"| {layer} | " + " | ".join(cells) + " |")
 
 
 def write_prompts() -> None:
-    """prompts/: first halves of held-out documents of each domain; `fiddler-opt profile` records the routing on them by default."""
+    """prompts/: first halves of held-out documents of each domain; `fiddler-opt profile` records
+    the routing on them by default.
+    """
     (HERE / "prompts").mkdir(exist_ok=True)
     for domain in DOMAINS:
-        lines = [json.dumps({"prompt": text[: len(text) // 2]}) for text in documents(domain, HELD_OUT_SEED, 16)]
+        lines = [
+            json.dumps({"prompt": text[: len(text) // 2]})
+            for text in documents(domain, HELD_OUT_SEED, 16)
+        ]
         (HERE / "prompts" / f"{domain}.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -154,8 +198,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    tokenizer = train_tokenizer([text for domain in DOMAINS for text in documents(domain, TRAIN_SEED, 3000)])
-    data = {domain: sequences(tokenizer, domain, TRAIN_SEED, arguments.documents) for domain in DOMAINS}
+    tokenizer = train_tokenizer(
+        [text for domain in DOMAINS for text in documents(domain, TRAIN_SEED, 3000)]
+    )
+    data = {
+        domain: sequences(tokenizer, domain, TRAIN_SEED, arguments.documents) for domain in DOMAINS
+    }
     print({domain: tuple(rows.shape) for domain, rows in data.items()})
     model = MixtralForCausalLM(config())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -6,8 +6,10 @@ __all__ = ["FiddlerError", "load_model"]
 
 
 def __getattr__(name: str):
-    if name == "load_model":  # imported on demand: torch and transformers take seconds, which plan files do not need
-        from fiddler_run.load import load_model
+    if (
+        name == "load_model"
+    ):  # imported on demand: torch and transformers take seconds, which plan files do not need
+        from fiddler_run.loading.load import load_model
 
         return load_model
     raise AttributeError(f"module 'fiddler_run' has no attribute {name!r}")

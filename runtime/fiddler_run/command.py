@@ -1,4 +1,6 @@
-"""How a command starts and ends: signals, output that cannot be written, exit status. Imports nothing that takes time."""
+"""How a command starts and ends: signals, output that cannot be written, exit status. Imports
+nothing that takes time.
+"""
 
 import errno
 import importlib
@@ -14,8 +16,9 @@ from fiddler_run.errors import FiddlerError
 SHOW_CURSOR = "\x1b[?25h"
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-# How often a thread of PyTorch's libgomp looks for work before it sleeps: about as long as waking it takes. By default it looks a
-# hundred times as long, and while another program has one of the cores, each operation takes a time slice of the scheduler.
+# How often a thread of PyTorch's libgomp looks for work before it sleeps: about as long as waking
+# it takes. By default it looks a hundred times as long, and while another program has one of the
+# cores, each operation takes a time slice of the scheduler.
 GOMP_SPINCOUNT = "2000"
 
 
@@ -37,12 +40,16 @@ def start(name: str, module: str) -> int:
     with quitting_at_once(name):
         main = importlib.import_module(module).main
     status = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left but Python's own end, which would print a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # nothing is left but Python's own end, which would print a traceback
     return status
 
 
 def exit_status(command: Callable[[], None], name: str) -> int:
-    """Runs a command: 0 done, 1 a FiddlerError said in one line, 130 interrupted; anything else keeps its traceback."""
+    """Runs a command: 0 done, 1 a FiddlerError said in one line, 130 interrupted; anything else
+    keeps its traceback.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what a terminal cannot show
@@ -73,7 +80,9 @@ def exit_status(command: Callable[[], None], name: str) -> int:
 
 @contextmanager
 def quitting_at_once(name: str) -> Iterator[None]:
-    """Ctrl-C ends the process as it is, for imports: a library may swallow the exception, and nothing needs to be put in order."""
+    """Ctrl-C ends the process as it is, for imports: a library may swallow the exception, and
+    nothing needs to be put in order.
+    """
 
     def quit(signal_number: int, _) -> None:
         cursor = SHOW_CURSOR if sys.stderr is not None and sys.stderr.isatty() else ""

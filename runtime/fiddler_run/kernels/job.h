@@ -1,9 +1,12 @@
 // Included by cpu.cpp: a job and its parts, and what an instruction set must provide.
 
-constexpr int UNIT_NEURONS = 16, UNIT_ROWS = 16;  // hidden and block_neurons must be multiples of twice that
+constexpr int UNIT_NEURONS = 16,
+              UNIT_ROWS = 16;    // hidden and block_neurons must be multiples of twice that
 constexpr int TILE_TOKENS = 16;  // that tiles.h computes at once
 
-float float_of(uint16_t bfloat16) { return std::bit_cast<float>(static_cast<uint32_t>(bfloat16) << 16); }
+float float_of(uint16_t bfloat16) {
+    return std::bit_cast<float>(static_cast<uint32_t>(bfloat16) << 16);
+}
 
 uint16_t bfloat16_of(float value) {  // to the nearest, ties to even; NaN stays NaN
     uint32_t bits = std::bit_cast<uint32_t>(value);
@@ -16,7 +19,7 @@ float swiglu(float gate, float up) { return gate / (1.0f + std::exp(-gate)) * up
 struct Job;
 
 struct CallArguments {
-    const uint16_t* blocks;  // [num_blocks, 3 * block_neurons * hidden]
+    const uint16_t* blocks;  // [num_blocks], one after the other
     const int64_t* rows;     // [tokens] into the states
     const float* weights;    // [tokens] of the router
     int num_blocks, tokens;
@@ -27,11 +30,14 @@ struct Call : CallArguments {
     size_t first_state, first_product;
 
     inline size_t neurons(const Job& job) const;
-    int groups() const { return (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }  // of TILE_TOKENS tokens, the last one padded
+    int groups() const {
+        return (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+    }  // of TILE_TOKENS tokens, the last one padded
 };
 
 struct PackUnit {
-    int call, index;  // a group of the tokens of a tiled call, or, with no call, one token for all others
+    int call,
+        index;  // a group of the tokens of a tiled call, or, with no call, one token for all others
 };
 
 struct GateUpUnit {
@@ -44,12 +50,13 @@ struct DownUnit {
 };
 
 struct DownPiece {
-    const uint16_t* weights;  // of one block
+    const uint16_t* block;
     int call, index;
 };
 
 struct Job {
-    int hidden, block_neurons, tokens;
+    BlockLayout layout;
+    int tokens;
     const uint16_t* states;  // [tokens, hidden]
     float* output;           // [tokens, hidden]
     std::vector<Call> calls;
@@ -62,14 +69,17 @@ struct Job {
 
     void clear_output(const DownUnit& unit) const {
         for (int t = 0; t < tokens; ++t)
-            std::memset(output + static_cast<size_t>(t) * hidden + unit.first_row, 0, UNIT_ROWS * sizeof(float));
+            std::memset(output + static_cast<size_t>(t) * layout.hidden + unit.first_row, 0,
+                        UNIT_ROWS * sizeof(float));
     }
 };
 
-size_t Call::neurons(const Job& job) const { return static_cast<size_t>(num_blocks) * job.block_neurons; }
+size_t Call::neurons(const Job& job) const {
+    return static_cast<size_t>(num_blocks) * job.layout.neurons;
+}
 
 struct Variant {
-    size_t packed_bytes;   // of one activation
+    size_t packed_bytes;    // of one activation
     int tiled_from_tokens;  // of a call; 0: never
     void (*pack)(const Job&, const PackUnit&);
     void (*run_gate_up)(const Job&, const GateUpUnit&, const GateUpUnit* next);

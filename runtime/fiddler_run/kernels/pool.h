@@ -12,8 +12,10 @@ inline void pin([[maybe_unused]] std::thread& thread, [[maybe_unused]] int cpu) 
 
 class Pool {
    public:
-    // Worker i stays on CPU cpus[i - 1]; null: wherever the system puts it. The caller of `wait` is the first of the threads.
-    Pool(const Variant& variant, int threads, int64_t spin_ns, const int* cpus) : variant_(variant), spin_ns_(spin_ns) {
+    // Worker i stays on CPU cpus[i - 1]; null: wherever the system puts it. The caller of `wait` is
+    // the first of the threads.
+    Pool(const Variant& variant, int threads, int64_t spin_ns, const int* cpus)
+        : variant_(variant), spin_ns_(spin_ns) {
         for (int i = 1; i < threads; ++i) {
             workers_.emplace_back([this] { serve(); });
             if (cpus) pin(workers_.back(), cpus[i - 1]);
@@ -27,30 +29,34 @@ class Pool {
         for (auto& worker : workers_) worker.join();
     }
 
-    // Starts a job, or puts it behind the one under way; the one before that is finished first. Its arguments must stay until it is
-    // finished, when `*finished`, if there is one, becomes `number`.
-    void submit(int hidden, int block_neurons, const uint16_t* states, int tokens, const CallArguments* calls, int num_calls,
-                float* output, int64_t* finished, int64_t number) {
-        Slot& slot = describe(hidden, block_neurons, states, tokens, output, finished, number);
+    // Starts a job, or puts it behind the one under way; the one before that is finished first. Its
+    // arguments must stay until it is finished, when `*output_ready`, if there is one, becomes
+    // `number`.
+    void submit(const BlockLayout& layout, const uint16_t* states, int tokens,
+                const CallArguments* calls, int num_calls, float* output, int64_t* output_ready,
+                int64_t number) {
+        Slot& slot = describe(layout, states, tokens, output, output_ready, number);
         for (int i = 0; i < num_calls; ++i) slot.job.calls.push_back({calls[i], false, 0, 0});
         plan(slot);
         open(slot);
     }
 
     // The same with calls that are known once the GPU has sent what `route` says.
-    void submit_routed(int hidden, int block_neurons, const uint16_t* states, int tokens, const RouteArguments& route, float* output,
-                       int64_t* finished, int64_t number) {
-        Slot& slot = describe(hidden, block_neurons, states, tokens, output, finished, number);
+    void submit_routed(const BlockLayout& layout, const uint16_t* states, int tokens,
+                       const RouteArguments& route, float* output, int64_t* output_ready,
+                       int64_t number) {
+        Slot& slot = describe(layout, states, tokens, output, output_ready, number);
         slot.route.arguments = route;
         slot.phases[PREPARE].have(1);
         open(slot);
     }
 
-    // Reads `bytes` bytes with all threads, as fast as plain loads go: what the memory gives. Returns a checksum.
+    // Reads `bytes` bytes with all threads, as fast as plain loads go: what the memory gives.
+    // Returns a checksum.
     uint64_t read(const char* data, size_t bytes) {
         finish(0, FOREVER);
         Slot& slot = next_slot();
-        slot.data = data, slot.bytes = bytes, slot.finished = nullptr;
+        slot.data = data, slot.bytes = bytes, slot.output_ready = nullptr;
         slot.phases[READ].have(static_cast<int>((bytes + READ_UNIT - 1) / READ_UNIT));
         checksum_ = 0;
         open(slot);
@@ -58,13 +64,16 @@ class Pool {
         return checksum_;
     }
 
-    // Helps with the jobs under way until no more than `but` of them are unfinished. False if that takes longer than about `most_ns`.
+    // Helps with the jobs under way until no more than `but` of them are unfinished. False if that
+    // takes longer than about `most_ns`.
     bool wait(uint64_t but, int64_t most_ns) { return finish(but, now_ns() + most_ns); }
 
-    // The jobs under way that would set this flag end at once, without a result; they set it nevertheless.
-    void abandon(const int64_t* finished) {
+    // The jobs under way that would set this flag end at once, without a result; they set it
+    // nevertheless.
+    void abandon(const int64_t* output_ready) {
         for (uint64_t job = waited_ + 1; job <= submitted_; ++job)
-            if (slots_[job % SLOTS].finished == finished) slots_[job % SLOTS].abandoned = true;
+            if (slots_[job % SLOTS].output_ready == output_ready)
+                slots_[job % SLOTS].abandoned = true;
     }
 
     // Of the last job that was waited for.
@@ -72,32 +81,8 @@ class Pool {
     int64_t finished_ns() const { return finished_ns_; }
 
    private:
-    enum { PREPARE, READ, PACK, GATE_UP, DOWN, PHASES };
     static constexpr size_t READ_UNIT = 1 << 18;
     static constexpr uint64_t SLOTS = 2;
-    static constexpr uint64_t CLOSED = 1 << 16, JOB = 2 * CLOSED;  // a slot's state: job number, closed or not, threads inside
-
-    struct Phase {
-        int units = 0;
-        alignas(64) std::atomic<int> next{0};
-        alignas(64) std::atomic<int> unfinished{0};
-        Signal complete;
-
-        void have(int number) { next = 0, units = unfinished = number; }
-    };
-
-    struct Slot {
-        Job job;
-        Route route;
-        const char* data;
-        size_t bytes;
-        int64_t *finished, number, started_ns;
-        std::atomic<bool> abandoned{false};
-        alignas(64) std::atomic<int64_t> finished_ns{0};
-        Phase phases[PHASES];
-        alignas(64) std::atomic<uint64_t> state{0};
-        Signal left;  // by a thread that was inside
-    };
 
     // False if a time has come before that.
     bool finish(uint64_t but, int64_t until_ns) {
@@ -105,7 +90,8 @@ class Pool {
             Slot& slot = slots_[(waited_ + 1) % SLOTS];
             if (!run(slot, until_ns)) return false;
             ++waited_;
-            // Closed: a worker that wakes late finds nothing to enter, and those inside only look for units that are gone.
+            // Closed: a worker that wakes late finds nothing to enter, and those inside only look
+            // for units that are gone.
             slot.state.fetch_add(CLOSED);
             slot.left.wait([&] { return slot.state.load() % CLOSED == 0; }, BARRIER_SPIN_NS);
             started_ns_ = slot.started_ns, finished_ns_ = slot.finished_ns;
@@ -121,11 +107,11 @@ class Pool {
         return slot;
     }
 
-    Slot& describe(int hidden, int block_neurons, const uint16_t* states, int tokens, float* output, int64_t* finished,
-                   int64_t number) {
+    Slot& describe(const BlockLayout& layout, const uint16_t* states, int tokens, float* output,
+                   int64_t* output_ready, int64_t number) {
         Slot& slot = next_slot();
-        slot.finished = finished, slot.number = number;
-        slot.job.hidden = hidden, slot.job.block_neurons = block_neurons;
+        slot.output_ready = output_ready, slot.number = number;
+        slot.job.layout = layout;
         slot.job.states = states, slot.job.tokens = tokens, slot.job.output = output;
         slot.job.calls.clear();
         return slot;
@@ -133,77 +119,21 @@ class Pool {
 
     void prepare(Slot& slot) {
         auto given_up = [&] { return stop_.load() || slot.abandoned.load(); };
-        bool arrived = slot.route.wait(slot.job.tokens, slot.number, spin_ns_, given_up);
-        if (arrived) slot.route.divide(slot.job.tokens, 3 * slot.job.block_neurons * slot.job.hidden, slot.job.calls);
+        bool complete = slot.route.wait(slot.job.tokens, slot.number, spin_ns_, given_up);
+        if (complete) slot.route.divide(slot.job.tokens, slot.job.layout, slot.job.calls);
         else slot.route.divide_nothing();
-        if (!arrived && !given_up()) slot.route.time_out(slot.number);
-        slot.route.describe(slot.number);
+        if (!complete && !given_up()) slot.route.time_out(slot.number);
+        slot.route.publish(slot.number);
         plan(slot);
     }
 
     void plan(Slot& slot) const {
         slot.started_ns = now_ns();
-        plan_states(slot.job);
-        plan_blocks(slot.job);
+        cut_into_units(slot.job, variant_);
         auto count = [](const auto& units) { return static_cast<int>(units.size()); };
         slot.phases[PACK].have(count(slot.job.pack_units));
         slot.phases[GATE_UP].have(count(slot.job.gate_up_units));
         slot.phases[DOWN].have(count(slot.job.down_units));
-    }
-
-    // Where packed activations go: in front those of all tokens, for calls that are not tiled, unless they serve as they are.
-    void plan_states(Job& job) const {
-        job.pack_units.clear();
-        size_t elements = 0;
-        bool any_tiled = false, all_tiled = true;
-        for (Call& call : job.calls) {
-            call.tiled = variant_.tiled_from_tokens && call.tokens >= variant_.tiled_from_tokens;
-            any_tiled |= call.tiled;
-            all_tiled &= call.tiled;
-        }
-        if (variant_.packed_bytes == sizeof(uint16_t) && !any_tiled) {
-            job.packed_states = const_cast<uint16_t*>(job.states);
-            return;
-        }
-        if (!all_tiled) {
-            elements = static_cast<size_t>(job.tokens) * job.hidden;
-            for (int token = 0; token < job.tokens; ++token) job.pack_units.push_back({-1, token});
-        }
-        for (int c = 0; c < static_cast<int>(job.calls.size()); ++c) {
-            Call& call = job.calls[c];
-            if (!call.tiled) continue;
-            call.first_state = elements;
-            for (int group = 0; group < call.groups(); ++group) job.pack_units.push_back({c, group});
-            elements += static_cast<size_t>(padded(call)) * job.hidden;
-        }
-        job.packed_states = room(job.state_buffer, elements);
-    }
-
-    void plan_blocks(Job& job) const {
-        job.gate_up_units.clear(), job.down_pieces.clear(), job.down_units.clear();
-        size_t third = static_cast<size_t>(job.block_neurons) * job.hidden, products = 0;
-        for (int c = 0; c < static_cast<int>(job.calls.size()); ++c) {
-            Call& call = job.calls[c];
-            call.first_product = products;
-            products += padded(call) * call.neurons(job);
-            for (int b = 0; b < call.num_blocks; ++b) {
-                const uint16_t* block = call.blocks + b * 3 * third;
-                for (int n = 0; n < job.block_neurons; n += UNIT_NEURONS) job.gate_up_units.push_back({block, c, b, n});
-                job.down_pieces.push_back({block + 2 * third, c, b});
-            }
-        }
-        for (int row = 0; row < job.hidden; row += UNIT_ROWS) job.down_units.push_back({row});
-        job.products = room(job.product_buffer, products);
-    }
-
-    static int padded(const Call& call) {
-        return call.tiled ? call.groups() * TILE_TOKENS : call.tokens;
-    }
-
-    void* room(std::vector<char>& buffer, size_t elements) const {
-        size_t bytes = elements * variant_.packed_bytes + 64;
-        if (buffer.size() < bytes) buffer.resize(bytes);
-        return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) % 64;
     }
 
     void open(Slot& slot) {
@@ -233,25 +163,33 @@ class Pool {
         return !stop_;
     }
 
-    // Takes part in a job until it is finished. False if a time has come before that; it can then be called again.
+    // Takes part in a job until it is finished. False if a time has come before that; it can then
+    // be called again.
     bool run(Slot& slot, int64_t until_ns) {
         Job& job = slot.job;
         const auto& first = job.gate_up_units;
         const auto& second = job.down_units;
-        // One thread waits for the GPU: a worker, where there is one, so that the caller can return in time.
+        // One thread waits for the GPU: a worker, where there is one, so that the caller can return
+        // in time.
         bool prepares = until_ns == FOREVER || workers_.empty();
         return (prepares ? run_phase(slot, PREPARE, until_ns, [&](int, int) { prepare(slot); })
                          : complete(slot.phases[PREPARE], spin_ns_, until_ns)) &&
                run_phase(slot, READ, until_ns, [&](int unit, int) { read_unit(slot, unit); }) &&
-               run_phase(slot, PACK, until_ns, [&](int unit, int) { variant_.pack(job, job.pack_units[unit]); }) &&
+               run_phase(slot, PACK, until_ns,
+                         [&](int unit, int) { variant_.pack(job, job.pack_units[unit]); }) &&
                run_phase(slot, GATE_UP, until_ns,
-                         [&](int unit, int next) { variant_.run_gate_up(job, first[unit], next < 0 ? nullptr : &first[next]); }) &&
-               run_phase(slot, DOWN, until_ns,
-                         [&](int unit, int next) { variant_.run_down(job, second[unit], next < 0 ? nullptr : &second[next]); });
+                         [&](int unit, int next) {
+                             variant_.run_gate_up(job, first[unit],
+                                                  next < 0 ? nullptr : &first[next]);
+                         }) &&
+               run_phase(slot, DOWN, until_ns, [&](int unit, int next) {
+                   variant_.run_down(job, second[unit], next < 0 ? nullptr : &second[next]);
+               });
     }
 
-    // Runs units until all are done. A thread claims its next one early, to ask for its weights in time; not near the end,
-    // where a claimed unit would wait while other threads have nothing to do.
+    // Runs units until all are done. A thread claims its next one early, to ask for its weights in
+    // time; not near the end, where a claimed unit would wait while other threads have nothing to
+    // do.
     template <class F>
     bool run_phase(Slot& slot, int number, int64_t until_ns, F&& run_unit) {
         Phase& phase = slot.phases[number];
@@ -264,8 +202,9 @@ class Pool {
             int64_t now = now_ns();
             slot.finished_ns = now;
             if (phase.unfinished.fetch_sub(1) == 1) {
-                if (number == DOWN && slot.finished)
-                    std::atomic_ref(*slot.finished).store(slot.number, std::memory_order_release);
+                if (number == DOWN && slot.output_ready)
+                    std::atomic_ref(*slot.output_ready)
+                        .store(slot.number, std::memory_order_release);
                 phase.complete.notify();
             }
             late = now >= until_ns;

@@ -1,25 +1,27 @@
-// Included by cpu.cpp: jobs that are submitted before the router has chosen. A GPU sends each token's state and choices to the CPU,
-// whose threads wait for them; the first one groups the choices by expert, divides the experts' blocks, and tells the GPU its part.
-// So nothing between two layers waits for Python.
+// Included by cpu.cpp: jobs that are submitted before the router has chosen. A GPU sends each
+// token's state and choices to the CPU, whose threads wait for them; the first one groups the
+// choices by expert, divides the experts' blocks, and tells the GPU its part. So nothing between
+// two layers waits for Python.
 
 struct ExpertPlaces {
-    const uint16_t* absent;  // [num_absent, block]: blocks in host memory
-    int64_t resident;        // address on the GPU of its other blocks
-    int num_absent, num_resident;
+    const uint16_t* host;  // [num_host, block]: blocks in host memory
+    int64_t resident;      // address on the GPU of its other blocks
+    int num_host, num_resident;
 };
 
 // Flags are numbers of jobs. They only grow: what waits for one is served by any later one, too.
 struct RouteArguments {
     const ExpertPlaces* experts;
-    const double* shares;    // [tokens + 1], by tokens of a call: of an expert's absent blocks, those that the GPU reads
-    const int64_t* index;    // [tokens, top_k] experts, from the GPU
-    const float* weights;    // [tokens, top_k] of the router, from the GPU
-    const int64_t* arrived;  // [tokens] flags of the GPU: the token's state, index and weights are there
-    int64_t* table;          // for the GPU; `table_size` in routed.py says what is in it
-    int64_t* described;      // flag for the GPU: the table is complete
-    int64_t* timed_out;      // flag for Python: the GPU has not sent the job's tokens in time
-    int64_t* traffic;        // blocks so far: resident, streamed, on the CPU
-    int64_t patience_ns;     // a GPU that sends nothing for so long has failed
+    const double* shares;  // [tokens + 1], by tokens of a call: of an expert's host blocks, those
+                           // that the GPU reads
+    const int64_t* index;  // [tokens, top_k] experts, from the GPU
+    const float* weights;  // [tokens, top_k] of the router, from the GPU
+    const int64_t* inputs_ready;  // [tokens] flags of the GPU: the token's inputs are there
+    int64_t* table;               // for the GPU; `table_size` in decode_layer.py says what is in it
+    int64_t* table_ready;         // flag for the GPU: the table is complete
+    int64_t* timed_out;           // flag for Python: the GPU has not sent the job's tokens in time
+    int64_t* traffic;             // blocks so far: resident, streamed, on the CPU
+    int64_t patience_ns;          // a GPU that sends nothing for so long has failed
     int num_experts, top_k, max_blocks;
 };
 
@@ -27,15 +29,17 @@ class Route {
    public:
     RouteArguments arguments;
 
-    // Blocks until every token has arrived. False after `patience_ns`, or once `given_up()`.
+    // Blocks until the inputs of every token are ready. False after `patience_ns`, or once
+    // `given_up()`.
     template <class F>
     bool wait(int tokens, int64_t number, int64_t spin_ns, F&& given_up) const {
         int64_t started = now_ns(), until = started + arguments.patience_ns;
         for (int token = 0; token < tokens; ++token) {
-            std::atomic_ref arrived(const_cast<int64_t&>(arguments.arrived[token]));
-            auto here = [&] { return arrived.load(std::memory_order_acquire) >= number; };
+            std::atomic_ref ready(const_cast<int64_t&>(arguments.inputs_ready[token]));
+            auto here = [&] { return ready.load(std::memory_order_acquire) >= number; };
             while (!spin_until([&] { return here() || given_up(); }, started + spin_ns)) {
-                bool late = now_ns() > until;  // read first: after SIGSTOP the time is over, though the tokens have arrived
+                bool late = now_ns() > until;  // read first: after SIGSTOP the time is over, though
+                                               // the inputs are ready
                 if (here()) break;
                 if (late) return false;
                 std::this_thread::sleep_for(NAP);  // no GPU can wake a thread
@@ -45,37 +49,46 @@ class Route {
         return true;
     }
 
-    // The calls for the CPU, by expert. What rounding to whole blocks gives the GPU too much or too little with one expert is made
-    // up for with the next. The same rule as `LayerDispatch`.
-    void divide(int tokens, int block_elements, std::vector<Call>& calls) {
+    // The calls for the CPU, by expert. What rounding to whole blocks gives the GPU too much or too
+    // little with one expert is made up for with the next. The rule of plan/split.py.
+    void divide(int tokens, const BlockLayout& layout, std::vector<Call>& calls) {
         const RouteArguments& a = arguments;
         group(tokens);
         int64_t num_blocks = 0;
-        int64_t *addresses = a.table + 1, *experts = addresses + a.max_blocks, *first_block = experts + a.max_blocks;
-        int64_t *first_choice = first_block + a.num_experts + 1, *choices = first_choice + a.num_experts + 1;
+        int64_t *addresses = a.table + 1, *experts = addresses + a.max_blocks,
+                *first_block = experts + a.max_blocks;
+        int64_t *first_choice = first_block + a.num_experts + 1,
+                *choices = first_choice + a.num_experts + 1;
         auto add = [&](int64_t address, int count, int expert) {
             for (int i = 0; i < count; ++i, ++num_blocks) {
-                addresses[num_blocks] = address + i * int64_t{2} * block_elements;
+                addresses[num_blocks] = address + i * static_cast<int64_t>(layout.bytes());
                 experts[num_blocks] = expert;
             }
         };
-        double owed = 0;
+        double remainder = 0;
         for (int e = 0; e < a.num_experts; ++e) {
             first_block[e] = num_blocks, first_choice[e] = first_[e];
             int called_by = first_[e + 1] - first_[e];
             if (!called_by) continue;
             const ExpertPlaces& expert = a.experts[e];
-            owed += a.shares[called_by] * expert.num_absent;
-            int streamed = std::clamp(static_cast<int>(std::floor(owed + 0.5)), 0, expert.num_absent);
-            owed -= streamed;
-            add(reinterpret_cast<int64_t>(expert.absent), streamed, e);
+            remainder += a.shares[called_by] * expert.num_host;
+            int streamed =
+                std::clamp(static_cast<int>(std::floor(remainder + 0.5)), 0, expert.num_host);
+            remainder -= streamed;
+            add(reinterpret_cast<int64_t>(expert.host), streamed, e);
             add(expert.resident, expert.num_resident, e);
-            a.traffic[0] += expert.num_resident, a.traffic[1] += streamed, a.traffic[2] += expert.num_absent - streamed;
-            if (streamed == expert.num_absent) continue;
-            const uint16_t* rest = expert.absent + static_cast<size_t>(streamed) * block_elements;
-            calls.push_back({{rest, &rows_[first_[e]], &weights_[first_[e]], expert.num_absent - streamed, called_by}, false, 0, 0});
+            a.traffic[0] += expert.num_resident, a.traffic[1] += streamed,
+                a.traffic[2] += expert.num_host - streamed;
+            if (streamed == expert.num_host) continue;
+            const uint16_t* rest = layout.block(expert.host, streamed);
+            calls.push_back({{rest, &rows_[first_[e]], &weights_[first_[e]],
+                              expert.num_host - streamed, called_by},
+                             false,
+                             0,
+                             0});
         }
-        first_block[a.num_experts] = num_blocks, first_choice[a.num_experts] = first_[a.num_experts];
+        first_block[a.num_experts] = num_blocks,
+        first_choice[a.num_experts] = first_[a.num_experts];
         std::copy(choices_.begin(), choices_.end(), choices);
         a.table[0] = num_blocks;
     }
@@ -86,13 +99,18 @@ class Route {
         std::fill_n(a.table, 1 + 2 * a.max_blocks + 2 * (a.num_experts + 1), 0);
     }
 
-    void time_out(int64_t number) const { std::atomic_ref(*arguments.timed_out).store(number, std::memory_order_release); }
+    void time_out(int64_t number) const {
+        std::atomic_ref(*arguments.timed_out).store(number, std::memory_order_release);
+    }
 
-    void describe(int64_t number) const { std::atomic_ref(*arguments.described).store(number, std::memory_order_release); }
+    void publish(int64_t number) const {
+        std::atomic_ref(*arguments.table_ready).store(number, std::memory_order_release);
+    }
 
    private:
-    // Sorts the choices by expert: those of expert e are `first_[e]` to `first_[e + 1]`. Choices of experts that do not exist are
-    // left out; transformers marks by `num_experts` those that other processes compute.
+    // Sorts the choices by expert: those of expert e are `first_[e]` to `first_[e + 1]`. Choices of
+    // experts that do not exist are left out; transformers marks by `num_experts` those that other
+    // processes compute.
     void group(int tokens) {
         const RouteArguments& a = arguments;
         int num_choices = tokens * a.top_k;

@@ -3,40 +3,47 @@
 //   GROUP         weights that one step consumes from a row
 //   MAX_TOKENS    tokens whose sums fit the registers together with those of ROWS rows
 //   Sum           partial sums of one row and token: zero(), total()
-//   Weights       GROUP weights: load(), and dot(sum, packed activations) which adds their products to a Sum
+//   Weights       GROUP weights: load(), and dot(sum, packed activations) which adds their products
+//   to a Sum
 
-constexpr int ROWS = 4;           // rows of weights that share each load of an activation
+constexpr int ROWS = 4;             // rows of weights that share each load of an activation
 constexpr int AHEAD_BYTES = 32768;  // how far ahead of their use weights are asked from memory
 
-// Weights to ask from memory while others are multiplied, in the order of their addresses: asked for row beside row, memory is
-// slower by a fifth and more.
+// Weights to ask from memory while others are multiplied, in the order of their addresses: asked
+// for row beside row, memory is slower by a fifth and more.
 struct Ahead {
     const uint16_t* from = nullptr;
     int weights = 0;
 
-    // The share of one of several parts of a computation, so that the memory is busy during all of them.
+    // The share of one of several parts of a computation, so that the memory is busy during all of
+    // them.
     Ahead part(int number, int parts) const {
-        int start = static_cast<int64_t>(weights) * number / parts, stop = static_cast<int64_t>(weights) * (number + 1) / parts;
+        int start = static_cast<int64_t>(weights) * number / parts,
+            stop = static_cast<int64_t>(weights) * (number + 1) / parts;
         return {from + start, stop - start};
     }
 };
 
-// Group `g` of the `groups` of a unit's rows, or of the next unit's if the unit has no more. `rows(unit, g)`: where a group begins.
+// Group `g` of the `groups` of a unit's rows, or of the next unit's if the unit has no more.
+// `rows(unit, g)`: where a group begins.
 template <class Unit, class Rows>
-inline Ahead ahead_of(int g, int groups, const Unit& unit, const Unit* next, Rows&& rows, int weights) {
+inline Ahead ahead_of(int g, int groups, const Unit& unit, const Unit* next, Rows&& rows,
+                      int weights) {
     if (g < groups) return {rows(unit, g), weights};
     return next && g < 2 * groups ? Ahead{rows(*next, g - groups), weights} : Ahead{};
 }
 
 // ROWS consecutive rows of `weights` [., width] times `tokens` rows of activations.
 template <int TOKENS>
-inline void multiply_rows(const uint16_t* weights, int width, const Packed* const* x, Ahead ahead, float (*result)[MAX_TOKENS]) {
+inline void multiply_rows(const uint16_t* weights, int width, const Packed* const* x, Ahead ahead,
+                          float (*result)[MAX_TOKENS]) {
     Sum sums[ROWS][TOKENS];
     for (auto& row : sums)
         for (auto& sum : row) sum = Sum::zero();
     int steps = width / GROUP, per_step = (ahead.weights + steps - 1) / steps, asked = 0, due = 0;
     for (int i = 0; i < width; i += GROUP) {
-        for (due += per_step; asked < due; asked += 32) __builtin_prefetch(ahead.from + asked, 0, 2);
+        for (due += per_step; asked < due; asked += 32)
+            __builtin_prefetch(ahead.from + asked, 0, 2);
         for (int row = 0; row < ROWS; ++row) {
             Weights w = Weights::load(weights + static_cast<size_t>(row) * width + i);
             for (int token = 0; token < TOKENS; ++token) w.dot(sums[row][token], x[token] + i);
@@ -47,14 +54,15 @@ inline void multiply_rows(const uint16_t* weights, int width, const Packed* cons
 }
 
 template <int TOKENS = 1>
-inline void multiply(int tokens, const uint16_t* weights, int width, const Packed* const* x, Ahead ahead,
-                     float (*result)[MAX_TOKENS]) {
+inline void multiply(int tokens, const uint16_t* weights, int width, const Packed* const* x,
+                     Ahead ahead, float (*result)[MAX_TOKENS]) {
     if constexpr (TOKENS < MAX_TOKENS)
         if (tokens > TOKENS) return multiply<TOKENS + 1>(tokens, weights, width, x, ahead, result);
     multiply_rows<TOKENS>(weights, width, x, ahead, result);
 }
 
-// Tokens of a call in even parts of at most MAX_TOKENS: 8 are 4 + 4 rather than 6 + 2. f(part, parts, first token, count).
+// Tokens of a call in even parts of at most MAX_TOKENS: 8 are 4 + 4 rather than 6 + 2. f(part,
+// parts, first token, count).
 template <class F>
 inline void each_part(int tokens, F&& f) {
     int parts = (tokens + MAX_TOKENS - 1) / MAX_TOKENS;
@@ -65,58 +73,68 @@ inline void each_part(int tokens, F&& f) {
     }
 }
 
-// Stores activation `i` of a row where dot() expects it. As floats, in each GROUP those of even index come first, because a pair of
-// bfloat16 weights becomes two floats by a shift and a mask.
+// Stores activation `i` of a row where dot() expects it. As floats, in each GROUP those of even
+// index come first, because a pair of bfloat16 weights becomes two floats by a shift and a mask.
 inline void pack(float value, int i, Packed* to) {
     if constexpr (std::is_same_v<Packed, uint16_t>) to[i] = bfloat16_of(value);
     else to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value;
 }
 
 inline const Packed* state(const Job& job, const Call& call, int token) {
-    return static_cast<const Packed*>(job.packed_states) + static_cast<size_t>(call.rows[token]) * job.hidden;
+    return static_cast<const Packed*>(job.packed_states) +
+           static_cast<size_t>(call.rows[token]) * job.layout.hidden;
 }
 
 void pack_state(const Job& job, int token) {
-    size_t first = static_cast<size_t>(token) * job.hidden;
+    size_t first = static_cast<size_t>(token) * job.layout.hidden;
     auto packed = static_cast<Packed*>(job.packed_states) + first;
-    for (int i = 0; i < job.hidden; ++i) pack(float_of(job.states[first + i]), i, packed);
+    for (int i = 0; i < job.layout.hidden; ++i) pack(float_of(job.states[first + i]), i, packed);
 }
 
 void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next) {
     const Call& call = job.calls[unit.call];
     size_t neurons = call.neurons(job);
-    size_t first_product = call.first_product + static_cast<size_t>(unit.index) * job.block_neurons;
+    size_t first_product =
+        call.first_product + static_cast<size_t>(unit.index) * job.layout.neurons;
     Packed* products = static_cast<Packed*>(job.products) + first_product;
-    int groups = 2 * UNIT_NEURONS / ROWS, distance = std::max(1, AHEAD_BYTES / (ROWS * job.hidden * 2));
+    int groups = 2 * UNIT_NEURONS / ROWS,
+        distance = std::max(1, AHEAD_BYTES / (ROWS * job.layout.hidden * 2));
     // Group g of ROWS rows: gate and up in turn.
     auto rows = [&](const GateUpUnit& of, int g) {
-        size_t row = of.first_neuron + static_cast<size_t>(g / 2) * ROWS + (g % 2 ? job.block_neurons : 0);
-        return of.block + row * job.hidden;
+        int neuron = of.first_neuron + g / 2 * ROWS;
+        return g % 2 ? job.layout.up(of.block, neuron) : job.layout.gate(of.block, neuron);
     };
-    auto beyond = [&](int g) { return ahead_of(g + distance, groups, unit, next, rows, ROWS * job.hidden); };
+    auto beyond = [&](int g) {
+        return ahead_of(g + distance, groups, unit, next, rows, ROWS * job.layout.hidden);
+    };
     for (int g = 0; g < groups; g += 2) {
         Ahead beyond_gate = beyond(g), beyond_up = beyond(g + 1);
         each_part(call.tokens, [&](int part, int parts, int first, int count) {
             const Packed* x[MAX_TOKENS];
             for (int t = 0; t < count; ++t) x[t] = state(job, call, first + t);
             float gate[ROWS][MAX_TOKENS], up[ROWS][MAX_TOKENS];
-            multiply(count, rows(unit, g), job.hidden, x, beyond_gate.part(part, parts), gate);
-            multiply(count, rows(unit, g + 1), job.hidden, x, beyond_up.part(part, parts), up);
+            multiply(count, rows(unit, g), job.layout.hidden, x, beyond_gate.part(part, parts),
+                     gate);
+            multiply(count, rows(unit, g + 1), job.layout.hidden, x, beyond_up.part(part, parts),
+                     up);
             for (int t = 0; t < count; ++t)
                 for (int row = 0; row < ROWS; ++row) {
                     int neuron = unit.first_neuron + g / 2 * ROWS + row;
-                    pack(swiglu(gate[row][t], up[row][t]), neuron, products + (first + t) * neurons);
+                    pack(swiglu(gate[row][t], up[row][t]), neuron,
+                         products + (first + t) * neurons);
                 }
         });
     }
 }
 
-// `piece`: of job.down_pieces, the unit's rows of one block. `beyond(g)`: weights that come after group g of its rows.
+// `piece`: of job.down_pieces, the unit's rows of one block. `beyond(g)`: weights that come after
+// group g of its rows.
 template <class F>
 void run_down(const Job& job, const DownUnit& unit, const DownPiece& piece, F&& beyond) {
     const Call& call = job.calls[piece.call];
     size_t neurons = call.neurons(job);
-    size_t first_product = call.first_product + static_cast<size_t>(piece.index) * job.block_neurons;
+    size_t first_product =
+        call.first_product + static_cast<size_t>(piece.index) * job.layout.neurons;
     const Packed* products = static_cast<const Packed*>(job.products) + first_product;
     for (int g = 0; g < UNIT_ROWS / ROWS; ++g) {
         Ahead ahead = beyond(g);
@@ -124,11 +142,14 @@ void run_down(const Job& job, const DownUnit& unit, const DownPiece& piece, F&& 
             const Packed* x[MAX_TOKENS];
             for (int t = 0; t < count; ++t) x[t] = products + (first + t) * neurons;
             float result[ROWS][MAX_TOKENS];
-            const uint16_t* rows = piece.weights + static_cast<size_t>(unit.first_row + g * ROWS) * job.block_neurons;
-            multiply(count, rows, job.block_neurons, x, ahead.part(part, parts), result);
+            const uint16_t* rows = job.layout.down(piece.block, unit.first_row + g * ROWS);
+            multiply(count, rows, job.layout.neurons, x, ahead.part(part, parts), result);
             for (int t = 0; t < count; ++t) {
-                float* output = job.output + static_cast<size_t>(call.rows[first + t]) * job.hidden + unit.first_row + g * ROWS;
-                for (int row = 0; row < ROWS; ++row) output[row] += call.weights[first + t] * result[row][t];
+                float* output = job.output +
+                                static_cast<size_t>(call.rows[first + t]) * job.layout.hidden +
+                                unit.first_row + g * ROWS;
+                for (int row = 0; row < ROWS; ++row)
+                    output[row] += call.weights[first + t] * result[row][t];
             }
         });
     }
@@ -138,16 +159,21 @@ void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
     job.clear_output(unit);
     constexpr int GROUPS = UNIT_ROWS / ROWS;
     int pieces = static_cast<int>(job.down_pieces.size()), groups = GROUPS * pieces;
-    int distance = std::max(1, AHEAD_BYTES / (ROWS * job.block_neurons * 2));
+    int distance = std::max(1, AHEAD_BYTES / (ROWS * job.layout.neurons * 2));
     auto rows = [&](const DownUnit& of, int g) {
-        return job.down_pieces[g / GROUPS].weights + static_cast<size_t>(of.first_row + g % GROUPS * ROWS) * job.block_neurons;
+        return job.layout.down(job.down_pieces[g / GROUPS].block, of.first_row + g % GROUPS * ROWS);
     };
     for (int i = 0; i < pieces; ++i)
         run_down(job, unit, job.down_pieces[i], [&](int g) {
-            return ahead_of(i * GROUPS + g + distance, groups, unit, next, rows, ROWS * job.block_neurons);
+            return ahead_of(i * GROUPS + g + distance, groups, unit, next, rows,
+                            ROWS * job.layout.neurons);
         });
 }
 
 constexpr Variant variant{
-    sizeof(Packed), 0, [](const Job& job, const PackUnit& unit) { pack_state(job, unit.index); }, run_gate_up, run_down,
+    sizeof(Packed),
+    0,
+    [](const Job& job, const PackUnit& unit) { pack_state(job, unit.index); },
+    run_gate_up,
+    run_down,
 };

@@ -1,9 +1,12 @@
-// Included by cpu.cpp inside a namespace with AMX: calls of many tokens, 16 rows of weights by 16 or 32 tokens at a time.
+// Included by cpu.cpp inside a namespace with AMX: calls of many tokens, 16 rows of weights by 16
+// or 32 tokens at a time.
 //
-// The weights are a product's left matrix, read as they lie. The right one must hold pairs of consecutive values of each token
-// side by side: states and products are kept as groups of 16 tokens, [width / 2][16 tokens][2].
+// The weights are a product's left matrix, read as they lie. The right one must hold pairs of
+// consecutive values of each token side by side: states and products are kept as groups of 16
+// tokens, [width / 2][16 tokens][2].
 
-constexpr int TOKENS = TILE_TOKENS, STEP = 32;  // of one group; weights of a row that one instruction consumes
+constexpr int TOKENS = TILE_TOKENS,
+              STEP = 32;  // of one group; weights of a row that one instruction consumes
 static_assert(UNIT_NEURONS == 16 && UNIT_ROWS == 16 && TOKENS == 16, "a unit is one tile");
 
 struct alignas(64) TileShapes {
@@ -19,19 +22,22 @@ inline void configure() {
 
 // Asks for two stretches of `bytes` each, in `steps` equal parts.
 inline void ask(const void* first, const void* second, size_t bytes, int step, int steps) {
-    for (size_t at = bytes * step / steps & ~size_t{63}; at < bytes * (step + 1) / steps; at += 64) {
+    for (size_t at = bytes * step / steps & ~size_t{63}; at < bytes * (step + 1) / steps;
+         at += 64) {
         __builtin_prefetch(static_cast<const char*>(first) + at, 0, 2);
         __builtin_prefetch(static_cast<const char*>(second) + at, 0, 2);
     }
 }
 
 void pack_group(const Job& job, const Call& call, int group) {
-    size_t first = call.first_state + static_cast<size_t>(group) * TOKENS * job.hidden;
+    size_t first = call.first_state + static_cast<size_t>(group) * TOKENS * job.layout.hidden;
     auto to = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(job.packed_states) + first);
     for (int t = 0; t < TOKENS; ++t) {
         int token = group * TOKENS + t;
-        auto from = token < call.tokens ? job.states + static_cast<size_t>(call.rows[token]) * job.hidden : nullptr;
-        for (int pair = 0; pair < job.hidden / 2; ++pair) {
+        auto from = token < call.tokens
+                        ? job.states + static_cast<size_t>(call.rows[token]) * job.layout.hidden
+                        : nullptr;
+        for (int pair = 0; pair < job.layout.hidden / 2; ++pair) {
             uint32_t values = 0;
             if (from) std::memcpy(&values, from + 2 * pair, sizeof values);
             to[pair * TOKENS + t] = values;
@@ -40,20 +46,26 @@ void pack_group(const Job& job, const Call& call, int group) {
 }
 
 template <int GROUPS>
-void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* next, const Call& call, int group) {
-    const size_t width = job.hidden, to_up = width * job.block_neurons;
-    const uint16_t* gate_rows = unit.block + unit.first_neuron * width;
-    const uint16_t* next_rows = next ? next->block + next->first_neuron * width : gate_rows;
-    const uint16_t* x = static_cast<const uint16_t*>(job.packed_states) + call.first_state + group * TOKENS * width;
-    const int passes = (call.groups() + 1) / 2, steps = job.hidden / STEP;
+void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* next,
+                    const Call& call, int group) {
+    const size_t width = job.layout.hidden;
+    const uint16_t* gate_rows = job.layout.gate(unit.block, unit.first_neuron);
+    const uint16_t* up_rows = job.layout.up(unit.block, unit.first_neuron);
+    const GateUpUnit& ahead = next ? *next : unit;
+    const uint16_t* next_gate = job.layout.gate(ahead.block, ahead.first_neuron);
+    const uint16_t* next_up = job.layout.up(ahead.block, ahead.first_neuron);
+    const uint16_t* x =
+        static_cast<const uint16_t*>(job.packed_states) + call.first_state + group * TOKENS * width;
+    const int passes = (call.groups() + 1) / 2, steps = job.layout.hidden / STEP;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int i = 0; i < job.hidden; i += STEP) {
-        ask(next_rows, next_rows + to_up, UNIT_NEURONS * width * 2, group / 2 * steps + i / STEP, passes * steps);
+    for (int i = 0; i < job.layout.hidden; i += STEP) {
+        ask(next_gate, next_up, UNIT_NEURONS * width * 2, group / 2 * steps + i / STEP,
+            passes * steps);
         _tile_loadd(4, gate_rows + i, width * 2);
-        _tile_loadd(5, gate_rows + to_up + i, width * 2);
+        _tile_loadd(5, up_rows + i, width * 2);
         _tile_loadd(6, x + i * TOKENS, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
@@ -71,11 +83,14 @@ void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* ne
         _tile_stored(3, up[1], 64);
     }
     for (int g = 0; g < GROUPS; ++g) {
-        uint16_t* products = static_cast<uint16_t*>(job.products) + call.first_product + (group + g) * TOKENS * call.neurons(job);
+        uint16_t* products = static_cast<uint16_t*>(job.products) + call.first_product +
+                             (group + g) * TOKENS * call.neurons(job);
         for (int n = 0; n < UNIT_NEURONS; ++n) {
-            size_t neuron = static_cast<size_t>(unit.index) * job.block_neurons + unit.first_neuron + n;
+            size_t neuron =
+                static_cast<size_t>(unit.index) * job.layout.neurons + unit.first_neuron + n;
             for (int t = 0; t < TOKENS; ++t)
-                products[neuron / 2 * 2 * TOKENS + t * 2 + neuron % 2] = bfloat16_of(swiglu(gate[g][n][t], up[g][n][t]));
+                products[neuron / 2 * 2 * TOKENS + t * 2 + neuron % 2] =
+                    bfloat16_of(swiglu(gate[g][n][t], up[g][n][t]));
         }
     }
 }
@@ -92,16 +107,19 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
 // The unit's rows of all blocks of one call, whose pieces begin at `first`.
 template <int GROUPS>
 void down_groups(const Job& job, const DownUnit& unit, const Call& call, int first, int group) {
-    const size_t width = job.block_neurons, half = UNIT_ROWS / 2 * width;
+    const size_t width = job.layout.neurons, half = UNIT_ROWS / 2 * width;
     const int pieces = static_cast<int>(job.down_pieces.size());
-    const uint16_t* x = static_cast<const uint16_t*>(job.products) + call.first_product + group * TOKENS * call.neurons(job);
+    const uint16_t* x = static_cast<const uint16_t*>(job.products) + call.first_product +
+                        group * TOKENS * call.neurons(job);
     _tile_zero(0);
     _tile_zero(1);
     for (int block = 0; block < call.num_blocks; ++block) {
-        const uint16_t* rows = job.down_pieces[first + block].weights + unit.first_row * width;
-        const uint16_t* ahead = job.down_pieces[std::min(pieces - 1, first + block + 2)].weights + unit.first_row * width;
-        for (int i = 0; i < job.block_neurons; i += STEP, x += STEP * TOKENS) {
-            if (group == 0) ask(ahead, ahead + half, half * 2, i / STEP, job.block_neurons / STEP);
+        const uint16_t* rows =
+            job.layout.down(job.down_pieces[first + block].block, unit.first_row);
+        const DownPiece& later = job.down_pieces[std::min(pieces - 1, first + block + 2)];
+        const uint16_t* ahead = job.layout.down(later.block, unit.first_row);
+        for (int i = 0; i < job.layout.neurons; i += STEP, x += STEP * TOKENS) {
+            if (group == 0) ask(ahead, ahead + half, half * 2, i / STEP, job.layout.neurons / STEP);
             _tile_loadd(4, rows + i, width * 2);
             _tile_loadd(6, x, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -113,10 +131,14 @@ void down_groups(const Job& job, const DownUnit& unit, const Call& call, int fir
     }
     float sums[2][UNIT_ROWS][TOKENS];
     _tile_stored(0, sums[0], 64);
-    if constexpr (GROUPS == 2) { _tile_stored(1, sums[1], 64); }
+    if constexpr (GROUPS == 2) {
+        _tile_stored(1, sums[1], 64);
+    }
     for (int t = group * TOKENS; t < std::min(call.tokens, (group + GROUPS) * TOKENS); ++t) {
-        float* output = job.output + static_cast<size_t>(call.rows[t]) * job.hidden + unit.first_row;
-        for (int row = 0; row < UNIT_ROWS; ++row) output[row] += call.weights[t] * sums[t / TOKENS - group][row][t % TOKENS];
+        float* output =
+            job.output + static_cast<size_t>(call.rows[t]) * job.layout.hidden + unit.first_row;
+        for (int row = 0; row < UNIT_ROWS; ++row)
+            output[row] += call.weights[t] * sums[t / TOKENS - group][row][t % TOKENS];
     }
 }
 

@@ -1,14 +1,16 @@
 // Included by cpu.cpp: time, and waiting for what another thread or a GPU writes.
 //
-// Waiters spin briefly, then sleep. Spinning avoids a wake-up, which costs as much as a small unit of work. Sleeping frees the core
-// for the thread that is waited for.
+// Waiters spin briefly, then sleep. Spinning avoids a wake-up, which costs as much as a small unit
+// of work. Sleeping frees the core for the thread that is waited for.
 
 constexpr int64_t FOREVER = std::numeric_limits<int64_t>::max();  // a time that never comes
 constexpr int64_t BARRIER_SPIN_NS = 100'000;  // as long as waking a thread may take
 constexpr int LOOKS = 32;                     // at memory, between two at the clock
 constexpr auto NAP = std::chrono::microseconds(50);
 
-int64_t now_ns() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+int64_t now_ns() {
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -39,7 +41,8 @@ class Signal {
         if (sleepers_.load()) wake();
     }
 
-    // Spins for `spin_ns`, then sleeps, until `ready()` or until a time has come. True if it was ready.
+    // Spins for `spin_ns`, then sleeps, until `ready()` or until a time has come. True if it was
+    // ready.
     template <class F>
     bool wait(F&& ready, int64_t spin_ns, int64_t until_ns = FOREVER) {
         if (spin_until(ready, std::min(until_ns, now_ns() + spin_ns))) return true;
@@ -59,10 +62,14 @@ class Signal {
    private:
 #if defined(__linux__)
     void sleep(uint32_t seen, int64_t most_ns) {
-        timespec most{static_cast<time_t>(most_ns / 1'000'000'000), static_cast<long>(most_ns % 1'000'000'000)};
+        timespec most{static_cast<time_t>(most_ns / 1'000'000'000),
+                      static_cast<long>(most_ns % 1'000'000'000)};
         syscall(SYS_futex, &changes_, FUTEX_WAIT_PRIVATE, seen, &most, nullptr, 0);
     }
-    void wake() { syscall(SYS_futex, &changes_, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr, nullptr, 0); }
+    void wake() {
+        syscall(SYS_futex, &changes_, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr,
+                nullptr, 0);
+    }
 #else
     void sleep(uint32_t, int64_t) { std::this_thread::sleep_for(NAP); }
     void wake() {}

@@ -1,0 +1,60 @@
+"""Runs of plans on random prompts."""
+
+import argparse
+import gc
+
+import torch
+
+from fiddler_opt.inputs.model import DEFAULT_MODEL
+from fiddler_opt.measure.machine import release_gpu_memory
+from fiddler_run import load_model
+from fiddler_run.generation.generate import Measured, generate_ids, never_stopping
+from fiddler_run.generation.model import PlannedModel
+from fiddler_run.generation.sampling import Options
+from fiddler_run.plan.schema import Plan
+
+PROVENANCE = dict.fromkeys(
+    ("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "benchmark"
+)
+DEFAULT = "(default: %(default)s)"
+
+
+def arguments_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of the arguments that every benchmark of plans takes."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--machine", required=True, metavar="FILE", help="machine profile")
+    add("--model", default=DEFAULT_MODEL, help=f"checkpoint folder or Hugging Face id {DEFAULT}")
+    add("--load-format", default="dummy", choices=["dummy", "safetensors"], help=DEFAULT)
+    add("-o", "--output", required=True, metavar="FOLDER")
+    return parser
+
+
+def load(plan: Plan, flags: argparse.Namespace) -> PlannedModel:
+    """The model and load format of `flags`, run by a plan. The model before must be forgotten."""
+    forget()
+    model, _ = load_model(plan, flags.model, flags.load_format)
+    return model
+
+
+def forget() -> None:
+    """Gives back the memory of a model to which no reference is left."""
+    gc.collect()
+    release_gpu_memory()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def continued(model: PlannedModel, prompt_tokens: int, seed: int, options: Options) -> Measured:
+    """Continues a random prompt, and returns what was measured."""
+    ids = random_ids(model, prompt_tokens, seed)
+    _, measured = generate_ids(model, ids, options, **never_stopping(model))
+    return measured
+
+
+def random_ids(model: PlannedModel, tokens: int, seed: int) -> torch.Tensor:
+    """Token ids [1, tokens]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, model.config.vocab_size, (1, tokens), generator=generator)

@@ -1,0 +1,44 @@
+"""Flags that several commands share."""
+
+import argparse
+
+from fiddler_opt.inputs.model import DEFAULT_MODEL
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model, and the folder of its profiles and the machine's."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="checkpoint folder or Hugging Face id (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--profiles",
+        default="profiles",
+        metavar="DIR",
+        help="folder of profiles (default: %(default)s)",
+    )
+
+
+def add_profiles(parser: argparse.ArgumentParser) -> None:
+    """The profiles that a new plan is made from."""
+    parser.add_argument(
+        "--machine",
+        metavar="FILE",
+        help="machine profile (default: local.machine.yaml in --profiles)",
+    )
+    parser.add_argument(
+        "--routing",
+        metavar="FILE",
+        help="routing profile (default: the model's in --profiles, else uniform routing)",
+    )
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """The profiles that an existing plan was made from."""
+    for name in ("machine", "routing"):
+        parser.add_argument(
+            f"--{name}",
+            metavar="FILE",
+            help=f"{name} profile that the plan was made from (default: the file the plan names)",
+        )

@@ -1,0 +1,132 @@
+"""`fiddler-opt plan`: solves for the best placement, and writes the plan."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from fiddler_opt.commands import flags as shared
+from fiddler_opt.commands.files import load_machine, load_routing, load_spec, provenance
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.workload import DEFAULTS, plan_workload
+from fiddler_opt.insight.notes import plan_notes
+from fiddler_opt.insight.plan_report import print_plan
+from fiddler_opt.solve.baselines import BASELINES
+from fiddler_opt.solve.target import least_memory, parse_rate
+from fiddler_opt.units import format_bytes, parse_bytes
+from fiddler_run.flags import positive
+from fiddler_run.plan.schema import Budget, Plan
+from fiddler_run.system.files import require_writable, write_whole
+from fiddler_run.weights.model_folder import name_in_plan
+
+HELP = "solve for the best placement within a GPU memory budget"
+WORKLOAD_HELP = {
+    "prompt_tokens": "plan for prompts of N tokens",
+    "output_tokens": "plan for N generated tokens",
+    "num_beams": "plan for N beams",
+    "batch_size": "plan for N sequences at once",
+    "max_seq_len": "plan for up to N tokens of prompt and output",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    shared.add_model(parser)
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--gpu-mem",
+        metavar="SIZE",
+        help=(
+            "GPU memory to use, such as 24GB; 0GB plans for the CPU alone (default: all that was"
+            " free on the profiled GPU)"
+        ),
+    )
+    budget.add_argument(
+        "--target",
+        metavar="RATE",
+        help="find the smallest GPU budget that reaches this decode speed, e.g. 6tok/s",
+    )
+    parser.add_argument(
+        "--host-mem",
+        metavar="SIZE",
+        help="host memory for experts; the others lie on disk (default: as much as they need)",
+    )
+    shared.add_profiles(parser)
+    for key, words in WORKLOAD_HELP.items():
+        parser.add_argument(
+            f"--{key.replace('_', '-')}",
+            type=positive,
+            metavar="N",
+            help=f"{words} (default: {DEFAULTS[key]})",
+        )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="plan to write (default: plans/MODEL-SIZE.yaml)"
+    )
+    parser.add_argument(
+        "--robust",
+        action="store_true",
+        help="plan for that set of prompts of the routing profile for which the plan is worst",
+    )
+    parser.add_argument(
+        "--baseline", choices=BASELINES, help="write the plan of this simple rule, to compare with"
+    )
+    parser.add_argument(
+        "--emit", metavar="FILE", help="write the integer program as well, in the LP format"
+    )
+
+
+def run(flags: argparse.Namespace, console: Console) -> None:
+    from fiddler_opt.solve.comparison import compared
+    from fiddler_opt.solve.compiler import by_rule, compile_plan, integer_program
+    from fiddler_opt.solve.problem import Problem
+
+    rate = None if flags.target is None else parse_rate(flags.target)
+    gpu_bytes = None if flags.gpu_mem is None else parse_bytes(flags.gpu_mem, "--gpu-mem")
+    host_bytes = None if flags.host_mem is None else parse_bytes(flags.host_mem, "--host-mem")
+    model = load_spec(flags.model, console)
+    workload = plan_workload({key: getattr(flags, key) for key in DEFAULTS}, model)
+    machine, machine_path = load_machine(flags)
+    routing = load_routing(flags, model)
+    size = flags.gpu_mem or flags.target and f"{rate:g}toks"
+    if size is None:
+        gpu_bytes, size = free_gpu_memory(machine, console)
+    output = Path(flags.output or f"plans/{model.short_name}-{size}.yaml")
+    for path in (output, flags.emit):
+        if path is not None:
+            require_writable(path)
+    made = provenance(machine_path, machine, routing.origin)
+    worst_of = tuple(routing.sets.values()) if flags.robust else ()
+    placer = by_rule(flags.baseline) if flags.baseline else None
+
+    def solve(gpu_bytes: int) -> Plan:
+        budget = Budget(gpu_bytes=gpu_bytes, host_bytes=host_bytes)
+        return compile_plan(model, machine, routing, workload, budget, made, worst_of, placer)
+
+    with console.status("solving"):
+        if rate is None:
+            plan = solve(gpu_bytes)
+        else:
+            plan = least_memory(solve, rate, machine.device.memory_bytes)
+        problem = Problem.of(plan, model, machine)
+        plan = compared(plan, problem, routing)
+    if flags.emit is not None:
+        write_whole(flags.emit, integer_program(problem, routing, worst_of).text())
+    named = plan.model.model_copy(update={"name": name_in_plan(flags.model, output)})
+    plan = plan.model_copy(update={"model": named})
+    plan.save(output)
+    print_plan(console, plan, plan_notes(plan, machine, str(machine_path)))
+    print(output)
+
+
+def free_gpu_memory(machine: MachineProfile, console: Console) -> tuple[int, str]:
+    """The bytes that were free on the profiled GPU, and their size as a file's name says it."""
+    if machine.device.kind != "cuda":
+        console.print(
+            "no --gpu-mem, and the machine profile has no GPU: planning for the CPU alone"
+        )
+        return 0, "0GB"
+    free_bytes = machine.device.free_bytes
+    console.print(
+        f"no --gpu-mem: planning for the {format_bytes(free_bytes)} that are free on"
+        f" {machine.device.name} by the machine profile"
+    )
+    return free_bytes, f"{free_bytes // 10**8 / 10:g}GB"

@@ -1,0 +1,145 @@
+"""`fiddler-opt profile`: times this machine, and records a model's routing."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from fiddler_opt.commands import flags as shared
+from fiddler_opt.commands.files import (
+    command_line,
+    load_spec,
+    machine_file,
+    provenance,
+    routing_file,
+)
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.insight.machine_report import print_machine
+from fiddler_opt.insight.routing_report import print_routing
+from fiddler_run.errors import FiddlerError
+from fiddler_run.flags import positive
+from fiddler_run.plan.schema import Plan
+from fiddler_run.system.files import cannot_read, is_folder, require_writable
+from fiddler_run.system.locate import shipped_file
+
+HELP = "time this machine, and record how a model routes tokens"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    shared.add_model(parser)
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        metavar="FILE",
+        help=(
+            "sets of prompts to record routing on: text files with one prompt a line, .jsonl or"
+            " .json files, folders of Hugging Face datasets (default: everything in the folder"
+            " `prompts` beside the model)"
+        ),
+    )
+    parser.add_argument(
+        "--output-tokens",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="tokens to generate after each prompt, to record decode (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--plan", metavar="FILE", help="run the prompts by this plan (default: on the CPU alone)"
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="also write which experts each token chose, as an .npz for numpy",
+    )
+    parser.add_argument(
+        "--only",
+        choices=["machine", "routing"],
+        help="do one half; routing then needs --plan, or a machine profile made before",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="time fewer figures, for less long, in less memory"
+    )
+    parser.add_argument("--force", action="store_true", help="measure even if the machine is busy")
+
+
+def run(flags: argparse.Namespace, console: Console) -> None:
+    """Checks every input before the minutes of timing, then runs the halves that are asked for."""
+    from fiddler_opt.measure.profiling import (
+        cpu_plan,
+        profile_machine,
+        profile_routing,
+        routing_job,
+    )
+
+    model = load_spec(flags.model, console)
+    machine_path = machine_file(flags)
+    routing_path = routing_file(flags, model)
+    prompts = prompts_files(flags)
+    runs_by = Plan.load(shipped_file(flags.plan)) if flags.plan else None
+    machine = None
+    if flags.only == "routing" and runs_by is None:
+        machine = MachineProfile.load(machine_path)
+    for path in (machine_path, routing_path, flags.trace):
+        if path is not None:
+            require_writable(path)
+    context = model.max_position_embeddings
+    if runs_by is not None:
+        context = min(context, runs_by.workload.max_seq_len)
+    job = None
+    if prompts:
+        job = routing_job(model, flags.model, prompts, flags.output_tokens, context)
+
+    if flags.only != "routing":
+        folder = Path(flags.model) if is_folder(flags.model) else None
+        machine = profile_machine(
+            model, machine_path, flags.quick, flags.force, folder, command_line(), console
+        )
+        print_machine(console, machine)
+        print(machine_path, flush=True)
+    if job is not None:
+        if runs_by is None:
+            made = provenance(machine_path, machine, "uniform (assumed)")
+            runs_by = cpu_plan(model, machine, context, made)
+        trace = flags.trace and Path(flags.trace)
+        routing = profile_routing(
+            job, flags.model, runs_by, routing_path, trace, command_line(), console
+        )
+        print_routing(console, routing)
+        print(routing_path)
+    elif flags.only is None:
+        console.print(
+            "note: no --prompts: routing was not recorded, plans will assume it is uniform",
+            style="yellow",
+        )
+
+
+def prompts_files(flags: argparse.Namespace) -> list[Path]:
+    """The sets of prompts to record routing on; none if it is not to be recorded.
+
+    Raises:
+        FiddlerError: --only contradicts the other flags.
+    """
+    if flags.only == "machine":
+        if flags.prompts or flags.plan or flags.trace:
+            raise FiddlerError(
+                "--only machine records no routing; leave --prompts, --plan and --trace out"
+            )
+        return []
+    if flags.prompts:
+        return [Path(name) for name in flags.prompts]
+    folder = Path(flags.model) / "prompts"
+    if is_folder(folder):
+        try:
+            beside_model = sorted(
+                path for path in folder.iterdir() if not path.name.startswith(".")
+            )
+        except OSError as error:
+            raise cannot_read(folder, error) from None
+        if beside_model:
+            return beside_model
+    if flags.only == "routing" or flags.plan or flags.trace:
+        raise FiddlerError(
+            "recording routing needs --prompts FILE: the model's folder has no folder `prompts`"
+        )
+    return []

@@ -1,0 +1,38 @@
+"""`fiddler-opt whatif`: predicts over a range of one quantity."""
+
+import argparse
+
+from rich.console import Console
+
+from fiddler_opt.commands import flags as shared
+from fiddler_opt.commands.files import load_machine, load_routing, load_spec, provenance, tables
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.workload import plan_workload
+from fiddler_opt.insight.sweep_flags import add_whatif_flags, parse_whatif
+from fiddler_run.plan.schema import Budget, Plan, Workload
+
+HELP = "predict over a range of GPU memory, link or RAM speed, context or beams"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    shared.add_model(parser)
+    shared.add_profiles(parser)
+    add_whatif_flags(parser)
+
+
+def run(flags: argparse.Namespace, console: Console) -> None:
+    from fiddler_opt.insight.whatif import run_whatif
+    from fiddler_opt.solve.compiler import compile_plan
+
+    asked = parse_whatif(flags)
+    model = load_spec(flags.model, console)
+    workload = plan_workload(asked.workload_values(), model)
+    machine, path = load_machine(flags)
+    routing = load_routing(flags, model)
+    made = provenance(path, machine, routing.origin)
+
+    def solve(machine: MachineProfile, workload: Workload, gpu_bytes: int) -> Plan:
+        return compile_plan(model, machine, routing, workload, Budget(gpu_bytes=gpu_bytes), made)
+
+    with console.status("solving"):
+        run_whatif(asked, model, machine, workload, solve, flags.plot, tables())

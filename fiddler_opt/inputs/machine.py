@@ -1,0 +1,147 @@
+"""MachineProfile: how fast a machine does each part of the runtime's work.
+
+It knows no prompts and no placement.
+"""
+
+from statistics import median
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from fiddler_opt.inputs.machine_parts import (
+    Cpu,
+    Device,
+    KernelLimits,
+    Link,
+    MeasuredShape,
+    Memory,
+    ProfileProvenance,
+    Times,
+)
+from fiddler_run.plan.split import interpolate
+from fiddler_run.plan.yaml_file import Count, Microseconds, Rate, Ratio, YamlFile
+
+MIN_US = 0.1  # the resolution of times in a file; nothing takes none
+MAX_US = 1e15  # the largest value of `Microseconds`
+Share = Annotated[float, Field(ge=0, le=1)]  # of a host expert's blocks, streamed over the link
+
+
+class MachineProfile(YamlFile):
+    kind: ClassVar[str] = "machine profile"
+    remake: ClassVar[str] = "remake it with `fiddler-opt profile --only machine`"
+
+    version: Literal[3]
+    source: Literal["measured", "data sheet"]
+    cpu: Cpu
+    memory: Memory
+    device: Device
+    link: Link | None
+    disk_bytes_per_s: Rate | None
+    shape: MeasuredShape
+    kernels: KernelLimits
+    host_expert_us: dict[Count, dict[Share, Microseconds]]
+    resident_expert_us: Times
+    dense_layer_us: Times
+    dense_device_us: Times
+    head_us: Times
+    drift: dict[Count, Ratio] = {}
+    provenance: ProfileProvenance
+
+    header: ClassVar[str] = (
+        "A machine's speed, as `fiddler-opt profile` writes it. Times are medians in microseconds,"
+        " by number of tokens."
+    )
+    key_comments: ClassVar[dict[str, str]] = {
+        "link": "null: there is no GPU",
+        "disk_bytes_per_s": "reading the checkpoint; null: there was none to read",
+        "host_expert_us": (
+            "one expert in host memory, by the share sent over the link: the CPU computes the rest"
+            " meanwhile"
+        ),
+        "resident_expert_us": "one expert in GPU memory",
+        "dense_layer_us": "one layer without expert weights, launch to launch",
+        "dense_device_us": (
+            "the part of it that the device itself takes; the rest is launch overhead, hidden while"
+            " experts run"
+        ),
+        "head_us": "once a step: embedding, output head, sampling",
+        "drift": (
+            "an expert in host memory, timed in several rounds: slowest round over fastest, minus 1"
+        ),
+    }
+
+    def problems(self) -> list[str]:
+        timed = [
+            "host_expert_us",
+            "resident_expert_us",
+            "dense_layer_us",
+            "dense_device_us",
+            "head_us",
+        ]
+        problems = [
+            f"{key}: needs an entry for 1 token" for key in timed if 1 not in getattr(self, key)
+        ]
+        problems += [
+            f"host_expert_us[{tokens}]: needs at least one share"
+            for tokens, times in self.host_expert_us.items()
+            if not times
+        ]
+        if 0.0 not in self.host_expert_us.get(1, {0.0: 1.0}):
+            problems.append("host_expert_us[1]: needs an entry for the share 0.0, the CPU alone")
+        if (self.device.kind == "cuda") != (self.link is not None):
+            needed = "be given" if self.link is None else "be null"
+            problems.append(f"link: must {needed} for a device of kind {self.device.kind}")
+        return problems
+
+    @property
+    def cpu_expert_us(self) -> Times:
+        """One expert in host memory, by the CPU alone."""
+        return {tokens: times[0.0] for tokens, times in self.host_expert_us.items() if 0.0 in times}
+
+    @property
+    def link_expert_us(self) -> Times:
+        """One expert in host memory, copied whole to the GPU; empty if that was not timed."""
+        return {tokens: times[1.0] for tokens, times in self.host_expert_us.items() if 1.0 in times}
+
+    @property
+    def best_host_us(self) -> Times:
+        """One expert in host memory, by CPU and link together at the best share."""
+        return {tokens: min(times.values()) for tokens, times in self.host_expert_us.items()}
+
+    @property
+    def stream_share(self) -> dict[int, Share]:
+        """The best share, by tokens."""
+        return {tokens: min(times, key=times.get) for tokens, times in self.host_expert_us.items()}
+
+    @property
+    def streams(self) -> bool:
+        """True if experts in host memory were timed over the link.
+
+        That takes a GPU, and memory that can be page-locked.
+        """
+        return self.link is not None and any(
+            share > 0 for times in self.host_expert_us.values() for share in times
+        )
+
+    @property
+    def typical_drift(self) -> float:
+        """The median drift while memory limits the CPU; 0 if there was one round."""
+        found = [
+            part
+            for tokens, part in self.drift.items()
+            if tokens <= self.kernels.memory_bound_tokens
+        ]
+        return median(found) if found else 0.0
+
+    @property
+    def h2d_bytes_per_s(self) -> float | None:
+        return self.link and self.link.h2d_bytes_per_s
+
+
+def seconds_at(times: Times, tokens: float) -> float:
+    """Seconds for `tokens` tokens, linear between measured points.
+
+    Past the last one they grow in proportion to tokens.
+    """
+    beyond = max(1.0, tokens / max(times))
+    return interpolate(times, tokens) * beyond * 1e-6

@@ -1,0 +1,153 @@
+"""ModelSpec: a model's sizes, as far as the planner needs them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fiddler_run.encodings.base import Encoding
+from fiddler_run.encodings.table import ENCODINGS, plain_encoding
+from fiddler_run.errors import FiddlerError
+from fiddler_run.models.config import ASSUMED_DTYPE, ModelConfig
+from fiddler_run.models.table import parse_config, read_config
+from fiddler_run.plan.shape import DTYPE_BYTES, ModelShape
+from fiddler_run.weights.model_folder import model_config_file
+from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE, TensorFiles
+
+# fine enough to split an expert to 3 % of a call, coarse enough to copy at the link's full speed
+BLOCKS_PER_EXPERT = 16
+DEFAULT_MODEL = "mistralai/Mixtral-8x7B-v0.1"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model's sizes in elements and bytes.
+
+    `note`: an assumption made because the model's files are silent; None if there is none.
+    """
+
+    shape: ModelShape
+    sizes: ModelConfig
+    note: str | None = None
+
+    @classmethod
+    def load(cls, name: str) -> "ModelSpec":
+        """The model in folder `name`, or of that Hugging Face id.
+
+        Raises:
+            FiddlerError: there is no such model, or the runtime could not run it.
+        """
+        return cls.from_file(model_config_file(name), name)
+
+    @classmethod
+    def from_file(cls, config_file: Path, name: str) -> "ModelSpec":
+        """The model of a config.json and the weights beside it, under a name. Raises as `load`."""
+        config = read_config(config_file)
+        return cls._of(config, name, _stored_dtype(config_file.parent), str(config_file))
+
+    @classmethod
+    def from_config(cls, config: dict, name: str, origin: str) -> "ModelSpec":
+        """The model of a config.json's content, which came from `origin`."""
+        return cls._of(parse_config(config, origin), name, None, origin)
+
+    @classmethod
+    def _of(
+        cls, config: ModelConfig, name: str, stored_dtype: str | None, origin: str
+    ) -> "ModelSpec":
+        dtype = config.dtype or stored_dtype
+        note = None if dtype else f"{origin} names no dtype: {ASSUMED_DTYPE} is assumed"
+        return cls(config.shape(name, dtype or ASSUMED_DTYPE), config, note)
+
+    @property
+    def config(self) -> dict:
+        """The keys of config.json from which transformers builds the model."""
+        return self.sizes.for_transformers
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sizes.vocab_size
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.sizes.max_position_embeddings
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return self.sizes.tie_word_embeddings
+
+    @property
+    def block_neurons(self) -> int:
+        """Neurons of a block, a multiple of 32: about BLOCKS_PER_EXPERT blocks make an expert."""
+        return max(32, -(-self.shape.intermediate_size // BLOCKS_PER_EXPERT // 32) * 32)
+
+    @property
+    def encoding(self) -> str:
+        """How the plan's blocks are stored, a key of ENCODINGS."""
+        return plain_encoding(self.shape.dtype)
+
+    @property
+    def blocks(self) -> Encoding:
+        """The stored form of blocks."""
+        return ENCODINGS[self.encoding](self.shape.hidden_size, self.block_neurons)
+
+    @property
+    def blocks_per_expert(self) -> int:
+        return self.blocks.blocks_per_expert(self.shape.intermediate_size)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.blocks.block_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """One expert as stored, in blocks."""
+        return self.blocks.expert_bytes(self.shape.intermediate_size)
+
+    @property
+    def dense_layer_bytes(self) -> int:
+        """Attention, router and norms of one layer."""
+        return self.sizes.dense_layer_elements * self._weight_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Embedding table, final norm and output head."""
+        return self.sizes.head_elements * self._weight_bytes
+
+    @property
+    def embedding_bytes(self) -> int:
+        return self.sizes.embedding_elements * self._weight_bytes
+
+    @property
+    def non_expert_bytes(self) -> int:
+        return self.sizes.dense_elements * self._weight_bytes
+
+    @property
+    def all_expert_bytes(self) -> int:
+        """All experts as stored, in blocks."""
+        return self.shape.num_layers * self.shape.num_experts * self.expert_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers."""
+        return self.sizes.kv_elements_per_token * self._weight_bytes
+
+    @property
+    def short_name(self) -> str:
+        return Path(self.shape.name).name or "model"
+
+    @property
+    def _weight_bytes(self) -> int:
+        return DTYPE_BYTES[self.shape.dtype]
+
+
+def _stored_dtype(folder: Path) -> str | None:
+    """The dtype of the weights in a folder; None if there are none.
+
+    Raises:
+        FiddlerError: they are in a format that the runtime cannot run.
+    """
+    if not (folder / INDEX).is_file() and not (folder / SINGLE_FILE).is_file():
+        return None
+    files = TensorFiles(folder)
+    problem = files.format_problem()
+    if problem is not None:
+        raise FiddlerError(problem)
+    return files.dtype()

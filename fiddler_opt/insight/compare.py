@@ -1,0 +1,187 @@
+"""The differences between two plans of one model: placement, settings, predictions.
+
+Rule: nothing but the plans is read.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.schema import Plan
+
+Value = int | float | str | bool | None  # None: this plan has no such key
+# Keys that are compared in other ways, or that say how a plan was made.
+NOT_SETTINGS = {"version", "model", "ranks", "predicted", "bytes_per_s", "provenance"}
+NOT_RANK_SETTINGS = {"stream_share", "resident_blocks", "disk_blocks"}
+
+
+@dataclass(frozen=True)
+class Move:
+    """An expert and its number of blocks in GPU memory, which differs."""
+
+    layer: int
+    expert: int
+    before: int
+    after: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that come onto the GPU; negative if they leave it."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value in the first plan and in the second."""
+
+    name: str
+    before: Value
+    after: Value
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What differs from one plan to another.
+
+    `moves`: of GPU memory; `disk_moves`: how many experts have another number of blocks on disk;
+    `settings`: those that differ; `predictions`: equal ones as well; `notes`: why they may not be
+    comparable.
+    """
+
+    block_bytes: int
+    resident_blocks: Change
+    moves: list[Move]
+    disk_moves: int
+    settings: list[Change]
+    predictions: list[Change]
+    notes: list[str]
+
+    @property
+    def same(self) -> bool:
+        return not (
+            self.moves
+            or self.disk_moves
+            or self.settings
+            or any(each.before != each.after for each in self.predictions)
+        )
+
+
+def compare(a: Plan, b: Plan) -> Comparison:
+    """What changes from plan `a` to plan `b`.
+
+    Raises:
+        FiddlerError: they are of different models, or cut experts into blocks of different sizes.
+    """
+    _require_comparable(a, b)
+    notes = []
+    same_work = _work(a) == _work(b)
+    if not same_work:
+        notes.append("the plans are for different workloads, and so are the predictions")
+    if a.provenance.machine_sha256 != b.provenance.machine_sha256:
+        notes.append(
+            "the plans were made from different machine profiles, and so were the predictions"
+        )
+    before = _predictions(a)
+    after = _predictions(b)
+    named = [name for name in before if name != "workload_s" or same_work]
+    return Comparison(
+        block_bytes=a.block_bytes,
+        resident_blocks=Change(
+            "resident_blocks", a.rank.num_resident_blocks, b.rank.num_resident_blocks
+        ),
+        moves=_moves(a, b),
+        disk_moves=_disk_moves(a, b),
+        settings=_differing(_settings(a), _settings(b)) + _shares(a, b),
+        predictions=[Change(name, before[name], after[name]) for name in named],
+        notes=notes,
+    )
+
+
+def _require_comparable(a: Plan, b: Plan) -> None:
+    for key in type(a.model).model_fields:
+        values = [getattr(plan.model, key) for plan in (a, b)]
+        # A folder is named relative to each plan: its last part decides.
+        if len(set(values)) > 1 and (
+            key != "name" or len({Path(name).name for name in values}) > 1
+        ):
+            raise FiddlerError(
+                f"plans of different models cannot be compared: model.{key} is {values[0]} and"
+                f" {values[1]}"
+            )
+    if a.block_neurons != b.block_neurons:
+        raise FiddlerError(
+            f"plans of different block sizes cannot be compared: block_neurons is {a.block_neurons}"
+            f" and {b.block_neurons}"
+        )
+
+
+def _moves(a: Plan, b: Plan) -> list[Move]:
+    return [
+        Move(layer, expert, before, after)
+        for layer in range(a.model.num_layers)
+        for expert, (before, after) in enumerate(
+            zip(a.rank.resident_blocks[layer], b.rank.resident_blocks[layer], strict=True)
+        )
+        if before != after
+    ]
+
+
+def _disk_moves(a: Plan, b: Plan) -> int:
+    none = [0] * a.model.num_experts
+    rows = [
+        (a.rank.disk_blocks.get(layer, none), b.rank.disk_blocks.get(layer, none))
+        for layer in range(a.model.num_layers)
+    ]
+    return sum(before != after for pair in rows for before, after in zip(*pair, strict=True))
+
+
+def _settings(plan: Plan) -> dict[str, Value]:
+    """All that was chosen or given but the placement, by the names of the file's keys."""
+    made = plan.provenance
+    settings = {
+        "routing": made.routing,
+        "machine": f"{Path(made.machine).name} ({made.machine_sha256[:8]})",
+    }
+    chosen = plan.model_dump(exclude=NOT_SETTINGS) | plan.rank.model_dump(exclude=NOT_RANK_SETTINGS)
+    for key, value in chosen.items():
+        if isinstance(value, dict):
+            settings |= {f"{key}.{name}": each for name, each in value.items()}
+        else:
+            settings[key] = value
+    return settings
+
+
+def _differing(before: dict[str, Value], after: dict[str, Value]) -> list[Change]:
+    changes = [Change(name, before.get(name), after.get(name)) for name in before | after]
+    return [change for change in changes if change.before != change.after]
+
+
+def _shares(a: Plan, b: Plan) -> list[Change]:
+    """Where the plans send another share over the link, at the token counts that either names."""
+    tokens = sorted(a.rank.stream_share | b.rank.stream_share)
+    before, after = (
+        {f"stream_share[{count}]": round(plan.rank.stream_share_at(count), 4) for count in tokens}
+        for plan in (a, b)
+    )
+    return _differing(before, after)
+
+
+def _work(plan: Plan) -> dict[str, int]:
+    """The work that is predicted; space for a longer context takes no time."""
+    return plan.workload.model_dump(exclude={"max_seq_len"})
+
+
+def _predictions(plan: Plan) -> dict[str, float]:
+    """The predictions by name; `workload_s`: seconds for prompt and output.
+
+    The first token comes with the end of the prompt.
+    """
+    workload = plan.workload
+    predicted = plan.predicted
+    later_tokens = (workload.output_tokens - 1) * workload.batch_size
+    return {
+        "decode_tokens_per_s": predicted.decode_tokens_per_s,
+        "ttft_s": predicted.ttft_s,
+        "gpu_hit_rate": predicted.gpu_hit_rate,
+        "workload_s": predicted.ttft_s + later_tokens / predicted.decode_tokens_per_s,
+    }

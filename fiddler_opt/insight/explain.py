@@ -1,0 +1,119 @@
+"""Why a plan is as it is: the parts of its times, and each expert's value of one more block."""
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from fiddler_opt.insight.table import table
+from fiddler_opt.solve.cost import CostModel
+from fiddler_opt.solve.placement import Placement
+from fiddler_run.plan.parts import PARTS
+from fiddler_run.plan.schema import Plan
+
+NUM_SHOWN = 4  # marginal experts on each side
+
+
+@dataclass(frozen=True)
+class MarginalValue:
+    """The value of one block of one expert.
+
+    `chosen`: the part of decode steps that call the expert. `gain_us`, `cost_us`: microseconds of a
+    decode step that one more resident block saves and one less costs; None where there is none to
+    give or take.
+    """
+
+    layer: int
+    expert: int
+    chosen: float
+    resident: int
+    gain_us: float | None
+    cost_us: float | None
+
+
+def marginal_values(cost: CostModel, placement: Placement) -> list[MarginalValue]:
+    """The marginal value of every expert, by layer."""
+    found = []
+    for layer, (row, on_disk) in enumerate(zip(placement.resident, placement.on_disk, strict=True)):
+
+        def decode_us(expert: int, more: int, layer=layer, row=row, on_disk=on_disk) -> float:
+            changed = [*row[:expert], row[expert] + more, *row[expert + 1 :]]
+            return 1e6 * sum(cost.layer_parts(cost.decode.name, layer, changed, on_disk).values())
+
+        now_us = decode_us(0, 0)
+        for expert, (count, disk, chosen) in enumerate(
+            zip(row, on_disk, cost.called[layer], strict=True)
+        ):
+            can_grow = count + disk < cost.blocks_per_expert
+            gain_us = now_us - decode_us(expert, 1) if can_grow else None
+            cost_us = decode_us(expert, -1) - now_us if count else None
+            found.append(MarginalValue(layer, expert, chosen, count, gain_us, cost_us))
+    return found
+
+
+def print_times(console: Console, plan: Plan) -> None:
+    """Prints the parts of the predicted times, and which of them binds."""
+    predicted = plan.predicted
+    step_ms = sum(predicted.decode_ms.values())
+    ttft_ms = sum(predicted.ttft_ms.values())
+    prompt = f"prompt of {plan.workload.prompt_tokens}"
+    times = table("where the time goes", "decode step", "", prompt, "")
+    for part, words in PARTS.items():
+        decode = predicted.decode_ms.get(part, 0.0)
+        prefill = predicted.ttft_ms.get(part, 0.0)
+        if decode or prefill:
+            decode_share = f"{decode / step_ms:.0%}" if step_ms else "-"
+            prefill_share = f"{prefill / ttft_ms:.0%}" if ttft_ms else "-"
+            row = (f"{decode:.2f} ms", decode_share, f"{prefill:.1f} ms", prefill_share)
+            times.add_row(words, *row)
+    times.add_row("all", f"{step_ms:.2f} ms", "", f"{ttft_ms:.1f} ms", "", style="bold")
+    console.print(times)
+    console.print(
+        f"where parts overlap, the longest counts; {predicted.decode_tokens_per_s:.2f} tokens/s"
+    )
+    console.print(binding_words(plan))
+
+
+def binding_words(plan: Plan) -> str:
+    """The longest part of a decode step, and whether more memory would help."""
+    predicted = plan.predicted
+    known = {name: ms for name, ms in predicted.decode_ms.items() if name in PARTS}
+    longest = "a decode step takes next to no time"
+    if known:
+        longest = f"most of a decode step: {PARTS[max(known, key=known.get)]}"
+    if predicted.binding == "nothing":
+        return f"{longest}; more memory would not help"
+    more = f"another GB of GPU memory would add {predicted.next_gb_tokens_per_s:.3f} tokens/s"
+    return f"{longest}; {predicted.binding} is used up: {more}"
+
+
+def print_marginal(console: Console, found: list[MarginalValue], blocks_per_expert: int) -> None:
+    """Prints the experts that would be next to get a block, and the first to lose one."""
+    growing = sorted(
+        (each for each in found if each.gain_us is not None), key=lambda each: -each.gain_us
+    )
+    shrinking = sorted(
+        (each for each in found if each.cost_us is not None), key=lambda each: each.cost_us
+    )
+    marginal = table(
+        "marginal experts",
+        "layer",
+        "expert",
+        "chosen by",
+        "on the GPU",
+        "gain of +1 block",
+        "cost of -1 block",
+    )
+    for name, experts in (("next in", growing), ("first out", shrinking)):
+        for each in experts[:NUM_SHOWN]:
+            values = ["-" if us is None else f"{us:.2f} us" for us in (each.gain_us, each.cost_us)]
+            blocks = f"{each.resident} of {blocks_per_expert}"
+            marginal.add_row(
+                name, str(each.layer), str(each.expert), f"{each.chosen:.0%}", blocks, *values
+            )
+    console.print(marginal)
+    whole = sum(each.resident == blocks_per_expert for each in found)
+    none = sum(each.resident == 0 for each in found)
+    console.print(
+        f"{whole} experts are on the GPU whole, {len(found) - whole - none} in part, {none} not at"
+        " all"
+    )

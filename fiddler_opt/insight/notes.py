@@ -1,0 +1,68 @@
+"""Notes on the ground of a plan's predictions."""
+
+from collections.abc import Iterator
+
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_run.plan.schema import Plan
+
+MIN_NOTED_DRIFT = 0.1  # less changes a prediction by too little to be worth a line
+
+
+def plan_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> list[str]:
+    """All that a reader of a plan's predictions should know about their ground."""
+    return [
+        *_origin_notes(plan, machine, machine_file),
+        *_shape_notes(plan, machine, machine_file),
+        *_device_notes(plan, machine, machine_file),
+    ]
+
+
+def _origin_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Iterator[str]:
+    if plan.provenance.routing.startswith("uniform"):
+        yield (
+            "no routing profile for this model: uniform routing assumed; record one with"
+            " `fiddler-opt profile --prompts`"
+        )
+    if machine.source != "measured":
+        yield (
+            f"{machine_file} comes from data sheets, nothing was measured: run `fiddler-opt"
+            " profile` on your machine"
+        )
+    if machine.typical_drift > MIN_NOTED_DRIFT:
+        yield (
+            f"{machine_file}: the same experts in host memory took {machine.typical_drift:.0%}"
+            " longer in one minute than in another; predictions may be off by as much"
+        )
+
+
+def _shape_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Iterator[str]:
+    shape = machine.shape
+    timed = (shape.hidden_size, shape.intermediate_size)
+    if timed != (plan.model.hidden_size, plan.model.intermediate_size):
+        yield (
+            f"{machine_file} was timed on experts of {shape.hidden_size} x"
+            f" {shape.intermediate_size}; times are scaled by bytes"
+        )
+    if shape.dtype != plan.model.dtype:
+        yield (
+            f"{machine_file} was timed on {shape.dtype}, the model is {plan.model.dtype}; times are"
+            " scaled by bytes"
+        )
+
+
+def _device_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Iterator[str]:
+    gpu_bytes = plan.rank.gpu_memory_bytes.total
+    if machine.link and not machine.streams and gpu_bytes:
+        yield (
+            f"by {machine_file} experts cannot be page-locked: nothing is copied to the GPU, and"
+            " prompts take longer"
+        )
+    if machine.device.kind == "cuda" and not gpu_bytes:
+        yield (
+            "attention was timed on the GPU, which this plan leaves out: expect less than predicted"
+        )
+    if machine.device.kind == "cpu" and gpu_bytes:
+        yield (
+            "the machine profile has no GPU: the GPU part will be held in host memory, which gains"
+            " nothing"
+        )

@@ -1,0 +1,99 @@
+"""A plan in the terminal."""
+
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from fiddler_opt.insight.table import table
+from fiddler_opt.solve.baselines import BASELINES
+from fiddler_opt.units import format_bytes
+from fiddler_run.plan.schema import Plan
+
+
+def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
+    """Prints a plan's memory, its predictions, and notes on their ground."""
+    predicted = plan.predicted
+    print_memory(console, plan)
+    print_alternatives(console, plan)
+    console.print(
+        f"predicted for {plan.workload.prompt_tokens} prompt + {plan.workload.output_tokens} output"
+        f" tokens: {predicted.decode_tokens_per_s:.2f} tokens/s, first token after"
+        f" {predicted.ttft_s:.2f} s, GPU hit rate {predicted.gpu_hit_rate:.1%}"
+    )
+    console.print(
+        f"solver: {plan.provenance.status} in {plan.provenance.solve_s:.1f} s, within"
+        f" {predicted.gap:.3%} of the best possible; by this profile no placement in this memory"
+        f" decodes faster than {predicted.bound_tokens_per_s:.2f} tokens/s; another GB of GPU"
+        f" memory would add {predicted.next_gb_tokens_per_s:.2f}"
+    )
+    if predicted.regret:
+        sets = ", ".join(f"{name} {part:.1%}" for name, part in predicted.regret.items())
+        console.print(f"slower than a plan made for one set of prompts alone: {sets}")
+    for note in notes:
+        console.print(f"note: {note}", style="yellow")
+
+
+def print_memory(console: Console, plan: Plan) -> None:
+    """Prints the bytes of GPU memory by purpose, and where the other experts lie."""
+    gpu = plan.rank.gpu_memory_bytes
+    host = plan.rank.host_memory_bytes
+    memory = table("GPU memory", "bytes", "")
+    for purpose, size in gpu.parts().items():
+        memory.add_row(purpose.replace("_", " "), f"{size:,}", format_bytes(size))
+    memory.add_row("free", f"{gpu.total - gpu.used:,}", format_bytes(gpu.total - gpu.used))
+    memory.add_row("total", f"{gpu.total:,}", format_bytes(gpu.total), style="bold")
+    console.print(memory)
+
+    rank = plan.rank
+    blocks = rank.num_resident_blocks + plan.num_host_blocks + rank.num_disk_blocks
+    elsewhere = f"{format_bytes(host.experts)} in host memory"
+    if host.embedding:
+        elsewhere += f" (and {format_bytes(host.embedding)}, the embedding table)"
+    if rank.disk_bytes:
+        elsewhere += f", {format_bytes(rank.disk_bytes)} on disk"
+    console.print(
+        f"{rank.num_resident_blocks} of {blocks} expert blocks"
+        f" ({rank.num_resident_blocks / blocks:.1%}) on the GPU, the equivalent of"
+        f" {rank.num_resident_blocks / plan.blocks_per_expert:.1f} experts; {elsewhere}"
+    )
+
+
+def print_alternatives(console: Console, plan: Plan) -> None:
+    """Prints the predictions for other rules in the same memory, by the same cost model."""
+    predicted = plan.predicted
+    others = table("compared with", "tokens/s", "first token")
+    for name, other in predicted.alternatives.items():
+        words = f"{name}: {BASELINES[name].words}" if name in BASELINES else name
+        others.add_row(words, f"{other.decode_tokens_per_s:.2f}", f"{other.ttft_s:.2f} s")
+    others.add_row(
+        "this plan",
+        f"{predicted.decode_tokens_per_s:.2f}",
+        f"{predicted.ttft_s:.2f} s",
+        style="bold",
+    )
+    console.print(others)
+
+
+def print_placement(console: Console, plan: Plan) -> None:
+    """Prints the resident blocks of every expert, and how the plan was made."""
+    console.print(f"blocks in GPU memory by expert, of {plan.blocks_per_expert} each:")
+    for experts in _columns_that_fit(console.width, plan):
+        placed = table("layer", *map(str, experts))
+        for layer, row in plan.rank.resident_blocks.items():
+            placed.add_row(str(layer), *(str(row[expert] or "·") for expert in experts))
+        console.print(placed)
+    made = plan.provenance
+    console.print(
+        f"made on {made.created} by `{made.command}`, from {made.machine} and {made.routing}"
+    )
+
+
+def _columns_that_fit(width: int, plan: Plan) -> Iterator[range]:
+    """The experts of each table, as many as fit the width."""
+    experts = plan.model.num_experts
+    borders = 3  # a space on each side, and a line
+    column = len(str(max(experts - 1, plan.blocks_per_expert))) + borders
+    first = max(len("layer"), len(str(plan.model.num_layers))) + borders + 1
+    count = max(1, (width - first) // column)
+    for start in range(0, experts, count):
+        yield range(start, min(start + count, experts))

@@ -1,0 +1,99 @@
+"""Describes PyTorch on this machine, in a process of its own.
+
+`python -m fiddler_opt.insight.probe ENCODING HIDDEN_SIZE BLOCK_NEURONS` prints one line of JSON.
+With a GPU, it then copies to it until stdin ends, and prints the bytes per second.
+"""
+
+import json
+import resource
+import sys
+import threading
+import time
+
+import torch
+
+from fiddler_run.encodings.base import Encoding
+from fiddler_run.encodings.table import ENCODINGS
+from fiddler_run.kernels.library import library, supported_variants
+from fiddler_run.kernels.table import DECODE
+from fiddler_run.system.gpu import current_gpu
+
+COPIED_BYTES = 2**26
+
+
+def main() -> None:
+    encoding, hidden_size, block_neurons = sys.argv[1:]
+    blocks = ENCODINGS[encoding](int(hidden_size), int(block_neurons))
+    answer = {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "refusal": None,
+        "gpu": None,
+    }
+    answer["variants"] = supported_variants() if library() else None
+    try:
+        torch.cuda.init()
+    except Exception as error:  # PyTorch raises AssertionError, RuntimeError and others
+        answer["refusal"] = str(error)
+        print(json.dumps(answer))
+        return
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
+    answer["gpu"] = describe_gpu(source, blocks)
+    print(json.dumps(answer), flush=True)
+    print(copy_until_stdin_ends(source))
+
+
+def describe_gpu(source: torch.Tensor, blocks: Encoding) -> dict:
+    """The current GPU. Page-locks `source`, in host memory, where that is possible."""
+    gpu = current_gpu()
+    return {
+        "name": gpu.name,
+        "bus_id": gpu.bus_id,
+        "memory_bytes": gpu.total_bytes,
+        **kernels(blocks),
+        "locks_freely": locks_freely(source),
+    }
+
+
+def kernels(blocks: Encoding) -> dict:
+    """The state of the GPU kernels.
+
+    `kernels_suit`: true if they support such blocks. `kernel_error`: the reason why they cannot be
+    compiled, or None.
+    """
+    suit = blocks.name in DECODE
+    error = None
+    try:
+        if suit:
+            from fiddler_run.kernels import gpu
+
+            suit = gpu.supports(blocks)
+            if suit:
+                gpu.DecodeKernels(blocks).compile()
+    except Exception as caught:  # Triton raises many types
+        error = str(caught).strip() or type(caught).__name__
+    return {"kernels_suit": suit, "kernel_error": error}
+
+
+def locks_freely(source: torch.Tensor) -> bool:
+    """True if memory can be page-locked although `ulimit -l` allows none."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard_limit))
+    return int(torch.cuda.cudart().cudaHostRegister(source.data_ptr(), source.nbytes, 0)) == 0
+
+
+def copy_until_stdin_ends(source: torch.Tensor) -> float:
+    """Bytes per second to the GPU."""
+    target = torch.empty_like(source, device="cuda")
+    listener = threading.Thread(target=sys.stdin.read)
+    listener.start()
+    started = time.perf_counter()
+    copies = 0
+    while listener.is_alive():
+        target.copy_(source)
+        copies += 1
+    return copies * source.nbytes / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

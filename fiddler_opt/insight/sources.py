@@ -1,0 +1,45 @@
+"""The files that a plan was made from."""
+
+import hashlib
+from pathlib import Path
+
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.inputs.routing import Routing
+from fiddler_opt.inputs.routing_profile import RoutingProfile
+from fiddler_opt.solve.problem import Problem
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.schema import Plan
+from fiddler_run.system.locate import shipped_file
+from fiddler_run.weights.model_folder import model_config_file
+
+
+def profile_sha256(machine: MachineProfile) -> str:
+    """Identifies a machine profile by its content."""
+    return hashlib.sha256(machine.dump().encode()).hexdigest()
+
+
+def sources(
+    plan: Plan, plan_path: Path, machine_path: str | None, routing_path: str | None
+) -> tuple[Problem, Routing]:
+    """Finds the problem and the routing that a plan was made from.
+
+    Raises:
+        FiddlerError: a profile is not where the plan says, or has changed since.
+    """
+    made = plan.provenance
+    machine = MachineProfile.load(shipped_file(machine_path or made.machine))
+    if profile_sha256(machine) != made.machine_sha256:
+        raise FiddlerError(
+            f"{machine_path or made.machine}: not the profile that the plan was made from; name"
+            " that with --machine"
+        )
+    model = ModelSpec.from_file(
+        model_config_file(plan.model.name, plan_path.resolve().parent), plan.model.name
+    )
+    origin = routing_path or made.routing
+    if origin.startswith("uniform"):
+        routing = Routing.uniform(model)
+    else:
+        routing = Routing.from_profile(RoutingProfile.load(shipped_file(origin)), model, origin)
+    return Problem.of(plan, model, machine), routing

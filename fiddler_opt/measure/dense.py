@@ -1,0 +1,143 @@
+"""Times a model's dense part: attention, router, norms and Python's work of a layer; and the head.
+
+Rule: the layers run the runtime's own experts layers, whose experts have no blocks, because work
+between two dense layers slows both.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.measure.stopwatch import BUSY_CYCLES, Stopwatch, difference
+from fiddler_run.engine.engine import ExpertEngine
+from fiddler_run.engine.layer import ExpertsLayer
+from fiddler_run.generation.generate import never_stopping
+from fiddler_run.generation.model import PlannedModel, skeleton
+from fiddler_run.generation.session import Session
+
+LAYERS = 5
+STEPS = 16
+PROMPT_TOKENS = 16
+MAX_SEQUENCES = 16  # up to so many tokens are a decode step of as many sequences; more are a prompt
+
+
+class DenseBench:
+    """Two models without experts, of no layer and of some: their difference is the layers' time."""
+
+    def __init__(
+        self, spec: ModelSpec, device: torch.device, stopwatch: Stopwatch, engine: ExpertEngine
+    ):
+        self.device = device
+        self.stopwatch = stopwatch
+        nothing = torch.empty((0, spec.block_bytes), dtype=torch.uint8)
+        host = [nothing] * spec.shape.num_experts
+        resident = [nothing.to(device)] * spec.shape.num_experts
+        self.head, self.whole = (_random_model(spec, count, device) for count in (0, LAYERS))
+        for model, count in ((self.head, 0), (self.whole, LAYERS)):
+            model.session = Session(model, engine.resources)
+            model.set_layers(
+                [
+                    ExpertsLayer(number, resident, host, lambda _: 0.0, engine)
+                    for number in range(count)
+                ]
+            )
+
+    @torch.inference_mode()
+    def time(self, tokens: int) -> dict[str, float]:
+        """Microseconds by table of the profile, for a pass of `tokens` tokens by `generate()`.
+
+        The pass is a decode step of that many sequences or, above MAX_SEQUENCES, a prompt.
+        """
+        decodes = tokens <= MAX_SEQUENCES
+        cache = (tokens, PROMPT_TOKENS + STEPS + 1) if decodes else (1, tokens + 1)
+        for model in (self.head, self.whole):
+            model.session.make_cache(*cache)
+        head_us, whole_us = self._steps(tokens) if decodes else self._prompts(tokens)
+        layer_us = difference(whole_us, head_us) / LAYERS
+        device_us = layer_us
+        if self.device.type == "cuda":
+            device_us = self._behind_experts(tokens, decodes)
+        return {"dense_layer_us": layer_us, "dense_device_us": device_us, "head_us": head_us}
+
+    def _steps(self, sequences: int) -> list[float]:
+        """A decode step of either model."""
+        calls = [
+            _generation(model, sequences, PROMPT_TOKENS, new_tokens)
+            for model in (self.head, self.whole)
+            for new_tokens in (1, 1 + STEPS)
+        ]
+        first_head, head, first_whole, whole = self.stopwatch.time(*calls, calls_per_sample=1)
+        return [difference(head, first_head) / STEPS, difference(whole, first_whole) / STEPS]
+
+    def _prompts(self, tokens: int) -> list[float]:
+        """A prompt through either model."""
+        calls = [_generation(model, 1, tokens, 1) for model in (self.head, self.whole)]
+        return self.stopwatch.time(*calls, calls_per_sample=1)
+
+    def _behind_experts(self, tokens: int, decodes: bool) -> float:
+        """A layer's time between experts that keep the GPU busy: from their end to their start."""
+        marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+        def keep_busy(layer: ExpertsLayer) -> Callable:
+            def run(*arguments: torch.Tensor) -> torch.Tensor:
+                output = layer(*arguments)
+                begun = torch.cuda.Event(enable_timing=True)
+                ended = torch.cuda.Event(enable_timing=True)
+                begun.record()
+                torch.cuda._sleep(BUSY_CYCLES)
+                ended.record()
+                marks.append((begun, ended))
+                return output
+
+            return run
+
+        generate = _generation(self.whole, 1, tokens, 1)
+        if decodes:
+            generate = _generation(self.whole, tokens, PROMPT_TOKENS, 1 + STEPS)
+
+        def sample() -> list[float]:
+            marks.clear()
+            generate()
+            torch.cuda.synchronize()
+            asked_for = marks[LAYERS:] if decodes else marks  # without the prompt's
+            passes = [asked_for[start:][:LAYERS] for start in range(0, len(asked_for), LAYERS)]
+            neighbours = (pair for layers in passes for pair in pairwise(layers))
+            return [
+                median(ended.elapsed_time(begun) * 1e3 for (_, ended), (begun, _) in neighbours)
+            ]
+
+        for experts, layer in zip(self.whole.experts_modules(), self.whole.layers, strict=True):
+            experts.planned = keep_busy(layer)
+        (us,) = self.stopwatch.gather(sample)
+        self.whole.set_layers(self.whole.layers)
+        return us
+
+
+def _random_model(spec: ModelSpec, num_layers: int, device: torch.device) -> PlannedModel:
+    sizes = spec.sizes
+    config = {**sizes.for_transformers, sizes.keys["num_layers"]: num_layers}
+    model = skeleton(replace(sizes, for_transformers=config), Path("config.json"))
+    model = model.to(getattr(torch, spec.shape.dtype)).to_empty(device=device)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.uniform_(-0.02, 0.02)
+    return model.eval().requires_grad_(False)
+
+
+def _generation(
+    model: PlannedModel, sequences: int, prompt_tokens: int, new_tokens: int
+) -> Callable[[], None]:
+    ids = torch.zeros((sequences, prompt_tokens), dtype=torch.long, device=model.device)
+    arguments = {"max_new_tokens": new_tokens, "do_sample": False, **never_stopping(model)}
+
+    def generate() -> None:
+        model.cache.reset()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=model.cache, **arguments
+        )
+
+    return generate

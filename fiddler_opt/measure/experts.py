@@ -1,0 +1,223 @@
+"""Times experts in the runtime's own layers.
+
+The experts fill most of the host memory, and a layer's experts lie all over it: memory far from the
+CPU is slower, on some machines by a fifth, and a run reads from everywhere.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from itertools import cycle, pairwise, product
+
+import torch
+
+from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.measure.stopwatch import BUSY_CYCLES, CALLS_PER_SAMPLE, Stopwatch, difference
+from fiddler_opt.solve.memory import STAGED_BLOCKS
+from fiddler_run.encodings.base import Encoding
+from fiddler_run.engine.engine import ExpertEngine, make_engine
+from fiddler_run.engine.layer import ExpertsLayer
+from fiddler_run.engine.timeline import Work, whole_s
+from fiddler_run.errors import FiddlerError
+from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
+from fiddler_run.system.host import num_cores
+from fiddler_run.weights.arena import Arena
+from fiddler_run.weights.checkpoint import DummyWeights
+
+GPU_WORKING_SET_BYTES = 1_500_000_000  # more than the GPU's caches hold
+MANY_TOKENS = 64  # of an expert: calls with more take long, and vary less
+MAX_CHOICES = 4096  # tokens times experts in a timed call, unless one token chooses more
+
+
+class ExpertBench:
+    """Random experts of a model's shape, in host memory and, with a GPU, in its memory.
+
+    `page_locked`: True if the GPU can read those in host memory.
+    """
+
+    def __init__(
+        self, model: ModelSpec, host_bytes: int, stopwatch: Stopwatch, device: torch.device
+    ):
+        """`host_bytes`: host memory to fill, up to the size of the model's experts."""
+        shape = model.shape
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self.stopwatch = stopwatch
+        self.top_k = shape.num_experts_per_tok
+        self.blocks = model.blocks
+        self.blocks_per_expert = model.blocks_per_expert
+        everything = shape.num_layers * shape.num_experts
+        num_experts = min(everything, max(3, self.top_k, host_bytes // model.expert_bytes))
+        self.layer_experts = min(shape.num_experts, num_experts)
+        self.timed_bytes = num_experts * model.expert_bytes
+        self.arena = Arena(
+            num_experts * self.blocks_per_expert, self.blocks.block_bytes, torch.device("cpu")
+        )
+        host = list(self.arena.blocks.split(self.blocks_per_expert))
+        weights = DummyWeights(shape, getattr(torch, shape.dtype)).expert(0, 0)
+        self.blocks.encode(host[0], *weights, first_neuron=0)
+        for expert in host[1:]:
+            expert.copy_(host[0])
+        self.host = random.Random(0).sample(host, len(host))
+        self.resident = self.host  # of which no block is used without a GPU
+        self.page_locked = self.on_gpu and _page_locked(self.arena)
+        if self.on_gpu:
+            count = max(1, GPU_WORKING_SET_BYTES // model.expert_bytes)
+            copies = [expert.to(device) for expert in host[:count]]
+            self.resident = [copies[number % len(copies)] for number in range(num_experts)]
+        self._threads: tuple[int, bool] | None = None
+        self.use_threads(num_cores(), pinned=False)
+
+    def use_threads(self, threads: int, pinned: bool) -> None:
+        torch.set_num_threads(threads)
+        if self._threads != (threads, pinned):
+            self._threads = (threads, pinned)
+            self.engine = engine_for(self.blocks, self.device, threads, pinned)
+
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel that computes experts on the CPU."""
+        return self.engine.resources.kernels.cpu.variant
+
+    def host_expert(self, tokens: int, shares: list[float]) -> dict[float, float]:
+        """Microseconds of one expert in host memory that `tokens` tokens call, by stream share."""
+        if self.engine.decode.takes(self._batch(tokens)):
+            works = (Work.BLOCKS, Work.IN_PLACE)
+            times = self.stopwatch.gather(*(self._spans(tokens, 0, s, works) for s in shares))
+            return dict(zip(shares, times, strict=True))
+        # Calls of experts without blocks take Python's time alone.
+        blocks = self.blocks_per_expert
+        calls = [self._call(tokens, 0, blocks, share) for share in shares]
+        per_sample = max(1, CALLS_PER_SAMPLE // self._layers) if tokens <= MANY_TOKENS else 1
+        empty, *filled = self.stopwatch.time(
+            self._call(tokens, 0, 0, 0.0), *calls, calls_per_sample=per_sample
+        )
+        experts = self._called(tokens) * self._layers
+        return {s: difference(us, empty) / experts for s, us in zip(shares, filled, strict=True)}
+
+    def resident_expert(self, tokens: int) -> float:
+        """Microseconds of one expert in GPU memory that `tokens` tokens call."""
+        if self._is_prompt(tokens):
+            return self.stopwatch.gather(self._product(tokens))[0]
+        blocks = self.blocks_per_expert
+        return self.stopwatch.gather(self._spans(tokens, blocks, 0.0, (Work.RESIDENT,)))[0]
+
+    def _product(self, tokens: int) -> Callable[[], list[float]]:
+        """Samples the prefill path's product: the GPU's time, or Python's where that is longer."""
+        experts = cycle(self.resident)
+        dtype = self.engine.resources.dtype
+        states = torch.randn(tokens, self.blocks.hidden_size, dtype=dtype, device=self.device)
+        apply = self.engine.resources.kernels.apply
+
+        def sample() -> list[float]:
+            begun = torch.cuda.Event(enable_timing=True)
+            ended = torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(BUSY_CYCLES)  # the GPU would wait for Python otherwise
+            begun.record()
+            started_s = time.perf_counter()
+            apply(next(experts), states)
+            queued_us = (time.perf_counter() - started_s) * 1e6
+            ended.record()
+            ended.synchronize()
+            return [max(queued_us, begun.elapsed_time(ended) * 1e3)]
+
+        return sample
+
+    def _spans(
+        self, tokens: int, resident: int, share: float, works: tuple[Work, ...]
+    ) -> Callable[[], list[float]]:
+        """Samples an expert's part of each layer's time, from the start of `works` to their end.
+
+        Python has queued the layers before, as in a run.
+        """
+        call = self._call(tokens, resident, self.blocks_per_expert, share)
+        timeline = self.engine.resources.timeline
+        called = self._called(tokens)
+
+        def sample() -> list[float]:
+            with timeline.recording() as recorded:
+                if self.device.type == "cuda":
+                    torch.cuda._sleep(BUSY_CYCLES)
+                call()
+            spans = [span for span in recorded if span.name in works]
+            layers = ([s for s in spans if s.call == number] for number in range(self._layers))
+            return [whole_s(of_layer) * 1e6 / called for of_layer in layers]
+
+        return sample
+
+    def _batch(self, tokens: int) -> int:
+        """Tokens of a batch in which `tokens` tokens choose each called expert."""
+        return tokens * self._called(tokens) // self.top_k
+
+    def _is_prompt(self, tokens: int) -> bool:
+        """True if `tokens` tokens for every expert put the batch on the prefill path."""
+        return tokens * self.layer_experts // self.top_k > MAX_DECODE_TOKENS
+
+    def _called(self, tokens: int) -> int:
+        """Called experts of a layer: one token's, or in a prompt all that MAX_CHOICES allows."""
+        if not self._is_prompt(tokens):
+            return self.top_k
+        return max(self.top_k, min(self.layer_experts, MAX_CHOICES // tokens))
+
+    @property
+    def _layers(self) -> int:
+        """Layers in a call: with two, the second is queued while the first is computed."""
+        return 2 if self.on_gpu and len(self.host) >= 2 * self.layer_experts else 1
+
+    def _call(self, tokens: int, first: int, stop: int, share: float) -> Callable[[], None]:
+        """A call of layers by a batch, each time by another one of layers and experts.
+
+        Blocks 0 to `first` of each expert are on the device, those up to `stop` in host memory.
+        """
+        layers = [
+            ExpertsLayer(
+                0,
+                [self.resident[number][:first] for number in numbers],
+                [self.host[number][first:stop] for number in numbers],
+                lambda _: share,
+                self.engine,
+            )
+            for numbers in _groups(range(len(self.host)), self.layer_experts)
+        ]
+        passes = _groups(layers, self._layers)
+        for layer, following in (pair for group in passes for pair in pairwise(group)):
+            layer.next = following
+        batch = (self._batch(tokens), self.top_k)
+        dtype = self.engine.resources.dtype
+        states = torch.randn(batch[0], self.blocks.hidden_size, dtype=dtype, device=self.device)
+        weights = torch.full(batch, 1 / self.top_k, device=self.device)
+        called = self._called(tokens)
+        choices = torch.arange(weights.numel(), device=self.device).view(batch) % called
+        indices = [
+            (choices + start) % self.layer_experts for start in range(0, self.layer_experts, called)
+        ]
+        turns = cycle(product(indices, passes))
+        jobs = self.engine.resources.jobs
+
+        def call() -> None:
+            index, group = next(turns)
+            for layer in group:
+                layer(states, index, weights)
+            jobs.finish()  # Python's thread takes part in the CPU's work, as it does in a run
+
+        return call
+
+
+def engine_for(blocks: Encoding, device: torch.device, threads: int, pinned: bool) -> ExpertEngine:
+    """The engine that runs a plan with these CPU threads."""
+    slots = STAGED_BLOCKS if device.type == "cuda" else 0
+    return make_engine(blocks, device, threads, slots, pinned)
+
+
+def _page_locked(arena: Arena) -> bool:
+    """True if the arena could be page-locked. WSL, for one, allows that for little memory only."""
+    try:
+        arena.pin()
+    except FiddlerError:
+        return False
+    return True
+
+
+def _groups(things: Iterable, size: int) -> list[tuple]:
+    """Consecutive groups of `size`, without a smaller last one."""
+    return list(zip(*[iter(things)] * size, strict=False))

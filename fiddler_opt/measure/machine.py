@@ -1,0 +1,243 @@
+"""Measures a MachineProfile, part by part.
+
+Rule: it times the functions that the runtime calls, on weights of the model's shape.
+"""
+
+from collections.abc import Callable
+from datetime import date
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+
+from fiddler_opt.inputs import facts
+from fiddler_opt.inputs.machine import (
+    Cpu,
+    Device,
+    KernelLimits,
+    Link,
+    MachineProfile,
+    MeasuredShape,
+    Memory,
+    ProfileProvenance,
+)
+from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.measure.dense import DenseBench
+from fiddler_opt.measure.device import describe_device
+from fiddler_opt.measure.experts import ExpertBench, engine_for
+from fiddler_opt.measure.link import time_copies
+from fiddler_opt.measure.quiet import undisturbed
+from fiddler_opt.measure.rounds import Us, drift_between_rounds, merged_rounds
+from fiddler_opt.measure.settings import ProfileSettings
+from fiddler_opt.measure.shares import sweep_shares
+from fiddler_opt.measure.stopwatch import Stopwatch
+from fiddler_opt.measure.threads import choose_threads
+from fiddler_opt.measure.unfinished import Unfinished
+from fiddler_run.errors import FiddlerError
+from fiddler_run.kernels.limits import MAX_DECODE_TOKENS, MAX_TOKEN_BLOCKS, MEMORY_BOUND_TOKENS
+from fiddler_run.system.gpu import current_gpu
+from fiddler_run.system.host import available_memory_bytes, cpu_name, num_cores, num_physical_cores
+from fiddler_run.system.process_settings import dense_threads
+
+METHOD = 3  # of timing: parts that were timed in another way are not mixed with new ones
+MAX_CPU_TOKENS = 512  # of an expert: more are never computed best by a CPU alone
+EXPERTS = "experts"
+LAYERS = "layers without experts"
+LIMITS = KernelLimits(
+    decode_tokens=MAX_DECODE_TOKENS,
+    token_blocks=MAX_TOKEN_BLOCKS,
+    memory_bound_tokens=MEMORY_BOUND_TOKENS,
+)
+
+
+class MachineBench:
+    """The parts of a machine profile, each measured by one call that returns plain values.
+
+    `found`: the parts measured so far, on which later ones depend. `timed`: by name, the parts that
+    time something for a number of tokens. Weights are made when the first part needs them.
+    """
+
+    def __init__(self, model: ModelSpec, settings: ProfileSettings, folder: Path | None):
+        """`folder`: of the checkpoint, whose disk is timed too."""
+        self.found: dict[str, dict] = {}
+        self.model = model
+        self.settings = settings
+        self._folder = folder
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._stopwatch = Stopwatch(self.device, settings.seconds)
+        longest = model.max_position_embeddings - 1
+        if self.device.type == "cpu":
+            longest = min(longest, MAX_CPU_TOKENS)
+        counts = {EXPERTS: settings.tokens, LAYERS: settings.dense_tokens}
+        self.timed = {
+            f"{kind}, {tokens} tokens, round {number}": (kind, tokens)
+            for number in range(1, settings.rounds + 1)
+            for kind in counts
+            for tokens in counts[kind]
+            if tokens <= longest
+        }
+
+    @property
+    def parts(self) -> dict[str, Callable[[], dict]]:
+        """Made when asked for: kept, they would keep this object and its gigabytes alive."""
+        times = {EXPERTS: self._time_experts, LAYERS: self._time_dense}
+        parts = {
+            "host": self._host,
+            "device": lambda: describe_device(self.device),
+            "threads": self._choose_threads,
+        }
+        parts |= {name: partial(times[kind], tokens) for name, (kind, tokens) in self.timed.items()}
+        return parts | ({"link": self._link} if self.device.type == "cuda" else {})
+
+    @property
+    def identity(self) -> dict:
+        """Everything that the parts depend on besides the machine's momentary state."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "method": METHOD,
+            "shape": {**self.model.shape.model_dump(), "name": None},
+            "cpu": cpu_name(),
+            "cores": num_cores(),
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else None,
+            "torch": str(torch.__version__),
+            "parts": list(self.parts),
+            "seconds": self.settings.seconds,
+        }
+
+    @property
+    def _threads(self) -> tuple[int, bool]:
+        """The choice of the part `threads`, which holds for all parts after it."""
+        return self.found["threads"]["threads"], self.found["threads"]["pinned"]
+
+    @cached_property
+    def _experts(self) -> ExpertBench:
+        available = int(self.settings.memory_fraction * available_memory_bytes())
+        host_bytes = min(self.settings.max_host_bytes, available)
+        return ExpertBench(self.model, host_bytes, self._stopwatch, self.device)
+
+    @cached_property
+    def _dense(self) -> DenseBench:
+        engine = engine_for(self.model.blocks, self.device, *self._threads)
+        return DenseBench(self.model, self.device, self._stopwatch, engine)
+
+    def _host(self) -> dict:
+        disk = facts.disk_bytes_per_s(self._folder) if self._folder else None
+        return {
+            "available_bytes": available_memory_bytes(),
+            "disk_bytes_per_s": disk and round(disk),
+        }
+
+    def _choose_threads(self) -> dict:
+        bench = self._experts
+        return {
+            **choose_threads(bench),
+            "kernel": bench.kernel,
+            "timed_bytes": bench.timed_bytes,
+            "page_locked": bench.page_locked,
+        }
+
+    def _time_experts(self, tokens: int) -> dict[str, Us]:
+        bench = self._experts
+        self._require_same_memory(bench.page_locked)
+        bench.use_threads(*self._threads)
+        first = self.found.get(f"{EXPERTS}, {tokens} tokens, round 1")
+        measure = partial(bench.host_expert, tokens)
+        if first is not None:
+            times = measure(list(first["host_expert_us"]))
+        elif not bench.page_locked:
+            times = measure([0.0])
+        else:
+            ends = [0.0, 1.0] if tokens <= MAX_CPU_TOKENS else [1.0]
+            times = sweep_shares(measure, ends, block=1 / (bench.top_k * bench.blocks_per_expert))
+        # Without a GPU the same cores compute a "resident" expert at the same speed.
+        resident_us = bench.resident_expert(tokens) if bench.on_gpu else min(times.values())
+        return {
+            "host_expert_us": {share: round(us, 1) for share, us in times.items()},
+            "resident_expert_us": round(resident_us, 1),
+        }
+
+    def _require_same_memory(self, page_locked: bool) -> None:
+        """Refuses to mix parts timed with and without page-locked memory.
+
+        Raises:
+            FiddlerError: that changed since the part `threads`.
+        """
+        if page_locked != self.found["threads"]["page_locked"]:
+            change = "could be page-locked, but cannot be now"
+            if page_locked:
+                change = "can be page-locked now, but could not before"
+            raise FiddlerError(
+                f"host memory {change}: delete the .unfinished file beside the profile and run"
+                " `fiddler-opt profile` again"
+            )
+
+    def _time_dense(self, tokens: int) -> dict[str, Us]:
+        torch.set_num_threads(dense_threads(self._threads[0], self.model.dense_layer_bytes))
+        return {name: round(us, 1) for name, us in self._dense.time(tokens).items()}
+
+    def _link(self) -> dict:
+        copies = time_copies(self._experts)
+        # Right after the copies: an idle GPU lowers its link's speed.
+        link = facts.pcie_link(current_gpu().bus_id)
+        return {"generation": link and link.generation, "width": link and link.width, **copies}
+
+
+def measure_machine(
+    bench: MachineBench,
+    unfinished: Unfinished,
+    command: str,
+    force: bool,
+    on_part: Callable[[str, int], None],
+) -> MachineProfile:
+    """Times the parts that are not in `unfinished` yet.
+
+    Args:
+        force: also while other programs use the machine.
+        on_part: called with the name of the part timed next, and the number of finished parts.
+
+    Raises:
+        FiddlerError: other programs used the machine; the parts before are kept.
+    """
+    bench.found = unfinished.parts
+    for finished, (name, measure) in enumerate(bench.parts.items()):
+        on_part(name, finished)
+        unfinished.part(name, measure if force else partial(undisturbed, name, measure))
+    return _profile(bench, command)
+
+
+def _profile(bench: MachineBench, command: str) -> MachineProfile:
+    """The profile of the bench's finished parts."""
+    parts = bench.found
+    chosen = dict(parts["threads"])
+    timed_bytes = chosen.pop("timed_bytes")
+    del chosen["page_locked"]
+    return MachineProfile(
+        version=3,
+        source="measured",
+        cpu=Cpu(name=cpu_name(), cores=num_cores(), physical_cores=num_physical_cores(), **chosen),
+        memory=Memory(
+            available_bytes=parts["host"]["available_bytes"],
+            timed_bytes=timed_bytes,
+            memlock_bytes=facts.memlock_limit_bytes(),
+        ),
+        device=Device(**parts["device"]),
+        link=Link(**parts["link"]) if "link" in parts else None,
+        disk_bytes_per_s=parts["host"]["disk_bytes_per_s"],
+        shape=MeasuredShape.of(bench.model),
+        kernels=LIMITS,
+        **merged_rounds(parts, bench.timed),
+        drift=drift_between_rounds(parts, bench.timed),
+        provenance=ProfileProvenance(
+            command=command,
+            created=date.today().isoformat(),
+            software=f"PyTorch {torch.__version__}",
+        ),
+    )
+
+
+def release_gpu_memory() -> None:
+    """Returns the memory that PyTorch keeps cached to the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,173 @@
+"""The stages of `fiddler-opt profile`.
+
+Rule: finished work is kept, and the next call resumes where one was cut short.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.inputs.routing import Routing, RoutingProfile
+from fiddler_opt.measure.prompts import encode_prompts, name_sets, read_prompts
+from fiddler_opt.measure.settings import QUICK, THOROUGH
+from fiddler_opt.measure.unfinished import Unfinished, forget_unfinished, unfinished_path
+from fiddler_opt.solve.compiler import compile_plan
+from fiddler_run.cli import byte_progress
+from fiddler_run.plan.schema import Budget, Plan, Workload
+
+if TYPE_CHECKING:
+    from fiddler_opt.measure.routing import RoutingJob
+
+SAVE_EVERY_S = 20.0  # of recording: what may be lost
+
+
+def profile_machine(
+    model: ModelSpec,
+    path: Path,
+    quick: bool,
+    force: bool,
+    folder: Path | None,
+    command: str,
+    console: Console,
+) -> MachineProfile:
+    """Times this machine and saves its profile.
+
+    Raises:
+        FiddlerError: other programs use the machine, and `force` is not set.
+    """
+    with console.status("importing torch and transformers"):
+        from fiddler_opt.measure.machine import (
+            MachineBench,
+            measure_machine,
+            release_gpu_memory,
+        )
+
+    bench = MachineBench(model, QUICK if quick else THOROUGH, folder)
+    unfinished = Unfinished(path, bench.identity)
+    if unfinished.parts:
+        console.print(
+            f"going on with an unfinished profile: {len(unfinished.parts)} of {len(bench.parts)}"
+            " parts are timed"
+        )
+    with _progress(console) as progress:
+        task = progress.add_task("timing", total=len(bench.parts))
+
+        def on_part(name: str, finished: int) -> None:
+            progress.update(task, description=f"timing {name}", completed=finished)
+
+        machine = measure_machine(bench, unfinished, command, force, on_part)
+        progress.update(task, description="timing", completed=len(bench.parts))
+    machine.save(path)
+    forget_unfinished(path)
+    del bench  # frees the memory that it timed in, which a model may need
+    release_gpu_memory()
+    return machine
+
+
+def routing_job(
+    model: ModelSpec, name: str, prompts: list[Path], output_tokens: int, context: int
+) -> RoutingJob:
+    """The recording of `prompts`, with up to `output_tokens` generated after each.
+
+    Args:
+        context: the longest sequence.
+        name: the checkpoint's folder or Hugging Face id.
+
+    Raises:
+        FiddlerError: the checkpoint is incomplete, or the prompts cannot be read or are too long.
+    """
+    from fiddler_opt.measure.routing import RoutingJob
+    from fiddler_run.loading.model_check import ModelCheck
+
+    checked = ModelCheck(model.shape, "the model", name, fetch=True)
+    checked.refuse()
+    sets = {
+        set_name: encode_prompts(
+            checked.tokenizer, read_prompts(path), context, str(path), model.vocab_size
+        )
+        for set_name, path in name_sets(prompts).items()
+    }
+    return RoutingJob(model.shape, sets, output_tokens, context)
+
+
+def cpu_plan(model: ModelSpec, machine: MachineProfile, context: int, made: dict[str, str]) -> Plan:
+    """A plan for the CPU alone, which fits every machine whose memory holds the model."""
+    workload = Workload(
+        prompt_tokens=context - 1, output_tokens=1, num_beams=1, batch_size=1, max_seq_len=context
+    )
+    return compile_plan(model, machine, Routing.uniform(model), workload, Budget(gpu_bytes=0), made)
+
+
+def profile_routing(
+    job: RoutingJob,
+    name: str,
+    plan: Plan | Path,
+    path: Path,
+    trace_path: Path | None,
+    command: str,
+    console: Console,
+) -> RoutingProfile:
+    """Records a job's routing with the checkpoint `name` run by `plan`; saves its profile.
+
+    Args:
+        trace_path: where to save the trace too; None: nowhere.
+    """
+    from fiddler_opt.measure.routing import RoutingRecorder, routing_profile
+    from fiddler_run.loading.load import ModelLoader
+
+    partial = unfinished_path(path)
+    recorder = RoutingRecorder(job, job.resume(partial))
+    if recorder.done:
+        console.print(
+            f"going on with an unfinished recording: {recorder.done} of {recorder.total} prompts"
+            " are done"
+        )
+    if recorder.done < recorder.total:
+        loader = ModelLoader(plan, name)
+        with byte_progress(console) as progress:
+            task = progress.add_task("loading experts", total=loader.total_bytes)
+            model = loader.load(lambda count: progress.advance(task, count))
+        with _progress(console) as progress:
+            task = progress.add_task("prompts", total=recorder.total, completed=recorder.done)
+            saved_s = time.monotonic()
+            try:
+                for done in recorder.run(model):
+                    progress.update(task, completed=done)
+                    if time.monotonic() - saved_s > SAVE_EVERY_S:
+                        recorder.trace().save(partial)
+                        saved_s = time.monotonic()
+            except BaseException:  # an interrupt, or whatever else
+                recorder.trace().save(partial)
+                raise
+    trace = recorder.trace()
+    routing = routing_profile(trace, job.shape, command, job.output_tokens)
+    if trace_path is not None:
+        trace.save(trace_path)
+    routing.save(path)
+    forget_unfinished(path)
+    return routing
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)

@@ -1,0 +1,41 @@
+"""Merges rounds of timing: what slows a machine for a while affects only one of them."""
+
+from statistics import median
+
+Us = float | dict[float, float]  # microseconds, or microseconds by share sent over the link
+TimedParts = dict[str, tuple[str, int]]  # by part: the kind of figure, and the number of tokens
+
+
+def merged_rounds(parts: dict[str, dict[str, Us]], timed: TimedParts) -> dict[str, dict[int, Us]]:
+    """Median over the rounds, by table and number of tokens."""
+    rounds: dict[str, dict[int, list[Us]]] = {}
+    for part, (_, tokens) in timed.items():
+        for table, us in parts[part].items():
+            rounds.setdefault(table, {}).setdefault(tokens, []).append(us)
+    return {
+        table: {tokens: _median(several) for tokens, several in by_tokens.items()}
+        for table, by_tokens in rounds.items()
+    }
+
+
+def drift_between_rounds(parts: dict[str, dict[str, Us]], timed: TimedParts) -> dict[int, float]:
+    """By tokens: time of an expert in host memory in the slowest round over the fastest, less 1.
+
+    Empty if there was one round.
+    """
+    totals: dict[int, list[float]] = {}
+    for part, (_, tokens) in timed.items():
+        by_share = parts[part].get("host_expert_us", {})
+        if by_share:
+            totals.setdefault(tokens, []).append(sum(by_share.values()))
+    return {
+        tokens: round(max(rounds) / min(rounds) - 1, 3)
+        for tokens, rounds in totals.items()
+        if len(rounds) > 1
+    }
+
+
+def _median(several: list[Us]) -> Us:
+    if isinstance(several[0], dict):
+        return {share: round(median(us[share] for us in several), 1) for share in several[0]}
+    return round(median(several), 1)

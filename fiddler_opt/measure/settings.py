@@ -1,0 +1,43 @@
+"""ProfileSettings: how thoroughly a machine is measured."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """Token counts to time, and how often and how long.
+
+    Attributes:
+        tokens: of an expert.
+        dense_tokens: of a layer without experts.
+        rounds: passes over all figures. A minute apart, they give a median that does not depend
+            on the machine's speed in one of them (one round alone predicts decode 5 % wrong).
+        seconds: about, for the figures that are timed together.
+        memory_fraction: of the available host memory, that the timed experts fill.
+        max_host_bytes: limit of the same.
+    """
+
+    tokens: tuple[int, ...]
+    dense_tokens: tuple[int, ...]
+    rounds: int
+    seconds: float
+    memory_fraction: float
+    max_host_bytes: int
+
+
+THOROUGH = ProfileSettings(
+    tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
+    dense_tokens=(1, 16, 128, 512, 2048),
+    rounds=3,
+    seconds=0.6,
+    memory_fraction=0.75,
+    max_host_bytes=10**15,
+)
+QUICK = ProfileSettings(
+    tokens=(1, 4, 16, 64, 256, 1024),
+    dense_tokens=(1, 128, 512),
+    rounds=1,
+    seconds=0.2,
+    memory_fraction=0.25,
+    max_host_bytes=8 * 10**9,
+)

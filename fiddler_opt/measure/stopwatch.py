@@ -1,0 +1,71 @@
+"""Times calls on a device: warmed up, in turn with each other, as the median of many samples."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from fiddler_opt.inputs.machine import MIN_US
+
+WARM_UP = 1
+MIN_SAMPLES = 3
+# Mean of this many calls: memory is faster in some places than in others, and a run pays for all.
+CALLS_PER_SAMPLE = 4
+# Before each call, as in a run: between two calls lies other work, and threads may fall asleep.
+PAUSE_S = 3e-4
+BUSY_CYCLES = 4_500_000  # of a GPU's clock, 2 or 3 ms: longer than Python needs to queue a layer
+
+
+class Stopwatch:
+    """Times calls on a device, the device's work included.
+
+    Calls that are timed together take about `seconds`, but at least MIN_SAMPLES samples each. They
+    take turns, so that a drift of the machine's speed affects all of them and their differences
+    hold.
+    """
+
+    def __init__(self, device: torch.device, seconds: float):
+        self._device = device
+        self._seconds = seconds
+
+    def time(
+        self, *calls: Callable[[], object], calls_per_sample: int = CALLS_PER_SAMPLE
+    ) -> list[float]:
+        """Microseconds of each call, until the device has finished its work."""
+        return self.gather(
+            *(
+                lambda call=call: [self._once(call) for _ in range(calls_per_sample)]
+                for call in calls
+            )
+        )
+
+    @torch.inference_mode()
+    def gather(self, *samplers: Callable[[], list[float]]) -> list[float]:
+        """Median of each sampler's samples; one sample is the mean of the microseconds returned."""
+        samples = [[] for _ in samplers]
+        started_s = time.perf_counter()
+        while (
+            len(samples[0]) < WARM_UP + MIN_SAMPLES
+            or time.perf_counter() - started_s < self._seconds
+        ):
+            for sampler, taken in zip(samplers, samples, strict=True):
+                taken.append(statistics.fmean(sampler()))
+        return [statistics.median(taken[WARM_UP:]) for taken in samples]
+
+    def _once(self, call: Callable[[], object]) -> float:
+        self._synchronize()
+        time.sleep(PAUSE_S)
+        started_s = time.perf_counter()
+        call()
+        self._synchronize()
+        return (time.perf_counter() - started_s) * 1e6
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def difference(us: float, part_us: float) -> float:
+    """Microseconds without a part timed in turn with the whole; noise must not make it negative."""
+    return max(MIN_US, us - part_us)

@@ -1,0 +1,122 @@
+"""The whole planner: model, machine, routing, workload and budget in, plan out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from pydantic import ValidationError
+
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.inputs.routing import Routing
+from fiddler_opt.solve.baselines import BASELINES, place_by_rule
+from fiddler_opt.solve.chunk import choose_chunk
+from fiddler_opt.solve.ilp import Solution, place, workload_program
+from fiddler_opt.solve.lower import lower
+from fiddler_opt.solve.predict import predict
+from fiddler_opt.solve.problem import Problem
+from fiddler_opt.solve.program import Program
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.schema import Budget, Plan, Workload
+
+MAX_EXPERTS = 50_000  # in all layers together; the largest models known have half as many
+NOT_SOLVED = "not solved: "  # begins the status of a baseline's plan; its name follows
+
+# Chooses a placement for a problem under a routing; given further routings, for the worst of them.
+Placer = Callable[[Problem, Routing, Sequence[Routing]], Solution]
+
+
+def compile_plan(
+    model: ModelSpec,
+    machine: MachineProfile,
+    routing: Routing,
+    workload: Workload,
+    budget: Budget,
+    provenance: dict[str, str],
+    worst_of: Sequence[Routing] = (),
+    placer: Placer | None = None,
+) -> Plan:
+    """The best plan for a workload within a budget; `compared` adds to its predictions.
+
+    Args:
+        provenance: all of its keys but the solver's.
+        worst_of: plan for the one of these routings for which the plan is worst.
+        placer: chooses the placement; `solve` by default.
+
+    Raises:
+        FiddlerError: the budget is too small, or larger than the machine; or its profile is absurd.
+    """
+    require_plannable(model)
+    with naming_absurd_numbers():
+        problem = choose_chunk(model, machine, routing, workload, budget)
+        solution = (placer or solve)(problem, routing, worst_of)
+        predicted = predict(problem, routing, solution)
+        return lower(problem, solution, predicted, provenance)
+
+
+def require_plannable(model: ModelSpec) -> None:
+    """
+    Raises:
+        FiddlerError: the model has more experts than the solver can handle.
+    """
+    experts = model.shape.num_layers * model.shape.num_experts
+    if experts > MAX_EXPERTS:
+        raise FiddlerError(
+            f"{model.shape.name}: {experts} experts in all layers; the planner handles"
+            f" {MAX_EXPERTS} at most"
+        )
+
+
+@contextmanager
+def naming_absurd_numbers() -> Iterator[None]:
+    """Raises a FiddlerError if numbers that are in bounds lead to some that no plan can hold."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the plan"
+        raise FiddlerError(
+            f"no plan can hold the numbers that follow: {where}: {first['msg']}; look for absurd"
+            " values in the machine profile and the workload"
+        ) from None
+
+
+def solve(problem: Problem, routing: Routing, worst_of: Sequence[Routing] = ()) -> Solution:
+    """The best placement, by the integer program.
+
+    With `worst_of` it is judged by the worst of those, but its decode bound is the whole routing's.
+    """
+    cost = problem.cost(routing)
+    limits = problem.memory_limits()
+    best = place([cost], limits)
+    if not worst_of:
+        return best
+    robust = place([problem.cost(each) for each in worst_of], limits, known=[best.placement])
+    return replace(robust, decode_bound_s=best.decode_bound_s)
+
+
+def integer_program(
+    problem: Problem, routing: Routing, worst_of: Sequence[Routing] = ()
+) -> Program:
+    """The program that `solve` solves."""
+    costs = [problem.cost(each) for each in worst_of or (routing,)]
+    return workload_program(costs, problem.memory_limits())
+
+
+def by_rule(name: str) -> Placer:
+    """The placement of one of BASELINES, with the bounds that the integer program knows."""
+
+    def place_it(problem: Problem, routing: Routing, worst_of: Sequence[Routing]) -> Solution:
+        rule = BASELINES[name]
+        cost = problem.cost(routing, rule.policy)
+        placement = place_by_rule(rule, cost, problem.memory_limits())
+        return replace(
+            solve(problem, routing, worst_of),
+            placement=placement,
+            objective_s=cost.total_s(placement),
+            status=NOT_SOLVED + name,
+            solve_s=0.0,
+            policy=rule.policy,
+        )
+
+    return place_it

@@ -1,0 +1,120 @@
+"""Solving the integer program: the best placement, and bounds on what any placement reaches."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fiddler_opt.solve.cost import CostModel
+from fiddler_opt.solve.phases import Phase
+from fiddler_opt.solve.placement import MemoryLimits, Placement
+from fiddler_opt.solve.program import Program
+from fiddler_opt.solve.times import Policy
+from fiddler_run.errors import FiddlerError
+
+SOLVED = ("optimal", "stopped early", "time limit")
+EQUAL = 1 + 1e-9  # times whose ratio is closer to 1 are equal
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A placement, and how good it is.
+
+    `objective_s` and `bound_s`: seconds of the whole workload, for this placement and at best for
+    any within the limits. `decode_bound_s`: seconds of one decode step at best, for a placement
+    within the limits made for decode alone.
+    """
+
+    placement: Placement
+    objective_s: float
+    bound_s: float
+    decode_bound_s: float
+    status: str
+    solve_s: float
+    policy: Policy = "together"
+
+    @property
+    def gap(self) -> float:
+        return max(0.0, (self.objective_s - self.bound_s) / self.objective_s)
+
+
+def place(
+    costs: Sequence[CostModel],
+    limits: MemoryLimits,
+    time_limit_s: float = 60.0,
+    known: Sequence[Placement] = (),
+) -> Solution:
+    """The placement whose longest workload time over `costs` is least.
+
+    Args:
+        known: placements within the limits, than which the solution is not worse.
+
+    Raises:
+        FiddlerError: the solver ended without a placement.
+    """
+    started = time.perf_counter()
+    program = workload_program(costs, limits)
+    status = program.solve(time_limit_s)
+    if status not in SOLVED or not program.is_solved:
+        raise FiddlerError(
+            f"the solver found no placement in {time_limit_s:.0f} s (status: {status}); give it"
+            " more memory or time"
+        )
+
+    def longest_s(placement: Placement) -> float:
+        return max(cost.total_s(placement) for cost in costs)
+
+    solved = program.placement()
+    found = [*known, solved]
+    if limits.host_bytes is None:
+        found.insert(0, uniform(costs[0], solved.num_resident))
+    least_s = min(map(longest_s, found))
+    equal = [each for each in found if longest_s(each) <= least_s * EQUAL]
+    placement = max(equal, key=lambda each: round(costs[0].hit_rate(each), 9))
+    objective_s = longest_s(placement)
+    return Solution(
+        placement=placement,
+        objective_s=objective_s,
+        bound_s=min(objective_s, program.bound_s),
+        decode_bound_s=max(decode_bound_s(cost, limits) for cost in costs),
+        status=status,
+        solve_s=time.perf_counter() - started,
+    )
+
+
+def workload_program(costs: Sequence[CostModel], limits: MemoryLimits) -> Program:
+    """The program over all phases of a workload."""
+    return Program(costs, limits, {phase: phase.steps for phase in costs[0].phases})
+
+
+def uniform(cost: CostModel, num_blocks: int) -> Placement:
+    """The placement with as many resident blocks of every expert, to within one.
+
+    Of placements that are equally good, it suffers least from other routing.
+    """
+    order = cost.by_popularity()
+    each, more = divmod(num_blocks, len(order))
+    resident = [[each] * len(row) for row in cost.called]
+    for layer, expert in order[:more]:
+        resident[layer][expert] += 1
+    return Placement.of(resident)
+
+
+def decode_bound_s(cost: CostModel, limits: MemoryLimits) -> float:
+    """Seconds below which no placement within the limits brings a decode step."""
+    return relaxed_s([cost], limits, {cost.decode: 1})
+
+
+def relaxed_s(costs: Sequence[CostModel], limits: MemoryLimits, steps: dict[Phase, int]) -> float:
+    """Seconds of those steps at best if blocks could be divided: the program's relaxation.
+
+    Raises:
+        FiddlerError: there is no placement within the limits, or the solver fails.
+    """
+    program = Program(costs, limits, steps, relaxed=True)
+    status = program.solve()
+    if status != "optimal":
+        raise FiddlerError(
+            f"the solver found no placement in this memory (status: {status}); give more with"
+            " --gpu-mem or --host-mem"
+        )
+    return program.objective_s

@@ -1,0 +1,72 @@
+"""Predicting: what a solution's speed will be, and what limits it."""
+
+from dataclasses import replace
+from typing import Literal
+
+from fiddler_opt.inputs.routing import Routing
+from fiddler_opt.solve.ilp import Solution, decode_bound_s
+from fiddler_opt.solve.problem import Problem
+from fiddler_run.plan.prediction import Predicted
+
+GB = 10**9
+
+
+def predict(problem: Problem, routing: Routing, solution: Solution) -> Predicted:
+    """Predicts a solution's speed under `routing`. Regret and alternatives are left empty."""
+    cost = problem.cost(routing, solution.policy)
+    placement = solution.placement
+    limits = problem.memory_limits()
+    best = problem.cost(routing)
+    more = replace(limits, gpu_bytes=limits.gpu_bytes + GB)
+    bound_rate = best.decode_tokens_per_s(solution.decode_bound_s)
+    gained_rate = best.decode_tokens_per_s(decode_bound_s(best, more)) - bound_rate
+    rate = rounded(cost.decode_tokens_per_s(cost.decode_step_s(placement)), 3)
+    bound = rounded(bound_rate, 3)
+    return Predicted(
+        decode_tokens_per_s=rate,
+        ttft_s=to_tenths_of_a_millisecond(cost.ttft_s(placement)),
+        gpu_hit_rate=round(cost.hit_rate(placement), 4),
+        bound_tokens_per_s=max(bound, rate),  # equal up to the solver's tolerance
+        gap=round(solution.gap, 6),
+        decode_ms=milliseconds(cost.step_parts(cost.decode, placement)),
+        ttft_ms=milliseconds(cost.ttft_parts(placement)),
+        binding=binding(problem, solution),
+        next_gb_tokens_per_s=round(max(0.0, gained_rate), 3),
+        regret={},
+        alternatives={},
+    )
+
+
+def rounded(value: float, digits: int) -> float:
+    """The value rounded, unless that would make it 0."""
+    return round(value, digits) or value
+
+
+def to_tenths_of_a_millisecond(seconds: float) -> float:
+    """Seconds rounded to 0.1 ms, and at least that: nothing takes no time."""
+    return max(round(seconds, 4), 1e-4)
+
+
+def milliseconds(parts: dict[str, float]) -> dict[str, float]:
+    return {name: round(seconds * 1e3, 3) for name, seconds in parts.items() if seconds}
+
+
+def binding(
+    problem: Problem, solution: Solution
+) -> Literal["GPU memory", "GPU and host memory", "host memory", "nothing"]:
+    """The budgets of which more would be used.
+
+    "nothing" if all blocks are resident, or the solver left memory free.
+    """
+    placement = solution.placement
+    limits = problem.memory_limits()
+    all_blocks = problem.model.all_expert_bytes // problem.model.block_bytes
+    resident = placement.num_resident
+    full = limits.gpu_blocks == resident < all_blocks and problem.budget.gpu_bytes > 0
+    spilt = placement.num_on_disk > 0
+    names = {
+        (True, True): "GPU and host memory",
+        (True, False): "GPU memory",
+        (False, True): "host memory",
+    }
+    return names.get((full, spilt), "nothing")

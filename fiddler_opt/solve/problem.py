@@ -1,0 +1,95 @@
+"""Problem: all that a plan follows from, and its form for the solver."""
+
+from dataclasses import dataclass
+
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.inputs.routing import Routing
+from fiddler_opt.solve.cost import CostModel
+from fiddler_opt.solve.memory import fixed_memory, host_embedding_bytes
+from fiddler_opt.solve.placement import MemoryLimits
+from fiddler_opt.solve.times import Policy
+from fiddler_opt.units import format_bytes
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.rank import GpuMemory
+from fiddler_run.plan.schema import Budget, Plan, Workload
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`chunk_tokens`: tokens of a prompt that pass the layers at once."""
+
+    model: ModelSpec
+    machine: MachineProfile
+    workload: Workload
+    budget: Budget
+    chunk_tokens: int
+
+    @classmethod
+    def of(cls, plan: Plan, model: ModelSpec, machine: MachineProfile) -> "Problem":
+        """The problem that a plan solves."""
+        return cls(model, machine, plan.workload, plan.budget, plan.prefill_chunk_tokens)
+
+    @property
+    def has_link(self) -> bool:
+        """True if experts can be copied to the GPU, and the profile timed a whole one."""
+        timed = bool(self.machine.link_expert_us) and self.machine.streams
+        return timed and self.budget.gpu_bytes > 0
+
+    @property
+    def host_embedding_bytes(self) -> int:
+        return host_embedding_bytes(self.model, self.machine, self.budget.gpu_bytes)
+
+    def memory(self) -> GpuMemory:
+        """GPU bytes by purpose, with no expert resident yet.
+
+        Raises:
+            FiddlerError: the budget is too small, or larger than the machine.
+        """
+        return fixed_memory(
+            self.model, self.machine, self.workload, self.budget.gpu_bytes, self.chunk_tokens
+        )
+
+    def memory_limits(self) -> MemoryLimits:
+        """What is left of the budget for experts.
+
+        Raises:
+            FiddlerError: as `memory`; or the host budget does not hold the embedding; or experts
+                may have to lie on disk, but the disk was not timed.
+        """
+        memory = self.memory()
+        host_bytes = self.budget.host_bytes
+        if host_bytes is not None:
+            if self.machine.disk_bytes_per_s is None:
+                raise FiddlerError(
+                    "--host-mem: the machine profile knows no disk speed; `fiddler-opt profile"
+                    " --model FOLDER` times the checkpoint's"
+                )
+            if host_bytes < self.host_embedding_bytes:
+                raise FiddlerError(
+                    f"--host-mem {format_bytes(host_bytes)} is too small: the embedding table alone"
+                    f" takes {format_bytes(self.host_embedding_bytes)}; give more"
+                )
+            host_bytes -= self.host_embedding_bytes
+        return MemoryLimits(self.model.block_bytes, memory.total - memory.used, host_bytes)
+
+    def cost(self, routing: Routing, policy: Policy = "together") -> CostModel:
+        """
+        Raises:
+            FiddlerError: the policy needs a link, and there is none.
+        """
+        if policy in ("link", "better") and not self.has_link:
+            raise FiddlerError(
+                "copying experts to the GPU needs a GPU, and host memory that can be page-locked;"
+                " plan with --gpu-mem, from the profile of a machine that has both and timed the"
+                " share 1.0"
+            )
+        return CostModel.build(
+            self.model,
+            self.machine,
+            routing,
+            self.workload,
+            self.chunk_tokens,
+            policy,
+            cpu_alone=self.budget.gpu_bytes == 0,
+        )

@@ -1,0 +1,68 @@
+"""Scenarios: which experts a layer may call, how likely that is, and how long each expert takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fiddler_opt.inputs.routing import PhaseRouting
+from fiddler_opt.solve.phases import Phase
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A set of experts called in a layer, with its probability.
+
+    `resident_s`, `host_s`, `disk_s`: seconds of each called expert if all its blocks were there.
+    """
+
+    probability: float
+    resident_s: dict[int, float]
+    host_s: dict[int, float]
+    disk_s: dict[int, float]
+
+
+def chance_called(probability: float, tokens: int) -> float:
+    """Probability that any of `tokens` independent tokens chooses an expert.
+
+    `probability`: that one token chooses it.
+    """
+    difference = 1 - (1 - probability) ** tokens
+    return difference or tokens * probability  # the difference is 0 below 1e-16
+
+
+def layer_scenarios(
+    routing: PhaseRouting,
+    layer: int,
+    phase: Phase,
+    top_k: int,
+    expert_times: Callable[[float], tuple[float, float, float]],
+) -> list[Scenario]:
+    """The scenarios of one layer.
+
+    Exact for one token that chooses one expert, or two where pairs are known. Otherwise a single
+    scenario holds each expert's expected time. Copies of a token choose the same experts.
+
+    Args:
+        expert_times: for a number of tokens, seconds of an expert that is resident, in host memory,
+            and on disk.
+    """
+    different = phase.tokens // phase.copies
+    called = None
+    if different == 1 and top_k == 1:
+        called = (((expert,), p) for expert, p in enumerate(routing.expert[layer]))
+    elif different == 1 and top_k == 2 and routing.pair[layer]:
+        called = routing.pair[layer].items()
+    if called is not None:
+        times = expert_times(phase.copies)
+        return [
+            Scenario(p, *(dict.fromkeys(experts, seconds) for seconds in times))
+            for experts, p in called
+            if p > 0
+        ]
+    by_place = ({}, {}, {})
+    for expert, probability in enumerate(routing.expert[layer]):
+        if probability > 0:
+            chance = chance_called(probability, different)
+            times = expert_times(phase.tokens * probability / chance)
+            for place, seconds in zip(by_place, times, strict=True):
+                place[expert] = chance * seconds
+    return [Scenario(1.0, *by_place)]

@@ -1,0 +1,75 @@
+"""The least GPU memory that reaches a speed, by bisection.
+
+More memory predicts no slower decode, except for the solver's gap and the choice of the chunk,
+which may cost a percent or two. So the plan that is returned reaches the speed, and STEP_BYTES less
+does not. A much smaller budget that reaches it by such an accident is not searched for.
+"""
+
+import re
+from collections.abc import Callable
+
+from fiddler_opt.units import format_bytes
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.schema import Plan
+
+STEP_BYTES = 100_000_000
+NOISE = 0.02  # relative; more memory may predict slower by this much
+PROBES = 8
+MIN_RATE = 1e-6
+MAX_RATE = 1e12
+
+
+def parse_rate(text: str) -> float:
+    """Tokens per second of `6tok/s` or `6.5 tokens/s`.
+
+    Raises:
+        FiddlerError: it is something else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*tok(?:ens)?/s\s*", text)
+    if match is None or not MIN_RATE <= float(match[1]) <= MAX_RATE:
+        shown = text if len(text) <= 30 else f"{text[:30]}..."
+        raise FiddlerError(f"--target {shown}: not a speed; write for example 6tok/s")
+    return float(match[1])
+
+
+def least_memory(solve: Callable[[int], Plan], tokens_per_s: float, device_bytes: int) -> Plan:
+    """The plan with the least GPU memory, in steps of STEP_BYTES, that reaches a decode speed.
+
+    Args:
+        solve: GPU bytes -> their best plan.
+        device_bytes: the GPU's memory.
+
+    Raises:
+        FiddlerError: not even all of the GPU's memory suffices.
+    """
+
+    def attempt(steps: int) -> tuple[Plan | None, float, str]:
+        """The plan if it reaches the speed, its speed, and the words for an error."""
+        try:
+            plan = solve(steps * STEP_BYTES)
+        except FiddlerError as error:  # less than what is not experts needs
+            return None, 0.0, str(error)
+        rate = plan.predicted.decode_tokens_per_s
+        reached = plan if rate >= tokens_per_s else None
+        return reached, rate, f"they reach {rate:.2f} tokens/s"
+
+    low = -1
+    high = everything = device_bytes // STEP_BYTES
+    best, rate, said = attempt(high)
+    while best is None and rate >= (1 - NOISE) * tokens_per_s and high > 0:
+        high = max(0, high - max(1, everything // PROBES))
+        best, rate, _ = attempt(high)
+    if best is None:
+        raise FiddlerError(
+            f"--target {tokens_per_s:g}tok/s cannot be reached with the GPU's"
+            f" {format_bytes(device_bytes)} by this profile: {said}"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        plan, _, _ = attempt(middle)
+        if plan is None:
+            low = middle
+        else:
+            high = middle
+            best = plan
+    return best

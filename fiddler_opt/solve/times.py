@@ -1,0 +1,85 @@
+"""A machine's times for one model: those of its profile, scaled by bytes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fiddler_opt.inputs.machine import MachineProfile, Times, seconds_at
+from fiddler_opt.inputs.model import ModelSpec
+
+# What serves host blocks. `better`: for each number of tokens the faster of `cpu` and `link`.
+Policy = Literal["together", "cpu", "link", "better"]
+
+
+@dataclass(frozen=True)
+class ModelTimes:
+    """Seconds on a machine, or, for `cpu_alone`, on its CPU without its GPU."""
+
+    model: ModelSpec
+    machine: MachineProfile
+    policy: Policy
+    cpu_alone: bool
+
+    @property
+    def overlap(self) -> bool:
+        """True if GPU, link and CPU work at the same time."""
+        return self.machine.device.kind == "cuda" and not self.cpu_alone
+
+    def expert_s(self, tokens: float) -> tuple[float, float, float]:
+        """One expert that is resident, in host memory, and on disk."""
+        machine = self.machine
+        scale = self.model.expert_bytes / machine.shape.expert_bytes
+        host_us = machine.cpu_expert_us if self.cpu_alone else host_times(machine, self.policy)
+        disk_s = float("inf")
+        if machine.disk_bytes_per_s:
+            disk_s = self.model.expert_bytes / machine.disk_bytes_per_s
+        resident_s = seconds_at(machine.resident_expert_us, tokens)
+        return resident_s * scale, seconds_at(host_us, tokens) * scale, disk_s
+
+    def dense_s(self, tokens: int) -> tuple[float, float]:
+        """One layer without its experts: the time that experts wait for, and the launch overhead.
+
+        The latter is the lower bound of the experts' own time.
+        """
+        scale = self.model.dense_layer_bytes / self.machine.shape.dense_layer_bytes
+        launched = seconds_at(self.machine.dense_layer_us, tokens) * scale
+        launched += self._without_gpu_s(self.model.dense_layer_bytes, tokens)
+        if not self.overlap:
+            return launched, 0.0
+        dense = seconds_at(self.machine.dense_device_us, tokens) * scale
+        return dense, max(0.0, launched - dense)
+
+    def head_s(self, tokens: int, sequences: int) -> float:
+        """A step besides its layers. The output head sees only the last token of each sequence."""
+        model = self.model
+        seconds = seconds_at(self.machine.head_us, tokens)
+        scaled = seconds * model.head_bytes / self.machine.shape.head_bytes
+        return scaled + self._without_gpu_s(model.head_bytes, sequences)
+
+    def _without_gpu_s(self, size_bytes: int, tokens: float) -> float:
+        """Extra time of dense weights on the CPU, if they were timed on a GPU.
+
+        Assumes that they take as long as the same number of bytes of an expert.
+        """
+        if not self.cpu_alone or self.machine.device.kind != "cuda":
+            return 0.0
+        expert_s = seconds_at(self.machine.cpu_expert_us, tokens)
+        return expert_s * size_bytes / self.machine.shape.expert_bytes
+
+
+def host_times(machine: MachineProfile, policy: Policy) -> Times:
+    """Microseconds of one host expert, by tokens, served by that policy.
+
+    The machine must have timed the link alone for `link`, and a link for `better`.
+    """
+    if policy == "cpu":
+        return machine.cpu_expert_us
+    if policy == "together":
+        return machine.best_host_us
+    cpu = machine.cpu_expert_us
+    link = machine.link_expert_us
+    if policy == "link":
+        return link
+    return {
+        tokens: min(times[tokens] for times in (cpu, link) if tokens in times)
+        for tokens in sorted(cpu | link)
+    }

@@ -1,0 +1,11 @@
+"""The encodings by name. A new one is a file in this folder and a line here."""
+
+from fiddler_run.encodings.base import Encoding
+from fiddler_run.encodings.plain import Bf16, Fp16, Fp32
+
+ENCODINGS: dict[str, type[Encoding]] = {each.name: each for each in (Bf16, Fp16, Fp32)}
+
+
+def plain_encoding(dtype: str) -> str:
+    """The encoding that stores weights of `dtype` as they are."""
+    return next(each.name for each in (Bf16, Fp16, Fp32) if each.dtype == dtype)

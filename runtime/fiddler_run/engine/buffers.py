@@ -1,0 +1,98 @@
+"""Page-locked host memory through which activations go to the CPU and its results come back."""
+
+from collections.abc import Callable
+
+import torch
+
+from fiddler_run.kernels.decode_layer import DecodeInputs, table_size
+from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
+
+
+class PinnedBuffers:
+    """Buffers that every layer of a model uses in turn, and flags between GPU and CPU.
+
+    A flag holds the number of a CPU job, and each lies in its own cache line. `output_ready`: the
+    last finished job. `gave_up`: the last job that the GPU gave up waiting for, or 0.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._buffers: dict[str, torch.Tensor] = {}
+        flags = torch.zeros(
+            (4 + MAX_DECODE_TOKENS // 8, 8), dtype=torch.int64, pin_memory=self._on_gpu
+        )
+        self.output_ready = flags[0, :1]
+        self.gave_up = flags[2, :1]
+        self._table_ready = flags[1, :1]
+        self._timed_out = flags[3, :1]
+        self._inputs_ready = flags[4:].flatten()
+
+    def receive(
+        self,
+        states: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        meanwhile: Callable[[], None],
+    ) -> list[torch.Tensor]:
+        """The device's tensors in host memory, until the next call.
+
+        Calls `meanwhile` before it waits for the device.
+        """
+        tensors = [states, index, weights]
+        if not self._on_gpu:
+            meanwhile()
+            return tensors
+        received = self._inputs(*tensors)
+        for host, tensor in zip(received, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.current_stream(self._device).record_event()
+        meanwhile()
+        copied.synchronize()
+        return received
+
+    def output(self, shape: torch.Size) -> torch.Tensor:
+        """Float32 buffer for the CPU's result.
+
+        Reused by the next layer, whose inputs come after the GPU has read it.
+        """
+        return self._buffer("output", shape, torch.float32)
+
+    def decode_inputs(
+        self,
+        states: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        num_experts: int,
+        max_blocks: int,
+    ) -> DecodeInputs:
+        """Buffers for a job's inputs and table, until the next call of this.
+
+        The GPU sends nothing before the last job is done.
+        """
+        size = table_size(max_blocks, num_experts, index.numel())
+        return DecodeInputs(
+            *self._inputs(states, index, weights),
+            inputs_ready=self._inputs_ready,
+            table=self._buffer("table", torch.Size([size]), torch.int64),
+            table_ready=self._table_ready,
+            timed_out=self._timed_out,
+            max_blocks=max_blocks,
+        )
+
+    def _inputs(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        named = zip(("states", "index", "weights"), tensors, strict=True)
+        return [self._buffer(name, tensor.shape, tensor.dtype) for name, tensor in named]
+
+    def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        buffer = self._buffers.get(name)
+        elements = shape.numel()
+        if buffer is None or len(buffer) < elements or buffer.dtype != dtype:
+            if buffer is not None and self._on_gpu:
+                # Kernels may still read the old one, which PyTorch does not know.
+                torch.cuda.synchronize(self._device)
+            # A tensor made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                buffer = torch.empty(elements, dtype=dtype, pin_memory=self._on_gpu)
+            self._buffers[name] = buffer
+        return buffer[:elements].view(shape)

@@ -1,0 +1,76 @@
+"""The CPU's jobs under way: who waits for them, and where they appear on the timeline."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fiddler_run.engine.timeline import Lane, Place, Timeline, Work
+from fiddler_run.kernels.cpu import CpuCall, CpuExperts
+from fiddler_run.kernels.decode_layer import DecodeInputs, DecodeLayer
+
+
+class CpuJobs:
+    """Jobs of one model, numbered from 1; a finished one sets `flag` to its number."""
+
+    def __init__(self, cpu: CpuExperts, flag: torch.Tensor, timeline: Timeline):
+        self.last = 0  # number of the last job
+        self._cpu = cpu
+        self._flag = flag
+        self._timeline = timeline
+        self._pid = os.getpid()
+        # Of each job: its layer, and since when it has been waiting for the router.
+        self._under_way: deque[tuple[Place, float | None]] = deque()
+
+    def __len__(self) -> int:
+        """Jobs under way."""
+        return len(self._under_way)
+
+    def submit(self, calls: Sequence[CpuCall], states: torch.Tensor, output: torch.Tensor) -> None:
+        """Starts a job, see `CpuExperts.submit`."""
+        self.begin(None)
+        self._cpu.submit(calls, states, output, self._flag, self.last)
+
+    def begin(self, waits_since_s: float | None) -> None:
+        """Numbers a job that is about to be submitted."""
+        self.last += 1
+        self._under_way.append((self._timeline.place, waits_since_s))
+
+    def begin_decode(self) -> None:
+        """Numbers a job of the decode path, which begins with waiting for the router."""
+        self.begin(time.perf_counter())
+
+    def submit_decode(
+        self, layer: DecodeLayer, inputs: DecodeInputs, traffic: np.ndarray, output: torch.Tensor
+    ) -> None:
+        """Submits the job that `begin_decode` numbered."""
+        self._cpu.submit_routed(layer, inputs, traffic, output, self._flag, self.last)
+
+    def finish(self, max_pending: int = 0) -> None:
+        """Takes part in the jobs until at most `max_pending`, 0 or 1, are unfinished."""
+        timeline = self._timeline
+        while len(self._under_way) > max_pending:
+            timeline.begin(Lane.PYTHON, Work.HELP)
+            self._cpu.wait(len(self._under_way) - 1, self._flag)
+            timeline.end(Lane.PYTHON, Work.HELP)
+            # Now: an interrupted wait leaves the job to `abandon`.
+            place, waits_since_s = self._under_way.popleft()
+            if not timeline.on:
+                continue
+            started_s, finished_s = self._cpu.times_s()
+            if waits_since_s is not None:
+                timeline.add(Lane.CPU, Work.ROUTER, place, waits_since_s, started_s)
+            timeline.add(Lane.CPU, Work.BLOCKS, place, started_s, finished_s)
+
+    def abandon(self) -> None:
+        """Ends the jobs under way, without results. The device goes on without them."""
+        if self._under_way:
+            self._under_way.clear()
+            self._cpu.abandon(self._flag)
+
+    def __del__(self):
+        if getattr(self, "_under_way", None) and os.getpid() == self._pid:
+            self._cpu.wait()  # the jobs hold views of the model's memory

@@ -1,0 +1,35 @@
+"""The engine of a model's experts: the shared resources and the two paths through them."""
+
+import torch
+
+from fiddler_run.encodings.base import Encoding
+from fiddler_run.engine.decode_path import DecodePath
+from fiddler_run.engine.prefill_path import PrefillPath
+from fiddler_run.engine.resources import Resources
+from fiddler_run.kernels.table import Kernels, kernels_for
+
+
+class ExpertEngine:
+    """CPU, link and device of one model, at work on each layer at once.
+
+    `decode` takes small batches on a GPU, `prefill` all others.
+    """
+
+    def __init__(self, blocks: Encoding, kernels: Kernels, device: torch.device, slots: int):
+        """Takes the arguments of `Resources`."""
+        self.resources = Resources(blocks, kernels, device, slots)
+        self.decode = DecodePath(self.resources)
+        self.prefill = PrefillPath(self.resources)
+
+
+def make_engine(
+    blocks: Encoding, device: torch.device, threads: int, slots: int, pinned: bool = False
+) -> ExpertEngine:
+    """The engine with the fastest kernels for such blocks.
+
+    Args:
+        device: where resident blocks are.
+        threads: of the CPU; `pinned`: each stays on its own core.
+        slots: blocks of device memory to stream through; 0 if nothing is ever streamed.
+    """
+    return ExpertEngine(blocks, kernels_for(blocks, device, threads, pinned), device, slots)

@@ -1,0 +1,142 @@
+"""One layer's experts: every called expert's blocks split over device, link and CPU.
+
+    [0 ... resident)          [resident ... streamed)      [streamed ... end)
+    device, in place          over the link, then device   CPU, in place
+
+Any split gives the same result up to the order of addition, because an expert is a sum over its
+neurons. The sums are float32. Blocks on disk are mapped and come last: the CPU reads them as if
+they were in host memory.
+
+On the decode path the CPU's threads apply the split once the GPU has sent them the router's choice,
+so that Python is always a layer ahead. On the prefill path Python does, after waiting for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from fiddler_run.engine.calls import Expert, ExpertCall, Group, expert_groups
+from fiddler_run.engine.engine import ExpertEngine
+from fiddler_run.engine.timeline import Lane, Work
+from fiddler_run.errors import FiddlerError
+from fiddler_run.kernels.decode_layer import DecodeLayer
+from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
+from fiddler_run.plan.split import scale_odds, split
+
+
+class ExpertsLayer:
+    """Serves one layer's experts module.
+
+    `prefill_odds` scales the plan's odds, streamed : CPU, of long prompts. `next` is the layer that
+    follows, whose first blocks are prefetched.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        resident: list[torch.Tensor],
+        host: list[torch.Tensor],
+        stream_share: Callable[[int], float],
+        engine: ExpertEngine,
+        on_disk: list[torch.Tensor] | None = None,
+    ):
+        """
+        Args:
+            number: of the layer.
+            resident: for each expert, its blocks in device memory, uint8 [count, block_bytes].
+            host: for each expert, its blocks in host memory.
+            stream_share: tokens of a call -> the share of its expert's host blocks to stream.
+            engine: computes them; shared by all layers.
+            on_disk: for each expert, its blocks that are mapped from disk; None: there are none.
+        """
+        on_disk = on_disk or [blocks[:0] for blocks in host]
+        self.number = number
+        self.experts = [Expert(*places) for places in zip(resident, host, on_disk, strict=True)]
+        self.stream_share = stream_share
+        self.prefill_odds = 1.0
+        self.next: ExpertsLayer | None = None
+        self._engine = engine
+
+    @cached_property
+    def decode(self) -> DecodeLayer | None:
+        """The layer on the decode path; None with blocks on disk, which only Python prefetches."""
+        if any(expert.num_on_disk for expert in self.experts):
+            return None
+        resident = [expert.resident for expert in self.experts]
+        host = [expert.host for expert in self.experts]
+        return DecodeLayer(resident, host, self.stream_share)
+
+    def __call__(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The experts' output [tokens, hidden].
+
+        Args:
+            hidden_states: [tokens, hidden], on the device.
+            top_k_index, top_k_weights: [tokens, k], the router's choice.
+        """
+        if len(hidden_states) == 0:
+            return torch.zeros_like(hidden_states)
+        wants_gradients = hidden_states.requires_grad or top_k_weights.requires_grad
+        if torch.is_grad_enabled() and wants_gradients:
+            raise FiddlerError(
+                "experts in blocks compute no gradients; call the model inside torch.no_grad(), or"
+                " train the stock one"
+            )
+        on_gpu = hidden_states.is_cuda
+        current = torch.cuda.device(hidden_states.device) if on_gpu else nullcontext()
+        with current, self._engine.resources.lock:
+            timeline = self._engine.resources.timeline
+            timeline.end(Lane.GPU, Work.DENSE)  # what lies between two layers' experts
+            timeline.enter(self.number)
+            output = self._run(
+                hidden_states.contiguous(),
+                top_k_index.long().contiguous(),
+                top_k_weights.float().contiguous(),
+            )
+            timeline.begin(Lane.GPU, Work.DENSE)
+            return output
+
+    def _run(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        engine = self._engine
+        tensors = (hidden_states, top_k_index, top_k_weights)
+        if engine.decode.takes(len(hidden_states)) and self.decode is not None:
+            return engine.decode.run(self.decode, *tensors)
+        timeline = engine.resources.timeline
+        timeline.begin(Lane.PYTHON, Work.ROUTER)
+        host_states, index, weights = engine.prefill.receive(*tensors)
+        timeline.end(Lane.PYTHON, Work.ROUTER)
+        groups = expert_groups(index.numpy(), weights.numpy(), len(self.experts))
+        is_prompt = len(hidden_states) > MAX_DECODE_TOKENS
+        calls = self.split(groups, self.prefill_odds if is_prompt else 1.0)
+        output = engine.prefill.run(calls, host_states, *tensors)
+        if self.next is not None and is_prompt:
+            engine.prefill.prefetch(self.next.expected_calls(index.numel()))
+        return output
+
+    def split(self, groups: list[Group], odds: float = 1.0) -> list[ExpertCall]:
+        """Divides the blocks of each called expert, with the plan's odds scaled by `odds`."""
+        experts = [self.experts[group.expert] for group in groups]
+        streamed = split(
+            (scale_odds(self.stream_share(len(group.rows)), odds), expert.num_host)
+            for group, expert in zip(groups, experts, strict=True)
+        )
+        calls = []
+        start = 0
+        for group, expert, num_streamed in zip(groups, experts, streamed, strict=True):
+            calls.append(ExpertCall(expert, start, group.rows, group.weights, num_streamed))
+            start += len(group.rows)
+        return calls
+
+    def expected_calls(self, choices: int) -> list[ExpertCall]:
+        """The calls of a long prompt that chooses every expert equally often."""
+        each = np.zeros(max(1, choices // len(self.experts)), dtype=np.int64)
+        groups = [Group(number, each, each) for number in range(len(self.experts))]
+        return self.split(groups, self.prefill_odds)

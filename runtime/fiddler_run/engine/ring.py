@@ -1,0 +1,125 @@
+"""The staging ring: device memory through which host blocks are streamed during prefill."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fiddler_run.engine.timeline import Lane, Timeline, Work
+
+Staged = tuple[torch.Tensor, "torch.cuda.Event | None"]  # blocks on the device; when they are there
+
+
+class StagingRing:
+    """Places for `at_once` blocks each, reused in turn; copies run on their own stream.
+
+    On a machine without CUDA the ring lies in host memory and the copies are plain ones.
+    """
+
+    def __init__(self, num_slots: int, block_bytes: int, device: torch.device):
+        """`num_slots`: blocks that there is room for."""
+        self.slots = torch.empty((num_slots, block_bytes), dtype=torch.uint8, device=device)
+        self.copy_stream = None
+        if device.type == "cuda":
+            self.copy_stream = torch.cuda.Stream(device)
+            # Earlier users of the slots' memory.
+            self.copy_stream.wait_stream(torch.cuda.current_stream(device))
+        self.at_once = max(1, num_slots // 2)  # the device reads some while the next ones arrive
+        self._places = deque(self.slots.split(self.at_once)[: num_slots // self.at_once])
+        self._free: dict[int, torch.cuda.Event] = {}  # by address: the last reader is done
+        self._prefetched: deque[tuple[torch.Tensor, Staged]] = deque()
+
+    def prefetch(self, pieces: list[torch.Tensor], timeline: Timeline) -> None:
+        """Starts to copy the first pieces of what the next `stream` will probably begin with.
+
+        The last stream must have ended.
+        """
+        self._places.rotate(len(self._take_prefetched()))
+        self._prefetched = deque(
+            (piece, self.copy(piece, timeline)) for piece in pieces[: len(self._places)]
+        )
+
+    def stream(self, pieces: list[torch.Tensor], timeline: Timeline) -> "Stream":
+        """Starts to copy `pieces`, each [1 to at_once, block_bytes].
+
+        As many copies as there are places are under way at once.
+        """
+        rest = deque(pieces)
+        under_way: deque[Staged] = deque()
+        prefetched = self._take_prefetched()
+        while prefetched and rest and _begins_with(prefetched[0][0], rest[0]):
+            _, (place, copied) = prefetched.popleft()
+            under_way.append((place[: len(rest.popleft())], copied))
+        self._places.rotate(len(prefetched))  # what else was prefetched is not what comes next
+        stream = Stream(self, under_way, rest, timeline)
+        for _ in range(len(self._places) - len(under_way)):
+            stream.start_next()
+        return stream
+
+    def copy(self, piece: torch.Tensor, timeline: Timeline) -> Staged:
+        """Queues the copy of a piece into the next place."""
+        place = self._places[0][: len(piece)]
+        self._places.rotate(-1)
+        if self.copy_stream is None:
+            timeline.begin(Lane.LINK, Work.COPY)
+            place.copy_(piece)
+            timeline.end(Lane.LINK, Work.COPY)
+            return place, None
+        with torch.cuda.stream(self.copy_stream):
+            if place.data_ptr() in self._free:
+                self.copy_stream.wait_event(self._free[place.data_ptr()])
+            timeline.begin(Lane.LINK, Work.COPY)
+            place.copy_(piece, non_blocking=True)
+            timeline.end(Lane.LINK, Work.COPY)
+            return place, self.copy_stream.record_event()
+
+    def release(self, place: torch.Tensor) -> None:
+        """A place may be written again after the work queued so far."""
+        if self.copy_stream is not None:
+            reader = torch.cuda.current_stream(self.slots.device)
+            self._free[place.data_ptr()] = reader.record_event()
+
+    def _take_prefetched(self) -> "deque[tuple[torch.Tensor, Staged]]":
+        taken = self._prefetched
+        self._prefetched = deque()
+        return taken
+
+
+class Stream:
+    """Pieces on their way to the device, in order."""
+
+    def __init__(
+        self,
+        ring: StagingRing,
+        under_way: "deque[Staged]",
+        rest: "deque[torch.Tensor]",
+        timeline: Timeline,
+    ):
+        self._ring = ring
+        self._under_way = under_way
+        self._rest = rest
+        self._timeline = timeline
+
+    @contextmanager
+    def next(self) -> Iterator[torch.Tensor]:
+        """The next piece on the device, inside the context; its place is then filled again.
+
+        Work queued after the context delays no copy.
+        """
+        place, copied = self._under_way.popleft()
+        if copied is not None:
+            torch.cuda.current_stream(place.device).wait_event(copied)
+        try:
+            yield place
+        finally:
+            self._ring.release(place)
+            self.start_next()
+
+    def start_next(self) -> None:
+        if self._rest:
+            self._under_way.append(self._ring.copy(self._rest.popleft(), self._timeline))
+
+
+def _begins_with(blocks: torch.Tensor, piece: torch.Tensor) -> bool:
+    return blocks.data_ptr() == piece.data_ptr() and len(blocks) >= len(piece)

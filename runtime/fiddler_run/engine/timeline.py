@@ -1,0 +1,176 @@
+"""What happened when, by lane. Off unless recording: marking the GPU's work costs time."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+
+from fiddler_run.system.files import write_whole
+
+
+class Lane(StrEnum):
+    """Where work is done, and the rows of a trace. `PYTHON` is the thread that queues the work."""
+
+    PYTHON = "Python"
+    CPU = "CPU"
+    LINK = "link"
+    GPU = "GPU"
+
+
+ON_DEVICE = (Lane.LINK, Lane.GPU)
+
+
+class Work(StrEnum):
+    """What the spans of a timeline are called."""
+
+    DENSE = "dense"  # GPU: all between two layers' experts
+    RESIDENT = "resident"  # GPU: blocks in its memory
+    STREAMED = "streamed"  # GPU: blocks that have arrived
+    COPY = "copy"  # link: blocks to the staging ring
+    IN_PLACE = "in place"  # link: a kernel reads blocks in host memory, then resident ones
+    BLOCKS = "blocks"  # CPU: its blocks
+    ROUTER = "wait for the router"  # Python or CPU
+    QUEUE = "queue device work"  # Python
+    HELP = "help the CPU"  # Python
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that took from `start_s` to `stop_s`, seconds since the timeline's start; `call`
+    numbers the calls of layers.
+    """
+
+    lane: str
+    name: str
+    layer: int
+    call: int
+    start_s: float
+    stop_s: float
+
+
+Place = tuple[int, int]  # a layer, and which call of layers
+
+
+class Timeline:
+    """Spans of the work of one model's layers, while they are recorded."""
+
+    def __init__(self, device: torch.device):
+        self._layer = 0
+        self._call = 0
+        self._events = device.type == "cuda"
+        self._marks: list[tuple] | None = None
+        self._begun: dict[tuple[str, str], object] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Span]]:
+        """Records spans inside the context; the list that it yields holds them once the context is
+        left. Off again in any case.
+        """
+        spans: list[Span] = []
+        self._start()
+        try:
+            yield spans
+        finally:
+            spans += self._stop()
+
+    def _start(self) -> None:
+        self._marks = []
+        self._begun = {}
+        self._call = -1
+        if self._events:
+            torch.cuda.synchronize()
+            self._origin = self._event()
+            self._origin.synchronize()
+        self._origin_s = time.perf_counter()
+
+    def _stop(self) -> list[Span]:
+        marks = self._marks
+        self._marks = None  # first: what follows can fail
+        if self._events:
+            torch.cuda.synchronize()
+        return [
+            Span(*where, self._seconds(begun), self._seconds(ended))
+            for *where, begun, ended in marks
+        ]
+
+    def enter(self, layer: int) -> None:
+        """What begins from now on belongs to a call of this layer."""
+        self._layer = layer
+        self._call = self._call + 1
+
+    def begin(self, lane: str, name: str) -> None:
+        if self._marks is not None:
+            self._begun[lane, name] = self._layer, self._call, self._now(lane)
+
+    def end(self, lane: str, name: str) -> None:
+        """Ends what was begun. What never began is left out."""
+        if self._marks is not None and (lane, name) in self._begun:
+            ended = self._now(lane)
+            layer, call, begun = self._begun.pop((lane, name))
+            self._marks.append((lane, name, layer, call, begun, ended))
+
+    @property
+    def on(self) -> bool:
+        return self._marks is not None
+
+    @property
+    def place(self) -> Place:
+        """The call that is under way."""
+        return self._layer, self._call
+
+    def add(self, lane: str, name: str, place: Place, begun_s: float, ended_s: float) -> None:
+        """Something off the device that is over; times on the clock of `time.perf_counter`."""
+        if self._marks is not None:
+            self._marks.append((lane, name, *place, begun_s, ended_s))
+
+    def _now(self, lane: str) -> object:
+        return self._event() if self._events and lane in ON_DEVICE else time.perf_counter()
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, mark: object) -> float:
+        return (
+            mark - self._origin_s
+            if isinstance(mark, float)
+            else self._origin.elapsed_time(mark) * 1e-3
+        )
+
+
+def whole_s(spans: list[Span]) -> float:
+    """Seconds from when the first of them begins to when the last ends; 0 if there are none."""
+    return (
+        max(span.stop_s for span in spans) - min(span.start_s for span in spans) if spans else 0.0
+    )
+
+
+def write_trace(spans: list[Span], path: Path) -> None:
+    """A trace that chrome://tracing and ui.perfetto.dev show, one row for each lane.
+
+    Raises:
+        FiddlerError: the file cannot be written.
+    """
+    names = [
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": row, "args": {"name": lane}}
+        for row, lane in enumerate(Lane)
+    ]
+    events = [
+        {
+            "ph": "X",
+            "name": span.name,
+            "pid": 0,
+            "tid": [*Lane].index(span.lane),
+            "ts": span.start_s * 1e6,
+            "dur": (span.stop_s - span.start_s) * 1e6,
+            "args": {"layer": span.layer, "call": span.call},
+        }
+        for span in spans
+    ]
+    write_whole(path, json.dumps({"traceEvents": names + events}))

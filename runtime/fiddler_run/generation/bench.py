@@ -1,0 +1,146 @@
+"""How fast a loaded model runs: speeds of whole generations, and in a further one what the time
+goes into.
+"""
+
+import json
+import resource
+from dataclasses import asdict, dataclass
+
+import torch
+import transformers
+
+from fiddler_run.engine.timeline import Span
+from fiddler_run.engine.tuning import decode_shares
+from fiddler_run.generation.bare_rates import bare_rates
+from fiddler_run.generation.generate import Measured, generate_ids, never_stopping
+from fiddler_run.generation.model import PlannedModel
+from fiddler_run.generation.phase_times import PhaseTimes, phase_times
+from fiddler_run.generation.sampling import Options
+from fiddler_run.plan.schema import Plan
+from fiddler_run.system.host import cpu_name, num_cores
+
+TRACED_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What three generations measured.
+
+    `first` is the first one after loading, `measured` the one after it, whose speeds count;
+    `prefill` and `decode` are of a third one, with the timeline on. `bare_bytes_per_s`: see
+    `bare_rates`. `stream_share`: by layer, the streamed share for one token, as tuned after
+    loading; `prefill_odds`: the factor on the plan's odds, streamed : CPU, for long prompts. Peaks:
+    what PyTorch's allocator held, what the whole GPU held at the end, and what this process held in
+    RAM.
+    """
+
+    num_beams: int
+    batch_size: int
+    first: Measured
+    measured: Measured
+    prefill: PhaseTimes
+    decode: PhaseTimes
+    bare_bytes_per_s: dict[str, float]
+    stream_share: dict[int, float]
+    prefill_odds: float
+    peak_gpu_bytes: int
+    used_gpu_bytes: int
+    peak_host_bytes: int
+
+
+def bench(
+    model: PlannedModel,
+    prompt_tokens: int,
+    output_tokens: int,
+    num_beams: int = 1,
+    batch_size: int = 1,
+) -> tuple[BenchResult, list[Span]]:
+    """Generates greedily after random tokens, three times, the last time under the timeline."""
+    timeline = model.engine.resources.timeline
+    jobs = model.engine.resources.jobs
+    kernels = model.engine.resources.kernels
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(
+        3, model.config.vocab_size, (batch_size, prompt_tokens), generator=generator
+    )
+    traced = min(output_tokens, TRACED_TOKENS)
+
+    def run(tokens: int) -> Measured:
+        options = Options(max_new_tokens=tokens, num_beams=num_beams)
+        return generate_ids(model, ids, options, **never_stopping(model))[1]
+
+    first = run(traced)
+    measured = run(output_tokens)
+    jobs.finish()  # or its last job would appear on the timeline
+    with timeline.recording() as spans:
+        observed = run(traced)
+        jobs.finish()  # or its last job would be missing
+    prefill, decode = _phases(model.plan, spans, observed, traced, num_beams, batch_size)
+    result = BenchResult(
+        num_beams=num_beams,
+        batch_size=batch_size,
+        first=first,
+        measured=measured,
+        prefill=prefill,
+        decode=decode,
+        bare_bytes_per_s=bare_rates(model),
+        stream_share=decode_shares(model.layers) if kernels.decode else {},
+        prefill_odds=model.tuning.prefill,
+        peak_gpu_bytes=measured.peak_gpu_bytes,
+        used_gpu_bytes=_used_gpu_bytes(model.device),
+        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    return result, spans
+
+
+def _phases(
+    plan: Plan,
+    spans: list[Span],
+    observed: Measured,
+    output_tokens: int,
+    num_beams: int,
+    batch_size: int,
+) -> tuple[PhaseTimes, PhaseTimes]:
+    """The times of prefill and of decode, from the spans of one generation."""
+    layers = plan.model.num_layers
+    sequences = num_beams * batch_size
+    passes = (1 + max(span.call for span in spans)) // layers - (output_tokens - 1)  # of the prompt
+    # Each beam has the prompt's last token for itself.
+    prompts = batch_size * observed.prompt_tokens + sequences - batch_size
+    of_prefill = [span for span in spans if span.call < passes * layers]
+    of_decode = [span for span in spans if span.call >= passes * layers]
+    step_s = batch_size / observed.decode_tokens_per_s
+    per_pass = prompts / passes
+    prefill = phase_times(
+        plan, of_prefill, observed.prefill_traffic, observed.ttft_s, passes, per_pass
+    )
+    decode = phase_times(plan, of_decode, observed.traffic, step_s, 1, sequences)
+    return prefill, decode
+
+
+def as_json(result: BenchResult, plan: Plan, load_s: float, command: str) -> str:
+    machine = {
+        "cpu": cpu_name(),
+        "cores": num_cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    about = {
+        "command": command,
+        "machine": machine,
+        "plan": plan.provenance.model_dump(),
+        "load_s": load_s,
+    }
+    expected = {
+        "predicted": plan.predicted.model_dump(),
+        "profiled_bytes_per_s": plan.bytes_per_s.model_dump(),
+    }
+    return json.dumps({**about, **expected, **asdict(result)}, indent=2)
+
+
+def _used_gpu_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free

@@ -1,0 +1,108 @@
+"""generation_config.json of a checkpoint. Only end tokens and refinements of sampling count; flags
+and plan decide the rest.
+"""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.system.files import is_file
+from fiddler_run.system.parsing import read_json_object
+
+FILE = "generation_config.json"
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+SAMPLING = {
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+}
+TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}  # -1, in old files, is none
+NO_EFFECT = {
+    "transformers_version",
+    "_from_model_config",
+    "max_length",
+    "trust_remote_code",
+    "use_cache",
+}
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class GenerationDefaults(BaseModel):
+    """What a checkpoint recommends, in transformers' words; None where it says nothing. All other
+    keys are left out.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(ge=1e-4, le=1e4)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_p: Probability | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Probability | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-4, le=1e4)] | None = None
+    unused: list[str] = []  # other keys, which would matter but do not count
+
+    @classmethod
+    def read(cls, folder: Path, config: dict) -> Self:
+        """What the checkpoint in `folder` says; without such a file, the token ids of its
+        config.json.
+
+        Raises:
+            FiddlerError: the file cannot be read, or a value is of the wrong kind.
+        """
+        path = folder / FILE
+        if not is_file(path):
+            return cls.of_config(config, folder / "config.json")
+        return cls._of(read_json_object(path), path)
+
+    @classmethod
+    def of_config(cls, config: dict, path: Path) -> Self:
+        """The token ids that a config.json at `path` names. Raises as `read`."""
+        return cls._of(
+            {key: value for key, value in config.items() if key.endswith("_token_id")}, path
+        )
+
+    @classmethod
+    def _of(cls, data: dict, path: Path) -> Self:
+        known = {
+            key: None if key in TOKENS and type(value) is int and value < 0 else value
+            for key, value in data.items()
+        }
+        said = {key for key, value in data.items() if value is not None}
+        known["unused"] = sorted(said - NO_EFFECT - TOKENS - SAMPLING)
+        if not data.get("do_sample"):
+            known.pop("temperature", None)  # the flag decides; some files say 0.0
+        try:
+            return cls.model_validate(known)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise FiddlerError(
+                f"{path}: {first['loc'][0]}: {first['msg']}; correct it, or remove the key"
+            ) from None
+
+    def for_transformers(self, tokenizer) -> dict:
+        """The arguments of a GenerationConfig. Without `do_sample`, transformers would warn of
+        values that have no effect.
+        """
+        sampling = SAMPLING if self.do_sample else {"repetition_penalty"}
+        values = self.model_dump(
+            include={"bos_token_id", "pad_token_id", *sampling}, exclude_none=True
+        )
+        ends = self.end_tokens(tokenizer)
+        return {**values, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+
+    def end_tokens(self, tokenizer) -> list[int]:
+        """The tokens that end an answer: those named here, and the tokenizer's own."""
+        named = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        own = None if tokenizer is None else tokenizer.eos_token_id
+        return sorted({token for token in (*named, own) if token is not None})

@@ -1,0 +1,212 @@
+"""One generation and what was measured during it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from fiddler_run.engine.calls import Traffic
+from fiddler_run.engine.resources import Resources
+from fiddler_run.errors import FiddlerError
+from fiddler_run.generation.model import PlannedModel
+from fiddler_run.generation.sampling import Options, sampling_arguments
+from fiddler_run.generation.text import TextStream, answer_text, chat_text, token_ids
+from fiddler_run.plan.schema import Plan
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`ttft_s` from the call to the first token; tokens/s, of all sequences together, and the
+    expert traffic are those of decode, after the first token; `prefill_traffic` is that of before.
+    `prompt_tokens` and `output_tokens` are one sequence's.
+
+    `peak_gpu_bytes` is what PyTorch's allocator held at most; driver and libraries hold the plan's
+    reserve besides.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    ttft_s: float
+    decode_tokens_per_s: float
+    traffic: Traffic
+    prefill_traffic: Traffic
+    peak_gpu_bytes: int
+
+
+class StepClock(StoppingCriteria):
+    """Never stops; notes the time and the expert traffic after each step of any of transformers'
+    decoding methods.
+    """
+
+    def __init__(self, resources: Resources):
+        self._resources = resources
+        self.steps: list[tuple[float, Traffic]] = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.is_cuda:  # as transformers does right after this
+            torch.cuda.current_stream(input_ids.device).synchronize()
+        self.steps.append((time.perf_counter(), self._resources.traffic))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _CallbackStreamer(BaseStreamer):
+    """Hands the text of an answer to a function as it comes."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], on_text: Callable[[str], None]
+    ):
+        self._text = TextStream(tokenizer, prompt)
+        self._on_text = on_text
+        self._prompt_comes = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_comes:  # transformers begins with it
+            self._prompt_comes = False
+            return
+        for token in value.flatten().tolist():
+            self._send(self._text.put(token))
+
+    def end(self) -> None:
+        self._send(self._text.finish())
+
+    def _send(self, text: str) -> None:
+        if text:
+            self._on_text(text)
+
+
+def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: int = 1) -> None:
+    """Whether the plan has room for such a generation of so many sequences.
+
+    Raises:
+        FiddlerError: it has not.
+    """
+    beams = options.num_beams
+    workload = plan.workload
+    if prompt_tokens >= workload.max_seq_len:
+        raise FiddlerError(
+            f"the prompt has {prompt_tokens} tokens, with an answer more than the plan's context of"
+            f" {workload.max_seq_len}; shorten it, or plan again with a larger --max-seq-len"
+        )
+    too_many = {
+        "num-beams": beams * batch_size > workload.sequences,
+        "batch-size": batch_size > workload.batch_size,
+    }
+    for name, asked, planned in (
+        ("batch-size", batch_size, workload.batch_size),
+        ("num-beams", beams, workload.num_beams),
+    ):
+        if too_many[name] and plan.rank.device == "cuda" and plan.rank.gpu_memory_bytes.total > 0:
+            raise FiddlerError(
+                f"--{name} {asked} needs more GPU memory than the plan gives to {planned}; plan"
+                f" again with --{name} {asked}"
+            )
+    if prompt_tokens + options.max_new_tokens > plan.workload.max_seq_len:
+        raise FiddlerError(
+            f"the prompt has {prompt_tokens} tokens and --max-new-tokens is"
+            f" {options.max_new_tokens}, together more than the plan's context of"
+            f" {plan.workload.max_seq_len}; shorten them, or plan again with a larger --max-seq-len"
+        )
+
+
+def room_for_answer(prompt_tokens: int, plan: Plan) -> int:
+    """How many tokens to generate if nobody says: the plan's number, or what its context has room
+    for after the prompt.
+    """
+    return max(1, min(plan.workload.output_tokens, plan.workload.max_seq_len - prompt_tokens))
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, plan: Plan, vocab_size: int
+) -> torch.Tensor:
+    """Token ids [1, n] of a prompt.
+
+    Raises:
+        FiddlerError: the prompt is empty, no text, or has tokens that the model does not know;
+            `chat` without a chat template.
+    """
+    if not prompt.strip():
+        raise FiddlerError("the prompt is empty")
+    if chat:
+        prompt = chat_text(tokenizer, [{"role": "user", "content": prompt}], "--chat")
+    ids = token_ids(
+        tokenizer, prompt, plan.workload.max_seq_len, vocab_size, special_tokens=not chat
+    )
+    return torch.tensor([ids])
+
+
+def generate(
+    model: PlannedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: Options,
+    on_text: Callable[[str], None],
+) -> Measured:
+    """Generates from a prompt; hands the text to `on_text` as it comes (with beams: at the end).
+
+    Raises:
+        FiddlerError: the prompt cannot be encoded, see `encode_prompt`, or does not fit, see
+            `check_length`.
+    """
+    ids = encode_prompt(tokenizer, prompt, options.chat, model.plan, model.config.vocab_size)
+    check_length(ids.shape[1], options, model.plan)
+    prompt_ids = ids[0].tolist()
+    streamer = _CallbackStreamer(tokenizer, prompt_ids, on_text) if options.num_beams == 1 else None
+    output, measured = generate_ids(
+        model, ids, options, streamer=streamer, pad_token_id=tokenizer.pad_token_id
+    )
+    if streamer is None:
+        on_text(answer_text(tokenizer, prompt_ids, output[0, ids.shape[1] :].tolist()))
+    return measured
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: PlannedModel, ids: torch.Tensor, options: Options, **arguments
+) -> tuple[torch.Tensor, Measured]:
+    """Continues token ids [sequences, n]: ids [sequences, n + new], and what was measured.
+    `arguments` go to transformers' `generate()`; the sequences are not padded, unless they hold an
+    `attention_mask`.
+    """
+    ids = ids.to(model.device)
+    arguments.setdefault("attention_mask", torch.ones_like(ids))
+    with model.session.turn():  # the whole of it: what is measured is of this generation alone
+        clock = StepClock(model.engine.resources)
+        before = model.engine.resources.traffic
+        started = time.perf_counter()
+        output = model.generate(
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            num_beams=options.num_beams,
+            num_return_sequences=1,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **sampling_arguments(model, options),
+            **arguments,
+        )
+        return output, _measure(clock, before, started, ids, model.device)
+
+
+def never_stopping(model: PlannedModel) -> dict[str, int]:
+    """Arguments for `generate()` with which no token ends a sequence. (`min_new_tokens` would do
+    more at each step.)
+    """
+    return {"eos_token_id": model.config.vocab_size, "pad_token_id": 0}
+
+
+def _measure(
+    clock: StepClock, before: Traffic, started: float, ids: torch.Tensor, device: torch.device
+) -> Measured:
+    first_s, first_traffic = clock.steps[0]
+    last_s, last_traffic = clock.steps[-1]
+    steps = len(clock.steps)
+    return Measured(
+        prompt_tokens=ids.shape[1],
+        output_tokens=steps,
+        ttft_s=first_s - started,
+        decode_tokens_per_s=len(ids) * (steps - 1) / (last_s - first_s) if steps > 1 else 0.0,
+        traffic=last_traffic - first_traffic,
+        prefill_traffic=first_traffic - before,
+        peak_gpu_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
+    )

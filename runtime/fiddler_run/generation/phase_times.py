@@ -1,0 +1,119 @@
+"""Where the time of a phase goes, from the spans of a timeline."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from fiddler_run.engine.calls import Traffic
+from fiddler_run.engine.timeline import Lane, Span, Work
+from fiddler_run.generation.intervals import intersection, length_s, union
+from fiddler_run.plan.schema import Plan
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """What a decode step, or a whole prompt, spends its time on. Of a single layer, nothing is
+    told.
+
+    `ms`: milliseconds, together the whole time. `host`: blocks in host memory or on disk were at
+    work, on the CPU, over the link or, having arrived, on the device; `resident`: none of those,
+    but resident ones; `dense`: the rest of the layers; `head`: the rest of the step. `at_work_ms`:
+    how long each part was at work, at the same time as others; `idle`: none was, in the layers:
+    something was handed over, or all waited for Python. `bytes_per_s`: expert bytes that a part
+    handled while at work (the link's time includes resident blocks that the same GPU kernel
+    computes), and, as `host`, that CPU and link together handled while those of `ms["host"]`
+    were. `passes`: through all layers, of `tokens_per_pass` each, on average; of these,
+    `tokens_per_expert` called an expert at once.
+    """
+
+    passes: int
+    tokens_per_pass: float
+    tokens_per_expert: float
+    ms: dict[str, float]
+    at_work_ms: dict[str, float]
+    bytes_per_s: dict[str, float]
+
+
+def phase_times(
+    plan: Plan,
+    spans: list[Span],
+    traffic: Traffic,
+    seconds: float,
+    passes: int,
+    tokens_per_pass: float,
+) -> PhaseTimes:
+    """
+    Args:
+        spans, traffic: of the phase, or of several equal ones.
+        seconds, passes: of one.
+    """
+    layers = plan.model.num_layers
+    at_work = _at_work(spans, layers * passes)
+    ms = {}
+    if at_work:
+        of_layers = at_work.pop("layers")
+        ms = {"host": at_work.pop("host")}
+        ms["resident"] = at_work.pop("experts") - ms["host"]
+        ms["dense"] = of_layers - ms["host"] - ms["resident"]
+        ms["head"] = max(0.0, seconds * 1e3 - of_layers)
+    layers_seen = sum(span.name == Work.ROUTER for span in spans)
+    choices = layers_seen * tokens_per_pass * plan.model.num_experts_per_tok
+    per_expert = choices / (traffic.needed_blocks / plan.blocks_per_expert)
+    return PhaseTimes(
+        passes, tokens_per_pass, per_expert, ms, at_work, _rates(spans, traffic, plan.block_bytes)
+    )
+
+
+def _at_work(spans: list[Span], layers: float) -> dict[str, float]:
+    """Milliseconds that so many layers took, and in which each part of them was at work, from what
+    is seen between the routers' results of one layer and the next.
+    """
+    results = sorted(
+        (span for span in spans if span.name == Work.ROUTER), key=lambda span: span.stop_s
+    )
+    windows = [(a.stop_s, b.stop_s) for a, b in pairwise(results) if b.layer == a.layer + 1]
+    if not windows:
+        return {}
+
+    def milliseconds(*which: str) -> float:
+        at_work = union([span for span in spans if span.lane in which or span.name in which])
+        return length_s(intersection(at_work, windows)) / len(windows) * layers * 1e3
+
+    total = length_s(windows) / len(windows) * layers * 1e3
+    host = (Work.BLOCKS, Lane.LINK, Work.STREAMED)
+    return {
+        "layers": total,
+        "host": milliseconds(*host),
+        "experts": milliseconds(*host, Work.RESIDENT),
+        "dense": milliseconds(Work.DENSE),
+        "resident": milliseconds(Work.RESIDENT),
+        "streamed": milliseconds(Work.STREAMED),
+        "link": milliseconds(Lane.LINK),
+        "CPU": milliseconds(Work.BLOCKS),
+        "idle": total - milliseconds(*host, Work.RESIDENT, Work.DENSE),
+    }
+
+
+def _rates(spans: list[Span], traffic: Traffic, block_bytes: int) -> dict[str, float]:
+    link, cpu = (
+        [span for span in spans if which in (span.lane, span.name)]
+        for which in (Lane.LINK, Work.BLOCKS)
+    )
+    in_place = any(span.name == Work.IN_PLACE for span in spans)
+    alone = [span for span in spans if span.name == Work.RESIDENT]
+    cpu_blocks = traffic.cpu_blocks
+    if not in_place and not alone:  # without a GPU, the CPU does all
+        cpu_blocks += traffic.resident_blocks
+    handled = {
+        "resident": (traffic.resident_blocks, [] if in_place else alone),
+        "link": (traffic.streamed_blocks, link),
+        "CPU": (cpu_blocks, cpu),
+        "host": (
+            traffic.streamed_blocks + cpu_blocks,
+            link + cpu + [span for span in spans if span.name == Work.STREAMED],
+        ),
+    }
+    return {
+        name: blocks * block_bytes / length_s(union(during))
+        for name, (blocks, during) in handled.items()
+        if blocks and during
+    }

@@ -1,0 +1,121 @@
+"""Tables of what was measured, beside what the plan predicts."""
+
+from rich.table import Table
+
+from fiddler_run.plan.parts import PARTS
+from fiddler_run.plan.schema import Plan
+
+
+def figures(plan: Plan, measured) -> Table:
+    """What was measured beside what the plan predicts for its own workload."""
+    predicted = plan.predicted
+    workload = plan.workload
+    table = Table(
+        title=f"{measured.prompt_tokens} prompt + {measured.output_tokens} output tokens",
+        title_justify="left",
+    )
+    for column in ("", "measured", f"plan ({workload.prompt_tokens} + {workload.output_tokens})"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("time to first token", f"{measured.ttft_s:.3f} s", f"{predicted.ttft_s:.3f} s")
+    table.add_row(
+        "decode",
+        f"{measured.decode_tokens_per_s:.2f} tokens/s",
+        f"{predicted.decode_tokens_per_s:.2f} tokens/s",
+    )
+    traffic = measured.traffic if measured.output_tokens > 1 else measured.prefill_traffic
+    table.add_row("GPU hit rate", f"{traffic.hit_rate:.1%}", f"{predicted.gpu_hit_rate:.1%}")
+    if measured.peak_gpu_bytes:
+        allowed = plan.rank.gpu_memory_bytes.total - plan.rank.gpu_memory_bytes.reserve
+        table.add_row(
+            "GPU memory, peak", f"{measured.peak_gpu_bytes / 1e9:.2f} GB", f"{allowed / 1e9:.2f} GB"
+        )
+    return table
+
+
+def parts(plan: Plan, result) -> Table:
+    """Where a decode step's time goes, and the time to the first token, beside the plan's."""
+    predicted = plan.predicted
+    device = plan.rank.device
+    columns = (
+        result.decode.ms,
+        seen(predicted.decode_ms, device),
+        result.prefill.ms,
+        seen(predicted.ttft_ms, device),
+    )
+    table = Table(title="milliseconds, while recording a timeline", title_justify="left")
+    for column in ("", "decode step", "plan", "first token", "plan"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = {
+        PARTS[part]: [column.get(part, 0.0) for column in columns]
+        for part in ("host", "resident", "dense", "head")
+    }
+    rows["total"] = [sum(column.values()) for column in columns]
+    idle = [phase.at_work_ms.get("idle", 0.0) for phase in (result.decode, result.prefill)]
+    rows["idle"] = [idle[0], 0.0, idle[1], 0.0]
+    for name, cells in rows.items():
+        table.add_row(name, *(f"{cell:.2f}" if cell else "" for cell in cells))
+    table.caption = (
+        "overlapping parts count as the first of them; the plan's columns are for its own workload"
+    )
+    return table
+
+
+def seen(predicted_ms: dict[str, float], device: str) -> dict[str, float]:
+    """The plan's parts of a time as a timeline tells them apart.
+
+    Without a GPU, all blocks are computed as in host memory.
+    """
+    host = ("host", "disk") if device == "cuda" else ("host", "disk", "resident")
+    groups = {
+        "host": host,
+        "resident": ("resident",) if device == "cuda" else (),
+        "dense": ("dense", "launch_overhead"),
+        "head": ("head",),
+    }
+    return {name: sum(predicted_ms.get(part, 0.0) for part in of) for name, of in groups.items()}
+
+
+def rates(plan: Plan, result) -> Table:
+    """How fast each part was at work in decode, beside the profile's rate and what plain loops
+    reach here.
+    """
+    profile = plan.bytes_per_s
+    profiled = {
+        "resident": profile.resident,
+        "link": profile.link,
+        "CPU": profile.cpu,
+        "host": profile.host,
+    }
+    table = Table(title="expert bytes in decode", title_justify="left")
+    for column in ("", "at work, ms a step", "rate", "profile", "bare loop"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def rate(of: dict, name: str) -> str:
+        return f"{of[name] / 1e9:.1f} GB/s" if of.get(name) else ""
+
+    for name, measured in result.decode.bytes_per_s.items():
+        at_work = {**result.decode.at_work_ms, **result.decode.ms}.get(name)
+        table.add_row(
+            {"host": "CPU and link"}.get(name, name),
+            "" if at_work is None else f"{at_work:.2f}",
+            *(rate(of, name) for of in ({name: measured}, profiled, result.bare_bytes_per_s)),
+        )
+    memory = f"{result.peak_host_bytes / 1e9:.2f} GB of RAM at most"
+    if result.used_gpu_bytes:
+        memory += f"; {result.used_gpu_bytes / 1e9:.2f} GB of GPU memory in use by all processes"
+    lines = [memory]
+    if result.stream_share:
+        found = result.stream_share.values()
+        mean = sum(found) / len(found)
+        planned = plan.rank.stream_share_at(1)
+        lines.append(
+            f"for one token the link has {mean:.0%}, by layer {min(found):.0%} to {max(found):.0%}"
+            f" (plan: {planned:.0%})"
+        )
+    if result.prefill_odds != 1:
+        lines.append(
+            f"with long prompts the link has {result.prefill_odds:.2f} times the plan's"
+            " blocks for each of the CPU's"
+        )
+    table.caption = "\n".join(lines)
+    return table

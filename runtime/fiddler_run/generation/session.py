@@ -1,0 +1,212 @@
+"""A session owns what the generations of one model change, and lets one of them run at a time."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from fiddler_run.engine.resources import Resources
+from fiddler_run.errors import FiddlerError
+from fiddler_run.generation.cache import KeyValueCache
+from fiddler_run.generation.decode_step import DecodeStep
+from fiddler_run.system.process_settings import allowed_gpu_bytes, while_running
+
+
+class Session:
+    """KV cache, decode step, CPU jobs and buffers of one model.
+
+    `turn()` is held by whoever uses them; other threads wait.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, resources: Resources, cpu_threads: int | None = None
+    ):
+        """`make_cache` comes next.
+
+        Args:
+            model: an instance of `PlannedModel`.
+            cpu_threads: of PyTorch's operations; None leaves their number as it is.
+        """
+        # A reference would form a cycle: 90 GB would wait for the garbage collector.
+        self._to_model = weakref.ref(model)
+        self._resources = resources
+        self._cpu_threads = cpu_threads
+        self.cache: KeyValueCache | None = None
+        self._decode: DecodeStep | None = None
+        self._lock = resources.lock  # layers that are called past the model wait for the turn, too
+        self._depth = 0  # a generation calls the model, and may be called from within another one
+        self._cache_is_taken = False
+        self._pid = os.getpid()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Waits until no other thread has its turn, then keeps others out.
+
+        Raises:
+            FiddlerError: this is a forked process, or CPU and GPU lost each other during the turn.
+        """
+        if os.getpid() != self._pid:
+            raise FiddlerError(
+                f"this model was loaded by process {self._pid}, whose threads a forked process does"
+                ' not have; start processes by the method "spawn", and load the model there'
+            )
+        with self._lock:
+            self._depth += 1
+            try:
+                if self._depth > 1:
+                    yield
+                else:
+                    with self._outermost_turn():
+                        yield
+            finally:
+                self._depth -= 1
+
+    @contextmanager
+    def _outermost_turn(self) -> Iterator[None]:
+        # a job of a layer that was called past the model; later ones are of this turn
+        self._resources.jobs.finish()
+        if self._decode is not None and not self._decode.is_current(self._model):
+            self._decode = None
+        try:
+            with while_running(self._cpu_threads):
+                yield
+            self._resources.settle()
+        except BaseException:
+            self._resources.abandon()
+            raise
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        return self._to_model()
+
+    @property
+    def decode(self) -> DecodeStep:
+        """The model's decode step, made when it is first needed."""
+        if self._decode is None:
+            self._decode = DecodeStep(self._model, self._model.family)
+        return self._decode
+
+    def make_cache(self, sequences: int, max_tokens: int) -> None:
+        """Takes memory for the keys and values of so many sequences of so many tokens."""
+        config = self._model.config
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        heads = config.num_key_value_heads
+        where = {"dtype": self._model.dtype, "device": self._model.device}
+        self.cache = KeyValueCache(
+            config.num_hidden_layers, sequences, heads, max_tokens, head_dim, **where
+        )
+
+    def forget_decode(self) -> None:
+        """Something that the decode step holds on to has changed."""
+        self._decode = None
+
+    @contextmanager
+    def generation(self, arguments: dict, inputs: torch.Tensor | None, config) -> Iterator[None]:
+        """A call of `generate()`: adds to its arguments what makes it use the plan's cache and its
+        chunks of a prompt.
+
+        Raises:
+            FiddlerError: a cache that the plan has not counted is asked for, and GPU memory has no
+                room for it.
+        """
+        taken = self._cache_is_taken
+        try:
+            self._follow_plan(arguments, inputs, config)
+            yield
+        finally:
+            self._cache_is_taken = taken
+
+    def _follow_plan(self, arguments: dict, inputs: torch.Tensor | None, config) -> None:
+
+        def asked(name: str):
+            given = arguments.get(name, getattr(config, name, None))
+            return getattr(self._model.generation_config, name, None) if given is None else given
+
+        plan = self._model.plan
+        if plan is None or asked("use_cache") is False:
+            return
+        ids = arguments.get("input_ids", inputs)
+        copies = max(asked("num_beams") or 1, asked("num_return_sequences") or 1)
+        own_cache = self._may_use_own_cache(arguments, asked)
+        if own_cache:
+            self._cache_is_taken = True
+            self.cache.reset()
+            arguments["past_key_values"] = self.cache
+        if ids is None:
+            return
+        tokens = (
+            ids.shape[1] + asked("max_new_tokens")
+            if asked("max_new_tokens")
+            else asked("max_length") or ids.shape[1]
+        )
+        if arguments.get("past_key_values") is None or (
+            own_cache and not self.cache.has_room(len(ids) * copies, tokens)
+        ):
+            self._require_room(len(ids) * copies, tokens)
+        mask = arguments.get("attention_mask")
+        usual = (
+            mask is not None
+            and mask.dim() == 2
+            and not any(name in arguments for name in ("inputs_embeds", "position_ids"))
+        )
+        shared = copies > 1 and own_cache and usual and ids.shape[1] > 1
+        at_once = plan.prefill_chunk_tokens * plan.workload.batch_size
+        chunk = asked("prefill_chunk_size") or max(
+            1, at_once // (len(ids) * (1 if shared else copies))
+        )
+        if shared:
+            self._prefill_once(ids, mask, copies, chunk)
+        elif ids.shape[1] > chunk:
+            arguments["prefill_chunk_size"] = chunk
+
+    def _may_use_own_cache(self, arguments: dict, asked) -> bool:
+        """False if the caller brings or keeps the cache, a generation is using it, or the model has
+        a sliding window, of which transformers keeps no more than the window.
+        """
+        other = arguments.get("past_key_values") is not None or asked("cache_implementation")
+        handed_out = asked("return_dict_in_generate")
+        return (
+            not other
+            and not handed_out
+            and self._model.config.sliding_window is None
+            and not self._cache_is_taken
+        )
+
+    def _require_room(self, sequences: int, tokens: int) -> None:
+        device = self._model.device
+        allowed = allowed_gpu_bytes(device) if device.type == "cuda" else None
+        if allowed is None:
+            return
+        needed = 2 * self.cache.bytes_for(sequences, tokens)  # transformers appends by copying
+        free = allowed - torch.cuda.memory_allocated(device)
+        if needed > free:
+            raise FiddlerError(
+                f"a KV cache for {sequences} x {tokens} tokens besides the plan's needs"
+                f" {needed / 1e9:.2f} GB of GPU memory, {max(0, free) / 1e9:.2f} GB are free; plan"
+                " with a larger --max-seq-len, --num-beams or --batch-size, and do without"
+                " return_dict_in_generate and cache_implementation"
+            )
+
+    @torch.no_grad()
+    def _prefill_once(self, ids: torch.Tensor, mask: torch.Tensor, copies: int, chunk: int) -> None:
+        """Takes all but the last token of each prompt [sequences, tokens] into the cache, for
+        several continuations of each. transformers would run the same prompt for every one of them.
+        """
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        for start in range(0, ids.shape[1] - 1, chunk):
+            stop = min(start + chunk, ids.shape[1] - 1)
+            of_chunk = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
+            self._model.model(
+                **of_chunk,
+                attention_mask=mask[:, :stop],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        self.cache.copy_sequences(copies)

@@ -1,0 +1,213 @@
+"""A checkpoint's tokenizer: prompts to token ids, and token ids to text as they come."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.system.files import is_file, reason
+from fiddler_run.system.parsing import read_json_object
+
+JSON_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "chat_template.json",
+)
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a character that has no token
+SAMPLE = "Once upon a time,\n  3 + 4 = 7."
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, padding on the left as generation needs. It has encoded and
+    decoded each of its tokens once.
+
+    Raises:
+        FiddlerError: the folder has none that transformers can load and use.
+    """
+    for name in JSON_FILES:
+        if is_file(folder / name):
+            read_json_object(folder / name)
+    if not any(is_file(folder / name) for name in VOCABULARIES):
+        raise FiddlerError(
+            f"{folder}: no tokenizer, neither tokenizer.json nor tokenizer.model; download the"
+            " checkpoint again"
+        )
+    if not is_file(folder / "tokenizer.json") and not find_spec("sentencepiece"):
+        raise FiddlerError(
+            f"{folder}: its tokenizer.model needs the package sentencepiece: pip install"
+            " sentencepiece"
+        )
+    with library_errors(
+        f"{folder}: transformers cannot use its tokenizer", "download the tokenizer's files again"
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, padding_side="left", trust_remote_code=False
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        ids = tokenizer(SAMPLE)["input_ids"]
+        tokenizer.decode(ids)
+        tokenizer.batch_decode(
+            [[token] for token in range(len(tokenizer))], skip_special_tokens=True
+        )
+        stream = TextStream(tokenizer, ids)
+        for token in ids:
+            stream.put(token)
+        stream.finish()
+    return tokenizer
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    where: str,
+    answer_follows: bool = True,
+) -> str:
+    """Messages as the tokenizer's chat template writes them; `where` names them in errors.
+
+    Raises:
+        FiddlerError: there is no template for a chat, or it fails.
+    """
+    template = tokenizer.chat_template
+    if template is None:
+        raise FiddlerError(
+            f"{where}: this model's tokenizer has no chat template; leave the flag out"
+        )
+    if isinstance(template, dict) and "default" not in template:
+        raise FiddlerError(
+            f"{where}: the model's chat templates ({', '.join(map(str, template))}) have no"
+            " default; name one `default` in tokenizer_config.json, or give texts instead of"
+            " messages"
+        )
+    with library_errors(f"{where}: the model's chat template refuses it", "change or remove it"):
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=answer_follows
+        )
+    if not isinstance(text, str):
+        raise FiddlerError(
+            f"{where}: the model's chat template makes no text; mend chat_template in"
+            " tokenizer_config.json"
+        )
+    return text
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    context: int,
+    vocab_size: int | None = None,
+    where: str = "the prompt",
+    special_tokens: bool = True,
+) -> list[int]:
+    """The ids of a prompt's tokens.
+
+    Args:
+        context: tokens that there is room for.
+        vocab_size: rows of the model's embedding; None: not known.
+        where: names the prompt in errors.
+        special_tokens: add those that the tokenizer begins a text with.
+
+    Raises:
+        FiddlerError: the prompt is no text, far longer than the context, has no tokens, or one that
+            the model does not know.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of another encoding, which Python carries as lone surrogates
+        raise FiddlerError(f"{where} is not UTF-8 text") from None
+    if len(text) > context and len(text) > context * max(
+        map(len, tokenizer.get_vocab()), default=1
+    ):  # it would take gigabytes
+        raise FiddlerError(
+            f"{where} has {len(text)} characters, more than the context of {context} tokens can"
+            " hold; shorten it"
+        )
+    with library_errors(f"{where}: the model's tokenizer fails", "change or remove it"):
+        ids = tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
+    if not ids:
+        raise FiddlerError(f"{where} has no tokens; remove it or write another")
+    unknown = next(
+        (token for token in ids if vocab_size is not None and not 0 <= token < vocab_size), None
+    )
+    if unknown is not None:
+        raise FiddlerError(
+            f"{where} holds the token {tokenizer.convert_ids_to_tokens(unknown)!r}, number"
+            f" {unknown}, but the model's embedding has {vocab_size} rows; leave it out"
+        )
+    return ids
+
+
+class TextStream:
+    """Turns the tokens of an answer into text as they come. The pieces joined are the answer
+    decoded at once, after its prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]):
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._answer: list[int] = []
+        self._held: list[int] = []
+        self._sent = ""
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        # The stream begins with the prompt, because a token's text can depend on whether something
+        # stands before it. It would take a prompt that ends in a replacement character for an
+        # incomplete one.
+        streams = self._backend is not None and not _decoded(tokenizer, prompt).endswith("\ufffd")
+        self._stream = DecodeStream(ids=prompt, skip_special_tokens=True) if streams else None
+
+    def put(self, token: int) -> str:
+        """The text that is certain now; empty while a character is incomplete."""
+        self._answer.append(token)
+        self._held.append(token)
+        if self._stream is None or BYTE_TOKEN.fullmatch(
+            self._tokenizer.convert_ids_to_tokens(token) or ""
+        ):
+            return (  # a run of byte tokens is decoded as one: one invalid byte invalidates the run
+                ""
+            )
+        try:
+            piece = self._stream.step(self._backend, self._held) or ""
+        except Exception:  # a decoder that changes what it has said: the rest comes at the end
+            self._stream = None
+            return ""
+        self._held = []
+        self._sent += piece
+        return piece
+
+    def finish(self) -> str:
+        """The rest of the text."""
+        whole = answer_text(self._tokenizer, self._prompt, self._answer)
+        return whole[len(os.path.commonprefix([whole, self._sent])) :]
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int]) -> str:
+    """The text by which an answer continues its prompt, without special tokens."""
+    before, both = (_decoded(tokenizer, ids) for ids in (prompt, [*prompt, *answer]))
+    return both.removeprefix(before) if both.startswith(before) else _decoded(tokenizer, answer)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@contextmanager
+def library_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turns whatever a library raises on a file of the checkpoint into a FiddlerError. The
+    tokenizers library panics, too, by exceptions that are no `Exception`.
+    """
+    try:
+        yield
+    except (FiddlerError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise FiddlerError(f"{what}: {reason(error)}; {remedy}") from None

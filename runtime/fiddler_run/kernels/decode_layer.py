@@ -1,0 +1,144 @@
+"""A layer of the decode path as the CPU's threads see it, who take the router's choice from the
+GPU.
+
+The structures mirror those of route.h.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fiddler_run.kernels.limits import MAX_DECODE_TOKENS, MEMORY_BOUND_TOKENS
+from fiddler_run.plan.split import fading, scale_odds
+
+GPU_TIMEOUT_S = 30.0  # of a GPU that does not send what a job needs
+
+
+class DecodeLayer:
+    """A layer's experts: where their blocks lie, and the share of host blocks that is streamed."""
+
+    def __init__(
+        self,
+        resident: Sequence[torch.Tensor],
+        host: Sequence[torch.Tensor],
+        stream_share: Callable[[int], float],
+    ):
+        """
+        Args:
+            resident, host: for each expert, its blocks, uint8 [count, block_bytes].
+            stream_share: tokens of a call -> the share of its expert's host blocks to stream.
+        """
+        self._blocks = (resident, host)  # in use as long as this is
+        self._planned = [stream_share(tokens) for tokens in range(1, MAX_DECODE_TOKENS + 1)]
+        self.num_experts = len(resident)
+        self.places = (_Places * self.num_experts)(
+            *(
+                (there.data_ptr(), here.data_ptr(), len(there), len(here))
+                for here, there in zip(resident, host, strict=True)
+            )
+        )
+        self.shares = (ctypes.c_double * (MAX_DECODE_TOKENS + 1))(0.0, *self._planned)
+        counts = (len(here) + len(there) for here, there in zip(resident, host, strict=True))
+        self._num_blocks = sorted(counts, reverse=True)
+        by_tokens = enumerate(self.shares) if any(map(len, host)) else ()
+        streaming = (tokens for tokens, share in by_tokens if share > 0)
+        self._streams_from = next(streaming, MAX_DECODE_TOKENS + 1)
+
+    def scale_odds(self, factor: float) -> None:
+        """Scales the plan's odds, streamed : CPU, by `factor` at one token.
+
+        The factor fades to 1 at `MEMORY_BOUND_TOKENS`.
+        """
+        for tokens in range(1, MEMORY_BOUND_TOKENS):
+            faded = fading(factor, tokens, MEMORY_BOUND_TOKENS)
+            self.shares[tokens] = scale_odds(self._planned[tokens - 1], faded)
+
+    def streams(self, tokens: int) -> bool:
+        """True if a batch of `tokens` tokens may have the GPU read blocks in host memory."""
+        return tokens >= self._streams_from
+
+    def max_blocks(self, choices: int) -> int:
+        """Upper bound on the GPU's blocks for this many (token, expert) pairs; at least 1."""
+        return max(1, sum(self._num_blocks[:choices]))
+
+
+@dataclass(frozen=True)
+class DecodeInputs:
+    """A job's inputs from the GPU and the table for it, in page-locked host memory.
+
+    Flags hold numbers of jobs and only grow. `states` [tokens, hidden], `index` [tokens, k] int64
+    and `weights` [tokens, k] float32 of the router are complete when each of `inputs_ready`
+    [tokens] int64 is at least the job's number. `table` [table_size()] int64 has room for
+    `max_blocks` blocks and is complete when `table_ready` [1] int64 is the job's number.
+    `timed_out` [1] int64 becomes the number of a job whose inputs have not come in time.
+    """
+
+    states: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+    inputs_ready: torch.Tensor
+    table: torch.Tensor
+    table_ready: torch.Tensor
+    timed_out: torch.Tensor
+    max_blocks: int
+
+
+def table_size(max_blocks: int, num_experts: int, choices: int) -> int:
+    """Elements of the table that tells a GPU its part of a layer.
+
+    Number of blocks | address of each | expert of each | first block of each expert, and the number
+    of blocks | first choice of each expert, and the number of choices | choices [tokens * k], by
+    expert.
+    """
+    return 1 + 2 * max_blocks + 2 * (num_experts + 1) + choices
+
+
+def route_arguments(
+    layer: DecodeLayer, inputs: DecodeInputs, traffic: np.ndarray
+) -> ctypes.Structure:
+    """RouteArguments of route.h, which point to all of these."""
+    return _Route(
+        ctypes.addressof(layer.places),
+        ctypes.addressof(layer.shares),
+        inputs.index.data_ptr(),
+        inputs.weights.data_ptr(),
+        inputs.inputs_ready.data_ptr(),
+        inputs.table.data_ptr(),
+        inputs.table_ready.data_ptr(),
+        inputs.timed_out.data_ptr(),
+        traffic.ctypes.data,
+        int(GPU_TIMEOUT_S * 1e9),
+        layer.num_experts,
+        inputs.index.shape[1],
+        inputs.max_blocks,
+    )
+
+
+class _Places(ctypes.Structure):
+    _fields_ = [
+        ("host", ctypes.c_void_p),
+        ("resident", ctypes.c_int64),
+        ("num_host", ctypes.c_int),
+        ("num_resident", ctypes.c_int),
+    ]
+
+
+class _Route(ctypes.Structure):
+    _fields_ = [
+        ("experts", ctypes.c_void_p),
+        ("shares", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("inputs_ready", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("table_ready", ctypes.c_void_p),
+        ("timed_out", ctypes.c_void_p),
+        ("traffic", ctypes.c_void_p),
+        ("patience_ns", ctypes.c_int64),
+        ("num_experts", ctypes.c_int),
+        ("top_k", ctypes.c_int),
+        ("max_blocks", ctypes.c_int),
+    ]

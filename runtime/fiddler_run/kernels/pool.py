@@ -1,0 +1,152 @@
+"""A pool of CPU threads that compute jobs one after the other; models of one process share it."""
+
+import ctypes
+import os
+import threading
+from collections import deque
+from functools import cache
+
+import torch
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.kernels.library import library, supported_variants
+from fiddler_run.system.host import core_order
+
+WAIT_NS = 50_000_000  # at once in the kernel, where Python hears no signal
+
+
+class Pool:
+    """The threads of cpu.cpp. Public methods hold its lock.
+
+    The threads wait for the next job in a loop for `spin_us` before they sleep: waking all takes as
+    long as a small job. `pinned`: each stays on its own CPU, except the caller of `wait`.
+    """
+
+    def __init__(
+        self, threads: int, spin_us: int = 20, pinned: bool = False, variant: str | None = None
+    ):
+        self._library = library()
+        self.variant = variant or supported_variants()[0]
+        if self.variant not in supported_variants():
+            known = ", ".join(supported_variants())
+            raise ValueError(f"{self.variant}: not one of {known}, which this CPU has")
+        cpus = None
+        if pinned:
+            cpus = (ctypes.c_int * (threads - 1))(*(core_order() * threads)[1:threads])
+        self._pool = self._library.fiddler_pool_create(
+            self.variant.encode(), threads, spin_us, cpus
+        )
+        self.lock = threading.RLock()
+        self.finishes_alone = threads > 1
+        self._pid = os.getpid()
+        self._timed_out: set[int] = set()  # flags of jobs that gave up waiting for a GPU
+        self._in_use = deque(maxlen=3)  # what the jobs under way, and a new one, work on
+
+    def submit(self, layout, states, calls, output, flag, job: int) -> None:
+        """Starts a job, see `CpuExperts.submit`. `layout`: hidden size, neurons of a block."""
+        described = (_Call * len(calls))(*map(_describe, calls))
+        with self.lock:
+            self._finish(max_pending=1)  # here, where signals are handled
+            self._in_use.append((flag, None, (calls, states, output)))
+            self._library.fiddler_submit(
+                self._pool,
+                *layout,
+                states.data_ptr(),
+                len(states),
+                described,
+                len(calls),
+                output.data_ptr(),
+                None if flag is None else flag.data_ptr(),
+                job,
+            )
+
+    def submit_routed(self, layout, route, inputs, output, flag, job: int, used) -> None:
+        """Starts a job that first waits for the GPU. `used` is kept until it is finished."""
+        with self.lock:
+            self._finish(max_pending=1)
+            self._in_use.append((flag, inputs, (used, output)))
+            self._library.fiddler_submit_routed(
+                self._pool,
+                *layout,
+                inputs.states.data_ptr(),
+                len(inputs.states),
+                ctypes.byref(route),
+                output.data_ptr(),
+                flag.data_ptr(),
+                job,
+            )
+
+    def wait(self, max_pending: int, flag: torch.Tensor | None) -> None:
+        """Returns when at most `max_pending` jobs are unfinished.
+
+        Raises:
+            FiddlerError: a job that sets `flag` (None: any job) timed out waiting for the GPU.
+        """
+        with self.lock:
+            self._finish(max_pending)
+            ours = self._timed_out if flag is None else self._timed_out & {flag.data_ptr()}
+            self._timed_out = self._timed_out - ours
+        if ours:
+            torch.cuda.synchronize()  # raises what the GPU failed with
+            raise FiddlerError(
+                "the GPU does not answer; see whether other programs keep it busy, and load the"
+                " model again"
+            )
+
+    def abandon(self, flag: torch.Tensor) -> None:
+        """Ends the jobs that would set `flag`, without a result, and finishes all others."""
+        with self.lock:
+            self._library.fiddler_abandon(self._pool, flag.data_ptr())
+            self._finish(max_pending=0)
+            self._timed_out.discard(flag.data_ptr())
+
+    def _finish(self, max_pending: int) -> None:
+        while not self._library.fiddler_wait(self._pool, max_pending, WAIT_NS):
+            pass
+        while len(self._in_use) > max_pending:
+            flag, inputs, _ = self._in_use.popleft()
+            if inputs is not None and inputs.timed_out.item():
+                inputs.timed_out.zero_()
+                self._timed_out.add(flag.data_ptr())
+
+    def times_s(self) -> tuple[float, float]:
+        """When the last job that was waited for began to compute, and when it was finished."""
+        started_ns = self._library.fiddler_started_ns(self._pool)
+        finished_ns = self._library.fiddler_finished_ns(self._pool)
+        return started_ns * 1e-9, finished_ns * 1e-9
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """Reads a tensor in host memory with all threads and plain loads."""
+        self._library.fiddler_read(self._pool, tensor.data_ptr(), tensor.nbytes)
+
+    def __del__(self):
+        forked = os.getpid() != getattr(self, "_pid", None)  # such a process has no threads
+        if getattr(self, "_pool", None) and not forked:
+            self._library.fiddler_pool_destroy(self._pool)
+
+
+shared_pool = cache(Pool)  # of the models of a process that use as many threads
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=shared_pool.cache_clear)
+
+
+class _Call(ctypes.Structure):
+    """CallArguments of job.h."""
+
+    _fields_ = [
+        ("blocks", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int),
+        ("tokens", ctypes.c_int),
+    ]
+
+
+def _describe(call) -> _Call:
+    return _Call(
+        call.blocks.data_ptr(),
+        call.rows.ctypes.data,
+        call.weights.ctypes.data,
+        len(call.blocks),
+        len(call.rows),
+    )

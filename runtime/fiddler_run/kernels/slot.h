@@ -1,0 +1,29 @@
+// Included by cpu.cpp: a job under way, and its phases.
+
+enum { PREPARE, READ, PACK, GATE_UP, DOWN, PHASES };
+
+// A slot's state: job number, closed or not, threads inside.
+constexpr uint64_t CLOSED = 1 << 16;
+constexpr uint64_t JOB = 2 * CLOSED;
+
+struct Phase {
+    int units = 0;
+    alignas(64) std::atomic<int> next{0};
+    alignas(64) std::atomic<int> unfinished{0};
+    Signal complete;
+
+    void have(int number) { next = 0, units = unfinished = number; }
+};
+
+struct Slot {
+    Job job;
+    Route route;
+    const char* data;
+    size_t bytes;
+    int64_t *output_ready, number, started_ns;
+    std::atomic<bool> abandoned{false};
+    alignas(64) std::atomic<int64_t> finished_ns{0};
+    Phase phases[PHASES];
+    alignas(64) std::atomic<uint64_t> state{0};
+    Signal left;  // by a thread that was inside
+};

@@ -1,0 +1,232 @@
+"""What keeps a plan from running with its model on this machine. Each condition is stated once.
+
+`fiddler-run` refuses by the first problem that a `PlanCheck` finds; with `--dry-run` it prints all.
+PyTorch is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.loading.model_check import LoadFormat, ModelCheck, refuse
+from fiddler_run.models.config import ModelConfig
+from fiddler_run.plan.rank import GpuMemory
+from fiddler_run.plan.schema import Plan
+from fiddler_run.plan.shape import DTYPE_BYTES
+from fiddler_run.system.files import exists, is_folder, read_text, reason
+from fiddler_run.system.gpu import Gpu, current_gpu
+from fiddler_run.system.host import available_memory_bytes, num_cores
+from fiddler_run.system.locate import shipped_file
+
+
+class PlanCheck(ModelCheck):
+    """Holds a plan against its model's files and this machine. `gpu` is the GPU that it will use,
+    or None.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        plan_file: Path | None = None,
+        model: str | Path | None = None,
+        load_format: LoadFormat = "safetensors",
+        disk_folder: str | Path | None = None,
+        fetch: bool = False,
+    ):
+        """
+        Args:
+            plan_file: where the plan comes from; None: it is no file.
+            model: the checkpoint's folder or Hugging Face id; None takes the plan's, relative to
+                the plan's file.
+            disk_folder: where experts lie that the plan leaves on disk; None: beside the
+                checkpoint, or for random weights here.
+            load_format, fetch: as for a `ModelCheck`.
+        """
+        origin = "plan" if plan_file is None else str(plan_file)
+        name = plan.model.name if model is None else model
+        relative_to = (
+            plan_file.resolve().parent if plan_file is not None and model is None else Path()
+        )
+        super().__init__(plan.model, origin, name, relative_to, load_format, fetch)
+        beside = self.folder if self.folder is not None and load_format != "dummy" else Path()
+        self.disk_folder = beside if disk_folder is None else Path(disk_folder)
+        self._try(lambda: refuse(disk_problems(plan, self.disk_folder)))
+        self.gpu = plan_gpu(plan)
+        self.problems += machine_problems(plan, self.gpu, origin, self.config)
+        notes = device_note(plan, on_gpu=self.gpu is not None), prediction_note(plan, origin)
+        self.notes += [note for note in notes if note]
+
+
+def check_plan(
+    path: str | Path,
+    model: str | None = None,
+    load_format: LoadFormat = "safetensors",
+    disk_folder: str | None = None,
+) -> tuple[list[str], list[str]]:
+    """Checks the plan in a file against everything that running it needs.
+
+    Takes little memory and fetches no weights.
+
+    Args:
+        path: the plan's file; `plans/demo.yaml` is found wherever the package is installed.
+        model, load_format, disk_folder: as for a `PlanCheck`.
+
+    Returns:
+        Everything that is wrong, a line each, and notes on what could not be checked or is good to
+        know.
+    """
+    try:
+        path = shipped_file(path)
+        plan, problems = Plan.examine(read_text(path), str(path))
+    except FiddlerError as error:
+        plan = None
+        problems = [str(error)]
+    if plan is None:
+        return problems, [
+            "the model and this machine were not looked at: that needs a plan that can be read"
+        ]
+    checked = PlanCheck(plan, path, model, load_format, disk_folder)
+    return [*problems, *checked.problems], checked.notes
+
+
+def machine_problems(
+    plan: Plan, gpu: Gpu | None, origin: str, config: ModelConfig | None = None
+) -> list[str]:
+    """What this machine lacks of what a plan needs.
+
+    Args:
+        gpu: None: the plan's GPU part is to lie in host memory.
+        config: the model's sizes; None leaves out what follows from them.
+    """
+    host = plan.rank.host_memory_bytes
+    besides = 0 if config is None else besides_experts_bytes(plan, config)
+    what = "experts and embedding" if host.embedding else "experts"
+    held = host.experts + host.embedding + (0 if gpu else plan.rank.gpu_memory_bytes.experts)
+    loading = plan.model.loading_bytes
+    problems = [
+        core_problem(plan.rank.cpu_threads, num_cores()),
+        host_memory_problem(what, held, loading, available_memory_bytes(), 0 if gpu else besides),
+        gpu and gpu_memory_problem(plan.rank.gpu_memory_bytes, gpu),
+        gpu and gpu_part_problem(plan.rank.gpu_memory_bytes, besides - host.embedding),
+    ]
+    return [f"{origin}: {problem}" for problem in problems if problem]
+
+
+def besides_experts_bytes(plan: Plan, config: ModelConfig) -> int:
+    """Memory for the weights outside the experts, the KV cache and the staging ring."""
+    workload = plan.workload
+    width = DTYPE_BYTES[plan.model.dtype]
+    cached = workload.sequences * workload.max_seq_len * config.kv_elements_per_token
+    return (config.dense_elements + cached) * width + plan.rank.gpu_memory_bytes.staging
+
+
+def disk_problems(plan: Plan, folder: Path) -> list[str]:
+    """Whether the folder has room for what the plan leaves on disk."""
+    if plan.rank.disk_bytes and not exists(folder):
+        return [
+            f"{folder}: no such folder for the experts that are to lie on disk; name another one"
+            " with --disk-folder"
+        ]
+    try:
+        free = shutil.disk_usage(folder).free if plan.rank.disk_bytes and is_folder(folder) else 0
+    except OSError as error:
+        return [
+            f"{folder}: cannot look at the disk: {reason(error)}; name another folder with"
+            " --disk-folder"
+        ]
+    if plan.rank.disk_bytes <= free:
+        return []
+    return [
+        f"{folder}: {plan.rank.disk_bytes / 1e9:.2f} GB of experts are to lie on disk, but"
+        f" {free / 1e9:.2f} GB are free there; name another folder with --disk-folder, or plan with"
+        " more --host-mem"
+    ]
+
+
+def core_problem(threads: int, cores: int) -> str | None:
+    if threads <= cores:
+        return None
+    return (
+        f"cpu_threads is {threads}, but {cores} cores are available here; "
+        "profile this machine with `fiddler-opt profile` and plan again"
+    )
+
+
+def host_memory_problem(
+    what: str, held_bytes: int, loading_bytes: int, available_bytes: int, besides_bytes: int = 0
+) -> str | None:
+    """Refused here; otherwise the kernel's OOM killer ends the load."""
+    if held_bytes + loading_bytes + besides_bytes <= available_bytes:
+        return None
+    besides = f", all else {besides_bytes / 1e9:.2f}" if besides_bytes else ""
+    return (
+        f"its {what} need {held_bytes / 1e9:.2f} GB of host memory, and loading them"
+        f" {loading_bytes / 1e9:.2f}{besides}, but {available_bytes / 1e9:.2f} GB are available;"
+        " close other programs, add memory, or plan with more --gpu-mem"
+    )
+
+
+def gpu_memory_problem(memory: GpuMemory, gpu: Gpu) -> str | None:
+    """The reserve is what driver and libraries take, and have taken already."""
+    needed = memory.total - memory.reserve
+    if needed <= gpu.free_bytes:
+        return None
+    return (
+        f"gpu_memory_bytes.total is {memory.total / 1e9:.2f} GB, but {gpu.name} has"
+        f" {gpu.free_bytes / 1e9:.2f} GB free, and {needed / 1e9:.2f} are needed besides the"
+        " reserve; free GPU memory, or plan again with a smaller --gpu-mem"
+    )
+
+
+def gpu_part_problem(memory: GpuMemory, besides_bytes: int) -> str | None:
+    """Whether there is room beside the experts, whatever the plan says of it."""
+    room = memory.total - memory.reserve - memory.experts
+    if besides_bytes <= room:
+        return None
+    return (
+        f"gpu_memory_bytes leaves {max(0, room) / 1e9:.2f} GB beside the experts, but attention, KV"
+        f" cache and staging need {besides_bytes / 1e9:.2f}; plan again for this workload"
+    )
+
+
+def plan_gpu(plan: Plan) -> Gpu | None:
+    """The GPU for a plan's GPU part. None where it lies in host memory, in which it runs likewise.
+
+    That is so for plans without a GPU part, plans for a machine without CUDA, and without a GPU.
+    """
+    rank = plan.rank
+    return current_gpu() if rank.device == "cuda" and rank.gpu_memory_bytes.total else None
+
+
+def device_note(plan: Plan, on_gpu: bool) -> str | None:
+    """Why a plan's GPU part does not lie in GPU memory, where it does not."""
+    if on_gpu or plan.rank.gpu_memory_bytes.total == 0:
+        return None
+    reason = (
+        "the plan is for a machine without CUDA"
+        if plan.rank.device == "cpu"
+        else "no CUDA device here"
+    )
+    return f"{reason}: its GPU part is held in host memory and computed by the CPU"
+
+
+def prediction_note(plan: Plan, origin: str) -> str | None:
+    """Which of a plan's predicted figures contradict each other: what was measured is shown beside
+    them.
+    """
+    predicted = plan.predicted
+    batch_size = plan.workload.batch_size
+    stated_ms = {
+        "decode_ms": (predicted.decode_ms, 1e3 * batch_size / predicted.decode_tokens_per_s),
+        "ttft_ms": (predicted.ttft_ms, 1e3 * predicted.ttft_s),
+    }
+    wrong = [
+        f"{key} adds up to {sum(parts.values()):g}, not {whole:g}"
+        for key, (parts, whole) in stated_ms.items()
+        if abs(sum(parts.values()) - whole) > 0.02 * whole + 0.1  # they are rounded
+    ]
+    if predicted.decode_tokens_per_s > 1.001 * predicted.bound_tokens_per_s:
+        wrong.append("decode_tokens_per_s is more than its bound")
+    return f"{origin}: predicted: {'; '.join(wrong)}; its figures were edited" if wrong else None

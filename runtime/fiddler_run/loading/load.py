@@ -1,0 +1,178 @@
+"""From a plan and a checkpoint to a model that runs: what can be found wrong is found before the
+long work begins.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from fiddler_run.engine.tuning import Router, Tuning, tune
+from fiddler_run.generation.defaults import GenerationDefaults
+from fiddler_run.generation.generate import never_stopping
+from fiddler_run.generation.model import PlannedModel
+from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
+from fiddler_run.loading.check import PlanCheck
+from fiddler_run.loading.model_check import LoadFormat
+from fiddler_run.models.table import FAMILIES
+from fiddler_run.plan.schema import Plan
+from fiddler_run.system.locate import shipped_file
+from fiddler_run.system.process_settings import allow_gpu_memory
+from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
+from fiddler_run.weights.store import ExpertStore
+
+WARM_UP_TOKENS = (20, 40, MAX_DECODE_TOKENS + 1)
+
+
+def load_model(
+    plan: Plan | str | Path,
+    model: str | Path | None = None,
+    load_format: LoadFormat = "safetensors",
+    disk_folder: str | Path | None = None,
+) -> tuple[PlannedModel, PreTrainedTokenizerBase | None]:
+    """Loads a model and its tokenizer as a plan says.
+
+    The plan's GPU memory has room for prompts of `plan.prefill_chunk_tokens` at once; `generate()`
+    cuts longer ones.
+
+    Args:
+        plan: a plan, or its file; `plans/demo.yaml` is found wherever the package is installed.
+        model: the checkpoint's folder or Hugging Face id; None takes the plan's, relative to the
+            plan's file.
+        load_format: `dummy` takes random weights for those of a checkpoint; nothing but the model's
+            config.json is read, and there may be no tokenizer.
+        disk_folder: where experts lie that the plan leaves on disk; None: beside the checkpoint, or
+            for random weights here.
+
+    Raises:
+        FiddlerError: the plan does not fit this model or this machine, or the checkpoint is
+            incomplete.
+    """
+    loader = ModelLoader(plan, model, load_format, disk_folder)
+    return loader.load(), loader.tokenizer
+
+
+class ModelLoader:
+    """A plan and a checkpoint that were found to fit each other and this machine; `load()` does the
+    long work.
+
+    Takes the arguments of `load_model` and raises what it raises; `plan_file` is where a plan that
+    is given as such came from.
+    """
+
+    def __init__(
+        self,
+        plan: Plan | str | Path,
+        model: str | Path | None = None,
+        load_format: LoadFormat = "safetensors",
+        disk_folder: str | Path | None = None,
+        plan_file: Path | None = None,
+    ):
+        if not isinstance(plan, Plan):
+            plan_file = shipped_file(plan)
+            plan = Plan.load(plan_file)
+        self.plan = plan
+        checked = PlanCheck(plan, plan_file, model, load_format, disk_folder, fetch=True)
+        checked.refuse()
+        self.notes = checked.notes
+        self.tokenizer = checked.tokenizer
+        self._checked = checked
+        self._dtype = getattr(torch, plan.model.dtype)
+        if load_format == "dummy":
+            self.weights = DummyWeights(plan.model, self._dtype)
+        else:
+            self.weights = Checkpoint(checked.files, FAMILIES[checked.config.family])
+        gpu = checked.gpu
+        self.device = torch.device("cpu")
+        if gpu is not None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+            memory = plan.rank.gpu_memory_bytes
+            allow_gpu_memory(checked.skeleton, self.device, memory.total - memory.reserve)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._checked.skeleton.config.vocab_size
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of experts to place."""
+        rank = self.plan.rank
+        return rank.gpu_memory_bytes.experts + rank.host_memory_bytes.experts + rank.disk_bytes
+
+    @torch.inference_mode(False)  # what is made in that mode cannot be written to outside of it
+    def load(self, on_bytes: Callable[[int], None] = lambda count: None) -> PlannedModel:
+        """Places every weight; calls `on_bytes` with the bytes of experts placed since its last
+        call.
+        """
+        model = place_dense_weights(self._checked.skeleton, self._dtype, self.device, self.weights)
+        model.defaults = self._checked.defaults or GenerationDefaults()
+        model.generation_config = GenerationConfig(
+            **model.defaults.for_transformers(self.tokenizer)
+        )
+        model = model.eval().requires_grad_(False)
+        if self.plan.rank.host_memory_bytes.embedding:
+            model.move_embedding_to_host()
+        store = ExpertStore(self.plan, self.device, self._checked.disk_folder)
+        store.load(self.weights, on_bytes)
+        model.attach_experts(self.plan, store)
+        if self.device.type == "cuda":
+            with model.session.turn():
+                _warm_up(model)
+                model.tuning = _tune(model)
+                model.engine.resources.forget_traffic()
+        return model
+
+
+@torch.inference_mode()
+def _warm_up(model: PlannedModel) -> None:
+    """Loads and compiles the GPU's kernels, which would otherwise delay the first token by half a
+    second or more.
+
+    Their variants depend on the number of tokens; a longer prompt takes a way of its own.
+    """
+    for tokens in WARM_UP_TOKENS:
+        count = max(1, min(tokens, model.plan.workload.max_seq_len - 2))
+        ids = torch.zeros((1, count), dtype=torch.long, device=model.device)
+        mask = torch.ones_like(ids)
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=2, do_sample=False, **never_stopping(model)
+        )
+
+
+def _tune(model: PlannedModel) -> Tuning:
+    """Finds the split between CPU and link for this model, and leaves its layers with it."""
+    plan = model.plan
+    shape = plan.model
+    chunk = min(plan.prefill_chunk_tokens, plan.workload.max_seq_len)
+    router = Router(shape.num_experts, shape.num_experts_per_tok, shape.hidden_size)
+    prompt_tokens = chunk * plan.workload.batch_size
+    return tune(model.layers, model.engine.resources, router, prompt_tokens)
+
+
+def place_dense_weights(
+    model: PlannedModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: Checkpoint | DummyWeights,
+) -> PlannedModel:
+    """Gives a model without data its weights outside the experts, on `device`.
+
+    They are the checkpoint's, or seeded random ones.
+    """
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()  # before: a tied head has no tensor of its own in a checkpoint
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if isinstance(weights, Checkpoint):
+                parameter.copy_(weights.read(model.family.dense_name(name)))
+            elif name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=model.config.initializer_range, generator=generator)
+    rotary = model.model.rotary_emb  # its buffers are computed from the config, not loaded
+    with device:
+        model.model.rotary_emb = type(rotary)(config=model.config)
+    model.config.dtype = dtype
+    return model

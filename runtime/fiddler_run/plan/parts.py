@@ -1,0 +1,10 @@
+"""The parts of a decode step's time and of the time to the first token, in words."""
+
+PARTS = {
+    "head": "embedding, output head, sampling",
+    "dense": "attention, routers, dispatch",
+    "resident": "experts in GPU memory",
+    "host": "experts in host memory",
+    "disk": "experts on disk",
+    "launch_overhead": "kernel launches, experts done already",
+}

@@ -1,0 +1,131 @@
+"""The plan: the file that the planner writes and the runtime executes.
+
+Every decision is a plain number. An expert's neurons are cut into blocks of `block_neurons`, stored
+in one `encoding`; each rank says where its blocks lie and how those in host memory are served.
+Rule: a plan that loads can be executed.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from fiddler_run.encodings.base import Encoding
+from fiddler_run.encodings.table import ENCODINGS
+from fiddler_run.plan.prediction import Predicted, Provenance, Rates
+from fiddler_run.plan.rank import Rank
+from fiddler_run.plan.shape import ModelShape
+from fiddler_run.plan.yaml_file import BytesOrZero, Count, Section, Width, YamlFile
+
+
+class Workload(Section):
+    """What the plan was made for.
+
+    `batch_size` sequences at once, each of `prompt_tokens` then `output_tokens`, searched with
+    `num_beams`.
+    """
+
+    prompt_tokens: Count
+    output_tokens: Count
+    num_beams: Count
+    batch_size: Count
+    max_seq_len: Count
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that pass the model at once."""
+        return self.num_beams * self.batch_size
+
+    def problems(self) -> list[str]:
+        if self.prompt_tokens + self.output_tokens <= self.max_seq_len:
+            return []
+        return [
+            f"workload.max_seq_len: {self.max_seq_len} is less than "
+            f"{self.prompt_tokens} prompt + {self.output_tokens} output tokens"
+        ]
+
+
+class Budget(Section):
+    """Bytes that the planner was given. `host_bytes` null: as much as the experts need."""
+
+    gpu_bytes: BytesOrZero
+    host_bytes: BytesOrZero | None = None
+
+
+class Plan(YamlFile):
+    kind: ClassVar[str] = "plan"
+    remake: ClassVar[str] = "remake it with `fiddler-opt plan`"
+
+    version: Literal[3]
+    model: ModelShape
+    encoding: str
+    workload: Workload
+    budget: Budget
+    prefill_chunk_tokens: Count
+    block_neurons: Width
+    ranks: Annotated[list[Rank], Field(min_length=1, max_length=1)]
+    predicted: Predicted
+    bytes_per_s: Rates
+    provenance: Provenance
+
+    header: ClassVar[str] = (
+        'Written by `fiddler-opt plan`; run it with `fiddler-run --plan <this file> "prompt"`.'
+    )
+    key_comments: ClassVar[dict[str, str]] = {
+        "encoding": "how blocks are stored",
+        "budget": "what the planner was given",
+        "block_neurons": "an expert is cut into blocks of this many neurons",
+        "ranks": "the processes that share the experts",
+        "device": "cuda; or cpu: the GPU part lies in host memory, and the CPU computes it",
+        "cpu_pinned": "true if each of the CPU's threads stays on its own core",
+        "stream_share": "by tokens of an expert: share of its host blocks sent over the link",
+        "resident_blocks": "by layer, for each expert: how many of its blocks are in GPU memory",
+        "disk_blocks": "likewise on disk, the last ones of an expert; empty: none",
+        "bytes_per_s": "expert bytes for one token; host: by CPU and link together",
+    }
+
+    def problems(self) -> list[str]:
+        encoding = ENCODINGS.get(self.encoding)
+        if encoding is None:
+            return [f"encoding: {self.encoding} is not known; known are {', '.join(ENCODINGS)}"]
+        problems = []
+        if encoding.dtype != self.model.dtype:
+            problems.append(
+                f"encoding: {self.encoding} stores {encoding.dtype}, the model is"
+                f" {self.model.dtype}"
+            )
+        model = self.model
+        for number, rank in enumerate(self.ranks):
+            misplaced = rank.placement_problems(
+                model.num_layers, model.num_experts, self.blocks_per_expert
+            )
+            num_host_blocks = None if misplaced else self.num_host_blocks
+            found = [
+                *rank.share_problems(),
+                *misplaced,
+                *rank.memory_problems(self.block_bytes, num_host_blocks),
+            ]
+            problems += [f"ranks[{number}].{problem}" for problem in found]
+        return problems
+
+    @property
+    def rank(self) -> Rank:
+        """This process's rank: the only one."""
+        return self.ranks[0]
+
+    @property
+    def blocks(self) -> Encoding:
+        """The stored form of blocks."""
+        return ENCODINGS[self.encoding](self.model.hidden_size, self.block_neurons)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.blocks.block_bytes
+
+    @property
+    def blocks_per_expert(self) -> int:
+        return self.blocks.blocks_per_expert(self.model.intermediate_size)
+
+    @property
+    def num_host_blocks(self) -> int:
+        all_blocks = self.model.num_layers * self.model.num_experts * self.blocks_per_expert
+        return all_blocks - self.rank.num_resident_blocks - self.rank.num_disk_blocks

@@ -1,0 +1,39 @@
+"""The sizes of a model that a plan follows from. Names are Hugging Face's."""
+
+from typing import Literal
+
+from fiddler_run.plan.yaml_file import ExpertCount, LayerCount, Section, Width
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+Dtype = Literal["bfloat16", "float16", "float32"]
+LOADING_THREADS = 8  # more hold more memory and read no faster
+
+
+class ModelShape(Section):
+    """The part of a model that decides the geometry of its experts."""
+
+    name: str
+    num_layers: LayerCount
+    num_experts: ExpertCount
+    num_experts_per_tok: ExpertCount
+    hidden_size: Width
+    intermediate_size: Width
+    dtype: Dtype
+
+    def problems(self) -> list[str]:
+        if self.num_experts_per_tok <= self.num_experts:
+            return []
+        return [
+            f"model.num_experts_per_tok: {self.num_experts_per_tok} is more than the"
+            f" {self.num_experts} experts"
+        ]
+
+    @property
+    def expert_elements(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def loading_bytes(self) -> int:
+        """Host memory for the experts that are being read, besides those already placed."""
+        return LOADING_THREADS * self.expert_elements * DTYPE_BYTES[self.dtype]

@@ -1,0 +1,185 @@
+"""The schema of the project's YAML files. Rule: strict when read, whole or not at all when written.
+
+Strict: unknown, missing and duplicate keys, wrong types, numbers beyond reason and other versions
+are errors that name file and key.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, ClassVar, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic_core import ErrorDetails
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.system.files import read_text, write_whole
+from fiddler_run.system.parsing import parse_yaml
+
+# Bounds far beyond any machine or model, so that no arithmetic on what a file says overflows or
+# takes all memory.
+LayerCount = Annotated[int, Field(gt=0, le=1_000)]
+ExpertCount = Annotated[int, Field(gt=0, le=4_096)]
+Width = Annotated[int, Field(gt=0, le=2**20)]  # of a vector: hidden_size, intermediate_size
+Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
+CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bytes = Annotated[int, Field(gt=0, le=2**60)]
+BytesOrZero = Annotated[int, Field(ge=0, le=2**60)]
+Rate = Annotated[float, Field(ge=1e-6, le=1e18)]  # tokens or bytes per second
+Seconds = Annotated[float, Field(ge=1e-9, le=1e9)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=1e9)]
+Ratio = Annotated[float, Field(ge=0, le=1e6)]
+Microseconds = Annotated[float, Field(ge=1e-3, le=1e15)]
+Milliseconds = Annotated[float, Field(ge=0, le=1e12)]
+
+# The kinds of files by keys that only they have; the second one is of versions before 3.
+KINDS = {
+    "plan": ("ranks", "resident_blocks"),
+    "machine profile": ("host_expert_us", "absent_expert_us"),
+    "routing profile": ("recorded",),
+}
+
+
+class Section(BaseModel):
+    """A mapping inside a file: immutable, no unknown keys, no conversions between types, no NaN, no
+    broken rule.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def problems(self) -> list[str]:
+        """The rules between its values that are broken, each naming its key and number; types have
+        been checked before.
+        """
+        return []
+
+    @model_validator(mode="after")
+    def _keep_rules(self, info: ValidationInfo) -> Self:
+        """The first broken rule is an error; where the context is a list, all are added to that
+        instead.
+        """
+        problems = self.problems()
+        if info.context is not None:
+            info.context.extend(problems)
+        elif problems:
+            raise ValueError(problems[0])
+        return self
+
+
+class YamlFile(Section):
+    """A whole file. Subclasses declare `version: Literal[...]` and its keys in the order in which
+    they are written.
+    """
+
+    kind: ClassVar[str]  # one of KINDS
+    remake: ClassVar[str]  # what to do about a file of another version
+    header: ClassVar[str] = ""
+    key_comments: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads and checks a file.
+
+        Raises:
+            FiddlerError: the file cannot be read or breaks a rule; the message names the file and
+                the key.
+        """
+        return cls.parse(read_text(path), origin=str(path))
+
+    @classmethod
+    def parse(cls, text: str, origin: str) -> Self:
+        """The same for text that came from `origin` (a name for messages)."""
+        content, problems = cls.examine(text, origin)
+        if problems:
+            raise FiddlerError(problems[0])
+        return content
+
+    @classmethod
+    def examine(cls, text: str, origin: str) -> tuple[Self | None, list[str]]:
+        """The content of a file's text, and everything that is wrong with it, each naming file and
+        key.
+
+        There is no content where a key or a type is wrong; where only rules between values are
+        broken, there is.
+        """
+        try:
+            data = parse_yaml(text, origin)
+        except FiddlerError as error:
+            return None, [str(error)]
+        if not isinstance(data, dict):
+            return None, [
+                f"{origin}: not a {cls.kind}: expected a mapping of keys, found"
+                f" {type(data).__name__}"
+            ]
+        other = kind_of(data)
+        if other not in (None, cls.kind):
+            return None, [f"{origin}: a {other}, not a {cls.kind}"]
+        (known_version,) = cls.model_fields["version"].annotation.__args__
+        if data.get("version") != known_version:
+            return None, [
+                f"{origin}: version: this release reads version {known_version}, the file says"
+                f" {str(data.get('version'))[:30]}; {cls.remake}"
+            ]
+        content = None
+        wrong = []
+        broken = []
+        try:
+            content = cls.model_validate(data, context=broken)
+        except ValidationError as error:
+            wrong = _problems(error)
+        return content, [
+            " ".join(f"{origin}: {problem}".splitlines()) for problem in [*wrong, *broken]
+        ]
+
+    def dump(self) -> str:
+        """The file's text: one line for each value that holds no other mapping or list.
+
+        `parse(dump(x)) == x`.
+        """
+        lines = [f"# {line}" for line in self.header.splitlines()]
+        for key, value in self.model_dump().items():
+            # None: one line for each innermost mapping or list.
+            style = None if isinstance(value, (dict, list)) else False
+            text = yaml.dump(
+                {key: value}, default_flow_style=style, sort_keys=False, width=float("inf")
+            )
+            for line in text.rstrip("\n").split("\n"):
+                match = re.match(r"[ -]*(\w+):", line)
+                if match and match[1] in self.key_comments:
+                    indent = line[: len(line) - len(line.lstrip())]
+                    lines.append(f"{indent}# {self.key_comments[match[1]]}")
+                lines.append(line)
+        return "\n".join(lines) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file whole or not at all.
+
+        Raises:
+            FiddlerError: the place cannot be written.
+        """
+        write_whole(path, self.dump())
+
+
+def kind_of(data: dict) -> str | None:
+    """Which of KINDS a file's content is; None if it is none, or more than one."""
+    found = [kind for kind, keys in KINDS.items() if any(key in data for key in keys)]
+    return found[0] if len(found) == 1 else None
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """Unknown keys first: a misspelt key is also a missing one."""
+    errors = error.errors(include_url=False)
+    return [
+        _problem(each)
+        for each in sorted(errors, key=lambda each: each["type"] != "extra_forbidden")
+    ]
+
+
+def _problem(error: ErrorDetails) -> str:
+    if error["type"] == "value_error":  # raised by our own checks, which name the place themselves
+        return str(error["ctx"]["error"])
+    where = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]
+    ).lstrip(".")
+    what = {"extra_forbidden": "unknown key", "missing": "missing"}.get(error["type"], error["msg"])
+    return f"{where}: {what}"

@@ -1,0 +1,168 @@
+"""Every file that a user hands in is read here, and every file that they get is written here.
+
+Whatever is wrong with a file is a FiddlerError that names it. A file is written whole or not at
+all.
+"""
+
+import os
+import re
+import secrets
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from fiddler_run.errors import FiddlerError
+
+MAX_TEXT_BYTES = 64_000_000  # the routing profile of a model with 48 layers of 128 experts is 9 MB
+
+
+def read_text(path: str | Path) -> str:
+    """The UTF-8 text of a file or a pipe, without a byte-order mark.
+
+    Raises:
+        FiddlerError: the file cannot be read, is no UTF-8 text, or is larger than `MAX_TEXT_BYTES`.
+    """
+    return decode_text(read_bytes(path, MAX_TEXT_BYTES), str(path))
+
+
+def read_bytes(path: str | Path, max_bytes: int) -> bytes:
+    """The content of a file or a pipe.
+
+    Raises:
+        FiddlerError: the file cannot be read, or is larger than `max_bytes`.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(max_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise cannot_read(path, error) from None
+    if len(content) > max_bytes:
+        raise FiddlerError(
+            f"{path}: larger than {max_bytes / 1e6:g} MB; this is not the kind of file that belongs"
+            " here"
+        )
+    return content
+
+
+def decode_text(content: bytes, origin: str) -> str:
+    """The text of UTF-8 bytes that came from `origin`, without a byte-order mark.
+
+    Raises:
+        FiddlerError: the bytes are not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FiddlerError(
+            f"{origin}: not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
+
+
+def exists(path: str | Path) -> bool:
+    """True if there is something at `path`.
+
+    Raises:
+        FiddlerError: the system does not let us look.
+    """
+    return _look(path) is not None
+
+
+def is_folder(path: str | Path) -> bool:
+    """True if `path` is a folder. Raises as `exists`."""
+    mode = _look(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def is_file(path: str | Path) -> bool:
+    """True if `path` is a regular file. Raises as `exists`."""
+    mode = _look(path)
+    return mode is not None and stat.S_ISREG(mode)
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Writes to a temporary file beside `path`, then renames it, so that `path` never holds half a
+    file. Text becomes UTF-8.
+
+    Raises:
+        FiddlerError: the place cannot be written.
+    """
+    require_writable(path)
+    target = Path(os.path.realpath(path))  # a link stays one, and what it points to is replaced
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def partial_files(path: Path) -> list[Path]:
+    """What processes that were killed inside `write_whole(path, ...)` left behind."""
+    pattern = re.compile(rf"\.{re.escape(path.name[:200])}\.[0-9a-f]{{16}}\.partial")
+    try:
+        return [found for found in path.parent.iterdir() if pattern.fullmatch(found.name)]
+    except OSError:
+        return []
+
+
+def require_writable(path: str | Path) -> None:
+    """Finds out before long work if `write_whole(path, ...)` can succeed; leaves nothing behind.
+
+    Raises:
+        FiddlerError: the place cannot be written.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        mode = _mode(target)
+        if mode is not None and stat.S_ISDIR(mode):
+            raise FiddlerError(f"{path}: cannot write: it is a folder; name a file")
+        if mode is not None and not stat.S_ISREG(mode):
+            raise FiddlerError(f"{path}: cannot write: it is not a regular file")
+        folder = next(parent for parent in target.parents if _mode(parent) is not None)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_read(path: str | Path, error: Exception) -> FiddlerError:
+    return FiddlerError(f"{path}: cannot read: {reason(error)}")
+
+
+def cannot_write(path: str | Path, error: Exception) -> FiddlerError:
+    return FiddlerError(f"{path}: cannot write: {reason(error)}")
+
+
+def reason(error: Exception) -> str:
+    """What another library's error says, in one line; the name of its type if it says nothing."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())
+    said = said or type(error).__name__
+    return said if len(said) <= 300 else said[:300] + " ..."
+
+
+def _mode(path: Path) -> int | None:
+    """The mode of what is at `path`; None if there is nothing."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _look(path: str | Path) -> int | None:
+    try:
+        return _mode(Path(path))
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a locked folder, a loop of links, a name too long; ValueError: a NUL in it
+        raise cannot_read(path, error) from None

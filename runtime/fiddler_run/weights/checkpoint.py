@@ -1,0 +1,70 @@
+"""Where weights come from: a checkpoint in Hugging Face format, or random numbers."""
+
+import random
+from typing import Protocol
+
+import torch
+
+from fiddler_run.models.family import Family
+from fiddler_run.plan.shape import ModelShape
+from fiddler_run.weights.tensor_files import TensorFiles
+
+STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+# Gate [intermediate, hidden], up [intermediate, hidden], down [hidden, intermediate].
+Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Weights(Protocol):
+    def expert(self, layer: int, expert: int) -> Matrices:
+        """An expert's matrices in host memory, which the caller must not write to."""
+
+
+class DummyWeights:
+    """Experts of random numbers, the same for the same seed.
+
+    Every matrix is another stretch of one pool of normal numbers: drawing 46 billion would take
+    longer than loading a file.
+    """
+
+    def __init__(self, shape: ModelShape, dtype: torch.dtype, std: float = 0.02, seed: int = 0):
+        self._size = shape.intermediate_size, shape.hidden_size
+        self._elements = shape.intermediate_size * shape.hidden_size
+        self._seed = seed
+        pool = torch.empty(self._elements + min(self._elements, 2**24))
+        self._pool = pool.normal_(std=std, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    def expert(self, layer: int, expert: int) -> Matrices:
+        starts = random.Random(f"{self._seed} {layer} {expert}")
+        last = len(self._pool) - self._elements
+        gate, up, down = (
+            self._pool[start:][: self._elements]
+            for start in (starts.randint(0, last) for _ in range(3))
+        )
+        return gate.view(self._size), up.view(self._size), down.view(self._size[::-1])
+
+
+class Checkpoint:
+    """The tensors of a checkpoint.
+
+    They are read in large pieces rather than mapped: that is three times as fast where the files
+    are in the page cache already, and where they are not, several threads keep the disk busy.
+    """
+
+    def __init__(self, files: TensorFiles, family: Family):
+        """`files`: those of its folder, in which nothing was found wrong."""
+        self.files = files
+        self._family = family
+
+    def expert(self, layer: int, expert: int) -> Matrices:
+        gate, up, down = map(self.read, self._family.expert_names(layer, expert))
+        return gate, up, down
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor by its name in the checkpoint, in its shape and dtype; the caller owns it."""
+        shard = self.files.shard(name)
+        stored = shard.tensors[name]
+        target = torch.empty(stored.num_bytes, dtype=torch.uint8)
+        shard.read(name, memoryview(target.numpy()))
+        return target.view(STORED_DTYPES[stored.dtype]).view(stored.shape)

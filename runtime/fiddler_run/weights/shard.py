@@ -1,0 +1,82 @@
+"""One safetensors file. Imports no torch."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.system.files import cannot_read, is_file, reason
+
+INDEX = "model.safetensors.index.json"
+READ_BYTES = 2**25  # at once
+AGAIN = "download the checkpoint again"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file. `dtype` is safetensors' name; `start` its first byte in the file."""
+
+    dtype: str
+    shape: list[int]
+    start: int
+    num_bytes: int
+
+
+class Shard:
+    """A safetensors file: 8 bytes of header length, the header in JSON, then the data.
+
+    `tensors`: those that it holds, by name.
+
+    Raises:
+        FiddlerError: the file is missing, damaged or cut off, or may not be read.
+    """
+
+    def __init__(self, path: Path):
+        if not is_file(path):
+            raise FiddlerError(f"{path}: missing, though {INDEX} names it; {AGAIN}")
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise cannot_read(path, error) from None
+        try:
+            # By a name that can always be opened: one that is no UTF-8 is refused.
+            by_number = f"/proc/self/fd/{self._file.fileno()}"
+            with safe_open(by_number, framework="numpy"):
+                pass  # it has checked the header against the file
+            length = int.from_bytes(self._file.read(8), "little")
+            header = json.loads(self._file.read(length))
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            self._file.close()
+            raise FiddlerError(
+                f"{path}: damaged or cut off ({reason(error)}); download it again"
+            ) from None
+        header.pop("__metadata__", None)
+        self.path = path
+        self.tensors = {}
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            self.tensors[name] = StoredTensor(
+                entry["dtype"], entry["shape"], 8 + length + start, stop - start
+            )
+
+    def read(self, name: str, target: memoryview) -> None:
+        """Fills `target`, whose size is the tensor's, with its bytes.
+
+        Raises:
+            FiddlerError: the file cannot be read, or is shorter than it was.
+        """
+        start = self.tensors[name].start
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(
+                    self._file.fileno(), [target[done : done + READ_BYTES]], start + done
+                )
+            except OSError as error:
+                raise cannot_read(self.path, error) from None
+            if count == 0:
+                raise FiddlerError(f"{self.path}: cut off while it was read; download it again")
+            done += count

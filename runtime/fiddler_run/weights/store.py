@@ -1,0 +1,95 @@
+"""All experts of a model in their places: GPU memory, host memory, disk."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fiddler_run.plan.schema import Plan
+from fiddler_run.plan.shape import LOADING_THREADS
+from fiddler_run.weights.arena import Arena
+from fiddler_run.weights.checkpoint import Weights
+
+Places = list[list[torch.Tensor]]  # by layer and expert: uint8 [count, block_bytes]
+
+
+class ExpertStore:
+    """The experts of a model, placed as the plan says.
+
+    `resident`, `host` and `on_disk` are views of three arenas.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, disk_folder: Path):
+        rank = plan.rank
+        host = torch.device("cpu")
+        self.blocks = plan.blocks
+        self._device = device
+        self._streams = rank.streams
+        size = plan.block_bytes
+        self._device_arena = Arena(rank.num_resident_blocks, size, device)
+        self._host_arena = Arena(plan.num_host_blocks, size, host)
+        self._disk_arena = Arena(rank.num_disk_blocks, size, host, disk_folder)
+        self.resident: Places = []
+        self.host: Places = []
+        self.on_disk: Places = []
+        for layer in range(plan.model.num_layers):
+            resident = rank.resident_blocks[layer]
+            on_disk = rank.disk_blocks.get(layer, [0] * plan.model.num_experts)
+            self.resident.append([self._device_arena.take(count) for count in resident])
+            self.on_disk.append([self._disk_arena.take(count) for count in on_disk])
+            self.host.append(
+                [
+                    self._host_arena.take(plan.blocks_per_expert - here - there)
+                    for here, there in zip(resident, on_disk, strict=True)
+                ]
+            )
+
+    def load(self, weights: Weights, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+        """Fills the arenas, several experts at once.
+
+        Calls `on_bytes` with the bytes placed since the last call.
+        """
+        experts = [
+            (layer, expert) for layer, row in enumerate(self.resident) for expert in range(len(row))
+        ]
+        with _one_thread_each(), ThreadPoolExecutor(LOADING_THREADS) as threads:
+            try:
+                placing = [threads.submit(self._place, weights, *each) for each in experts]
+                for placed in as_completed(placing):
+                    on_bytes(placed.result())
+            except BaseException:  # an interrupt too must not wait until the rest is loaded
+                threads.shutdown(cancel_futures=True)
+                raise
+        if self._device.type == "cuda" and self._streams:
+            self._host_arena.pin()
+
+    def _place(self, weights: Weights, layer: int, expert: int) -> int:
+        """Encodes one expert into its three places, and returns their bytes."""
+        resident = self.resident[layer][expert]
+        host = self.host[layer][expert]
+        on_disk = self.on_disk[layer][expert]
+        matrices = weights.expert(layer, expert)
+        neurons = self.blocks.block_neurons
+        self.blocks.encode(host, *matrices, len(resident) * neurons)
+        self.blocks.encode(on_disk, *matrices, (len(resident) + len(host)) * neurons)
+        if resident.is_cuda:
+            staged = torch.empty_like(resident[:1], device="cpu", pin_memory=True)
+            for number, block in enumerate(resident):
+                self.blocks.encode(staged, *matrices, number * neurons)
+                block.copy_(staged[0])
+        else:
+            self.blocks.encode(resident, *matrices, 0)
+        return resident.nbytes + host.nbytes + on_disk.nbytes
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """PyTorch's operations use the calling thread alone: several of those call at once."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

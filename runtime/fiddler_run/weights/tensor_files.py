@@ -1,0 +1,183 @@
+"""The safetensors files of a checkpoint: what they hold, where, and what is wrong with them.
+Imports no torch.
+"""
+
+import re
+from pathlib import Path
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.system.files import is_file
+from fiddler_run.system.parsing import read_json_object
+from fiddler_run.weights.shard import AGAIN, INDEX, Shard
+
+SINGLE_FILE = "model.safetensors"
+# The dtypes in the files that a dtype of a plan can hold without loss.
+LOSSLESS = {"bfloat16": {"BF16"}, "float16": {"F16"}, "float32": {"BF16", "F16", "F32"}}
+DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+# Names of tensors that only quantised checkpoints have: AWQ and GPTQ, bitsandbytes, fp8 and
+# compressed-tensors.
+QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_scale|weight_scale_inv|weight_packed)$"
+    r"|\.quant_state\."
+)
+STACKED = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)(\.weight)?$")
+MISTRAL = re.compile(r"^(tok_embeddings|layers\.\d+\.(attention|feed_forward|block_sparse_moe))\.")
+
+
+class TensorFiles:
+    """The safetensors files of the checkpoint in `folder`: those that the index names, or, without
+    one, model.safetensors.
+
+    Raises:
+        FiddlerError: there are none, or their index cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._file_of = _file_of_tensors(folder)
+        self._shards: dict[Path, Shard] = {}
+        self._damage: dict[Path, str] = {}
+        for path in sorted(set(self._file_of.values())):
+            try:
+                self._shards[path] = Shard(path)
+            except FiddlerError as error:
+                self._damage[path] = str(error)
+
+    def shard(self, name: str) -> "Shard":
+        """The file that holds tensor `name`."""
+        return self._shards[self._file_of[name]]
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files."""
+        return set(self._file_of.values())
+
+    @property
+    def missing(self) -> list[Path]:
+        """The files that the index names and that are not there."""
+        return [path for path in self._damage if not is_file(path)]
+
+    def dtype(self) -> str:
+        """The narrowest dtype, by a plan's name, that holds every weight without loss."""
+        tensors = (entry for shard in self._shards.values() for entry in shard.tensors.items())
+        found = {tensor.dtype for name, tensor in tensors if name.endswith(".weight")}
+        return next((name for name, held in LOSSLESS.items() if found <= held), "float32")
+
+    def format_problem(self) -> str | None:
+        """Why these files are no unquantised checkpoint in Hugging Face format, with a tensor for
+        each expert's matrix.
+        """
+        names = {
+            **self._file_of,
+            **{name: path for path, shard in self._shards.items() for name in shard.tensors},
+        }
+        for pattern, what in (
+            (QUANTISED, "these weights are quantised; name the original, unquantised checkpoint"),
+            (
+                STACKED,
+                (
+                    "all experts of a layer lie in one tensor; name a checkpoint with a tensor for"
+                    " each expert, as published"
+                ),
+            ),
+            (MISTRAL, "Mistral's own format; name the same model in Hugging Face format"),
+        ):
+            name = next(filter(pattern.search, names), None)
+            if name is not None:
+                return f"{names[name]}: holds {name}: {what}"
+        for path, shard in self._shards.items():
+            for name, tensor in shard.tensors.items():
+                if tensor.dtype not in DTYPE_NAMES and name.endswith(".weight"):
+                    return (
+                        f"{path}: tensor {name} is {tensor.dtype}: quantised; name the original,"
+                        " unquantised checkpoint"
+                    )
+        return None
+
+    def problems(self, expected: dict[str, list[int]], dtype: str) -> list[str]:
+        """What is wrong with the files, at most a line for each.
+
+        A file is missing, damaged or cut off; or of the tensors that are expected in it, by name,
+        one is missing, has another shape, or does not fit `dtype` without loss.
+        """
+        problem = self.format_problem()
+        if problem is not None:
+            return [problem]
+        found: dict[Path | None, str] = {**self._damage}
+        for name, shape in expected.items():
+            path = self._file_of.get(name)
+            if path not in found:
+                problem = self._problem(name, path, shape, dtype)
+                if problem is not None:
+                    found[path] = problem
+        return list(found.values())
+
+    def _problem(self, name: str, path: Path | None, shape: list[int], dtype: str) -> str | None:
+        if path is None or name not in self._shards[path].tensors:
+            return f"{path or self._folder}: tensor {name} is missing; {AGAIN}"
+        stored = self._shards[path].tensors[name]
+        if stored.shape != shape:
+            return (
+                f"{path}: tensor {name} has shape {stored.shape}, by config.json it would be"
+                f" {shape}"
+            )
+        if stored.dtype not in LOSSLESS[dtype]:
+            return (
+                f"{path}: tensor {name} is {stored.dtype}, which the plan's {dtype} cannot hold"
+                " without loss; "
+                f'set "dtype": "{self.dtype()}" in config.json and plan again'
+            )
+        return None
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The files that the index in `folder` names.
+
+    Raises:
+        FiddlerError: the index cannot be read, or names no plain files.
+    """
+    return sorted(set(_weight_map(folder / INDEX).values()))
+
+
+def other_weights(folder: Path) -> str | None:
+    """What kind of weights lies in a folder without the files that `TensorFiles` reads; None if
+    there are none.
+    """
+    for pattern, what in (
+        ("*.gguf", "a GGUF file"),
+        ("consolidated*", "weights in Mistral's own format"),
+        ("*.bin", "weights as PyTorch pickles"),
+        ("*.pt", "weights as PyTorch pickles"),
+        ("*.safetensors", "safetensors files without an index"),
+    ):
+        if next(folder.glob(pattern), None) is not None:
+            return what
+    return None
+
+
+def _file_of_tensors(folder: Path) -> dict[str, Path]:
+    index = folder / INDEX
+    single = folder / SINGLE_FILE
+    if is_file(index):
+        return {name: folder / file for name, file in _weight_map(index).items()}
+    if is_file(single):
+        return dict.fromkeys(Shard(single).tensors, single)
+    found = other_weights(folder)
+    what = f"{folder}: holds neither {INDEX} nor {SINGLE_FILE}" + (
+        f", but {found}" if found else ""
+    )
+    raise FiddlerError(
+        f"{what}; --model names a checkpoint in Hugging Face format, with safetensors"
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FiddlerError(f"{index}: holds no weight_map; {AGAIN}")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file or len(file) > 200:
+            raise FiddlerError(
+                f"{index}: {str(file)[:60]!r} is not the name of a file beside it; {AGAIN}"
+            )
+    return weight_map

@@ -1,0 +1,111 @@
+"""Shared by the tests that need a CUDA device: models, plans and inputs for it.
+
+The other tests run there too: the GPU part of their plans is then in GPU memory.
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_plan
+
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.inputs.routing import Routing
+from fiddler_opt.measure.machine import MachineBench, measure_machine, release_gpu_memory
+from fiddler_opt.measure.settings import ProfileSettings
+from fiddler_opt.measure.unfinished import Unfinished
+from fiddler_opt.solve.compiler import compile_plan
+from fiddler_run import load_model
+from fiddler_run.generation.model import PlannedModel
+from fiddler_run.plan.schema import Budget, Plan, Workload
+from fiddler_run.weights.arena import Arena
+
+CUDA = torch.device("cuda", 0)
+Wide = tuple[Path, ModelSpec, MachineProfile]
+# The precision of the figures does not matter here.
+HASTY = ProfileSettings(
+    tokens=(1, 64, 1024),
+    dense_tokens=(1, 512),
+    rounds=1,
+    seconds=0.02,
+    memory_fraction=0.1,
+    max_host_bytes=10**9,
+)
+WIDE = {
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 768,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.02,
+}
+PROVENANCE = dict.fromkeys(
+    ("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "test"
+)
+
+
+@pytest.fixture(scope="session")
+def wide(random_checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Wide:
+    """A wider model (0.85 GB of experts in float32) and this machine's profile of it."""
+    folder, _ = random_checkpoint(**WIDE)
+    spec = ModelSpec.load(str(folder))
+    bench = MachineBench(spec, HASTY, folder)
+    machine = profile_of(bench, tmp_path_factory.mktemp("profiles"))
+    del bench
+    release_gpu_memory()
+    return folder, spec, machine
+
+
+@pytest.fixture(scope="module")
+def wide_bfloat16(random_checkpoint) -> Iterator[PlannedModel]:
+    """Random weights in bfloat16, the kernels' own dtype, placed at random."""
+    folder, shape = random_checkpoint(**WIDE)
+    shape = shape.model_copy(update={"dtype": "bfloat16"})
+    plan = random_plan(shape, random.Random(3), block_neurons=224)
+    model, _ = load_model(plan, folder, load_format="dummy")
+    yield model
+    del model
+    # cuBLAS keeps 32 MiB for each stream that it was ever used on, which counts against the cap.
+    torch._C._cuda_clearCublasWorkspaces()
+    release_gpu_memory()
+
+
+def profile_of(bench: MachineBench, folder: Path) -> MachineProfile:
+    """The profile of a bench; its unfinished parts lie in `folder`."""
+    unfinished = Unfinished(folder / "wide.machine.yaml", bench.identity)
+    return measure_machine(bench, unfinished, "test", True, lambda name, finished: None)
+
+
+def solved(spec: ModelSpec, machine: MachineProfile, workload: Workload, gpu_bytes: int) -> Plan:
+    """The best plan under uniform routing."""
+    budget = Budget(gpu_bytes=gpu_bytes)
+    return compile_plan(spec, machine, Routing.uniform(spec), workload, budget, PROVENANCE)
+
+
+def random_ids(sequences: int, tokens: int, seed: int) -> torch.Tensor:
+    """Token ids [sequences, tokens] on the GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 700, (sequences, tokens), generator=generator).to(CUDA)
+
+
+def exactly(ids: torch.Tensor, new_tokens: int) -> dict:
+    """Arguments of `generate()`: greedy, for this many tokens after `ids`."""
+    return {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+    }
+
+
+def page_locked(blocks: torch.Tensor) -> torch.Tensor:
+    """A copy of blocks, uint8 [count, block_bytes], in page-locked memory."""
+    arena = Arena(*blocks.shape, torch.device("cpu"))
+    arena.blocks.copy_(blocks)
+    arena.pin()
+    return arena.blocks

@@ -1,0 +1,117 @@
+"""A layer's experts on GPU, link and CPU at once, by both paths."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from fiddler_run.encodings.plain import Bf16
+from fiddler_run.engine.engine import ExpertEngine
+from fiddler_run.engine.layer import ExpertsLayer
+from fiddler_run.engine.tuning import Router, measure_prompt
+from fiddler_run.generation.model import PlannedModel
+from fiddler_run.kernels.table import kernels_for
+from gpu.conftest import CUDA, page_locked
+
+BLOCKS = Bf16(hidden_size=256, block_neurons=96)
+EXPERTS = 3
+BLOCKS_OF_EXPERT = 4
+SLOTS = 3
+
+
+def engines() -> Iterator[ExpertEngine]:
+    """One whose small batches take the decode path, and one without that path."""
+    kernels = kernels_for(BLOCKS, CUDA, threads=2)
+    assert kernels.decode is not None
+    for each in (kernels, replace(kernels, decode=None)):
+        yield ExpertEngine(BLOCKS, each, CUDA, SLOTS)
+
+
+def exact_sums(
+    experts: tuple[torch.Tensor, ...],
+    states: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """The weighted sums of experts, each uint8 [count, block_bytes]: [tokens, hidden] float64."""
+    sums = torch.zeros(states.shape, dtype=torch.float64)
+    for token, chosen in enumerate(index.tolist()):
+        state = states[token].double()
+        for expert, weight in zip(chosen, weights[token].double(), strict=True):
+            for gate_up, down in zip(*BLOCKS.decode(experts[expert]), strict=True):
+                gate, up = (gate_up.double() @ state).chunk(2)
+                products = torch.nn.functional.silu(gate) * up
+                sums[token] += weight * (down.double() @ products)
+    return sums
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 64, 130])
+def test_blocks_read_in_place_and_staged_ones_agree(tokens: int):
+    """Both paths, for every processor's share, against float64; the same bits twice."""
+    torch.manual_seed(tokens)
+    count = EXPERTS * BLOCKS_OF_EXPERT
+    stored = torch.randn(count, BLOCKS.block_bytes // 2).mul_(0.05).bfloat16()
+    experts = page_locked(stored.view(torch.uint8)).split(BLOCKS_OF_EXPERT)
+    states = torch.randn(tokens, BLOCKS.hidden_size).bfloat16()
+    index = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(tokens)])
+    weights = torch.rand(tokens, 2).softmax(dim=1)
+    expected = exact_sums(experts, states, index, weights)
+    inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
+    for engine in engines():
+        for resident, share in ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5), (3, 0.0)):
+            layer = ExpertsLayer(
+                0,
+                [expert[:resident].to(CUDA) for expert in experts],
+                [expert[resident:] for expert in experts],
+                lambda _, share=share: share,
+                engine,
+            )
+            outputs = [layer(*inputs).cpu() for _ in range(2)]
+            assert torch.equal(*outputs)
+            assert (outputs[0].double() - expected).norm() <= 3e-3 * expected.norm()
+        engine.resources.settle()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_choices_of_experts_that_do_not_exist(wide_bfloat16: PlannedModel, tokens: int):
+    """As transformers marks those that another process computes: they add nothing, in decode and in
+    prompts.
+    """
+    layer = wide_bfloat16.layers[1]
+    generator = torch.Generator(CUDA).manual_seed(tokens)
+    states = torch.randn(tokens, 1024, generator=generator, device=CUDA).bfloat16()
+    weights, index = torch.rand(tokens, 8, generator=generator, device=CUDA).topk(2)
+    without = weights.clone()
+    without[:, 1] = 0.0
+    expected = layer(states, index, without).float()
+    for outside in (8, 9, -1):
+        marked = index.clone()
+        marked[:, 1] = outside
+        for chosen in (marked, marked.int()):
+            found = layer(states, chosen, weights).float()
+            assert (found - expected).norm() <= 1e-2 * expected.norm()
+    wide_bfloat16.engine.resources.settle()
+
+
+def test_long_prompts_are_computed_alike_however_divided(wide_bfloat16: PlannedModel):
+    layers = wide_bfloat16.layers
+    router = Router(num_experts=8, top_k=2, hidden_size=1024)
+    times = measure_prompt(layers, wide_bfloat16.engine.resources, router, 400)
+    assert len(times) == len(layers)
+    generator = torch.Generator(CUDA).manual_seed(1)
+    states = torch.randn(400, 1024, generator=generator, device=CUDA).bfloat16()
+    weights, index = torch.rand(400, 8, generator=generator, device=CUDA).topk(2)
+    expected = None
+    for odds in (1.0, 8.0, 0.125):
+        for layer in layers:
+            layer.prefill_odds = odds
+        outputs = [layer(states, index, weights).float() for layer in layers]
+        expected = expected or outputs
+        for output, other in zip(outputs, expected, strict=True):
+            assert (output - other).abs().max() < 1e-2 * other.abs().max()
+    for layer in layers:
+        layer.prefill_odds = wide_bfloat16.tuning.prefill

@@ -1,0 +1,188 @@
+"""A GPU that the test plays: layers for it, and what it sends to the CPU's threads."""
+
+import random
+import time
+
+import numpy as np
+import torch
+
+from fiddler_run.encodings.base import Encoding
+from fiddler_run.encodings.plain import Bf16
+from fiddler_run.engine.buffers import PinnedBuffers
+from fiddler_run.engine.calls import Traffic, expert_groups
+from fiddler_run.engine.engine import ExpertEngine
+from fiddler_run.engine.layer import ExpertsLayer
+from fiddler_run.kernels.cpu import CompiledExperts
+from fiddler_run.kernels.decode_layer import DecodeLayer
+from fiddler_run.kernels.pool import Pool
+from fiddler_run.kernels.table import Kernels
+
+CPU = torch.device("cpu")
+HIDDEN = 96
+NEURONS = 64
+BLOCKS = Bf16(HIDDEN, NEURONS)
+TOLERANCE = 3e-3  # one rounding of the products to bfloat16
+
+
+def random_blocks(count: int) -> torch.Tensor:
+    """Uint8 [count, block_bytes]."""
+    return torch.randn(count, 3 * NEURONS * HIDDEN).mul_(0.1).bfloat16().view(torch.uint8)
+
+
+def compiled(threads: int, variant: str | None = None, spin_us: int = 20) -> CompiledExperts:
+    """The compiled kernel on a pool of its own."""
+    return CompiledExperts(BLOCKS, Pool(threads, spin_us, variant=variant))
+
+
+def make_engine(decode: object | None = None) -> ExpertEngine:
+    """An engine on the CPU, with these kernels for the decode path."""
+    cpu = compiled(2)
+    return ExpertEngine(BLOCKS, Kernels(cpu, decode, cpu.apply), CPU, 4)
+
+
+def applied(blocks: torch.Tensor, state: torch.Tensor, encoding: Encoding = BLOCKS) -> torch.Tensor:
+    """Blocks applied to one state in float32."""
+    gate_up, down = encoding.decode(blocks)
+    gate, up = (gate_up.float() @ state.float()).chunk(2, dim=1)
+    products = torch.nn.functional.silu(gate) * up
+    return (down.float() @ products.unsqueeze(2)).squeeze(2).sum(dim=0)
+
+
+class Layer:
+    """Experts with up to four blocks in "GPU memory" and up to four in host memory, and what is
+    needed to call them.
+    """
+
+    def __init__(
+        self, rng: random.Random, share: float, experts: int = 6, engine: ExpertEngine | None = None
+    ):
+        def share_at(tokens: int) -> float:
+            return share / tokens**0.1
+
+        self.experts = experts
+        self.resident, self.host = (
+            [random_blocks(rng.randint(0, 4)) for _ in range(experts)] for _ in range(2)
+        )
+        self.decode = DecodeLayer(self.resident, self.host, share_at)
+        self.layer = ExpertsLayer(0, self.resident, self.host, share_at, engine)
+        self.share_at = share_at
+        places = [block for expert in (*self.resident, *self.host) for block in expert]
+        self.at = {block.data_ptr(): block for block in places}
+
+    def on(self, engine: ExpertEngine) -> ExpertsLayer:
+        """The layer run by another engine."""
+        return ExpertsLayer(0, self.resident, self.host, self.share_at, engine)
+
+
+class Gpu:
+    """What a job gets from a GPU and gives to it."""
+
+    def __init__(
+        self, tokens: int, layer: Layer, buffers: PinnedBuffers, top_k: int = 2, alike: bool = False
+    ):
+        """`alike`: all tokens choose the same experts."""
+        self.states = torch.randn(tokens, HIDDEN).bfloat16()
+        self.index = torch.stack([torch.randperm(layer.experts)[:top_k] for _ in range(tokens)])
+        if alike:
+            self.index[:] = self.index[0].clone()
+        self.weights = torch.rand(tokens, top_k)
+        self.layer = layer
+        self.buffers = buffers
+        most = layer.decode.max_blocks(tokens * top_k)
+        self.given = buffers.decode_inputs(
+            self.states, self.index, self.weights, layer.experts, most
+        )
+        self.output = torch.full((tokens, HIDDEN), torch.nan)
+        self.traffic = np.zeros(3, dtype=np.int64)
+
+    def submit(self, kernel: CompiledExperts, job: int) -> None:
+        kernel.submit_routed(
+            self.layer.decode,
+            self.given,
+            self.traffic,
+            self.output,
+            self.buffers.output_ready,
+            job,
+        )
+
+    def send(self, job: int) -> None:
+        for to, tensor in zip(
+            (self.given.states, self.given.index, self.given.weights), self._tensors, strict=True
+        ):
+            to.copy_(tensor)
+        self.given.inputs_ready[: len(self.states)] = job
+
+    @property
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.states, self.index, self.weights
+
+    def check(self) -> None:
+        """The table's blocks and the CPU's output together are the layer's; the blocks are divided
+        as Python divides them.
+        """
+        addresses, _, _, _, choices = self._table()
+        found = self.output + self.sums()
+        expected = self.expected()
+        assert (found - expected).norm() <= TOLERANCE * expected.norm()
+        calls = self.layer.layer.split(
+            expert_groups(self.index.numpy(), self.weights.numpy(), self.layer.experts)
+        )
+        wanted = Traffic(
+            sum(call.expert.num_resident for call in calls),
+            sum(call.num_streamed for call in calls),
+            sum(call.num_on_cpu for call in calls),
+        )
+        assert Traffic(*self.traffic.tolist()) == wanted
+        streamed = {
+            call.expert.host[n].data_ptr() for call in calls for n in range(call.num_streamed)
+        }
+        resident = {block.data_ptr() for call in calls for block in call.expert.resident}
+        assert set(addresses) == streamed | resident
+        assert sorted(choices) == list(range(self.index.numel()))
+
+    def sums(self) -> torch.Tensor:
+        """What the table tells a GPU to compute."""
+        addresses, experts, first_block, first_choice, choices = self._table()
+        sums = torch.zeros(self.index.shape + (HIDDEN,))
+        for expert in range(self.layer.experts):
+            blocks = range(first_block[expert], first_block[expert + 1])
+            assert all(experts[block] == expert for block in blocks)
+            for choice in choices[first_choice[expert] : first_choice[expert + 1]]:
+                token, place = divmod(choice, self.index.shape[1])
+                assert self.index[token, place] == expert
+                for block in blocks:
+                    sums[token, place] += applied(
+                        self.layer.at[addresses[block]][None], self.states[token]
+                    )
+        return (sums * self.weights.unsqueeze(2)).sum(dim=1)
+
+    def expected(self) -> torch.Tensor:
+        """The layer's experts, of those that exist."""
+        expected = torch.zeros(self.states.shape)
+        for token, place in np.ndindex(*self.index.shape):
+            expert = self.index[token, place]
+            if not 0 <= expert < self.layer.experts:
+                continue
+            for blocks in (self.layer.resident[expert], self.layer.host[expert]):
+                if len(blocks):
+                    expected[token] += self.weights[token, place] * applied(
+                        blocks, self.states[token]
+                    )
+        return expected
+
+    def _table(self) -> list[list[int]]:
+        most = self.given.max_blocks
+        table = self.given.table.tolist()
+        num_blocks = table[0]
+        rest = table[1:]
+        sizes = most, most, self.layer.experts + 1, self.layer.experts + 1, self.index.numel()
+        parts = torch.tensor(rest).split(sizes)
+        addresses, experts, *others = (part.tolist() for part in parts)
+        return [addresses[:num_blocks], experts[:num_blocks], *others]
+
+
+def wait_for(flag: torch.Tensor, job: int) -> None:
+    deadline = time.monotonic() + 60
+    while flag.item() < job:
+        assert time.monotonic() < deadline
+        time.sleep(1e-4)

@@ -1,0 +1,65 @@
+"""Models to compare: stock transformers', which keeps its answers, and ours with experts moved."""
+
+from pathlib import Path
+
+import torch
+from transformers import MixtralForCausalLM
+
+from fiddler_run.generation.model import PlannedModel
+from fiddler_run.models.table import FAMILIES
+from fiddler_run.plan.schema import Plan
+from fiddler_run.weights.checkpoint import Checkpoint
+from fiddler_run.weights.store import ExpertStore
+from fiddler_run.weights.tensor_files import TensorFiles
+
+
+class Stock:
+    """A checkpoint's model in stock transformers, in float32.
+
+    Its experts are the eager ones, because the default ones refuse sizes that are no multiple of 16
+    bytes.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        model = MixtralForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="eager"
+        )
+        self.model = model.to(device).eval()
+        self._kept: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        key = f"{ids.tolist()} {mask.tolist()}"
+        if key not in self._kept:
+            self._kept[key] = self.model(ids, attention_mask=mask).logits
+        return self._kept[key]
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        seed: int = 0,
+        **arguments: object,
+    ) -> torch.Tensor:
+        """The tokens for these arguments of `generate()`, drawn with `seed` if they are sampled."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        key = f"{input_ids.tolist()} {attention_mask.tolist()} {seed} {sorted(arguments.items())}"
+        if key not in self._kept:
+            torch.manual_seed(seed)
+            self._kept[key] = self.model.generate(**inputs, **arguments)
+        return self._kept[key]
+
+
+def answer(model, tokenizer, text: str, new_tokens: int = 6, **arguments: object) -> str:
+    """The text of so many greedy tokens after a prompt."""
+    encoded = tokenizer(text, return_tensors="pt").to(model.device)
+    greedy = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    output = model.generate(**encoded, **greedy, pad_token_id=2, **arguments)
+    return tokenizer.decode(output[0, encoded["input_ids"].shape[1] :])
+
+
+def move_experts(model: PlannedModel, plan: Plan, folder: Path) -> None:
+    """Gives a loaded model another plan, with its experts read from `folder`."""
+    store = ExpertStore(plan, model.device, folder)
+    store.load(Checkpoint(TensorFiles(folder), FAMILIES[model.family.model_type]))
+    model.attach_experts(plan, store)

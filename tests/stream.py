@@ -1,0 +1,80 @@
+"""The decode path's GPU kernels, played by a thread."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from hand_over import BLOCKS, applied, wait_for
+
+from fiddler_run.encodings.base import Encoding
+
+
+class Stream:
+    """The decode path's GPU kernels: what is queued runs in order, in a thread of its own."""
+
+    def __init__(self, late_s: float = 1e-3, encoding: Encoding = BLOCKS):
+        """`late_s`: the time between two layers' experts."""
+        self.encoding = encoding
+        self.at: dict[int, torch.Tensor] = {}  # blocks by address
+        self.late_s = late_s
+        self.thread = ThreadPoolExecutor(1)
+        self.most_waiting = 0
+        self.queued: list[Future] = []
+
+    def queue(self, work) -> None:
+        self.most_waiting = max(self.most_waiting, sum(not each.done() for each in self.queued))
+        self.queued.append(
+            self.thread.submit(torch.inference_mode(torch.is_inference_mode_enabled())(work))
+        )
+
+    def finish(self) -> None:
+        for each in self.queued:
+            each.result(timeout=60)
+
+    def publish_inputs(self, tensors, host, inputs_ready, job):
+        def work():
+            time.sleep(self.late_s)
+            for to, tensor in zip(host, tensors, strict=True):
+                to.copy_(tensor)
+            inputs_ready[: len(tensors[0])] = job
+
+        self.queue(work)
+
+    def wait_for_table(self, table, table_ready, gave_up, job, device):
+        fetched = torch.empty_like(table)
+        self.queue(lambda: (wait_for(table_ready, job), fetched.copy_(table)))
+        return fetched
+
+    def expert_gemv(self, table, max_blocks, num_experts, states, weights):
+        results = torch.zeros((*weights.shape, states.shape[1]))
+
+        def work():
+            rows = table.tolist()
+            choices = rows[1 + 2 * max_blocks + 2 * (num_experts + 1) :]
+            firsts = rows[1 + 2 * max_blocks + num_experts + 1 :]
+            for address, expert in zip(rows[1 : 1 + rows[0]], rows[1 + max_blocks :], strict=False):
+                for choice in choices[firsts[expert] : firsts[expert + 1]]:
+                    token, place = divmod(choice, weights.shape[1])
+                    results[token, place] += weights[token, place] * applied(
+                        self.at[address][None], states[token], self.encoding
+                    )
+
+        self.queue(work)
+        return results
+
+    def combine(self, results, index, num_experts, cpu_output, output_ready, gave_up, job, like):
+        output = torch.empty_like(like)
+        self.queue(
+            lambda: (wait_for(output_ready, job), output.copy_(results.sum(dim=1) + cpu_output))
+        )
+        return output
+
+
+class InStep(Stream):
+    """A GPU whose results are there when Python goes on, as tensors on a CPU must be."""
+
+    def combine(self, *arguments):
+        output = super().combine(*arguments)
+        self.finish()
+        self.queued.clear()
+        return output

@@ -1,0 +1,64 @@
+"""The KV cache: in one place as long as it has room, else as transformers' own."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from fiddler_run.generation.cache import KeyValueCache
+
+
+def small_cache() -> KeyValueCache:
+    """2 layers, 3 sequences, 2 heads, 4 tokens of 2 numbers each."""
+    return KeyValueCache(2, 3, 2, 4, 2, torch.float32, torch.device("cpu"))
+
+
+PROMPT = torch.arange(24.0).view(3, 2, 2, 2)  # 2 tokens of such a cache
+
+
+def test_cache_stays_where_it_is():
+    cache = small_cache()
+    keys, values = cache.update(PROMPT, -PROMPT, 1)
+    where = keys.data_ptr(), values.data_ptr()
+    assert torch.equal(keys, PROMPT)
+    assert cache.get_seq_length(1) == 2
+    cache.layers[1].reorder_cache(torch.tensor([2, 2, 0]))
+    keys, values = cache.update(torch.ones(3, 2, 1, 2), torch.zeros(3, 2, 1, 2), 1)
+    assert torch.equal(keys[:, :, :2], PROMPT[[2, 2, 0]])
+    assert torch.equal(values[:, :, :2], -PROMPT[[2, 2, 0]])
+    assert torch.equal(keys[:, :, 2], torch.ones(3, 2, 2))
+    cache.reset()
+    assert cache.get_seq_length(1) == 0
+    keys, values = cache.update(PROMPT[:2], PROMPT[:2], 1)
+    assert (keys.data_ptr(), values.data_ptr()) == where
+    assert torch.equal(keys, PROMPT[:2])
+
+
+def assert_same_updates(cache: KeyValueCache, dynamic: DynamicCache, *all_states) -> None:
+    for states in all_states:
+        found = cache.update(states, -states, 0)
+        expected = dynamic.update(states, -states, 0)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [torch.cat([PROMPT, PROMPT]), torch.cat([PROMPT] * 3, dim=2)],
+    ids=["sequences", "tokens"],
+)
+def test_more_than_the_cache_has_room_for(more):
+    assert_same_updates(small_cache(), DynamicCache(), more, more[:, :, :1])
+
+
+def test_cropped_after_there_was_no_room():
+    """As assisted decoding does with tokens that it takes back."""
+    cache = small_cache()
+    dynamic = DynamicCache()
+    assert_same_updates(cache, dynamic, PROMPT, PROMPT[:, :, :1], PROMPT)
+    for each in (cache, dynamic):
+        each.layers[0].crop(-2)
+    assert_same_updates(cache, dynamic, PROMPT[:, :, :1] + 100)
+
+
+def test_one_token_too_many():
+    states = (PROMPT, PROMPT, PROMPT[:, :, :1], PROMPT)
+    assert_same_updates(small_cache(), DynamicCache(), *states)

@@ -1,0 +1,184 @@
+"""Layers and whole models on the decode path, with a GPU that the test plays."""
+
+import random
+
+import pytest
+import torch
+from conftest import DEMO, demo_shape, make_plan
+from hand_over import CPU, HIDDEN, Layer, make_engine
+from stream import InStep, Stream
+from transformers import DynamicCache
+
+from fiddler_run import load_model
+from fiddler_run.engine.calls import Traffic
+from fiddler_run.engine.engine import ExpertEngine
+from fiddler_run.engine.layer import ExpertsLayer
+from fiddler_run.engine.timeline import Span, Work
+from fiddler_run.engine.tuning import Router, measure_token
+from fiddler_run.generation.model import PlannedModel
+from fiddler_run.kernels.library import library
+from fiddler_run.kernels.table import Kernels
+
+if library() is None:
+    pytest.skip("the kernel is not built", allow_module_level=True)
+
+
+def test_python_is_ahead_of_cpu_and_gpu():
+    """Layer after layer of one token is queued before the first is computed.
+
+    The results are those of the prefill path.
+    """
+    torch.manual_seed(4)
+    stream = Stream()
+    engines = (make_engine(), make_engine(stream))
+    rng = random.Random(4)
+    layers = [Layer(rng, 0.4) for _ in range(12)]
+    for layer in layers:
+        stream.at |= layer.at
+    index = [torch.stack([torch.randperm(6)[:2] for _ in range(3)]) for _ in layers]
+    weights = torch.rand(3, 2)
+    states = [torch.randn(3, HIDDEN).bfloat16() for _ in layers]
+
+    def run(engine: ExpertEngine) -> tuple[list[torch.Tensor], Traffic, list[Span]]:
+        resources = engine.resources
+        resources.forget_traffic()
+        with resources.timeline.recording() as spans:
+            outputs = [
+                layer.on(engine)(x, chosen, weights)
+                for layer, x, chosen in zip(layers, states, index, strict=True)
+            ]
+            stream.finish()
+            resources.jobs.finish()
+        return outputs, resources.traffic, spans
+
+    expected, traffic, _ = run(engines[0])
+    for _ in range(3):
+        found, same_traffic, spans = run(engines[1])
+        assert same_traffic == traffic
+        for got, want in zip(found, expected, strict=True):
+            assert (got.float() - want.float()).norm() <= 1e-2 * want.float().norm()
+        for work in (Work.ROUTER, Work.BLOCKS):
+            assert [span.layer for span in spans if span.name == work] == [0] * 12
+        assert all(span.stop_s >= span.start_s for span in spans)
+    assert stream.most_waiting >= 5  # of a layer that has only begun
+
+
+def test_an_interrupt_leaves_nothing_under_way(monkeypatch):
+    torch.manual_seed(5)
+    stream = Stream()
+    engine = make_engine(stream)
+    layer = Layer(random.Random(5), 0.4, engine=engine)
+    stream.at |= layer.at
+    states = torch.randn(1, HIDDEN).bfloat16()
+    index = torch.tensor([[0, 3]])
+    weights = torch.rand(1, 2)
+    for broken in ("publish_inputs", "wait_for_table", "expert_gemv", "combine"):
+        with monkeypatch.context() as patch:
+
+            def interrupt(*_):
+                raise KeyboardInterrupt
+
+            patch.setattr(stream, broken, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                layer.layer(states, index, weights)
+            assert not len(engine.resources.jobs)
+        found = [layer.layer(states, index, weights) for _ in range(2)]
+        stream.finish()
+        engine.resources.jobs.finish()
+        assert torch.equal(*found)
+
+
+def test_an_interrupted_wait_leaves_the_job_to_be_abandoned(monkeypatch):
+    engine = make_engine()
+    layer = Layer(random.Random(5), 0.4, engine=engine)
+    cpu = engine.resources.kernels.cpu
+    abandoned = []
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpu, "abandon", abandoned.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            layer.layer(torch.randn(1, HIDDEN).bfloat16(), torch.tensor([[0, 3]]), torch.rand(1, 2))
+    engine.resources.abandon()
+    assert len(abandoned) == 1
+    assert not len(engine.resources.jobs)
+
+
+def test_what_is_measured_of_a_token_is_what_was_computed():
+    torch.manual_seed(6)
+    stream = Stream()
+    engine = make_engine(stream)
+    rng = random.Random(6)
+    shares = (0.0, 0.2, 0.5, 0.8, 1.0)
+    layers = [Layer(rng, share, engine=engine) for share in shares]
+    for layer in layers:
+        stream.at |= layer.at
+    resources = engine.resources
+    router = Router(num_experts=6, top_k=2, hidden_size=HIDDEN)
+    for number in range(3):
+        resources.forget_traffic()
+        measured = measure_token([layer.layer for layer in layers], resources, router, number)
+        traffic = resources.traffic
+        assert sum(each.streamed for each in measured) == traffic.streamed_blocks > 0
+        assert sum(each.on_cpu for each in measured) == traffic.cpu_blocks > 0
+        assert all((each.cpu_s > 0) == (each.on_cpu > 0) for each in measured)
+        assert all((each.link_s > 0) == (each.streamed > 0) for each in measured)
+        assert all(each.both_s >= max(each.cpu_s, each.link_s) for each in measured)
+    stream.finish()
+
+
+def on_the_decode_path(model: PlannedModel, stream: Stream) -> ExpertEngine:
+    """Has a loaded model's layers run by another engine, with these GPU kernels."""
+    cpu = model.engine.resources.kernels.cpu
+    engine = ExpertEngine(model.plan.blocks, Kernels(cpu, stream, cpu.apply), CPU, 3)
+    store = model.store
+    share_at = model.plan.rank.stream_share_at
+    for rows in (store.resident, store.host):
+        blocks = [block for row in rows for expert in row for block in expert]
+        stream.at |= {block.data_ptr(): block for block in blocks}
+    places = zip(store.resident, store.host, strict=True)
+    model.set_layers(
+        [ExpertsLayer(number, *each, share_at, engine) for number, each in enumerate(places)]
+    )
+    return engine
+
+
+def test_a_whole_model_through_the_hand_over():
+    """Every layer of every step, in bfloat16.
+
+    Choices to the CPU's threads, their table, both parts, their sum.
+    """
+    plan = make_plan(demo_shape("bfloat16"), [[3] * 8] * 6, share={1: 0.4}, threads=2)
+    model, tokenizer = load_model(plan, DEMO)
+    text = "Once upon a time there was a brave owl named Ruby."
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=2)
+
+    @torch.no_grad()
+    def logits() -> torch.Tensor:
+        return torch.cat([model(ids).logits, *one_by_one()], dim=1).float()
+
+    def one_by_one() -> list[torch.Tensor]:
+        cache = DynamicCache(config=model.config)
+        return [
+            model(input_ids=ids[:, n : n + 1], past_key_values=cache).logits
+            for n in range(ids.shape[1])
+        ]
+
+    model.engine.resources.forget_traffic()
+    expected = logits()
+    needed = model.engine.resources.traffic.needed_blocks
+    stream = InStep(late_s=0.0, encoding=plan.blocks)
+    engine = on_the_decode_path(model, stream)
+    found = logits()
+    engine.resources.jobs.finish()
+    stream.thread.shutdown()
+    traffic = engine.resources.traffic
+    assert min(traffic.resident_blocks, traffic.streamed_blocks, traffic.cpu_blocks) > 0
+    assert traffic.needed_blocks == pytest.approx(needed, rel=0.05)
+    assert (found - expected).norm() <= 0.05 * expected.norm()
+    same = (found.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean()
+    assert same > 0.95

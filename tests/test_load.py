@@ -1,0 +1,73 @@
+"""Loading a model, converting it, and letting it go."""
+
+import gc
+import random
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO, demo_shape, make_plan, random_plan
+
+from fiddler_run import load_model
+from fiddler_run.errors import FiddlerError
+from fiddler_run.loading.load import _warm_up
+from fiddler_run.models.table import FAMILIES
+from fiddler_run.weights.checkpoint import Checkpoint
+from fiddler_run.weights.store import ExpertStore
+from fiddler_run.weights.tensor_files import TensorFiles
+
+
+def test_a_model_that_goes_gives_its_memory_back():
+    model, tokenizer = load_model(random_plan(demo_shape("bfloat16"), random.Random(2)), DEMO)
+    with torch.no_grad():
+        model(**tokenizer("Once", return_tensors="pt").to(model.device))
+    arena = weakref.ref(model.store._host_arena)
+    del model
+    gc.collect()
+    assert arena() is None
+
+
+def test_loading_can_be_interrupted():
+    plan = make_plan(demo_shape("bfloat16"), [[0] * 8] * 6)
+    checkpoint = Checkpoint(TensorFiles(DEMO), FAMILIES["mixtral"])
+    read = []
+
+    class Counting:
+        def expert(self, layer, expert):
+            read.append((layer, expert))
+            time.sleep(0.01)
+            return checkpoint.expert(layer, expert)
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ExpertStore(plan, torch.device("cpu"), Path()).load(Counting(), interrupt)
+    assert len(read) < 48
+
+
+def test_a_converted_model_is_refused(device):
+    model, tokenizer = load_model(random_plan(demo_shape("bfloat16"), random.Random(3)), DEMO)
+    for convert in (model.float, model.half, model.double, lambda: model.to(torch.float32)):
+        with pytest.raises(
+            FiddlerError, match=r"the experts are bfloat16 and stay so; for torch.float"
+        ):
+            convert()
+    with pytest.raises(FiddlerError, match="a loaded model stays where its plan has put it"):
+        model.to("meta")
+    model.bfloat16()
+    model.to(device)
+    assert model(**tokenizer("Once", return_tensors="pt").to(device)).logits.isfinite().all()
+
+
+def test_a_model_of_the_shortest_context_is_warmed_up():
+    """One token in, one out."""
+    plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6)
+    workload = plan.workload.model_copy(
+        update={"prompt_tokens": 1, "output_tokens": 1, "max_seq_len": 2, "num_beams": 1}
+    )
+    model, _ = load_model(plan.model_copy(update={"workload": workload}), DEMO)
+    _warm_up(model)
+    assert model.engine.resources.traffic.needed_blocks > 0

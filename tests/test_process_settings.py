@@ -1,0 +1,130 @@
+"""What a model sets for the whole process is put back, and a forked process is refused."""
+
+import os
+import random
+import threading
+import time
+
+import pytest
+import torch
+from conftest import DEMO, demo_shape, make_plan, random_plan
+from models import answer
+from transformers import StoppingCriteria
+
+from fiddler_run import load_model
+from fiddler_run.kernels.library import library
+from fiddler_run.kernels.pool import shared_pool
+from fiddler_run.system import process_settings
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+# Python warns of a fork beside other threads.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
+
+def said_by_a_fork(say) -> str:
+    """What `say()` returns in a forked process, which must end as any process does."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            said = say()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        said = pipe.read().decode()
+    assert os.waitpid(child, 0)[1] == 0
+    return said
+
+
+@needs_fork
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_forked_process_is_refused(dtype, place):
+    """It has none of the threads that compute, nor the one that holds a lock."""
+    plan = random_plan(demo_shape(dtype), random.Random(3))
+    model, tokenizer = place(plan)
+    said = said_by_a_fork(lambda: answer(model, tokenizer, "Once"))
+    assert said.startswith("FiddlerError: this model was loaded by process ")
+    assert said.endswith('by the method "spawn", and load the model there')
+
+
+@needs_fork
+@pytest.mark.skipif(library() is None, reason="needs the compiled CPU kernel")
+def test_a_forked_process_makes_its_own_pool():
+    def settings_and_pool() -> str:
+        with process_settings.while_running(1):
+            return str(shared_pool(2, 20, False) is pool)
+
+    pool = shared_pool(2, 20, False)
+    assert shared_pool(2, 20, False) is pool
+    with process_settings._lock:  # as another thread may
+        assert said_by_a_fork(settings_and_pool) == "False"
+
+
+def test_what_is_set_for_the_process_is_put_back(monkeypatch):
+    before = torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()
+    plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6, threads=2)
+    model, tokenizer = load_model(plan, DEMO)
+    assert (torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()) == before
+    seen = []
+
+    class Look(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append((torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()))
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    monkeypatch.setattr(model.session, "_cpu_threads", 2)  # of so small a model it would be 1
+    answer(model, tokenizer, "Once", stopping_criteria=[Look()])
+    assert set(seen) == {(2, False)}
+    assert (torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()) == before
+
+
+def test_little_work_is_not_divided():
+    assert process_settings.dense_threads(16, 83_902_464) == 16  # a layer of Mixtral-8x7B
+    assert process_settings.dense_threads(16, 101_000) == 1  # of the demo model
+
+
+def test_turns_of_two_threads_put_back_what_each_had():
+    """PyTorch's number of threads is one of each thread."""
+    before = torch.get_num_threads()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    entered = threading.Event()
+    left = threading.Event()
+    found = []
+
+    def first() -> None:
+        with process_settings.while_running(before + 3):
+            entered.set()
+            time.sleep(0.05)
+        found.append(torch.get_num_threads())
+        left.set()
+
+    def second() -> None:
+        entered.wait()
+        with process_settings.while_running(before + 2):
+            left.wait()
+            found.append(torch.get_num_threads())
+        found.append(torch.get_num_threads())
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [before, before + 2, before]
+    assert (torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()) == (before, cudnn)
+
+
+def test_the_last_of_several_turns_puts_back():
+    before = torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()
+    first, second = (
+        process_settings.while_running(threads) for threads in (before[0] + 1, before[0] + 2)
+    )
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    second.__exit__(None, None, None)
+    assert (torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()) == before

@@ -1,0 +1,53 @@
+"""The limits that keep the code readable. ruff checks the others."""
+
+import ast
+from pathlib import Path
+
+from conftest import ROOT
+
+FOLDERS = ("fiddler_opt", "runtime", "tests", "benchmarks", "profiles", "examples")
+MAX_FILE_LINES = 250
+MAX_FUNCTION_LINES = 60
+MAX_COLUMNS = 100
+MAX_TUPLE_ASSIGNMENTS = 0.03  # of all assignments: one a line can be read and debugged
+
+
+def sources(*endings: str) -> list[Path]:
+    files = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
+    return [path for path in files if path.suffix in endings]
+
+
+def trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text()) for path in sources(".py")}
+
+
+def test_files_and_lines_are_short():
+    for path in sources(".py", ".cpp", ".h"):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= MAX_FILE_LINES, path
+        assert max(map(len, lines), default=0) <= MAX_COLUMNS, path
+
+
+def test_functions_are_short():
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= MAX_FUNCTION_LINES, f"{path}: {node.name}"
+
+
+def test_assignments_are_one_a_line():
+    every = [
+        node
+        for tree in trees().values()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign))
+    ]
+    several = [
+        node
+        for node in every
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Tuple)
+        and isinstance(node.value, ast.Tuple)
+    ]
+    assert len(several) <= MAX_TUPLE_ASSIGNMENTS * len(every)

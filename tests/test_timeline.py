@@ -1,0 +1,76 @@
+"""The spans of a timeline, the times of a phase that follow from them, and traces of them."""
+
+import json
+
+import pytest
+import torch
+from conftest import demo_shape, make_plan
+
+from fiddler_run.engine.calls import Traffic
+from fiddler_run.engine.timeline import Lane, Span, Timeline, write_trace
+from fiddler_run.generation.phase_times import _rates, phase_times
+
+
+def test_parts_of_the_time():
+    """Two layers, from router to router 10 s: the CPU 1 to 5, the link 3 to 6, resident 4 to 7, the
+    dense part 8 to 10.
+    """
+    spans = [
+        Span("Python", "wait for the router", 0, 0, -1.0, 0.0),
+        Span("Python", "wait for the router", 1, 1, 9.0, 10.0),
+        Span("CPU", "blocks", 0, 0, 1.0, 5.0),
+        Span("link", "copy", 0, 0, 3.0, 4.0),
+        Span("link", "copy", 0, 0, 3.5, 6.0),
+        Span("GPU", "resident", 0, 0, 4.0, 7.0),
+        Span("GPU", "dense", 0, 0, 8.0, 12.0),
+    ]
+    plan = make_plan(demo_shape().model_copy(update={"num_layers": 2}), [[4] * 8] * 2)
+    traffic = Traffic(resident_blocks=12, streamed_blocks=6, cpu_blocks=14)
+    whole = phase_times(plan, spans, traffic, 25.0, 1, 2)
+    of_one_layer_twice = {"host": 10e3, "resident": 2e3, "dense": 8e3, "head": 5e3}
+    assert whole.ms == pytest.approx(of_one_layer_twice)
+    at_work = {"CPU": 8e3, "link": 6e3, "resident": 6e3, "dense": 4e3, "streamed": 0.0, "idle": 4e3}
+    assert whole.at_work_ms == pytest.approx(at_work)
+    blocks_per_s = {"CPU": 14 / 4, "link": 6 / 3, "host": 20 / 5, "resident": 12 / 3}
+    bytes_per_s = {name: rate * plan.block_bytes for name, rate in blocks_per_s.items()}
+    assert whole.bytes_per_s == pytest.approx(bytes_per_s)
+    assert whole.tokens_per_expert == 2 * 2 * 2 / (32 / 8)
+
+
+def test_rates_of_blocks_read_in_place():
+    """Resident blocks that the same kernel computes have no rate of their own."""
+    spans = [
+        Span("CPU", "blocks", 0, 0, 0.0, 6.0),
+        Span("link", "in place", 0, 0, 1.0, 5.0),
+        Span("link", "in place", 0, 0, 7.0, 8.0),
+    ]
+    traffic = Traffic(resident_blocks=9, streamed_blocks=25, cpu_blocks=36)
+    found = _rates(spans, traffic, block_bytes=10)
+    assert found == {"link": 250 / 5, "CPU": 360 / 6, "host": 610 / 7}
+    assert _rates([], traffic, block_bytes=10) == {}
+    # Without a GPU, the CPU computes the resident blocks, too.
+    assert _rates(spans[:1], traffic, block_bytes=10)["CPU"] == 450 / 6
+
+
+def test_a_timeline_that_is_off_keeps_nothing():
+    timeline = Timeline(torch.device("cpu"))
+    timeline.begin("CPU", "blocks")
+    with timeline.recording() as spans:
+        timeline.end("CPU", "blocks")  # it began before
+        timeline.enter(3)
+        timeline.begin("CPU", "blocks")
+        timeline.end("CPU", "blocks")
+        timeline.begin("link", "copy")  # never ends
+    (span,) = spans
+    assert (span.lane, span.name, span.layer, span.call) == ("CPU", "blocks", 3, 0)
+    assert 0 <= span.start_s <= span.stop_s
+
+
+def test_a_trace_is_what_viewers_read(tmp_path):
+    write_trace([Span("link", "copy", 2, 9, 1e-3, 3e-3)], tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    rows = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert list(rows.values()) == list(Lane)
+    (copy,) = [event for event in events if event["ph"] == "X"]
+    assert (rows[copy["tid"]], copy["name"], copy["ts"]) == ("link", "copy", 1e3)
+    assert copy["dur"] == pytest.approx(2e3)

@@ -1,0 +1,106 @@
+"""Layers whose speeds the test sets."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+
+from fiddler_run.engine.timeline import Lane, Span, Work
+from fiddler_run.engine.tuning import Router
+from fiddler_run.kernels.decode_layer import DecodeLayer
+from fiddler_run.plan.split import scale_odds
+
+EXPERTS = 8
+BLOCKS = 16
+TOP_K = 2
+ROUTER = Router(EXPERTS, TOP_K, hidden_size=4)
+LONG = 4096  # tokens of a prompt
+
+
+class Resources:
+    """Their clock stands still but for what layers take."""
+
+    def __init__(self, decode: object | None = "kernels"):
+        self.kernels = SimpleNamespace(decode=decode)
+        self.timeline = self.jobs = self
+        self.device = torch.device("cpu")
+        self.dtype = None
+        self.spans = []
+        self.calls = 0
+
+    def finish(self) -> None:
+        pass
+
+    @contextmanager
+    def recording(self):
+        self.spans = []
+        self.calls = 0
+        yield self.spans
+
+
+class Layer:
+    """Layers whose experts' blocks are all in host memory.
+
+    `cpu_s` and `link_s` for each block, and once `late_s` more for the CPU.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        share: float,
+        cpu_s: float,
+        link_s: float,
+        late_s: float = 0.0,
+        number: int = 0,
+    ):
+        nothing = [torch.empty(0, 6)] * EXPERTS
+        blocks = [torch.empty(BLOCKS, 6)] * EXPERTS
+        self.number = number
+        self.stream_share: Callable[[int], float] = lambda _: share
+        self.decode = DecodeLayer(nothing, blocks, self.stream_share)
+        self.experts = [SimpleNamespace(num_host=BLOCKS)] * EXPERTS
+        self.resources = resources
+        self.share = share
+        self.cpu_s = cpu_s
+        self.link_s = link_s
+        self.late_s = late_s
+        self.late_prompt_s = 0.0
+        self.prefill_odds = 1.0
+        self.prompts = []
+
+    def __call__(self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        if len(states) > 1:
+            self.compute_prompt(states, index, weights)
+            return
+        assert index.shape == weights.shape == (1, TOP_K)
+        assert index.max() < EXPERTS
+        streamed = int(self.decode.shares[1] * TOP_K * BLOCKS + 0.5)
+        cpu_s = (TOP_K * BLOCKS - streamed) * self.cpu_s + self.late_s
+        self.late_s = 0.0
+        call = self.resources.calls
+        self.resources.spans += [
+            Span(Lane.CPU, Work.ROUTER, 0, call, 0.0, 9.0),
+            Span(Lane.CPU, Work.BLOCKS, 0, call, 9.0, 9.0 + cpu_s),
+            Span(Lane.LINK, Work.IN_PLACE, 0, call, 9.0, 9.0 + streamed * self.link_s),
+        ]
+        self.resources.calls += 1
+
+    def compute_prompt(
+        self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        assert index.shape == weights.shape == (len(states), TOP_K)
+        assert index.flatten().bincount(minlength=EXPERTS).min() > 0
+        self.prompts.append(len(states))
+        share = scale_odds(self.share, self.prefill_odds)
+        cpu_s = (1 - share) * self.cpu_s + self.late_prompt_s
+        self.late_prompt_s = 0.0
+        copy_s = share * self.link_s / 2
+        call = self.resources.calls
+        self.resources.spans += [
+            Span(Lane.CPU, Work.BLOCKS, 0, call, 1.0, 1.0 + cpu_s),
+            Span(Lane.LINK, Work.COPY, 0, call, 0.0, copy_s),
+            Span(Lane.LINK, Work.COPY, 0, call, 9.0, 9.0 + copy_s),
+            Span(Lane.GPU, Work.STREAMED, 0, call, 0.0, 99.0),
+        ]
+        self.resources.calls += 1
