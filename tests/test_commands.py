@@ -46,7 +46,7 @@ def test_chain(demo):
     # A GPU may well be slower than the CPU with experts as small as these.
     assert plan.rank.device == "cuda" or plan.rank.num_resident_blocks > 0
     arguments = ("--plan", "plans/demo.yaml", "Once upon a time", "--max-new-tokens", 60)
-    result = run_process("fiddler-run", *arguments, cwd=demo)
+    result = run("fiddler-run", *arguments, cwd=demo)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(" there was a ")
     for words in ("time to first token", "decode", "GPU hit rate", "loading experts"):

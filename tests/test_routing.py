@@ -107,7 +107,7 @@ def test_counts_are_those_of_stock_transformers(profile, job):
     assert all(part["decode"]["tokens"] > 40 for part in found.values())
 
 
-@pytest.mark.parametrize("done", [1, 3, 5])
+@pytest.mark.parametrize("done", [1, 4])
 def test_a_recording_goes_on_where_it_was_cut(model, job, trace, tmp_path, done):
     file = tmp_path / "part.npz"
     first = RoutingRecorder(job)

@@ -1,6 +1,7 @@
 """The limits that keep the code readable. ruff checks the others."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 from conftest import ROOT
@@ -17,6 +18,7 @@ def sources(*endings: str) -> list[Path]:
     return [path for path in files if path.suffix in endings]
 
 
+@cache
 def trees() -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text()) for path in sources(".py")}
 

@@ -105,6 +105,8 @@ class ModelLoader:
         """Places every weight; calls `on_bytes` with the bytes of experts placed since its last
         call.
         """
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # small tensors would split what is cached, for ever
         model = place_dense_weights(self._checked.skeleton, self._dtype, self.device, self.weights)
         model.defaults = self._checked.defaults or GenerationDefaults()
         model.generation_config = GenerationConfig(
