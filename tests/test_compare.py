@@ -123,9 +123,8 @@ def test_predictions_for_other_work_are_told_apart():
         "the plans were made from different machine profiles",
     ]
     assert [change.name for change in other.settings] == ["machine", "workload.output_tokens"]
-    batch = compare(
-        *[plan(FIRST, workload__batch_size=2)] * 2
-    )  # tokens/s of both sequences: 1 + 2 * 63 / 1
+    # tokens/s of both sequences: 1 + 2 * 63 / 1
+    batch = compare(*[plan(FIRST, workload__batch_size=2)] * 2)
     assert batch.predictions[-1] == Change("workload_s", 127.0, 127.0)
 
 

@@ -93,9 +93,8 @@ def test_a_job_waits_for_each_of_its_tokens():
     for missing in range(3):
         time.sleep(0.01)
         assert buffers.output_ready.item() == 5
-        gpu.given.inputs_ready[missing] = (
-            6 if missing < 2 else 7
-        )  # the flag of a later job serves, too
+        # the flag of a later job serves, too
+        gpu.given.inputs_ready[missing] = 6 if missing < 2 else 7
     wait_for(buffers.output_ready, 6)
     kernel.wait()
 

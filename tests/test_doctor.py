@@ -29,9 +29,8 @@ def gpu_kernels():
     triton = SimpleNamespace(
         jit=lambda function=None, **_: function or (lambda decorated: decorated), language=language
     )
-    with patch.dict(
-        sys.modules, {"triton": triton, "triton.language": language}
-    ):  # and without what the test imports
+    # and without what the test imports
+    with patch.dict(sys.modules, {"triton": triton, "triton.language": language}):
         yield
     del fiddler_run.kernels.gpu
 

@@ -21,9 +21,8 @@ def test_weights_in_ram():
     """
     assert host_checks.bytes_in_ram(MIXTRAL, 0) == 93_405_585_408
     assert host_checks.bytes_in_ram(MIXTRAL, 24 * 10**9) == 90_194_313_216 - 18_288_727_808
-    assert (
-        host_checks.bytes_in_ram(MIXTRAL, 5 * 10**9) == 93_405_585_408
-    )  # too small for a GPU part
+    # too small for a GPU part
+    assert host_checks.bytes_in_ram(MIXTRAL, 5 * 10**9) == 93_405_585_408
     assert host_checks.bytes_in_ram(MIXTRAL, 140 * 10**9) == 0
 
 
@@ -93,11 +92,12 @@ X16 = PcieLink(4, 16, 4, 16)
             "slow",
             "3.0 x8, card and slot can do 4.0 x16: 4.0 times",
         ),
+        # a virtual machine's link
         (
             gpu_checks.check_link(PcieLink(1, 1, 5, 16), 54e9),
             "ok",
             "reach 54.00 GB/s",
-        ),  # a virtual machine's link
+        ),
         (gpu_checks.check_link(None, 54e9), "ok", "reach 54.00 GB/s"),
         (gpu_checks.check_link(None, None), None, ""),
         (gpu_checks.check_memlock(None, 72 * 10**9, False, False), "ok", ""),

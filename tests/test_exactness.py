@@ -145,7 +145,7 @@ def test_bfloat16_layer_against_float64(tokens, device):
     checkpoint = Checkpoint(TensorFiles(DEMO), FAMILIES["mixtral"])
     store = ExpertStore(plan, device, DEMO)
     store.load(checkpoint)
-    engine = make_engine(plan.blocks, device, rank.cpu_threads, 3, rank.cpu_pinned)
+    engine = make_engine(plan.block_format, device, rank.cpu_threads, 3, rank.cpu_pinned)
     torch.manual_seed(tokens)
     for number in range(6):
         states = torch.randn(tokens, 128).bfloat16()

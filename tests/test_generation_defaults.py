@@ -132,7 +132,6 @@ def test_refinements_of_sampling_count_where_there_is_sampling(tmp_path, model, 
     for do_sample in (True, False):
         change_json(model / "generation_config.json", top_k=1, do_sample=do_sample, temperature=0.3)
         assert texts(tmp_path, **exact) == greedy
-        assert (
-            texts(tmp_path, temperature=1.5, seed=1, **exact) == greedy
-        )  # of one token there is no choice
+        # of one token there is no choice
+        assert texts(tmp_path, temperature=1.5, seed=1, **exact) == greedy
     assert "generation flags" not in caplog.text

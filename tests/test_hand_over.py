@@ -133,7 +133,7 @@ def test_what_is_measured_of_a_token_is_what_was_computed():
 def on_the_decode_path(model: PlannedModel, stream: Stream) -> ExpertEngine:
     """Has a loaded model's layers run by another engine, with these GPU kernels."""
     cpu = model.engine.resources.kernels.cpu
-    engine = ExpertEngine(model.plan.blocks, Kernels(cpu, stream, cpu.apply), CPU, 3)
+    engine = ExpertEngine(model.plan.block_format, Kernels(cpu, stream, cpu.apply), CPU, 3)
     store = model.store
     share_at = model.plan.rank.stream_share_at
     for rows in (store.resident, store.host):
@@ -171,7 +171,7 @@ def test_a_whole_model_through_the_hand_over():
     model.engine.resources.forget_traffic()
     expected = logits()
     needed = model.engine.resources.traffic.needed_blocks
-    stream = InStep(late_s=0.0, encoding=plan.blocks)
+    stream = InStep(late_s=0.0, encoding=plan.block_format)
     engine = on_the_decode_path(model, stream)
     found = logits()
     engine.resources.jobs.finish()

@@ -38,9 +38,8 @@ def test_a_gpu_that_sends_nothing(monkeypatch):
     gpu.submit(kernel, 1)
     with pytest.raises(FiddlerError, match="the GPU does not answer"):
         kernel.wait()
-    assert (
-        buffers.output_ready.item() == gpu.given.table_ready.item() == 1
-    )  # should it come back, it must not hang
+    # should it come back, it must not hang
+    assert buffers.output_ready.item() == gpu.given.table_ready.item() == 1
     gpu.submit(kernel, 1 + 1)
     wait_for(buffers.output_ready, 2)
     gpu.submit(kernel, 3)  # finishes what was before
@@ -93,9 +92,8 @@ def test_an_interrupt_is_heard_while_a_gpu_sends_nothing():
         timer.join()
         kernel.abandon(buffers.output_ready)
         assert time.monotonic() - started < decode_layer.GPU_TIMEOUT_S / 3
-        assert (
-            buffers.output_ready.item() == gpu.given.table_ready.item() == 2 * job - 1
-        )  # should the GPU come back, it must not hang
+        # should the GPU come back, it must not hang
+        assert buffers.output_ready.item() == gpu.given.table_ready.item() == 2 * job - 1
         gpu.traffic[:] = 0
         gpu.submit(kernel, 2 * job)
         gpu.send(2 * job)

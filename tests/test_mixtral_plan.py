@@ -69,15 +69,13 @@ def test_bytes_by_purpose():
     plan = plan_for(24_000_000_000)
     gpu = plan.rank.gpu_memory_bytes
     assert gpu.total == 24_000_000_000
-    assert (
-        gpu.non_expert_weights == 3_211_272_192 - 262_144_000
-    )  # the embedding table lies in host memory
+    # the embedding table lies in host memory
+    assert gpu.non_expert_weights == 3_211_272_192 - 262_144_000
     assert plan.rank.host_memory_bytes.embedding == 262_144_000
     assert gpu.kv_cache == 4096 * 131_072
     assert gpu.staging == 8 * BLOCK_BYTES
-    assert (
-        gpu.reserve == 600_000_000 + 176_160_768
-    )  # the driver, and its map of up to 90.2 GB of page-locked memory
+    # the driver, and its map of up to 90.2 GB of page-locked memory
+    assert gpu.reserve == 600_000_000 + 176_160_768
     assert gpu.experts == plan.rank.num_resident_blocks * BLOCK_BYTES
     parts = (
         gpu.non_expert_weights

@@ -23,10 +23,11 @@ def test_messages_go_through_the_chat_template(tokenizer):
     plain = tokenizer("Why?\nSo.")["input_ids"]
     assert encode_prompts(tokenizer, [ASKED, "Why?\nSo."], 100, "p") == [plain, plain]
     tokenizer.chat_template = CHAT
+    # only a question asks for an answer
     expected = [
         "<user>Why?<assistant>So.",
         "<user>Why?<assistant>",
-    ]  # only a question asks for an answer
+    ]
     asked, question = encode_prompts(tokenizer, [ASKED, ASKED[:1]], 100, "p")
     assert [tokenizer.decode(asked), tokenizer.decode(question)] == expected
     tokenizer.chat_template = "{{ raise_exception('roles must\nalternate') }}"

@@ -105,10 +105,10 @@ def test_a_profile_times_experts_and_nothing_else():
     """Each layer's tokens come 5 ms late, fifty times as long as the CPU needs for its experts."""
     bench = ExpertBench(ModelSpec.load(str(DEMO)), 10**9, Stopwatch(CPU, 0.0), CPU)
     bench.use_threads(2, pinned=False)
-    stream = Stream(late_s=5e-3, encoding=bench.blocks)
+    stream = Stream(late_s=5e-3, encoding=bench.block_format)
     stream.at = {block.data_ptr(): block for expert in bench.host for block in expert}
     cpu = bench.engine.resources.kernels.cpu
-    bench.engine = ExpertEngine(bench.blocks, Kernels(cpu, stream, cpu.apply), CPU, slots=4)
+    bench.engine = ExpertEngine(bench.block_format, Kernels(cpu, stream, cpu.apply), CPU, slots=4)
     bench.on_gpu = True
     resources = bench.engine.resources
     try:

@@ -99,9 +99,8 @@ def test_counts_are_those_of_stock_transformers(profile, job):
     stock = MixtralForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     lengths = [len(ids) for prompts in job.sets.values() for ids in prompts]
     assert any(length > 128 for length in lengths)  # comes in two chunks
-    assert any(
-        length > MAX_SEQ_LEN - OUTPUT_TOKENS for length in lengths
-    )  # the context ends its continuation
+    # the context ends its continuation
+    assert any(length > MAX_SEQ_LEN - OUTPUT_TOKENS for length in lengths)
     found = profile.model_dump()["sets"]
     assert found == {name: by_hand(stock, prompts) for name, prompts in job.sets.items()}
     assert all(part["decode"]["tokens"] > 40 for part in found.values())

@@ -78,9 +78,8 @@ def test_the_link_brings_nothing_where_the_memory_is_the_limit(rtx4090):
         for factor in (1.5, 4, 100):
             faster_link = with_link(machine, factor * machine.h2d_bytes_per_s)
             assert faster_link.best_host_us[tokens] == pytest.approx(best[tokens], rel=1e-6)
-            assert min(faster_link.best_host_us.values()) >= best[tokens] * (
-                1 - 1e-6
-            )  # nor anywhere more than the memory gives
+            # nor anywhere more than the memory gives
+            assert min(faster_link.best_host_us.values()) >= best[tokens] * (1 - 1e-6)
         both = with_rates(machine, 100 * machine.h2d_bytes_per_s, 1.3 * ram_rate(machine))
         assert min(both.best_host_us.values()) == pytest.approx(best[tokens] / 1.3, rel=1e-6)
     for machine in MACHINES:
@@ -109,22 +108,23 @@ def test_by_hand():
     assert faster_link.host_expert_us[1] == {0.0: 4000.0, 0.35: 3000.0, 1.0: 4000.0}
     assert faster_link.host_expert_us[64] == {0.0: 16000.0, 0.8: 3200.0, 1.0: 4000.0}
     twice_link = with_link(machine, 2 * machine.h2d_bytes_per_s)
+    # 16000 * 3000 / 19000 would be more than the memory gives
     assert twice_link.best_host_us == {
         1: 3000.0,
         64: 3000.0,
-    }  # 16000 * 3000 / 19000 would be more than the memory gives
+    }
     twice_ram = with_ram(machine, 2 * ram_rate(machine))
     assert twice_ram.cpu_expert_us == {1: 2000.0, 64: 16000.0}
+    # 2000 * 6000 / 8000, and 3000 / 2
     assert twice_ram.host_expert_us[1] == {
         0.0: 2000.0,
         0.25: 1500.0,
         1.0: 6000.0,
-    }  # 2000 * 6000 / 8000, and 3000 / 2
+    }
     assert twice_ram.best_host_us[64] == 4363.636
     half_link = with_link(machine, machine.h2d_bytes_per_s / 2)
-    assert (
-        half_link.best_host_us[1] == 3000.0
-    )  # 4000 * 12000 / 16000: the balance, just as the memory
+    # 4000 * 12000 / 16000: the balance, just as the memory
+    assert half_link.best_host_us[1] == 3000.0
     assert half_link.stream_share[1] == 0.25
 
 

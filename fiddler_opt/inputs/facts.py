@@ -123,9 +123,8 @@ def pcie_link(bus_id: str) -> PcieLink | None:
     """The link of the GPU `0000:01:00.0`. An idle GPU drops its generation: ask while it copies."""
     for ask in (_link_by_sysfs, _link_by_nvidia_smi):
         link = ask(_sysfs_name(bus_id))
-        if (
-            link and 0 < link.width <= 32 and 0 < link.max_width <= 32
-        ):  # virtual machines show 0, 63 or 255
+        # virtual machines show 0, 63 or 255
+        if link and 0 < link.width <= 32 and 0 < link.max_width <= 32:
             return link
     return None
 
@@ -217,7 +216,7 @@ def disk_bytes_per_s(folder: str | Path) -> float | None:
     The system is asked to forget what it has cached of the file; where it ignores that, this is the
     speed of its cache.
     """
-    files = [path for path in Path(folder).glob("*") if path.is_file()]
+    files = [path for path in Path(folder).glob("*") if path.is_file() and os.access(path, os.R_OK)]
     largest = max(files, key=lambda path: path.stat().st_size, default=None)
     if largest is None or largest.stat().st_size < DISK_MINIMUM_BYTES:
         return None

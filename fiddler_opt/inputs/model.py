@@ -57,11 +57,6 @@ class ModelSpec:
         return cls(config.shape(name, dtype or ASSUMED_DTYPE), config, note)
 
     @property
-    def config(self) -> dict:
-        """The keys of config.json from which transformers builds the model."""
-        return self.sizes.for_transformers
-
-    @property
     def vocab_size(self) -> int:
         return self.sizes.vocab_size
 
@@ -84,22 +79,22 @@ class ModelSpec:
         return plain_encoding(self.shape.dtype)
 
     @property
-    def blocks(self) -> Encoding:
+    def block_format(self) -> Encoding:
         """The stored form of blocks."""
         return ENCODINGS[self.encoding](self.shape.hidden_size, self.block_neurons)
 
     @property
     def blocks_per_expert(self) -> int:
-        return self.blocks.blocks_per_expert(self.shape.intermediate_size)
+        return self.block_format.blocks_per_expert(self.shape.intermediate_size)
 
     @property
     def block_bytes(self) -> int:
-        return self.blocks.block_bytes
+        return self.block_format.block_bytes
 
     @property
     def expert_bytes(self) -> int:
         """One expert as stored, in blocks."""
-        return self.blocks.expert_bytes(self.shape.intermediate_size)
+        return self.block_format.expert_bytes(self.shape.intermediate_size)
 
     @property
     def dense_layer_bytes(self) -> int:

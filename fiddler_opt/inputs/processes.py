@@ -28,9 +28,8 @@ def busiest(seconds: float, count: int = 3) -> list[tuple[str, float]]:
 def _ticks_by_process() -> dict[tuple[int, str], int]:
     ticks = {}
     for folder in (host.ROOT / "proc").glob("[0-9]*"):
-        name, _, rest = (
-            read(folder / "stat").partition("(")[2].rpartition(")")
-        )  # the name may contain anything
+        # the name may contain anything
+        name, _, rest = read(folder / "stat").partition("(")[2].rpartition(")")
         if rest and int(folder.name) != os.getpid():
             fields = rest.split()
             ticks[int(folder.name), name] = int(fields[11]) + int(fields[12])  # utime, stime

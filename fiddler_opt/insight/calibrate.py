@@ -76,7 +76,9 @@ class Calibration:
 def calibrate(
     plan: Plan, problem: Problem, routing: Routing, result: Result, command: str
 ) -> Calibration:
-    """`problem`, `routing`: what the plan was made from.
+    """Corrects the profile by a run, and solves again.
+
+    `problem`, `routing`: what the plan was made from.
 
     Raises:
         FiddlerError: the plan does not use what the profile timed, or the result is no measurement

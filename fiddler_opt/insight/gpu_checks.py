@@ -90,9 +90,8 @@ def check_link(link: facts.PcieLink | None, h2d_bytes_per_s: float | None) -> Fi
     reach = (
         f"copies to the GPU reach {format_bytes(h2d_bytes_per_s)}/s" if h2d_bytes_per_s else None
     )
-    if (
-        link is None or (h2d_bytes_per_s or 0) > link.bytes_per_s
-    ):  # a virtual machine's link may be reported wrongly
+    # a virtual machine's link may be reported wrongly
+    if link is None or (h2d_bytes_per_s or 0) > link.bytes_per_s:
         return Finding("ok", reach) if reach else None
     now = f"PCIe {link.generation}.0 x{link.width}"
     if link.bytes_per_s < link.max_bytes_per_s:

@@ -23,7 +23,7 @@ COPIED_BYTES = 2**26
 
 def main() -> None:
     encoding, hidden_size, block_neurons = sys.argv[1:]
-    blocks = ENCODINGS[encoding](int(hidden_size), int(block_neurons))
+    block_format = ENCODINGS[encoding](int(hidden_size), int(block_neurons))
     answer = {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
@@ -38,38 +38,38 @@ def main() -> None:
         print(json.dumps(answer))
         return
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
-    answer["gpu"] = describe_gpu(source, blocks)
+    answer["gpu"] = describe_gpu(source, block_format)
     print(json.dumps(answer), flush=True)
     print(copy_until_stdin_ends(source))
 
 
-def describe_gpu(source: torch.Tensor, blocks: Encoding) -> dict:
+def describe_gpu(source: torch.Tensor, block_format: Encoding) -> dict:
     """The current GPU. Page-locks `source`, in host memory, where that is possible."""
     gpu = current_gpu()
     return {
         "name": gpu.name,
         "bus_id": gpu.bus_id,
         "memory_bytes": gpu.total_bytes,
-        **kernels(blocks),
+        **kernels(block_format),
         "locks_freely": locks_freely(source),
     }
 
 
-def kernels(blocks: Encoding) -> dict:
+def kernels(block_format: Encoding) -> dict:
     """The state of the GPU kernels.
 
     `kernels_suit`: true if they support such blocks. `kernel_error`: the reason why they cannot be
     compiled, or None.
     """
-    suit = blocks.name in DECODE
+    suit = block_format.name in DECODE
     error = None
     try:
         if suit:
             from fiddler_run.kernels import gpu
 
-            suit = gpu.supports(blocks)
+            suit = gpu.supports(block_format)
             if suit:
-                gpu.DecodeKernels(blocks).compile()
+                gpu.DecodeKernels(block_format).compile()
     except Exception as caught:  # Triton raises many types
         error = str(caught).strip() or type(caught).__name__
     return {"kernels_suit": suit, "kernel_error": error}

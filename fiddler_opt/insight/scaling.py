@@ -174,10 +174,11 @@ def _scaled(
     allowed = _allowed(cpu, link, by_share[best])
     new_allowed = _allowed(new_cpu, new_link, new_best_us)
     moved = best + _into(best, new_allowed) - _into(best, allowed)
+    # the ends keep their own times
     return {
         **ends,
         round(_into(moved, (0.001, 0.999)), 3): new_best_us,
-    }  # the ends keep their own times
+    }
 
 
 def _allowed(cpu_us: float, link_us: float, best_us: float) -> tuple[float, float]:

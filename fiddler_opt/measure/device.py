@@ -11,7 +11,7 @@ from fiddler_run.system.host import available_memory_bytes
 
 
 def describe_device(device: torch.device) -> dict:
-    """The fields of `machine.Device`."""
+    """The fields of `machine_parts.Device`."""
     if device.type == "cpu":
         return {
             "kind": "cpu",

@@ -44,18 +44,18 @@ class ExpertBench:
         self.on_gpu = device.type == "cuda"
         self.stopwatch = stopwatch
         self.top_k = shape.num_experts_per_tok
-        self.blocks = model.blocks
+        self.block_format = model.block_format
         self.blocks_per_expert = model.blocks_per_expert
         everything = shape.num_layers * shape.num_experts
         num_experts = min(everything, max(3, self.top_k, host_bytes // model.expert_bytes))
         self.layer_experts = min(shape.num_experts, num_experts)
         self.timed_bytes = num_experts * model.expert_bytes
         self.arena = Arena(
-            num_experts * self.blocks_per_expert, self.blocks.block_bytes, torch.device("cpu")
+            num_experts * self.blocks_per_expert, self.block_format.block_bytes, torch.device("cpu")
         )
         host = list(self.arena.blocks.split(self.blocks_per_expert))
         weights = DummyWeights(shape, getattr(torch, shape.dtype)).expert(0, 0)
-        self.blocks.encode(host[0], *weights, first_neuron=0)
+        self.block_format.encode(host[0], *weights, first_neuron=0)
         for expert in host[1:]:
             expert.copy_(host[0])
         self.host = random.Random(0).sample(host, len(host))
@@ -72,7 +72,7 @@ class ExpertBench:
         torch.set_num_threads(threads)
         if self._threads != (threads, pinned):
             self._threads = (threads, pinned)
-            self.engine = engine_for(self.blocks, self.device, threads, pinned)
+            self.engine = engine_for(self.block_format, self.device, threads, pinned)
 
     @property
     def kernel(self) -> str:
@@ -106,7 +106,7 @@ class ExpertBench:
         """Samples the prefill path's product: the GPU's time, or Python's where that is longer."""
         experts = cycle(self.resident)
         dtype = self.engine.resources.dtype
-        states = torch.randn(tokens, self.blocks.hidden_size, dtype=dtype, device=self.device)
+        states = torch.randn(tokens, self.block_format.hidden_size, dtype=dtype, device=self.device)
         apply = self.engine.resources.kernels.apply
 
         def sample() -> list[float]:
@@ -184,7 +184,9 @@ class ExpertBench:
             layer.next = following
         batch = (self._batch(tokens), self.top_k)
         dtype = self.engine.resources.dtype
-        states = torch.randn(batch[0], self.blocks.hidden_size, dtype=dtype, device=self.device)
+        states = torch.randn(
+            batch[0], self.block_format.hidden_size, dtype=dtype, device=self.device
+        )
         weights = torch.full(batch, 1 / self.top_k, device=self.device)
         called = self._called(tokens)
         choices = torch.arange(weights.numel(), device=self.device).view(batch) % called
@@ -203,10 +205,12 @@ class ExpertBench:
         return call
 
 
-def engine_for(blocks: Encoding, device: torch.device, threads: int, pinned: bool) -> ExpertEngine:
+def engine_for(
+    block_format: Encoding, device: torch.device, threads: int, pinned: bool
+) -> ExpertEngine:
     """The engine that runs a plan with these CPU threads."""
     slots = STAGED_BLOCKS if device.type == "cuda" else 0
-    return make_engine(blocks, device, threads, slots, pinned)
+    return make_engine(block_format, device, threads, slots, pinned)
 
 
 def _page_locked(arena: Arena) -> bool:

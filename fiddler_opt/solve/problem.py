@@ -17,7 +17,10 @@ from fiddler_run.plan.schema import Budget, Plan, Workload
 
 @dataclass(frozen=True)
 class Problem:
-    """`chunk_tokens`: tokens of a prompt that pass the layers at once."""
+    """All that a plan follows from, except the routing.
+
+    `chunk_tokens`: tokens of a prompt that pass the layers at once.
+    """
 
     model: ModelSpec
     machine: MachineProfile

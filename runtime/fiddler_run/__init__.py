@@ -6,9 +6,8 @@ __all__ = ["FiddlerError", "load_model"]
 
 
 def __getattr__(name: str):
-    if (
-        name == "load_model"
-    ):  # imported on demand: torch and transformers take seconds, which plan files do not need
+    # imported on demand: torch and transformers take seconds, which plan files do not need
+    if name == "load_model":
         from fiddler_run.loading.load import load_model
 
         return load_model

@@ -40,9 +40,8 @@ def start(name: str, module: str) -> int:
     with quitting_at_once(name):
         main = importlib.import_module(module).main
     status = main()
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # nothing is left but Python's own end, which would print a traceback
+    # nothing is left but Python's own end, which would print a traceback
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     return status
 
 

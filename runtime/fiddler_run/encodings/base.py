@@ -42,7 +42,7 @@ class Encoding(ABC):
 
         Args:
             blocks: uint8 [count, block_bytes] in host memory, to be written.
-            gate, up: [intermediate, hidden], of the encoding's dtype.
+            gate, up: [intermediate, hidden], of a dtype that the encoding's holds without loss.
             down: [hidden, intermediate].
         """
 

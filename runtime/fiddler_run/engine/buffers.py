@@ -11,8 +11,9 @@ from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
 class PinnedBuffers:
     """Buffers that every layer of a model uses in turn, and flags between GPU and CPU.
 
-    A flag holds the number of a CPU job, and each lies in its own cache line. `output_ready`: the
-    last finished job. `gave_up`: the last job that the GPU gave up waiting for, or 0.
+    A flag holds the number of a CPU job. Each single flag has a cache line to itself.
+    `output_ready`: the last finished job. `gave_up`: the last job that the GPU gave up waiting
+    for, or 0.
     """
 
     def __init__(self, device: torch.device):

@@ -1,5 +1,7 @@
 """The decode path: a small batch through one layer's experts, without waiting for Python.
 
+A prompt of up to MAX_DECODE_TOKENS takes it, too.
+
 Python submits the CPU's job and queues the GPU's work while the layer before is computed; then GPU
 and CPU tell each other when to go on, by flags in page-locked memory:
 

@@ -15,15 +15,15 @@ class ExpertEngine:
     `decode` takes small batches on a GPU, `prefill` all others.
     """
 
-    def __init__(self, blocks: Encoding, kernels: Kernels, device: torch.device, slots: int):
+    def __init__(self, block_format: Encoding, kernels: Kernels, device: torch.device, slots: int):
         """Takes the arguments of `Resources`."""
-        self.resources = Resources(blocks, kernels, device, slots)
+        self.resources = Resources(block_format, kernels, device, slots)
         self.decode = DecodePath(self.resources)
         self.prefill = PrefillPath(self.resources)
 
 
 def make_engine(
-    blocks: Encoding, device: torch.device, threads: int, slots: int, pinned: bool = False
+    block_format: Encoding, device: torch.device, threads: int, slots: int, pinned: bool = False
 ) -> ExpertEngine:
     """The engine with the fastest kernels for such blocks.
 
@@ -32,4 +32,6 @@ def make_engine(
         threads: of the CPU; `pinned`: each stays on its own core.
         slots: blocks of device memory to stream through; 0 if nothing is ever streamed.
     """
-    return ExpertEngine(blocks, kernels_for(blocks, device, threads, pinned), device, slots)
+    return ExpertEngine(
+        block_format, kernels_for(block_format, device, threads, pinned), device, slots
+    )

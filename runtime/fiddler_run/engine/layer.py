@@ -64,7 +64,7 @@ class ExpertsLayer:
 
     @cached_property
     def decode(self) -> DecodeLayer | None:
-        """The layer on the decode path; None with blocks on disk, which only Python prefetches."""
+        """The layer on the decode path; None with blocks on disk, which only prefill reads."""
         if any(expert.num_on_disk for expert in self.experts):
             return None
         resident = [expert.resident for expert in self.experts]

@@ -2,7 +2,7 @@
 
 Python waits for the router's choice and splits the blocks. Resident blocks are computed where they
 lie, streamed ones in the staging ring as they arrive, the others by the CPU, all at the same time.
-Without a GPU this path takes batches of any size.
+Without a GPU this path takes batches of any size, and layers with blocks on disk always do.
 """
 
 from collections.abc import Iterator

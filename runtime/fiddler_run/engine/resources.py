@@ -19,25 +19,23 @@ from fiddler_run.kernels.table import Kernels
 class Resources:
     """The shared parts of one model's engine.
 
-    `blocks`: the stored form of experts. `kernels`: what computes them. `jobs`: the CPU's. `ring`:
-    None if nothing is ever streamed. `counted` [3] int64: blocks that calls needed so far,
-    resident, streamed, on the CPU. `lock` is held for a layer's call: buffers and jobs are of one
-    at a time.
+    `kernels` compute blocks. `jobs`: the CPU's. `ring`: None if nothing is ever streamed. `counted`
+    [3] int64: blocks that calls needed so far, resident, streamed, on the CPU. `lock` is held for a
+    layer's call: buffers and jobs are of one at a time.
     """
 
-    def __init__(self, blocks: Encoding, kernels: Kernels, device: torch.device, slots: int):
+    def __init__(self, block_format: Encoding, kernels: Kernels, device: torch.device, slots: int):
         """
         Args:
             device: where resident blocks are.
             slots: blocks of device memory to stream through.
         """
-        self.blocks = blocks
         self.kernels = kernels
         self.device = device
-        self.dtype = getattr(torch, blocks.dtype)
+        self.dtype = getattr(torch, block_format.dtype)
         self.timeline = Timeline(device)
         self.buffers = PinnedBuffers(device)
-        self.ring = StagingRing(slots, blocks.block_bytes, device) if slots else None
+        self.ring = StagingRing(slots, block_format.block_bytes, device) if slots else None
         self.jobs = CpuJobs(kernels.cpu, self.buffers.output_ready, self.timeline)
         self.counted = np.zeros(3, dtype=np.int64)
         self.lock = threading.RLock()

@@ -75,9 +75,8 @@ class _Layer(DynamicLayer):
         sequences, _, tokens, _ = key_states.shape
         start = self.get_seq_length()
         room, _, stop_at, _ = self._memory[0].shape
-        elsewhere = (
-            start > 0 and self.keys.data_ptr() != self._memory[0].data_ptr()
-        )  # since there was no room for some
+        # since there was no room for some
+        elsewhere = start > 0 and self.keys.data_ptr() != self._memory[0].data_ptr()
         if elsewhere or sequences > room or start + tokens > stop_at:
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:

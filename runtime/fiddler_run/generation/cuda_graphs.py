@@ -31,9 +31,8 @@ class Recorder:
         self.active = device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.active else None
         self.stream = _stream(device) if self.active else None
-        self.kept: set[int] = (
-            set()
-        )  # addresses of recordings' inputs and outputs, which never change
+        # addresses of recordings' inputs and outputs, which never change
+        self.kept: set[int] = set()
 
     def segment(
         self, run: Callable[..., tuple[Tensor, ...] | Tensor]

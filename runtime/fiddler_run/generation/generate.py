@@ -19,8 +19,10 @@ from fiddler_run.plan.schema import Plan
 
 @dataclass(frozen=True)
 class Measured:
-    """`ttft_s` from the call to the first token; tokens/s, of all sequences together, and the
-    expert traffic are those of decode, after the first token; `prefill_traffic` is that of before.
+    """Speeds, expert traffic and memory of one generation.
+
+    `ttft_s` runs from the call to the first token. Tokens/s, of all sequences together, and
+    `traffic` are those of decode, after the first token; `prefill_traffic` is of before.
     `prompt_tokens` and `output_tokens` are one sequence's.
 
     `peak_gpu_bytes` is what PyTorch's allocator held at most; driver and libraries hold the plan's

@@ -104,7 +104,9 @@ class PlannedModel(PreTrainedModel):
         """Serves every layer's experts from `store`, on whose device the model must be."""
         rank = plan.rank
         slots = rank.gpu_memory_bytes.staging // plan.block_bytes
-        engine = make_engine(plan.blocks, self.device, rank.cpu_threads, slots, rank.cpu_pinned)
+        engine = make_engine(
+            plan.block_format, self.device, rank.cpu_threads, slots, rank.cpu_pinned
+        )
         self.plan = plan
         self.store = store  # owns the arenas; the layers only hold views
         self.engine = engine

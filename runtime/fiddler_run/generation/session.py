@@ -18,7 +18,7 @@ from fiddler_run.system.process_settings import allowed_gpu_bytes, while_running
 
 
 class Session:
-    """KV cache, decode step, CPU jobs and buffers of one model.
+    """The KV cache and decode step of one model, and the turn to use them and its engine.
 
     `turn()` is held by whoever uses them; other threads wait.
     """

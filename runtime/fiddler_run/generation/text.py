@@ -125,9 +125,10 @@ def token_ids(
         text.encode()
     except UnicodeEncodeError:  # bytes of another encoding, which Python carries as lone surrogates
         raise FiddlerError(f"{where} is not UTF-8 text") from None
+    # it would take gigabytes
     if len(text) > context and len(text) > context * max(
         map(len, tokenizer.get_vocab()), default=1
-    ):  # it would take gigabytes
+    ):
         raise FiddlerError(
             f"{where} has {len(text)} characters, more than the context of {context} tokens can"
             " hold; shorten it"

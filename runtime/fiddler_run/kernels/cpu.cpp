@@ -7,6 +7,7 @@
 //     down (silu(gate x) * (up x))
 // in phases, each cut into units that the threads claim from a counter, so that a thread that is
 // slowed takes fewer:
+//   prepare: wait for a GPU and split the blocks (route.h), for jobs that a GPU describes
 //   pack:    activations into the order that the instructions want
 //   gate/up: UNIT_NEURONS neurons of one block -> their products silu(gate x) * (up x)
 //   down:    UNIT_ROWS rows of every block's down matrix -> these elements of the output
@@ -15,8 +16,8 @@
 //
 // layout.h says where weights lie, job.h what a job is, units.h how it is cut. rows.h and tiles.h
 // compute it, included by variants.h once for each instruction set. route.h lets a GPU say what
-// there is to compute. pool.h has the threads. Plain C interface, used through ctypes by cpu.py.
-// Build: g++ -O3 -std=c++20 -shared -fPIC -pthread cpu.cpp
+// there is to compute. pool.h has the threads. Plain C interface, used through ctypes by library.py
+// and pool.py. Build: g++ -O3 -std=c++20 -shared -fPIC -pthread cpu.cpp
 
 #include <algorithm>
 #include <array>

@@ -31,13 +31,13 @@ class CpuCall:
 
 
 class CpuExperts:
-    """Computes blocks in host memory, stored as `blocks` says."""
+    """Computes blocks in host memory, stored as `block_format` says."""
 
     variant = "PyTorch"
     finishes_alone = False  # True if a job is finished without `wait`
 
-    def __init__(self, blocks: Encoding):
-        self.blocks = blocks
+    def __init__(self, block_format: Encoding):
+        self.block_format = block_format
         self.lock = threading.RLock()
 
     def submit(
@@ -89,13 +89,13 @@ class CpuExperts:
 class CompiledExperts(CpuExperts):
     """The kernel of cpu.cpp, for blocks in bf16."""
 
-    def __init__(self, blocks: Encoding, pool: Pool):
-        super().__init__(blocks)
+    def __init__(self, block_format: Encoding, pool: Pool):
+        super().__init__(block_format)
         self.pool = pool
         self.lock = pool.lock  # several models, each in its own thread, may share one pool
         self.variant = pool.variant
         self.finishes_alone = pool.finishes_alone
-        self._layout = (blocks.hidden_size, blocks.block_neurons)
+        self._layout = (block_format.hidden_size, block_format.block_neurons)
 
     def submit(self, calls, states, output, flag=None, job=0):
         assert states.dtype == torch.bfloat16, states.dtype
@@ -132,8 +132,8 @@ class CompiledExperts(CpuExperts):
 class PyTorchExperts(CpuExperts):
     """PyTorch's own operations, for any encoding, dtype and size; the job runs in `wait`."""
 
-    def __init__(self, blocks: Encoding):
-        super().__init__(blocks)
+    def __init__(self, block_format: Encoding):
+        super().__init__(block_format)
         self._job = None
         self._times_s = (0.0, 0.0)
 
@@ -152,7 +152,7 @@ class PyTorchExperts(CpuExperts):
             rows = torch.from_numpy(call.rows)
             weights = torch.from_numpy(call.weights).unsqueeze(1)
             output.index_add_(
-                0, rows, apply_blocks(self.blocks, call.blocks, states[rows]) * weights
+                0, rows, apply_blocks(self.block_format, call.blocks, states[rows]) * weights
             )
         self._times_s = (started_s, time.perf_counter())
         if flag is not None:

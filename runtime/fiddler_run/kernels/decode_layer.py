@@ -14,7 +14,7 @@ import torch
 from fiddler_run.kernels.limits import MAX_DECODE_TOKENS, MEMORY_BOUND_TOKENS
 from fiddler_run.plan.split import fading, scale_odds
 
-GPU_TIMEOUT_S = 30.0  # of a GPU that does not send what a job needs
+GPU_TIMEOUT_S = 30.0  # after which the CPU gives up on the GPU, and the GPU on the CPU
 
 
 class DecodeLayer:

@@ -25,16 +25,16 @@ STAGES = {16: 4, 32: 3, 64: 2}
 PIECE = 512  # of a table
 
 
-def supports(blocks: Encoding) -> bool:
+def supports(block_format: Encoding) -> bool:
     """True if the kernels take blocks of these sizes."""
-    return blocks.hidden_size % 64 == 0 and blocks.block_neurons % TILE_NEURONS == 0
+    return block_format.hidden_size % 64 == 0 and block_format.block_neurons % TILE_NEURONS == 0
 
 
 class DecodeKernels:
     """The kernels for blocks of one size. Flags are [1] int64 in page-locked memory."""
 
-    def __init__(self, blocks: Encoding):
-        self.blocks = blocks
+    def __init__(self, block_format: Encoding):
+        self.block_format = block_format
 
     def compile(self) -> None:
         """Compiles the variants for small batches; takes seconds the first time.
@@ -44,10 +44,10 @@ class DecodeKernels:
         Raises:
             Exception: of many types, where Triton does not work.
         """
-        hidden = self.blocks.hidden_size
+        hidden = self.block_format.hidden_size
         flag = torch.zeros(max(STAGES), dtype=torch.int64, pin_memory=True)
         gave_up = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-        block = torch.zeros((1, self.blocks.block_bytes), dtype=torch.uint8, device="cuda")
+        block = torch.zeros((1, self.block_format.block_bytes), dtype=torch.uint8, device="cuda")
         for tokens in STAGES:
             states = torch.zeros((tokens, hidden), dtype=torch.bfloat16, device="cuda")
             index = torch.zeros((tokens, 2), dtype=torch.int64, device="cuda")
@@ -136,7 +136,7 @@ class DecodeKernels:
         """
         tokens, hidden = hidden_states.shape
         top_k = weights.shape[1]
-        neurons = self.blocks.block_neurons
+        neurons = self.block_format.block_neurons
         tile_tokens = min(max(STAGES), max(min(STAGES), triton.next_power_of_2(tokens)))
         tiles = triton.cdiv(tokens, tile_tokens)
         products = hidden_states.new_empty((max_blocks, tiles * tile_tokens, neurons))

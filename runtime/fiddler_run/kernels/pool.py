@@ -16,7 +16,7 @@ WAIT_NS = 50_000_000  # at once in the kernel, where Python hears no signal
 
 
 class Pool:
-    """The threads of cpu.cpp. Public methods hold its lock.
+    """The threads of cpu.cpp. `submit*`, `wait`, `abandon` and `read` hold its lock.
 
     The threads wait for the next job in a loop for `spin_us` before they sleep: waking all takes as
     long as a small job. `pinned`: each stays on its own CPU, except the caller of `wait`.
@@ -117,7 +117,8 @@ class Pool:
 
     def read(self, tensor: torch.Tensor) -> None:
         """Reads a tensor in host memory with all threads and plain loads."""
-        self._library.fiddler_read(self._pool, tensor.data_ptr(), tensor.nbytes)
+        with self.lock:
+            self._library.fiddler_read(self._pool, tensor.data_ptr(), tensor.nbytes)
 
     def __del__(self):
         forked = os.getpid() != getattr(self, "_pid", None)  # such a process has no threads

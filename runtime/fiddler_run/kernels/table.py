@@ -38,7 +38,7 @@ class Kernels:
 
 
 def kernels_for(
-    blocks: Encoding, device: torch.device, threads: int, pinned: bool = False
+    block_format: Encoding, device: torch.device, threads: int, pinned: bool = False
 ) -> Kernels:
     """The fastest kernels for such blocks. Without a GPU, the CPU's stand in for the device's.
 
@@ -48,36 +48,40 @@ def kernels_for(
     """
     on_gpu = device.type == "cuda"
     spin_us = SPIN_US if on_gpu else SPIN_BESIDE_PYTORCH_US
-    make_cpu = CPU.get(blocks.name, lambda *_: None)
-    cpu = make_cpu(blocks, threads, spin_us, pinned) or PyTorchExperts(blocks)
+    make_cpu = CPU.get(block_format.name, lambda *_: None)
+    cpu = make_cpu(block_format, threads, spin_us, pinned) or PyTorchExperts(block_format)
     if not on_gpu:
         return Kernels(cpu, None, cpu.apply)
     decode = None
     if cpu.finishes_alone:  # while the GPU waits for the CPU's threads, they must not need Python's
-        decode = DECODE.get(blocks.name, lambda _: None)(blocks)
+        decode = DECODE.get(block_format.name, lambda _: None)(block_format)
     else:
         _say_once(
             "decode will be slower: it needs the CPU kernel, at least two of its threads, and"
             " experts in bfloat16"
         )
-    return Kernels(cpu, decode, partial(apply_blocks, blocks))
+    return Kernels(cpu, decode, partial(apply_blocks, block_format))
 
 
-def _compiled(blocks: Encoding, threads: int, spin_us: int, pinned: bool) -> CpuExperts | None:
-    aligned = blocks.hidden_size % ALIGNMENT == 0 and blocks.block_neurons % ALIGNMENT == 0
+def _compiled(
+    block_format: Encoding, threads: int, spin_us: int, pinned: bool
+) -> CpuExperts | None:
+    aligned = (
+        block_format.hidden_size % ALIGNMENT == 0 and block_format.block_neurons % ALIGNMENT == 0
+    )
     if not aligned or not compiled():
         return None
-    return CompiledExperts(blocks, shared_pool(threads, spin_us, pinned))
+    return CompiledExperts(block_format, shared_pool(threads, spin_us, pinned))
 
 
-def _triton(blocks: Encoding) -> object | None:
+def _triton(block_format: Encoding) -> object | None:
     if not find_spec("triton"):  # comes with PyTorch for CUDA on Linux
         return None
     from fiddler_run.kernels.gpu import DecodeKernels, supports
 
-    if not supports(blocks):
+    if not supports(block_format):
         return None
-    kernels = DecodeKernels(blocks)
+    kernels = DecodeKernels(block_format)
     try:
         kernels.compile()
     except Exception as error:  # Triton needs a C compiler and Python's headers; it raises anything

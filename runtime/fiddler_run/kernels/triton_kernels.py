@@ -36,6 +36,7 @@ def _mark(flag, job):
 
 @triton.jit(do_not_specialize=["size"])
 def read_table(table, fetched, gave_up, size, PIECE: tl.constexpr):
+    """Copies PIECE entries of the table to the GPU; zeros if the GPU gave up."""
     at = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
     complete = tl.load(gave_up, volatile=True) == 0
     content = tl.load(table + at, mask=(at < size) & complete, other=0, volatile=True)
@@ -127,16 +128,18 @@ def down(
 
 @triton.jit(do_not_specialize=["job", "patience_ns"])
 def wait(flag, gave_up, job, patience_ns):
-    """A kernel of its own, so that one program looks, and what follows reads memory anew."""
+    """Waits until `flag` is at least `job`; after `patience_ns` sets `gave_up` instead.
+
+    A kernel of its own: one program polls, and the kernel boundary makes later loads see fresh
+    memory.
+    """
     last = tl.load(flag, volatile=True)
-    waiting = (last < job) & (
-        tl.load(gave_up, volatile=True) == 0
-    )  # once is enough: nothing that follows can be right
+    # once is enough: nothing that follows can be right
+    waiting = (last < job) & (tl.load(gave_up, volatile=True) == 0)
     until = _now_ns() + patience_ns
     while waiting:
-        late = (
-            _now_ns() > until
-        )  # before the look: after a time in which nothing ran, the flag may be there
+        # before the look: after a time in which nothing ran, the flag may be there
+        late = _now_ns() > until
         last = tl.load(flag, volatile=True)
         waiting = (last < job) & (late == 0)
     if last < job:

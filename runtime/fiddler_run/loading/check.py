@@ -157,7 +157,10 @@ def core_problem(threads: int, cores: int) -> str | None:
 def host_memory_problem(
     what: str, held_bytes: int, loading_bytes: int, available_bytes: int, besides_bytes: int = 0
 ) -> str | None:
-    """Refused here; otherwise the kernel's OOM killer ends the load."""
+    """The problem if host memory does not hold a plan's host part, and its loading.
+
+    Without this check the kernel's OOM killer would end the load.
+    """
     if held_bytes + loading_bytes + besides_bytes <= available_bytes:
         return None
     besides = f", all else {besides_bytes / 1e9:.2f}" if besides_bytes else ""
@@ -169,7 +172,10 @@ def host_memory_problem(
 
 
 def gpu_memory_problem(memory: GpuMemory, gpu: Gpu) -> str | None:
-    """The reserve is what driver and libraries take, and have taken already."""
+    """The problem if the GPU has less free than a plan takes beside its reserve.
+
+    Driver and libraries have taken the reserve already.
+    """
     needed = memory.total - memory.reserve
     if needed <= gpu.free_bytes:
         return None

@@ -22,6 +22,7 @@ from fiddler_run.system.process_settings import allow_gpu_memory
 from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
 from fiddler_run.weights.store import ExpertStore
 
+# One tile of 32 tokens, one of 64 (decoding takes 16), and a prompt on the prefill path.
 WARM_UP_TOKENS = (20, 40, MAX_DECODE_TOKENS + 1)
 
 

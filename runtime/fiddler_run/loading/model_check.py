@@ -99,9 +99,8 @@ class ModelCheck:
             self._try(self._look_at_weights)
             self._try(lambda: self._look_at_defaults(config))
             has_tokenizer = self.folder is not None
-        if has_tokenizer and (
-            self.config is None or self.skeleton is not None
-        ):  # a tokenizer's class comes from the config, too
+        # a tokenizer's class comes from the config, too
+        if has_tokenizer and (self.config is None or self.skeleton is not None):
             self._try(lambda: self._look_at_tokenizer(config_file.parent, config))
 
     def _find(self) -> Path:

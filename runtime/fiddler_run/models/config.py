@@ -21,7 +21,8 @@ class ModelConfig:
     """The sizes of a model of any family.
 
     `family` is its `model_type`. `dtype` is None where the file does not say. `keys`: the family's
-    own names of SHAPE_KEYS. `for_transformers`: what its class in transformers is made from.
+    own names of SHAPE_KEYS. `for_transformers`: what its class in transformers is
+    made from. `raw`: the file's keys, without nulls.
     """
 
     family: str

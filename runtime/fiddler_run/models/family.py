@@ -51,7 +51,8 @@ def sum_parts(parts: tuple[Tensor, ...]) -> Tensor:
 class Family(ABC):
     """One `model_type` of transformers: its config.json, its checkpoint, its classes.
 
-    The first methods need no torch; those below import transformers when they are called.
+    `config`, `expert_names`, `dense_name` and `expert_tensors` need no torch. The others import
+    transformers when they are called.
     """
 
     model_type: ClassVar[str]

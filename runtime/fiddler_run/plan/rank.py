@@ -65,7 +65,7 @@ class Rank(Section):
 
     @property
     def streams(self) -> bool:
-        """True if blocks may be copied to the GPU, for which host memory must be page-locked."""
+        """True if the GPU may take host blocks over the link; their memory is then page-locked."""
         return self.gpu_memory_bytes.staging > 0
 
     def stream_share_at(self, tokens: int) -> float:

@@ -98,7 +98,7 @@ class Plan(YamlFile):
             misplaced = rank.placement_problems(
                 model.num_layers, model.num_experts, self.blocks_per_expert
             )
-            num_host_blocks = None if misplaced else self.num_host_blocks
+            num_host_blocks = None if misplaced else self._host_blocks_of(rank)
             found = [
                 *rank.share_problems(),
                 *misplaced,
@@ -113,19 +113,22 @@ class Plan(YamlFile):
         return self.ranks[0]
 
     @property
-    def blocks(self) -> Encoding:
+    def block_format(self) -> Encoding:
         """The stored form of blocks."""
         return ENCODINGS[self.encoding](self.model.hidden_size, self.block_neurons)
 
     @property
     def block_bytes(self) -> int:
-        return self.blocks.block_bytes
+        return self.block_format.block_bytes
 
     @property
     def blocks_per_expert(self) -> int:
-        return self.blocks.blocks_per_expert(self.model.intermediate_size)
+        return self.block_format.blocks_per_expert(self.model.intermediate_size)
 
     @property
     def num_host_blocks(self) -> int:
+        return self._host_blocks_of(self.rank)
+
+    def _host_blocks_of(self, rank: Rank) -> int:
         all_blocks = self.model.num_layers * self.model.num_experts * self.blocks_per_expert
-        return all_blocks - self.rank.num_resident_blocks - self.rank.num_disk_blocks
+        return all_blocks - rank.num_resident_blocks - rank.num_disk_blocks

@@ -1,4 +1,4 @@
-"""The schema of the project's YAML files. Rule: strict when read, whole or not at all when written.
+"""The base of the project's YAML files: strict when read, written whole or not at all.
 
 Strict: unknown, missing and duplicate keys, wrong types, numbers beyond reason and other versions
 are errors that name file and key.

@@ -1,4 +1,4 @@
-"""Every file that a user hands in is read here, and every file that they get is written here.
+"""Every text file that a user hands in is read here, and every file that they get is written.
 
 Whatever is wrong with a file is a FiddlerError that names it. A file is written whole or not at
 all.

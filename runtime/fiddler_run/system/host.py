@@ -111,9 +111,8 @@ class OtherProcesses:
         ticks = 0
         for name, *counts in (line.split() for line in read("proc/stat").splitlines()):
             if re.fullmatch(r"cpu\d+", name) and int(name[3:]) in self._cpus:
-                user, nice, system, _idle, _iowait, *interrupts_and_steal = map(
-                    int, counts[:8]
-                )  # guests' time is in user
+                # guests' time is in user
+                user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, counts[:8])
                 ticks += user + nice + system + sum(interrupts_and_steal)
         return (
             time.monotonic(),

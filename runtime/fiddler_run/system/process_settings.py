@@ -35,9 +35,8 @@ def while_running(cpu_threads: int | None) -> Iterator[None]:
         yield
     finally:
         if cpu_threads is not None:
-            torch.set_num_threads(
-                threads
-            )  # the calling thread's number; each turn puts back its own
+            # The number of the calling thread, as it was before the first of the turns under way.
+            torch.set_num_threads(threads)
         with _lock:
             _turns -= 1
             if _turns == 0:

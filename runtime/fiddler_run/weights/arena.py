@@ -55,9 +55,8 @@ class Arena:
         status = torch.cuda.cudart().cudaHostRegister(self.blocks.data_ptr(), self.blocks.nbytes, 0)
         if int(status) != 0:
             with suppress(RuntimeError):
-                torch.zeros(
-                    1, device="cuda"
-                )  # raises the same error again, which CUDA then forgets
+                # raises the same error again, which CUDA then forgets
+                torch.zeros(1, device="cuda")
             raise FiddlerError(
                 f"cannot page-lock {self.blocks.nbytes / 1e9:.1f} GB of host memory for experts"
                 f" ({status}); free some, raise the limit with `ulimit -l unlimited`, or leave them"

@@ -24,7 +24,7 @@ class ExpertStore:
     def __init__(self, plan: Plan, device: torch.device, disk_folder: Path):
         rank = plan.rank
         host = torch.device("cpu")
-        self.blocks = plan.blocks
+        self.block_format = plan.block_format
         self._device = device
         self._streams = rank.streams
         size = plan.block_bytes
@@ -71,16 +71,16 @@ class ExpertStore:
         host = self.host[layer][expert]
         on_disk = self.on_disk[layer][expert]
         matrices = weights.expert(layer, expert)
-        neurons = self.blocks.block_neurons
-        self.blocks.encode(host, *matrices, len(resident) * neurons)
-        self.blocks.encode(on_disk, *matrices, (len(resident) + len(host)) * neurons)
+        neurons = self.block_format.block_neurons
+        self.block_format.encode(host, *matrices, len(resident) * neurons)
+        self.block_format.encode(on_disk, *matrices, (len(resident) + len(host)) * neurons)
         if resident.is_cuda:
             staged = torch.empty_like(resident[:1], device="cpu", pin_memory=True)
             for number, block in enumerate(resident):
-                self.blocks.encode(staged, *matrices, number * neurons)
+                self.block_format.encode(staged, *matrices, number * neurons)
                 block.copy_(staged[0])
         else:
-            self.blocks.encode(resident, *matrices, 0)
+            self.block_format.encode(resident, *matrices, 0)
         return resident.nbytes + host.nbytes + on_disk.nbytes
 
 
