@@ -19,7 +19,7 @@ def time_copies(bench: ExpertBench) -> dict[str, float]:
         locked = torch.empty(slots[0].shape, dtype=torch.uint8, pin_memory=True)
         experts = [[locked[: len(piece)] for piece in slots]]
     pinned = cycle(experts)
-    state = torch.ones(1, bench.blocks.hidden_size, dtype=dtype, device=bench.device)
+    state = torch.ones(1, bench.block_format.hidden_size, dtype=dtype, device=bench.device)
     host_state = torch.empty(state.shape, dtype=dtype, pin_memory=True)
 
     def copy(source, target) -> None:

@@ -56,6 +56,22 @@ class CpuExperts:
         """
         raise NotImplementedError
 
+    def submit_routed(
+        self,
+        layer: DecodeLayer,
+        inputs: DecodeInputs,
+        traffic: np.ndarray,
+        output: torch.Tensor,
+        flag: torch.Tensor,
+        job: int,
+    ) -> None:
+        """Starts a job that begins with waiting for the GPU. `finishes_alone` must hold.
+
+        Args:
+            traffic: [3] int64, to which the calls' blocks are added: resident, streamed, CPU.
+        """
+        raise NotImplementedError
+
     def wait(self, max_pending: int = 0, flag: torch.Tensor | None = None) -> None:
         """Returns when at most `max_pending` (0 or 1) jobs are unfinished. Ctrl-C is heard.
 
@@ -102,20 +118,7 @@ class CompiledExperts(CpuExperts):
         assert states.is_contiguous()
         self.pool.submit(self._layout, states, calls, output, flag, job)
 
-    def submit_routed(
-        self,
-        layer: DecodeLayer,
-        inputs: DecodeInputs,
-        traffic: np.ndarray,
-        output: torch.Tensor,
-        flag: torch.Tensor,
-        job: int,
-    ) -> None:
-        """Starts a job that begins with waiting for the GPU. `finishes_alone` must hold.
-
-        Args:
-            traffic: [3] int64, to which the calls' blocks are added: resident, streamed, CPU.
-        """
+    def submit_routed(self, layer, inputs, traffic, output, flag, job):
         route = route_arguments(layer, inputs, traffic)
         self.pool.submit_routed(self._layout, route, inputs, output, flag, job, (layer, traffic))
 
