@@ -1,4 +1,4 @@
-"""fiddler-opt: the commands by name. Results go to stdout, everything else to stderr."""
+"""fiddler-opt: the table of commands. Results go to stdout, everything else to stderr."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from rich.console import Console
 
 from fiddler_opt.commands import calibrate, diff, doctor, plan, profile, show, whatif
 from fiddler_run.command import exit_status
+from fiddler_run.flags import add_version
 
 COMMANDS = {
     "profile": profile,
@@ -24,9 +25,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         prog="fiddler-opt",
         description="Plan how to run a Mixture-of-Experts model on this machine.",
     )
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.HELP)
+        subparser = commands.add_parser(name, help=command.HELP, description=command.HELP)
         subparser.set_defaults(run=command.run)
         command.add_flags(subparser)
     return parser.parse_args(arguments)

@@ -1,7 +1,8 @@
-"""The commands that work: exit status, stdout, stderr, and what they leave on disk."""
+"""Commands: exit status, stdout, stderr and the files they write."""
 
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     threads = torch.get_num_threads()
     profiled = run("fiddler-opt", "profile", "--quick", "--force", *PROFILE_FLAGS, cwd=folder)
-    torch.set_num_threads(threads)  # which profiling changes
+    torch.set_num_threads(threads)  # profiling changes it
     assert profiled.returncode == 0, profiled.stderr
     profiles = ["profiles/local.machine.yaml", "profiles/tiny-mixtral.routing.yaml"]
     assert profiled.stdout.split() == profiles
@@ -40,7 +41,7 @@ def demo(tmp_path_factory) -> Path:
     return folder
 
 
-def test_chain(demo):
+def test_profile_plan_and_run_work_together(demo):
     plan = Plan.load(demo / "plans/demo.yaml")
     assert plan.rank.gpu_memory_bytes.used <= plan.rank.gpu_memory_bytes.total
     # A GPU may well be slower than the CPU with experts as small as these.
@@ -53,8 +54,8 @@ def test_chain(demo):
         assert words in result.stderr
 
 
-def test_routing_alone(demo, tmp_path):
-    """It takes the machine profile that is there, and records the same."""
+def test_profiling_routing_alone_keeps_the_machine_profile(demo, tmp_path):
+    """The recorded routing is the same as before."""
     folder = shutil.copytree(demo / "profiles", tmp_path / "profiles")
     machine = folder / "local.machine.yaml"
     routing = folder / "tiny-mixtral.routing.yaml"
@@ -72,10 +73,8 @@ def test_prompts_beside_the_model_are_the_default():
     assert {path.stem for path in PROMPTS.iterdir()} == {"arithmetic", "programs", "stories"}
 
 
-def test_the_same_plan_from_the_same_profiles(tmp_path):
-    """The shipped plan is the one that the shipped profiles give, but for when and where it was
-    made.
-    """
+def test_shipped_profiles_give_the_shipped_plan(tmp_path):
+    """Only the provenance and the model's path may differ."""
     made = tmp_path / "again.yaml"
     command = yaml.safe_load(SHIPPED_PLAN.read_text())["provenance"]["command"].split()
     command[command.index("-o") + 1] = made
@@ -87,15 +86,30 @@ def test_the_same_plan_from_the_same_profiles(tmp_path):
     assert {**again, "model": None} == {**shipped, "model": None}
 
 
-def test_the_shipped_plan_runs_from_any_folder(tmp_path):
-    """Named as in the README, from a folder that has no plans; the prompt comes from stdin."""
+def test_shipped_plan_runs_from_any_folder(tmp_path):
+    """The plan is named as in the README; the prompt comes from stdin."""
     arguments = "--plan", "plans/demo.yaml", "-", "--max-new-tokens", 40
     result = run_process("fiddler-run", *arguments, cwd=tmp_path, stdin="Once upon a time\n")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(" there was a ")
 
 
-def test_sampling_and_beams(demo):
+def test_shipped_model_is_found_from_any_folder(tmp_path, monkeypatch):
+    """Its name in the package works, and a plan made there records that name."""
+    monkeypatch.chdir(tmp_path)
+    model = ("--model", "examples/tiny-mixtral")
+    assert prompts_files(parse_arguments(["profile", *model])) == sorted(PROMPTS.iterdir())
+    flags = ("--machine", MACHINE, "--gpu-mem", "0GB", "--max-seq-len", 512, "-o", "plans/p.yaml")
+    planned = run("fiddler-opt", "plan", *model, *flags, cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    assert Plan.load("plans/p.yaml").model.name == "examples/tiny-mixtral"
+    arguments = ("--plan", "plans/p.yaml", "Once upon a time", "--max-new-tokens", 4)
+    result = run("fiddler-run", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(" there was a ")
+
+
+def test_seeded_sampling_and_beam_search_run(demo):
     arguments = ("--plan", "plans/demo.yaml", "def add", "--max-new-tokens", 12)
     drawn = ("--temperature", 1.2, "--top-p", 0.9, "--seed", 3)
     outputs = [run("fiddler-run", *arguments, *drawn, cwd=demo) for _ in range(2)]
@@ -137,21 +151,30 @@ def test_help_states_defaults(command, defaults):
         assert words in " ".join(result.stdout.split())
 
 
-def test_help_in_a_process_of_its_own():
+def test_help_works_in_its_own_process():
     result = run_process("fiddler-opt", "--help", cwd=ROOT)
     assert result.returncode == 0
     assert "profile" in result.stdout
     assert result.stderr == ""
 
 
-def test_a_refusal_in_a_process_of_its_own(tmp_path):
+@pytest.mark.parametrize("command", ["fiddler-opt", "fiddler-run"])
+def test_version_without_pytorch(tmp_path, command):
+    no_torch = "sys.modules['torch'] = None"
+    with started(command, "--version", cwd=tmp_path, first=no_torch) as process:
+        stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, "")
+    assert stdout == f"{command} {version('fiddler-opt')}\n"
+
+
+def test_refusal_works_in_its_own_process(tmp_path):
     result = run_process("fiddler-opt", "plan", "--gpu-mem", "24", cwd=tmp_path)
     assert_refused(result, "--gpu-mem 24: a size needs a unit")
     assert files_in(tmp_path) == {}
 
 
-def test_a_reader_who_leaves(tmp_path):
-    """As in `fiddler-opt plan ... | true`: what is left to print goes nowhere."""
+def test_closed_stdout_is_no_error(tmp_path):
+    """As in `fiddler-opt plan ... | true`; the rest of the output is dropped."""
     reading, writing = os.pipe()
     os.close(reading)
     flags = ("--model", DEMO, "--machine", MACHINE, "--gpu-mem", "0GB", "-o", "p.yaml")
@@ -163,7 +186,7 @@ def test_a_reader_who_leaves(tmp_path):
     assert (tmp_path / "p.yaml").exists()
 
 
-def test_a_usage_error_in_a_process_of_its_own(tmp_path):
+def test_usage_error_in_its_own_process_exits_with_2(tmp_path):
     result = run_process("fiddler-run", "--plan", "p.yaml", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""

@@ -1,4 +1,4 @@
-"""`fiddler-opt profile`: times this machine, and records a model's routing."""
+"""`fiddler-opt profile`: times this machine and records a model's routing."""
 
 import argparse
 from pathlib import Path
@@ -21,8 +21,9 @@ from fiddler_run.flags import positive
 from fiddler_run.plan.schema import Plan
 from fiddler_run.system.files import cannot_read, is_folder, require_writable
 from fiddler_run.system.locate import shipped_file
+from fiddler_run.weights.model_folder import local_folder
 
-HELP = "time this machine, and record how a model routes tokens"
+HELP = "time this machine and record how a model routes tokens"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens to generate after each prompt, to record decode (default: %(default)s)",
     )
     parser.add_argument(
-        "--plan", metavar="FILE", help="run the prompts by this plan (default: on the CPU alone)"
+        "--plan",
+        metavar="FILE",
+        help="plan to run the prompts with (default: one for the CPU alone)",
     )
     parser.add_argument(
         "--trace",
@@ -55,16 +58,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         choices=["machine", "routing"],
-        help="do one half; routing then needs --plan, or a machine profile made before",
+        help="do only one part; `routing` needs --plan or an existing machine profile",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="time fewer figures, for less long, in less memory"
+        "--quick", action="store_true", help="take fewer and shorter measurements, in less memory"
     )
     parser.add_argument("--force", action="store_true", help="measure even if the machine is busy")
 
 
 def run(flags: argparse.Namespace, console: Console) -> None:
-    """Checks every input before the minutes of timing, then runs the halves that are asked for."""
+    """Checks every input before the minutes of timing, then runs the requested parts."""
     from fiddler_opt.measure.profiling import (
         cpu_plan,
         profile_machine,
@@ -91,7 +94,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         job = routing_job(model, flags.model, prompts, flags.output_tokens, context)
 
     if flags.only != "routing":
-        folder = Path(flags.model) if is_folder(flags.model) else None
+        folder = local_folder(flags.model, Path())
         machine = profile_machine(
             model, machine_path, flags.quick, flags.force, folder, command_line(), console
         )
@@ -109,13 +112,13 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         print(routing_path)
     elif flags.only is None:
         console.print(
-            "note: no --prompts: routing was not recorded, plans will assume it is uniform",
+            "note: no --prompts, so routing was not recorded; plans will assume uniform routing",
             style="yellow",
         )
 
 
 def prompts_files(flags: argparse.Namespace) -> list[Path]:
-    """The sets of prompts to record routing on; none if it is not to be recorded.
+    """The sets of prompts to record routing on. Empty if routing is not recorded.
 
     Raises:
         FiddlerError: --only contradicts the other flags.
@@ -123,12 +126,12 @@ def prompts_files(flags: argparse.Namespace) -> list[Path]:
     if flags.only == "machine":
         if flags.prompts or flags.plan or flags.trace:
             raise FiddlerError(
-                "--only machine records no routing; leave --prompts, --plan and --trace out"
+                "--only machine does not record routing; remove --prompts, --plan and --trace"
             )
         return []
     if flags.prompts:
         return [Path(name) for name in flags.prompts]
-    folder = Path(flags.model) / "prompts"
+    folder = (local_folder(flags.model, Path()) or Path(flags.model)) / "prompts"
     if is_folder(folder):
         try:
             beside_model = sorted(

@@ -1,10 +1,25 @@
 """The flags of fiddler-run."""
 
 import argparse
+from importlib.metadata import version
+
+
+class PrintVersion(argparse.Action):
+    """Prints the installed version and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"{parser.prog} {version('fiddler-opt')}", flush=True)
+        parser.exit()
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--version", action=PrintVersion, nargs=0, help="print the version and exit"
+    )
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line; ends the program with status 2 where it is wrong."""
+    """Parses the command line. Exits with status 2 on errors."""
     parser = argparse.ArgumentParser(
         prog="fiddler-run",
         description=(
@@ -17,6 +32,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         nargs="?",
         help="the prompt; `-` reads it from stdin; put `--` before one that begins with a dash",
     )
+    add_version(parser)
     _add_model(parser)
     _add_generation(parser)
     _add_bench(parser)
@@ -37,16 +53,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         choices=["safetensors", "dummy"],
         default="safetensors",
         help=(
-            "`dummy` takes random weights, to try a plan's speed and memory without the checkpoint"
-            " (default: %(default)s)"
+            "`dummy` uses random weights, to try a plan's speed and memory without the"
+            " checkpoint (default: %(default)s)"
         ),
     )
     add(
         "--disk-folder",
         metavar="DIR",
         help=(
-            "where experts lie that the plan leaves on disk (default: the checkpoint's folder, for"
-            " random weights this one)"
+            "folder for experts that the plan leaves on disk (default: the checkpoint's folder"
+            " or, for random weights, the working directory)"
         ),
     )
     add(
@@ -71,14 +87,14 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
         "--num-beams",
         type=positive,
         metavar="N",
-        help="beam search with so many beams, 1 is none (default: the plan's)",
+        help="number of beams of beam search; 1 disables it (default: the plan's)",
     )
     add(
         "--temperature",
         type=temperature,
         default=0.0,
         metavar="T",
-        help="0 is greedy, more samples (default: %(default)s)",
+        help="sampling temperature; 0 is greedy (default: %(default)s)",
     )
     add(
         "--top-p",
@@ -89,7 +105,7 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
             " else 1.0)"
         ),
     )
-    add("--seed", type=seed, metavar="N", help="seed of sampling (default: another one each time)")
+    add("--seed", type=seed, metavar="N", help="seed for sampling (default: random)")
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
 
 
@@ -98,7 +114,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add(
         "--bench",
         action="store_true",
-        help="instead of a prompt: measure speeds, on random token ids, and what time goes into",
+        help="instead of a prompt: benchmark on random token ids, and break down the time",
     )
     add(
         "--prompt-tokens",
@@ -112,16 +128,16 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --bench: sequences at once (default: the plan's)",
     )
-    add("--json", metavar="FILE", help="with --bench: write all figures there")
+    add("--json", metavar="FILE", help="with --bench: write all measurements to this file")
     add(
         "--trace",
         metavar="FILE",
-        help="with --bench: write a timeline there, for chrome://tracing or ui.perfetto.dev",
+        help="with --bench: write a timeline to this file, for chrome://tracing or ui.perfetto.dev",
     )
 
 
 def _refuse_contradictions(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
-    """Ends the program, with status 2, where flags exclude each other."""
+    """Exits with status 2 if flags exclude each other."""
     if [flags.prompt is not None, flags.bench, flags.dry_run].count(True) != 1:
         parser.error("give one of a prompt, --bench and --dry-run")
     if flags.bench:
@@ -150,7 +166,7 @@ def positive(text: str) -> int:
 
 def temperature(text: str) -> float:
     value = float(text)
-    if value != 0 and not 1e-4 <= value <= 1e4:  # logits divided by less are no numbers any more
+    if value != 0 and not 1e-4 <= value <= 1e4:  # dividing logits by less overflows
         raise argparse.ArgumentTypeError("must be 0, or from 0.0001 to 10000")
     return value
 

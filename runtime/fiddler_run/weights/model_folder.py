@@ -6,10 +6,11 @@ from pathlib import Path
 from fiddler_run.errors import FiddlerError
 from fiddler_run.models.table import BUNDLED_CONFIGS
 from fiddler_run.system.files import exists, is_file, is_folder, reason
+from fiddler_run.system.locate import shipped_model
 from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE, shard_names
 
-# What a model needs besides its weights. Other files of a repository, such as a second copy of all
-# weights, are not fetched.
+# The files of a model besides its weights. Other files of a repository, such as a second copy of
+# the weights, are not downloaded.
 SMALL_FILES = [
     "config.json",
     "generation_config.json",
@@ -27,22 +28,23 @@ SMALL_FILES = [
 
 
 def is_local_name(name: str) -> bool:
-    """True if a model's name in a plan is a folder (it begins with `.` or `/`) rather than a
-    Hugging Face id.
+    """True if a model's name in a plan is a folder, which starts with `.` or `/`.
+
+    Otherwise it is a Hugging Face id.
     """
     return name.startswith((".", "/"))
 
 
 def model_folder(name: str | Path, relative_to: Path = Path(), fetch: bool = True) -> Path:
-    """The folder of all files of model `name`: a folder (relative to `relative_to`), or the cache
-    of a Hugging Face id.
+    """The folder that contains the files of model `name`.
 
     Args:
-        fetch: download what is not in the cache yet; otherwise files may be missing from the
-            folder.
+        name: a folder, relative to `relative_to`, or a Hugging Face id.
+        fetch: download missing files to the Hugging Face cache. If False, the folder may lack
+            files.
 
     Raises:
-        FiddlerError: there is no such folder, and the hub has no such model or cannot be reached.
+        FiddlerError: the folder does not exist, and the hub has no such model or is unreachable.
     """
     folder = local_folder(name, relative_to)
     if folder is not None:
@@ -53,11 +55,12 @@ def model_folder(name: str | Path, relative_to: Path = Path(), fetch: bool = Tru
 
 
 def model_config_file(name: str | Path, relative_to: Path = Path()) -> Path:
-    """Where the config.json of model `name` is, without fetching its weights; Mixtral-8x7B's is at
-    hand without the hub.
+    """The config.json of model `name`. Weights are not downloaded.
+
+    Mixtral-8x7B's is included in this package.
 
     Raises:
-        FiddlerError: see `model_folder`.
+        FiddlerError: as `model_folder`.
     """
     if str(name) in BUNDLED_CONFIGS and not is_folder(relative_to / name):
         return BUNDLED_CONFIGS[str(name)]
@@ -68,8 +71,9 @@ def model_config_file(name: str | Path, relative_to: Path = Path()) -> Path:
 
 
 def name_in_plan(model: str | Path, plan_path: str | Path) -> str:
-    """How a plan at `plan_path` names `model`: ids as they are, folders below the working directory
-    relative, others absolute.
+    """The name of `model` in a plan at `plan_path`.
+
+    Ids stay unchanged. Folders below the working directory become relative, others absolute.
     """
     folder = Path(model)
     if not is_folder(folder):
@@ -82,10 +86,12 @@ def name_in_plan(model: str | Path, plan_path: str | Path) -> str:
 
 
 def local_folder(name: str | Path, relative_to: Path) -> Path | None:
-    """The folder that `name` names; None if it is no folder and may be a Hugging Face id.
+    """The folder named `name`, or the model of that name included in the package.
+
+    None if neither exists and `name` may be a Hugging Face id.
 
     Raises:
-        FiddlerError: it is a file, or a folder that does not exist.
+        FiddlerError: `name` is a file, or a folder that does not exist.
     """
     folder = relative_to / name
     if is_folder(folder):
@@ -93,7 +99,7 @@ def local_folder(name: str | Path, relative_to: Path) -> Path | None:
             str(folder).encode()
         except UnicodeEncodeError:
             raise FiddlerError(
-                f"{folder}: the folder's name is not UTF-8, so that transformers cannot read it;"
+                f"{folder}: the folder's name is not UTF-8, so transformers cannot read it;"
                 " rename it"
             ) from None
         return folder
@@ -108,7 +114,7 @@ def local_folder(name: str | Path, relative_to: Path) -> Path | None:
         )
     if is_local_name(str(name)):
         raise FiddlerError(f"{folder}: no such folder; name the checkpoint's folder with --model")
-    return None
+    return shipped_model(name)
 
 
 def _snapshot(name: str, patterns: list[str], fetch: bool) -> Path:
@@ -122,9 +128,9 @@ def _snapshot(name: str, patterns: list[str], fetch: bool) -> Path:
         raise FiddlerError(
             f"{name}: neither a folder nor a Hugging Face model id; name the model with --model"
         ) from None
-    # the hub's client raises many unrelated types; all mean that the files are not here
+    # the hub's client raises many unrelated types; all mean that the files are unavailable
     except Exception as error:
         raise FiddlerError(
-            f"{name}: not a folder, and not to be had from the Hugging Face hub ({reason(error)});"
+            f"{name}: neither a folder nor available from the Hugging Face hub ({reason(error)});"
             " name a local folder with --model"
         ) from None
