@@ -1,11 +1,12 @@
-"""The plan against the rules of thumb, each of them run.
+"""Runs the solved plan and the plans of simple rules.
 
     python benchmarks/baselines.py --machine profiles/local.machine.yaml -o FOLDER
 
-Random weights choose experts evenly, so their routers are skewed: each expert's scores are scaled
-at random. The routing is recorded first, and every plan is made from it and run on other prompts.
-With `--load-format safetensors` the routers stay as they are. Writes baselines.json, and
-baselines.md: medians of all prompts of --rounds, since a machine's speed may change between plans.
+With random weights, routing is nearly uniform, so the routers are skewed: each expert's scores are
+scaled at random. Routing is recorded first. All plans are made from it and run on other prompts.
+With `--load-format safetensors`, the routers stay unchanged. Writes baselines.json, and
+baselines.md with medians over all prompts of all --rounds, because a machine's speed may change
+between plans.
 """
 
 import argparse
@@ -36,8 +37,8 @@ from fiddler_run.generation.sampling import Options
 from fiddler_run.plan.schema import Budget, Plan, Workload
 from fiddler_run.system.files import write_whole
 
-RECORDED_PROMPTS = 16  # to plan from
-PROMPTS = 4  # to run in each round
+RECORDED_PROMPTS = 16  # prompts to record
+PROMPTS = 4  # prompts to run per round
 COLUMNS = (
     "plan",
     *("decode, tokens/s", "predicted", ""),
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def make_plans(flags: argparse.Namespace) -> dict[str, Plan]:
-    """The solved plan and those of the rules, from the routing that the solved one records."""
+    """The solved plan and the plans of the rules, from routing recorded with the solved plan."""
     model = ModelSpec.load(flags.model)
     machine = MachineProfile.load(flags.machine)
     budget = Budget(gpu_bytes=parse_bytes(flags.gpu_mem, "--gpu-mem"))
@@ -85,7 +86,7 @@ def make_plans(flags: argparse.Namespace) -> dict[str, Plan]:
 
 
 def loaded(plan: Plan, flags: argparse.Namespace) -> PlannedModel:
-    """The plan's model, whose routers are skewed if its weights are random."""
+    """Loads the plan's model. Skews its routers if its weights are random."""
     model = load(plan, flags)
     if flags.load_format == "dummy":
         skew_routers(model, flags.skew)
@@ -93,7 +94,9 @@ def loaded(plan: Plan, flags: argparse.Namespace) -> PlannedModel:
 
 
 def skew_routers(model: PlannedModel, skew: float) -> None:
-    """Experts with larger scores, of either sign, are chosen more often."""
+    """Scales the routers' scores. Experts with larger scores, of either sign, are chosen more
+    often.
+    """
     rng = random.Random(0)
     for layer in model.model.layers:
         weight = layer.mlp.gate.weight
@@ -102,7 +105,7 @@ def skew_routers(model: PlannedModel, skew: float) -> None:
 
 
 def recorded(model: PlannedModel, spec: ModelSpec, workload: Workload) -> Routing:
-    """The routing of a model on random prompts."""
+    """Records the routing of a model on random prompts."""
     prompts = [
         random_ids(model, workload.prompt_tokens, seed)[0].tolist()
         for seed in range(RECORDED_PROMPTS)
@@ -118,7 +121,7 @@ def recorded(model: PlannedModel, spec: ModelSpec, workload: Workload) -> Routin
 def measured(plan: Plan, flags: argparse.Namespace, first_seed: int) -> list[Measured]:
     """Loads a plan and runs its prompts."""
     model = loaded(plan, flags)
-    continued(model, flags.prompt_tokens, seed=0, options=Options(2))  # what is done only once
+    continued(model, flags.prompt_tokens, seed=0, options=Options(2))  # warms up
     options = Options(flags.output_tokens)
     seeds = range(first_seed, first_seed + PROMPTS)
     return [continued(model, flags.prompt_tokens, seed, options) for seed in seeds]
@@ -132,7 +135,7 @@ def write_results(folder: Path, plans: dict[str, Plan], found: Found) -> None:
 
 
 def row(name: str, plan: Plan, found: list[Measured]) -> tuple[str, ...]:
-    """Medians, and how far apart the prompts of all rounds lie."""
+    """Medians and ranges over the prompts of all rounds."""
     speeds = [each.decode_tokens_per_s for each in found]
     firsts = [each.ttft_s for each in found]
     both = median(
@@ -151,7 +154,7 @@ def row(name: str, plan: Plan, found: list[Measured]) -> tuple[str, ...]:
 
 
 def compared(found: list[float], expected: float, digits: int) -> tuple[str, str, str]:
-    """The cells of a figure: its median and range, its prediction, and the difference."""
+    """The cells of a figure: median and range, prediction, and difference."""
     middle, low, high, wanted = (
         f"{value:.{digits}f}" for value in (median(found), min(found), max(found), expected)
     )

@@ -1,10 +1,10 @@
-"""Decode on a busy machine.
+"""Measures decode on a busy machine.
 
     python benchmarks/busy.py [--rounds N] [--json FILE]
 
-The demo model with one CPU thread and with one for each core, in turn: alone, and beside as many
-programs as there are cores, each of which would take a whole core. The figure that counts is the
-ratio of the two beside those programs.
+Runs the demo model with one CPU thread and with one per core, in turn: first alone, then beside as
+many programs as cores, each of which keeps a core busy. The ratio of the two thread counts under
+load is the result.
 """
 
 import os
@@ -34,7 +34,7 @@ from fiddler_run.system.host import num_cores
 from fiddler_run.system.locate import shipped_file
 
 NEW_TOKENS = 48
-Samples = dict[str, dict[int, list[float]]]  # tokens/s by situation and CPU threads
+Samples = dict[str, dict[int, list[float]]]  # tokens/s by situation and number of CPU threads
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def with_threads(plan: Plan, count: int) -> Plan:
-    """The plan for another number of CPU threads."""
+    """The plan with another number of CPU threads."""
     return plan.model_copy(update={"ranks": [plan.rank.model_copy(update={"cpu_threads": count})]})
 
 
@@ -76,7 +76,7 @@ def tokens_per_s(model: PlannedModel) -> float:
 
 @contextmanager
 def spinning(count: int) -> Iterator[None]:
-    """Runs `count` processes that never wait for anything."""
+    """Runs `count` processes that never sleep."""
     command = [sys.executable, "-S", "-c", "while True: pass"]
     processes = [subprocess.Popen(command) for _ in range(count)]
     try:

@@ -1,13 +1,11 @@
-"""One expert of Mixtral-8x7B, everywhere it can be computed, beside the hardware's own speed.
+"""Benchmarks one expert of Mixtral-8x7B on each resource, beside the hardware's own speed.
 
     python benchmarks/experts.py [--json FILE] [--threads N]
 
-- cpu: the kernel against reading the same bytes with the same threads, call by call in turn
+- cpu: the kernel, and reading the same bytes with the same threads, in turn
 - pytorch: PyTorch on the CPU, for the same expert
-- numerics: two experts a token against float64, resident blocks and shares in steps of a quarter;
-  and the same bits twice
-- joint (with a GPU): one host expert, CPU and link together, by share; beside a bare copy and a
-  bare read of the same shares
+- numerics: two experts per token against float64; results must be reproducible bit for bit
+- joint (with a GPU): one host expert by CPU and link, by share, beside plain copies and reads
 - gpu (with a GPU): one resident expert, by the kernels that read blocks in place and by cuBLAS
 
 Experts are visited in turn over more memory than caches hold. Figures are medians; ratios are
@@ -68,7 +66,7 @@ def main() -> None:
 
 
 def random_experts() -> Experts:
-    """Experts of the same weights, each in its own place; page-locked for a GPU."""
+    """Experts with equal weights at separate addresses, page-locked for a GPU."""
     host = Arena(EXPERTS * BLOCKS, ENCODING.block_bytes, torch.device("cpu"))
     experts = list(host.blocks.split(BLOCKS))
     weights = experts[0].view(torch.bfloat16)
@@ -100,7 +98,9 @@ def cpu(experts: Experts, threads: int) -> list[dict]:
 
 
 def pytorch(experts: Experts, threads: int) -> list[dict]:
-    """Apart from the rest: threads of PyTorch keep spinning after a call and slow what follows."""
+    """Runs after the others, because PyTorch's threads keep spinning after a call and slow what
+    follows.
+    """
     torch.set_num_threads(threads)
     rows = []
     for tokens in CPU_TOKENS:
@@ -113,7 +113,9 @@ def pytorch(experts: Experts, threads: int) -> list[dict]:
 
 
 def numerics(experts: Experts, threads: int) -> list[dict]:
-    """Two experts a token: 0 to 16 resident blocks in steps of 4, shares in steps of a quarter."""
+    """Two experts per token: 0 to 16 resident blocks in steps of 4, shares in steps of a
+    quarter.
+    """
     engine = make_engine(ENCODING, DEVICE, threads, SLOTS)
     rows = []
     for tokens in (1, 8, 96):
@@ -186,7 +188,7 @@ def gpu(experts: Experts, threads: int) -> list[dict]:
 
 
 def both_paths(threads: int) -> tuple[ExpertEngine, ExpertEngine]:
-    """An engine whose small batches take the decode path, and one without that path."""
+    """An engine that takes the decode path for small batches, and one without that path."""
     kernels = kernels_for(ENCODING, DEVICE, threads)
     return (
         ExpertEngine(ENCODING, kernels, DEVICE, SLOTS),
@@ -199,7 +201,7 @@ def layer_of(resident: Experts, host: Experts, share: float, engine: ExpertEngin
 
 
 def calls_of(layer: ExpertsLayer, tokens: int) -> Callable[[int], object]:
-    """Calls of one expert by `tokens` tokens."""
+    """Calls one expert with `tokens` tokens."""
     states = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
     chosen = [torch.full((tokens, 1), e, device=DEVICE) for e in range(EXPERTS)]
     ones = torch.ones(tokens, 1, device=DEVICE)
@@ -207,7 +209,7 @@ def calls_of(layer: ExpertsLayer, tokens: int) -> Callable[[int], object]:
 
 
 def paired(*calls: Callable[[int], object]) -> list[list[float]]:
-    """Seconds of each call, taken in turn, each on another expert than the one before."""
+    """Seconds of each call, taken in turn. Each call uses another expert than the one before."""
     taken = [[] for _ in calls]
     for repetition in range(REPETITIONS + WARM_UP):
         for number, call in enumerate(calls):
@@ -222,7 +224,7 @@ def paired(*calls: Callable[[int], object]) -> list[list[float]]:
 
 
 def exact_layer(expert: torch.Tensor, states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The layer's output in float64. All its experts hold the same weights."""
+    """The layer's output in float64. All its experts have equal weights."""
     total = torch.zeros(states.shape, dtype=torch.float64)
     x = states.double()
     for gate_up, down in zip(*ENCODING.decode(expert), strict=True):

@@ -1,15 +1,15 @@
-"""Other programs that run such models, on the same machine in one call.
+"""Compares with other programs that run such models, on the same machine.
 
     python benchmarks/peers.py --plan PLAN -o FOLDER
 
 - fiddler-run: the plan, with `--load-format dummy`
-- accelerate: transformers with `device_map` offload: the same config with random bfloat16 weights,
+- accelerate: transformers with `device_map` offload, the same config and random bfloat16 weights,
   under the same GPU cap
 - llama.cpp: `llama-bench`, if it is in PATH and --gguf names a BF16 GGUF of the model; more of its
   options after `--`
 
-Each runs in a process of its own, one after the other: one sequence of the plan's prompt and
-output, accelerate of fewer tokens. Writes peers.json and peers.md.
+They run one after the other in separate processes, with one sequence of the plan's prompt and
+output (fewer output tokens for accelerate). Writes peers.json and peers.md.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from fiddler_run.plan.schema import Plan
 from fiddler_run.system.files import write_whole
 from fiddler_run.weights.model_folder import model_config_file
 
-SPARE_BYTES = 500_000_000  # accelerate counts weights alone
+SPARE_BYTES = 500_000_000  # accelerate only counts weights
 COLUMNS = ("", "decode, tokens/s", "first token, s", "as fast as fiddler-run", "command or why not")
 
 
 class Failed(Exception):
-    """Why a program gave no result."""
+    """The reason why a program gave no result."""
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def row(name: str, result: dict, ours: float | None) -> tuple[str, ...]:
-    """`ours`: the decode rate of fiddler-run, if it ran."""
+    """A row of the table. `ours` is the decode rate of fiddler-run, if it ran."""
     if "why_not" in result:
         return name, "", "", "", result["why_not"]
     rate = result["decode_tokens_per_s"]
@@ -69,7 +69,7 @@ def row(name: str, result: dict, ours: float | None) -> tuple[str, ...]:
 
 
 def run(command: list[str], log: Path) -> str:
-    """Runs a program and returns its stdout; stderr goes to `log`.
+    """Runs a program and returns its stdout. Writes stderr to `log`.
 
     Raises:
         Failed: its exit status is not 0.
@@ -136,7 +136,7 @@ def llama(plan: Plan, flags: argparse.Namespace, folder: Path) -> dict:
 
 
 def offload(config_file: str, allowed_bytes: int, prompt_tokens: int, output_tokens: int) -> dict:
-    """Times transformers' own Mixtral, as much of it on the GPU as accelerate puts there."""
+    """Times transformers' own Mixtral, with as much on the GPU as accelerate places there."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -162,7 +162,7 @@ def offload(config_file: str, allowed_bytes: int, prompt_tokens: int, output_tok
 
 
 def offloaded_model(config_file: str, memory: dict[int | str, int], main_device: int | str):
-    """A Mixtral with random weights, divided by accelerate over devices with so much memory."""
+    """A Mixtral with random weights, placed by accelerate on devices with that much memory."""
     import torch
     from accelerate import dispatch_model, infer_auto_device_map
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -171,7 +171,7 @@ def offloaded_model(config_file: str, memory: dict[int | str, int], main_device:
     with torch.device("meta"):
         model = MixtralForCausalLM(config).bfloat16().eval()
     model.to_empty(device="cpu")
-    # The same numbers again and again: the time does not depend on them.
+    # The same numbers are repeated: the time does not depend on them.
     noise = torch.empty(2**20, dtype=torch.bfloat16).normal_(std=0.02)
     for parameter in model.parameters():
         flat = parameter.detach().view(-1)

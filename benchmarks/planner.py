@@ -1,6 +1,6 @@
-"""Seconds to solve a plan, by model: `python benchmarks/planner.py`.
+"""Times the planner for several models: `python benchmarks/planner.py`.
 
-Needs no GPU and no weights; the machine is from data sheets.
+Needs no GPU and no weights. The machine comes from data sheets.
 """
 
 import random
@@ -39,7 +39,7 @@ MADE = dict.fromkeys(
 
 
 def skewed_routing(model: ModelSpec, skew: float) -> Routing:
-    """Routing by random weights to the power of `skew`; pairs in proportion to both weights."""
+    """Routing by random weights to the power of `skew`. Pairs are proportional to both weights."""
     rng = random.Random(0)
     shape = model.shape
     expert = []

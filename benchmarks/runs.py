@@ -1,4 +1,4 @@
-"""Runs of plans on random prompts."""
+"""Runs plans on random prompts."""
 
 import argparse
 import gc
@@ -20,7 +20,7 @@ DEFAULT = "(default: %(default)s)"
 
 
 def arguments_parser(description: str) -> argparse.ArgumentParser:
-    """A parser of the arguments that every benchmark of plans takes."""
+    """A parser with the arguments shared by all benchmarks of plans."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,14 +33,14 @@ def arguments_parser(description: str) -> argparse.ArgumentParser:
 
 
 def load(plan: Plan, flags: argparse.Namespace) -> PlannedModel:
-    """The model and load format of `flags`, run by a plan. The model before must be forgotten."""
+    """Loads the model of `flags` with a plan. Call `forget` for the previous model first."""
     forget()
     model, _ = load_model(plan, flags.model, flags.load_format)
     return model
 
 
 def forget() -> None:
-    """Gives back the memory of a model to which no reference is left."""
+    """Frees the memory of a model to which no reference is left."""
     gc.collect()
     release_gpu_memory()
     if torch.cuda.is_available():
@@ -48,7 +48,7 @@ def forget() -> None:
 
 
 def continued(model: PlannedModel, prompt_tokens: int, seed: int, options: Options) -> Measured:
-    """Continues a random prompt, and returns what was measured."""
+    """Continues a random prompt. Returns the measurements."""
     ids = random_ids(model, prompt_tokens, seed)
     _, measured = generate_ids(model, ids, options, **never_stopping(model))
     return measured

@@ -1,4 +1,4 @@
-"""Tables as Markdown."""
+"""Formats tables as Markdown."""
 
 from collections.abc import Sequence
 

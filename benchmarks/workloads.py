@@ -1,9 +1,9 @@
-"""Many workloads, each predicted and measured.
+"""Predicts and measures many workloads.
 
     python benchmarks/workloads.py --machine profiles/local.machine.yaml -o FOLDER
 
-For every GPU memory and number of beams one plan is made and loaded, and runs all prompts. Writes
-workloads.json after each row, and at the end workloads.md and workloads.png.
+For each GPU memory and number of beams, one plan is made and loaded, and runs all prompts. Writes
+workloads.json after each row, and workloads.md and workloads.png at the end.
 """
 
 import argparse
@@ -45,8 +45,8 @@ COLUMNS = (
 class Row:
     """One workload, measured and predicted.
 
-    `rate`: that of CPU and link with one token's host blocks, right before, over the profile's;
-    None without a decode path.
+    `rate`: the rate of CPU and link for one token's host blocks just before the run, relative to
+    the profile. None without a decode path.
     """
 
     gpu_mem: str
@@ -74,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all plans follow from."""
+    """The common inputs of all plans."""
 
     model: ModelSpec
     machine: MachineProfile
@@ -114,7 +114,7 @@ def read_inputs(flags: argparse.Namespace) -> Inputs:
 def measured_rows(
     flags: argparse.Namespace, inputs: Inputs, gpu_mem: str, beams: int
 ) -> Iterator[Row]:
-    """The rows of one plan, whose context is the longest workload's."""
+    """The rows of one plan, whose context fits the longest workload."""
     context = max(flags.prompts) + max(flags.outputs)
 
     def workload_of(prompt: int, output: int) -> Workload:
@@ -137,7 +137,7 @@ def measured_rows(
 
     for prompt, output in product(flags.prompts, flags.outputs):
         if output == flags.outputs[0]:
-            generate(prompt, 2)  # what is done only once
+            generate(prompt, 2)  # warms up
         steps_per_s, ttft_s = predicted(plan, inputs, workload_of(prompt, output))
         rate = joint_bytes_per_s(model)
         found = generate(prompt, output)
@@ -151,7 +151,7 @@ def measured_rows(
 
 
 def predicted(plan: Plan, inputs: Inputs, workload: Workload) -> tuple[float, float]:
-    """Decode steps per second, and seconds to the first token, of a workload on a plan."""
+    """Predicted decode steps per second and seconds to first token of a workload on a plan."""
     problem = Problem(
         inputs.model, inputs.machine, workload, plan.budget, plan.prefill_chunk_tokens
     )
@@ -161,7 +161,7 @@ def predicted(plan: Plan, inputs: Inputs, workload: Workload) -> tuple[float, fl
 
 
 def joint_bytes_per_s(model: PlannedModel) -> float | None:
-    """The rate of CPU and link together, over all layers, as the machine gives it now."""
+    """The current rate of CPU and link together, over all layers."""
     layers = [layer for layer in model.layers if layer.decode is not None]
     if not model.engine.decode.takes(1):
         return None
@@ -178,7 +178,7 @@ def joint_bytes_per_s(model: PlannedModel) -> float | None:
 
 
 def figure(rows: list[Row]):
-    """Measured over predicted, decode and first token: on the diagonal is right."""
+    """Plots measured over predicted values. Points on the diagonal are predicted exactly."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(9, 4.2), layout="constrained")
@@ -191,7 +191,7 @@ def figure(rows: list[Row]):
 
 
 def draw(axes, title: str, points: list[tuple[float, float, int]]) -> None:
-    """Draws points of predicted, measured and beams, and the diagonal."""
+    """Draws points of predicted value, measured value and beams, and the diagonal."""
     values = [value for x, y, _ in points for value in (x, y)]
     ends = [min(values), max(values)]
     axes.plot(ends, ends, color="0.6", linewidth=1)

@@ -1,3 +1,4 @@
-"""fiddler_opt: profiles a machine and a model's routing, and solves for the plan that `fiddler_run`
-executes.
+"""fiddler_opt: profiles a machine and a model's routing, and solves for a plan.
+
+`fiddler_run` executes the plan.
 """

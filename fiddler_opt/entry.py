@@ -1,4 +1,4 @@
-"""Where the command `fiddler-opt` starts: before what takes time to import."""
+"""Entry point of `fiddler-opt`. Handles signals before the slow imports begin."""
 
 from fiddler_run.command import start
 

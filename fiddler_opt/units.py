@@ -1,6 +1,6 @@
-"""Quantities as people write them.
+"""Parses and formats quantities.
 
-Rule: a size always carries its unit; GB is 10^9 bytes, GiB is 2^30.
+A size always has a unit. GB is 10^9 bytes, GiB is 2^30.
 """
 
 import re
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from fiddler_run.errors import FiddlerError
 
-MAX_BYTES = 2**60  # and bytes per second; far beyond any machine
+MAX_BYTES = 2**60  # or bytes per second; far beyond any machine
 MAX_COUNT = 2**31 - 1
 UNITS = {
     "B": 1,
@@ -24,10 +24,11 @@ UNITS = {
 
 
 def parse_bytes(text: str, where: str) -> int:
-    """Bytes of a size such as `24GB`, `1.5 GiB` or `0GB`; `where` names the flag in messages.
+    """Parses a size such as `24GB`, `1.5 GiB` or `0GB` to bytes. `where` names the flag in errors.
 
     Raises:
-        FiddlerError: no number, no unit, an unknown unit, or more than MAX_BYTES.
+        FiddlerError: the number or the unit is missing, the unit is unknown, or the size exceeds
+            MAX_BYTES.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None:
@@ -48,10 +49,10 @@ def parse_bytes(text: str, where: str) -> int:
 
 
 def parse_bytes_per_s(text: str, where: str) -> int:
-    """Bytes per second of a rate such as `25GB/s`.
+    """Parses a rate such as `25GB/s` to bytes per second.
 
     Raises:
-        FiddlerError: no number, no unit, not per second, or zero.
+        FiddlerError: the number or the unit is missing, it is not per second, or it is zero.
     """
     size, per, second = text.partition("/")
     if (per, second.strip()) != ("/", "s"):
@@ -60,10 +61,10 @@ def parse_bytes_per_s(text: str, where: str) -> int:
 
 
 def parse_count(text: str, where: str) -> int:
-    """A whole number above zero.
+    """Parses a whole number above zero.
 
     Raises:
-        FiddlerError: it is none, or more than MAX_COUNT.
+        FiddlerError: the text is not such a number, or exceeds MAX_COUNT.
     """
     if not re.fullmatch(r"\s*[0-9]+\s*", text):
         raise FiddlerError(f"{where} {text}: not a whole number")
@@ -83,12 +84,12 @@ def _more_than_zero(value: int, text: str, where: str) -> int:
 
 
 def parse_values(text: str, where: str, parse: Callable[[str, str], int]) -> list[int]:
-    """The values of `8GB`, of a list `8GB,16GB`, ascending, or of a range `8GB..48GB`.
+    """Parses one value `8GB`, an ascending list `8GB,16GB`, or a range `8GB..48GB`.
 
-    `parse(text, where)` reads one.
+    `parse(text, where)` parses one value.
 
     Raises:
-        FiddlerError: `parse` refuses one, or a range does not go from a smaller to a larger value.
+        FiddlerError: `parse` refuses a value, or a range is not ascending.
     """
     ends = text.split("..")
     if len(ends) == 1:
@@ -102,11 +103,10 @@ def parse_values(text: str, where: str, parse: Callable[[str, str], int]) -> lis
 
 
 def round_values(low: int, high: int) -> list[int]:
-    """Both ends, and between them the multiples of a round step: about nine values in all.
+    """Both ends and the multiples of a round step between them, about nine values in all.
 
-    A step is 1, 2, 4, 5 or 8 times a power of ten, counted in a power of two that divides both ends
-    where a coarse one does: 2048..32768 goes by 4096. A step of which both ends are multiples is
-    preferred.
+    A step is 1, 2, 4, 5 or 8 times a power of ten. If a coarse power of two divides both ends, it
+    is counted in that: 2048..32768 takes steps of 4096. Steps that divide both ends are preferred.
     """
     both = low | high
     binary = both & -both
@@ -131,7 +131,7 @@ def round_values(low: int, high: int) -> list[int]:
 
 
 def format_bytes(size: float) -> str:
-    """Bytes in the largest decimal unit that leaves at least 1: `5.25 GB`."""
+    """Formats bytes in the largest decimal unit that leaves at least 1: `5.25 GB`."""
     for unit in ("TB", "GB", "MB", "KB"):
         if abs(size) >= UNITS[unit]:
             return f"{size / UNITS[unit]:.2f} {unit}"

@@ -1,8 +1,8 @@
-"""Writes rtx4090.machine.yaml from data sheets, to plan for a machine before it is at hand.
+"""Writes rtx4090.machine.yaml from data sheets, to plan for a machine without having it.
 
-`python profiles/data_sheet.py` rewrites the file beside it. Each executor is a roofline: an expert
-takes the longer of reading its weights at full bandwidth and computing at full speed. The CPU and
-the link share the host memory's bandwidth.
+`python profiles/data_sheet.py` rewrites the file beside it. Each resource is a roofline: the time
+of an expert is the longer of reading its weights at full bandwidth and computing at full speed. The
+CPU and the link share the bandwidth of host memory.
 """
 
 from pathlib import Path
@@ -27,14 +27,14 @@ GPU_FLOPS = 165.2e12
 # PCIe generation, lanes
 LINK = (4, 16)
 LINK_BYTES_PER_S = 31.5e9
-# AVX-512 bf16: 64 operations a cycle and core
+# AVX-512 bf16: 64 operations per cycle and core
 CPU = "AMD Ryzen 9 7950X"
 CPU_CORES = 16
 CPU_FLOPS = 16 * 4.5e9 * 64
 HOST_MEMORY = "2 channels of DDR5-5200"
 HOST_BYTES_PER_S = 83.2e9
 HOST_MEMORY_BYTES = 128 * 2**30
-# No data sheet states these two; they are allowances.
+# Not in data sheets; these are allowances.
 DRIVER_BYTES = 600_000_000
 DISPATCH_US = 100.0
 
@@ -47,12 +47,12 @@ TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def roofline_us(weight_bytes: int, tokens: int, bytes_per_s: float, flops: float) -> float:
-    """Microseconds of bf16 weights: two bytes and two operations each, for each token."""
+    """Microseconds for bf16 weights: two bytes, and two operations per token, each."""
     return round(1e6 * max(weight_bytes / bytes_per_s, tokens * weight_bytes / flops), 1)
 
 
 def host_expert(expert_bytes: int, tokens: int) -> dict[float, float]:
-    """Microseconds of an expert in host memory by the streamed share, with the best between."""
+    """Microseconds of a host expert by stream share, including the best share."""
     host_us = 1e6 * expert_bytes / HOST_BYTES_PER_S
     cpu_us = roofline_us(expert_bytes, tokens, HOST_BYTES_PER_S, CPU_FLOPS)
     link_us = 1e6 * expert_bytes / LINK_BYTES_PER_S
@@ -69,7 +69,7 @@ def data_sheet_profile() -> MachineProfile:
     model = ModelSpec.load(DEFAULT_MODEL)
     expert_bytes = model.expert_bytes
     layer_bytes = model.dense_layer_bytes
-    output_head_bytes = model.head_bytes // 2  # of the embedding table, a step reads one row
+    output_head_bytes = model.head_bytes // 2  # a step reads only one row of the embedding table
     dense_layer_us = {
         tokens: roofline_us(layer_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS) + DISPATCH_US
         for tokens in TOKENS

@@ -1,4 +1,4 @@
-"""Commands as a user starts them, in this process or in one of their own, and what they leave."""
+"""Runs commands as a user does, in this process or in their own."""
 
 import io
 import os
@@ -28,7 +28,7 @@ ENTRY = {
 def run(
     command: str, *arguments: object, cwd: Path, stdin: str = ""
 ) -> subprocess.CompletedProcess:
-    """A command in this process, from a folder: its exit status, stdout and stderr."""
+    """Runs a command in this process, in the folder `cwd`."""
     words = [str(argument) for argument in arguments]
     stdout = io.StringIO()
     stderr = io.StringIO()
@@ -52,9 +52,9 @@ def run(
 def started(
     command: str, *arguments: object, cwd: Path, first: str = "", **options: object
 ) -> subprocess.Popen:
-    """A command in a process of its own, whose pipes `options` may replace.
+    """Starts a command in its own process; `options` may replace its pipes.
 
-    `first` is a statement to run before it.
+    `first`: a Python statement to run before it.
     """
     folders = [str(ROOT), str(ROOT / "runtime"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "COLUMNS": "200"}
@@ -72,7 +72,7 @@ def started(
 def run_process(
     command: str, *arguments: object, cwd: Path, stdin: str = ""
 ) -> subprocess.CompletedProcess:
-    """A command in a process of its own, as a user starts it."""
+    """Runs a command in its own process, as a user does."""
     with started(command, *arguments, cwd=cwd) as process:
         stdout, stderr = process.communicate(stdin, timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
@@ -87,7 +87,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit status 1, nothing on stdout, and one line on stderr that contains `words`."""
+    """Asserts exit status 1, empty stdout, and one line on stderr that contains `words`."""
     assert result.returncode == 1, result.stderr
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1, result.stderr
@@ -96,7 +96,7 @@ def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
 
 
 def edited_plan(folder: Path, **changes: object) -> Path:
-    """The shipped plan with other values; `a__b=1` sets key b in a."""
+    """Writes the shipped plan with other values; `a__b=1` sets key b in a."""
     data = yaml.safe_load(SHIPPED_PLAN.read_text())
     data["model"]["name"] = str(DEMO)
     for path, value in changes.items():

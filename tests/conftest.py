@@ -1,6 +1,6 @@
 """Fixtures: the demo checkpoint, small random checkpoints, and plans written by hand for them.
 
-PyTorch and transformers are imported by the fixtures that need them: the tests of planning do not.
+Only fixtures that need PyTorch and transformers import them: planning tests run without.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-# Before PyTorch is imported. Each of pytest's processes has one thread, and leaves its core to
-# others while it waits.
+# Set before PyTorch is imported: each pytest process computes with one thread, which yields its
+# core while it waits.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -91,12 +91,14 @@ def make_plan(
     threads: int = 1,
     on_disk: list[list[int]] | None = None,
 ) -> Plan:
-    """A plan with the given resident blocks, and those on disk, for one GB of GPU memory."""
+    """A plan with these resident and disk blocks, for 1 GiB of GPU memory."""
     encoding = plain_encoding(shape.dtype)
     blocks = ENCODINGS[encoding](shape.hidden_size, block_neurons)
     block_bytes = blocks.block_bytes
-    placed, spilt = (sum(map(sum, rows)) * block_bytes for rows in (resident, on_disk or [[]]))
-    everything = shape.num_layers * shape.num_experts * blocks.expert_bytes(shape.intermediate_size)
+    resident_bytes, disk_bytes = (
+        sum(map(sum, rows)) * block_bytes for rows in (resident, on_disk or [[]])
+    )
+    all_bytes = shape.num_layers * shape.num_experts * blocks.expert_bytes(shape.intermediate_size)
     gpu = GpuMemory(
         total=2**30,
         non_expert_weights=0,
@@ -104,13 +106,13 @@ def make_plan(
         staging=3 * block_bytes,
         activations=0,
         reserve=0,
-        experts=placed,
+        experts=resident_bytes,
     )
     rank = Rank(
         device="cuda",
         gpu_memory_bytes=gpu,
-        host_memory_bytes=HostMemory(experts=everything - placed - spilt, embedding=0),
-        disk_bytes=spilt,
+        host_memory_bytes=HostMemory(experts=all_bytes - resident_bytes - disk_bytes, embedding=0),
+        disk_bytes=disk_bytes,
         cpu_threads=threads,
         cpu_pinned=threads > 1,
         stream_share=share or {1: 0.0},
@@ -135,14 +137,14 @@ def make_plan(
 
 
 def with_rank(plan: Plan, **update: object) -> Plan:
-    """The plan with these values of its rank changed."""
+    """A copy of the plan with these fields of its rank changed."""
     return plan.model_copy(update={"ranks": [plan.rank.model_copy(update=update)]})
 
 
 def set_key(data: dict, keys: list[str], value: object) -> None:
-    """Sets the value at the end of a path of keys; the value `...` removes it.
+    """Sets the value at a path of keys; the value `...` removes the last key.
 
-    Keys that are digits are numbers.
+    Keys made of digits are list indices or integer keys.
     """
     *parents, last = [int(key) if key.isdigit() else key for key in keys]
     for key in parents:
@@ -156,8 +158,9 @@ def set_key(data: dict, keys: list[str], value: object) -> None:
 def random_plan(
     shape: ModelShape, rng: random.Random, block_neurons: int = 32, max_threads: int = 2
 ) -> Plan:
-    """Any number of resident blocks for each expert, any stream share for few and for many tokens,
-    any thread count; for every other plan, any number of blocks on disk.
+    """A plan with random resident blocks, stream shares and thread count.
+
+    Half of all plans also have disk blocks.
     """
     blocks = -(-shape.intermediate_size // block_neurons)
     resident = [
@@ -174,7 +177,7 @@ def random_plan(
 
 @pytest.fixture(scope="session")
 def device():
-    """The device of a plan's GPU part here."""
+    """The device of a plan's GPU part: CUDA if available, else the CPU."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,9 +185,9 @@ def device():
 
 @pytest.fixture(scope="session")
 def place() -> Callable:
-    """Places the demo model's experts as a plan says, and returns the model and its tokenizer.
+    """Places the demo model's experts by a plan, and returns the model and its tokenizer.
 
-    There is one model for each dtype: the next call for that dtype moves its experts.
+    All calls for one dtype share one model: the next call moves its experts.
     """
     from models import move_experts
 
@@ -202,7 +205,7 @@ def place() -> Callable:
 
 @pytest.fixture(scope="session")
 def stock(device):
-    """The demo model in stock transformers; it keeps its answers."""
+    """The demo model in stock transformers, with its answers cached."""
     from models import Stock
 
     return Stock(DEMO, device)
@@ -210,8 +213,9 @@ def stock(device):
 
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory) -> Callable[..., tuple[Path, ModelShape]]:
-    """Makes a checkpoint of random weights from a small Mixtral config with some keys changed, and
-    returns its folder and its shape in float32.
+    """Writes a checkpoint of random weights; returns its folder and its shape in float32.
+
+    Keyword arguments override keys of SMALL_CONFIG.
     """
 
     def make(**overrides: object) -> tuple[Path, ModelShape]:
@@ -240,5 +244,5 @@ def random_checkpoint(tmp_path_factory) -> Callable[..., tuple[Path, ModelShape]
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """A copy of the demo checkpoint, to be changed."""
+    """A copy of the demo checkpoint, which the test may change."""
     return shutil.copytree(DEMO, tmp_path / "model")

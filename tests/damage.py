@@ -1,4 +1,4 @@
-"""Copies of the demo checkpoint with something changed, and plans beside them."""
+"""Damage to copies of the demo checkpoint, and plans beside them."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 def write_plan(
     folder: Path, name: str = "./model", dtype: str = "bfloat16", **changes: object
 ) -> Path:
-    """A plan for the model `name`, with 4 of each expert's 8 blocks resident.
+    """Writes a plan for the model `name`, with 4 of each expert's 8 blocks resident.
 
     `a__b=1` sets key b in a.
     """
@@ -42,7 +42,7 @@ def cut(shard: Path) -> None:
 
 
 def change_tensors(model: Path, change: Callable) -> None:
-    """Puts `change(name, tensor)`, a name and a tensor or None, in the place of each."""
+    """Replaces each tensor by `change(name, tensor)`: a name and a tensor, or None to remove it."""
     from safetensors.torch import load_file, save_file
 
     weight_map = {}
@@ -55,22 +55,22 @@ def change_tensors(model: Path, change: Callable) -> None:
 
 
 def change_experts(model: Path, change: Callable) -> None:
-    """The same for the tensors of experts alone."""
+    """Like `change_tensors`, for the tensors of experts only."""
     change_tensors(model, lambda name, t: change(name, t) if ".experts." in name else (name, t))
 
 
-def only(model: Path, *names: str) -> None:
-    """Removes all other weights, and puts these files in their place."""
+def replace_weights(model: Path, *names: str) -> None:
+    """Replaces all weight files by files of these names."""
     for path in model.glob("model*"):
         path.unlink()
     for name in names:
         (model / name).write_bytes(b"weights")
 
 
-def few_gigabytes(folder: Path, monkeypatch) -> Path:
-    """Puts other files of the system in `folder` and returns their root.
+def simulate_2_gb(folder: Path, monkeypatch) -> Path:
+    """Simulates a machine with 2 GB of free memory; returns the root of its system files.
 
-    They are of a machine with 2 GB of free memory. Its cores are those of this machine.
+    Its cores are those of this machine.
     """
     root = folder / "root"
     (root / "proc").mkdir(parents=True)
@@ -80,7 +80,7 @@ def few_gigabytes(folder: Path, monkeypatch) -> Path:
 
 
 def assert_listed(found: list[str], expected: list[tuple[Path, str]]) -> None:
-    """The lines found are these, in order: each names that file and holds these words."""
+    """Asserts that the lines, in order, begin with these files and contain these words."""
     assert len(found) == len(expected), "\n".join(found)
     for line, (file, words) in zip(found, expected, strict=True):
         assert line.startswith(f"{file}: ")

@@ -1,4 +1,4 @@
-"""Exhaustive search: small instances of the placement problem, and all of their solutions."""
+"""Exhaustive search over small instances of the placement problem."""
 
 import random
 from itertools import product
@@ -16,11 +16,11 @@ EXACT = 2 * RELATIVE_GAP
 
 
 def random_instance(rng: random.Random) -> tuple[list[CostModel], MemoryLimits]:
-    """Cost models of at most 4,096 placements, and memory for some of them; any feature on or off.
+    """Cost models of at most 4,096 placements and memory limits, with random features.
 
-    Features: a GPU or none; one expert or two a token; one sequence or several; launching slower or
-    faster than experts; host memory limited, with the rest on disk, or not; one routing or several
-    at once.
+    Features: a GPU or none; one or two experts per token; one or several sequences; launch
+    overhead longer or shorter than experts; host memory limited, with the rest on disk, or not;
+    one or two routings.
     """
     limited = rng.random() < 0.4
     layers, experts, neurons = rng.choice(
@@ -49,29 +49,29 @@ def random_instance(rng: random.Random) -> tuple[list[CostModel], MemoryLimits]:
     routings = [random_routing(model, rng) for _ in range(rng.choice([1, 1, 2]))]
     chunk = rng.choice([8, 64])
     costs = [CostModel.build(model, machine, routing, workload, chunk) for routing in routings]
-    every = layers * experts * costs[0].blocks_per_expert
+    num_blocks = layers * experts * costs[0].blocks_per_expert
     size = model.block_bytes
-    gpu_bytes = rng.randint(0, every + 2) * size + rng.randint(0, size - 1)
-    host_bytes = rng.randint(0, every) * size + rng.randint(0, size - 1) if limited else None
+    gpu_bytes = rng.randint(0, num_blocks + 2) * size + rng.randint(0, size - 1)
+    host_bytes = rng.randint(0, num_blocks) * size + rng.randint(0, size - 1) if limited else None
     return costs, MemoryLimits(size, gpu_bytes, host_bytes)
 
 
 def fits(placement: Placement, cost: CostModel, limits: MemoryLimits) -> bool:
-    """The program's constraints, written once more."""
+    """True if a placement meets the program's constraints, restated here independently."""
     resident, on_disk = (sum(map(sum, rows)) for rows in (placement.resident, placement.on_disk))
     left = cost.blocks_per_expert * sum(map(len, cost.called)) - resident - on_disk
     rows = zip(placement.resident, placement.on_disk, strict=True)
-    whole = all(
+    valid_counts = all(
         min(r, d) >= 0 and r + d <= cost.blocks_per_expert
         for row in rows
         for r, d in zip(*row, strict=True)
     )
-    host = limits.host_bytes is None or left * limits.block_bytes <= limits.host_bytes
-    return whole and resident * limits.block_bytes <= limits.gpu_bytes and host
+    fits_host = limits.host_bytes is None or left * limits.block_bytes <= limits.host_bytes
+    return valid_counts and resident * limits.block_bytes <= limits.gpu_bytes and fits_host
 
 
 class Exhaustive:
-    """All placements that fit, and their times by the cost model's formula, written once more.
+    """All placements that fit, and their times by the cost formula, restated here independently.
 
     `resident` and `on_disk`: blocks of each placement, [placements, layers, experts].
     """

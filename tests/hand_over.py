@@ -1,4 +1,4 @@
-"""A GPU that the test plays: layers for it, and what it sends to the CPU's threads."""
+"""A simulated GPU for the hand-over of the decode path: its layers, and its side of a CPU job."""
 
 import random
 import time
@@ -30,7 +30,7 @@ def random_blocks(count: int) -> torch.Tensor:
 
 
 def compiled(threads: int, variant: str | None = None, spin_us: int = 20) -> CompiledExperts:
-    """The compiled kernel on a pool of its own."""
+    """The compiled kernel on its own pool."""
     return CompiledExperts(BLOCKS, Pool(threads, spin_us, variant=variant))
 
 
@@ -49,9 +49,7 @@ def applied(blocks: torch.Tensor, state: torch.Tensor, encoding: Encoding = BLOC
 
 
 class Layer:
-    """Experts with up to four blocks in "GPU memory" and up to four in host memory, and what is
-    needed to call them.
-    """
+    """A layer whose experts have up to four resident and up to four host blocks each."""
 
     def __init__(
         self, rng: random.Random, share: float, experts: int = 6, engine: ExpertEngine | None = None
@@ -67,15 +65,15 @@ class Layer:
         self.layer = ExpertsLayer(0, self.resident, self.host, share_at, engine)
         self.share_at = share_at
         places = [block for expert in (*self.resident, *self.host) for block in expert]
-        self.at = {block.data_ptr(): block for block in places}
+        self.by_address = {block.data_ptr(): block for block in places}
 
     def on(self, engine: ExpertEngine) -> ExpertsLayer:
-        """The layer run by another engine."""
+        """The same layer, run by another engine."""
         return ExpertsLayer(0, self.resident, self.host, self.share_at, engine)
 
 
 class Gpu:
-    """What a job gets from a GPU and gives to it."""
+    """The GPU's side of one CPU job: sends the inputs and checks the table and the output."""
 
     def __init__(
         self, tokens: int, layer: Layer, buffers: PinnedBuffers, top_k: int = 2, alike: bool = False
@@ -88,9 +86,9 @@ class Gpu:
         self.weights = torch.rand(tokens, top_k)
         self.layer = layer
         self.buffers = buffers
-        most = layer.decode.max_blocks(tokens * top_k)
-        self.given = buffers.decode_inputs(
-            self.states, self.index, self.weights, layer.experts, most
+        max_blocks = layer.decode.max_blocks(tokens * top_k)
+        self.inputs = buffers.decode_inputs(
+            self.states, self.index, self.weights, layer.experts, max_blocks
         )
         self.output = torch.full((tokens, HIDDEN), torch.nan)
         self.traffic = np.zeros(3, dtype=np.int64)
@@ -98,7 +96,7 @@ class Gpu:
     def submit(self, kernel: CompiledExperts, job: int) -> None:
         kernel.submit_routed(
             self.layer.decode,
-            self.given,
+            self.inputs,
             self.traffic,
             self.output,
             self.buffers.output_ready,
@@ -107,19 +105,17 @@ class Gpu:
 
     def send(self, job: int) -> None:
         for to, tensor in zip(
-            (self.given.states, self.given.index, self.given.weights), self._tensors, strict=True
+            (self.inputs.states, self.inputs.index, self.inputs.weights), self._tensors, strict=True
         ):
             to.copy_(tensor)
-        self.given.inputs_ready[: len(self.states)] = job
+        self.inputs.inputs_ready[: len(self.states)] = job
 
     @property
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.states, self.index, self.weights
 
     def check(self) -> None:
-        """The table's blocks and the CPU's output together are the layer's; the blocks are divided
-        as Python divides them.
-        """
+        """Asserts that both parts add up to the layer's output, and that the split is Python's."""
         addresses, _, _, _, choices = self._table()
         found = self.output + self.sums()
         expected = self.expected()
@@ -141,7 +137,7 @@ class Gpu:
         assert sorted(choices) == list(range(self.index.numel()))
 
     def sums(self) -> torch.Tensor:
-        """What the table tells a GPU to compute."""
+        """The weighted sums of the blocks that the table assigns to the GPU."""
         addresses, experts, first_block, first_choice, choices = self._table()
         sums = torch.zeros(self.index.shape + (HIDDEN,))
         for expert in range(self.layer.experts):
@@ -152,12 +148,12 @@ class Gpu:
                 assert self.index[token, place] == expert
                 for block in blocks:
                     sums[token, place] += applied(
-                        self.layer.at[addresses[block]][None], self.states[token]
+                        self.layer.by_address[addresses[block]][None], self.states[token]
                     )
         return (sums * self.weights.unsqueeze(2)).sum(dim=1)
 
     def expected(self) -> torch.Tensor:
-        """The layer's experts, of those that exist."""
+        """The layer's output; choices of unknown experts add nothing."""
         expected = torch.zeros(self.states.shape)
         for token, place in np.ndindex(*self.index.shape):
             expert = self.index[token, place]
@@ -171,11 +167,17 @@ class Gpu:
         return expected
 
     def _table(self) -> list[list[int]]:
-        most = self.given.max_blocks
-        table = self.given.table.tolist()
+        max_blocks = self.inputs.max_blocks
+        table = self.inputs.table.tolist()
         num_blocks = table[0]
         rest = table[1:]
-        sizes = most, most, self.layer.experts + 1, self.layer.experts + 1, self.index.numel()
+        sizes = (
+            max_blocks,
+            max_blocks,
+            self.layer.experts + 1,
+            self.layer.experts + 1,
+            self.index.numel(),
+        )
         parts = torch.tensor(rest).split(sizes)
         addresses, experts, *others = (part.tolist() for part in parts)
         return [addresses[:num_blocks], experts[:num_blocks], *others]

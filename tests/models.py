@@ -1,4 +1,4 @@
-"""Models to compare: stock transformers', which keeps its answers, and ours with experts moved."""
+"""The models that tests compare: stock transformers, and ours with a plan's placement."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from fiddler_run.weights.tensor_files import TensorFiles
 
 
 class Stock:
-    """A checkpoint's model in stock transformers, in float32.
+    """A checkpoint's model in stock transformers, in float32, with its answers cached.
 
-    Its experts are the eager ones, because the default ones refuse sizes that are no multiple of 16
+    It uses eager experts: the default implementation refuses sizes that are no multiple of 16
     bytes.
     """
 
@@ -25,14 +25,14 @@ class Stock:
             folder, dtype=torch.float32, experts_implementation="eager"
         )
         self.model = model.to(device).eval()
-        self._kept: dict[str, torch.Tensor] = {}
+        self._answers: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         key = f"{ids.tolist()} {mask.tolist()}"
-        if key not in self._kept:
-            self._kept[key] = self.model(ids, attention_mask=mask).logits
-        return self._kept[key]
+        if key not in self._answers:
+            self._answers[key] = self.model(ids, attention_mask=mask).logits
+        return self._answers[key]
 
     def generate(
         self,
@@ -44,14 +44,14 @@ class Stock:
         """The tokens for these arguments of `generate()`, drawn with `seed` if they are sampled."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         key = f"{input_ids.tolist()} {attention_mask.tolist()} {seed} {sorted(arguments.items())}"
-        if key not in self._kept:
+        if key not in self._answers:
             torch.manual_seed(seed)
-            self._kept[key] = self.model.generate(**inputs, **arguments)
-        return self._kept[key]
+            self._answers[key] = self.model.generate(**inputs, **arguments)
+        return self._answers[key]
 
 
 def answer(model, tokenizer, text: str, new_tokens: int = 6, **arguments: object) -> str:
-    """The text of so many greedy tokens after a prompt."""
+    """The text of `new_tokens` greedy tokens after a prompt."""
     encoded = tokenizer(text, return_tensors="pt").to(model.device)
     greedy = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     output = model.generate(**encoded, **greedy, pad_token_id=2, **arguments)
@@ -59,7 +59,7 @@ def answer(model, tokenizer, text: str, new_tokens: int = 6, **arguments: object
 
 
 def move_experts(model: PlannedModel, plan: Plan, folder: Path) -> None:
-    """Gives a loaded model another plan, with its experts read from `folder`."""
+    """Applies another plan to a loaded model; its experts are read from `folder`."""
     store = ExpertStore(plan, model.device, folder)
     store.load(Checkpoint(TensorFiles(folder), FAMILIES[model.family.model_type]))
     model.attach_experts(plan, store)

@@ -1,4 +1,4 @@
-"""Damages files at random, for tests of what reads them."""
+"""Random damage to files, for tests of the code that reads them."""
 
 import json
 import random
@@ -67,7 +67,7 @@ def places(data: object) -> list[tuple[dict | list, object]]:
 
 
 def mutate_value(data: object, rng: random.Random) -> None:
-    """Changes one value or key in place: its type or size, its place, its name, or removes it."""
+    """Changes one entry in place: replaces, scales, moves, renames or removes it."""
     found = places(data)
     if not found:
         return
@@ -97,14 +97,14 @@ def scaled(value: float, power: int) -> float:
 
 
 def json_copy(value: object) -> object:
-    """A copy that shares nothing, so that no cycle arises."""
+    """A deep copy without shared parts, so that mutations create no cycles."""
     if isinstance(value, dict):
         return {key: json_copy(each) for key, each in value.items()}
     return [json_copy(each) for each in value] if isinstance(value, list) else value
 
 
 def mutate_text(text: str, rng: random.Random) -> str:
-    """Changes some characters: flipped, cut out, said twice, another digit, a trick put in."""
+    """Changes one place: cuts, repeats or replaces characters, or inserts a nasty text."""
     at = rng.randrange(len(text) + 1)
     length = rng.choice([1, 1, 2, 8, 64, 512])
     kind = rng.randrange(5)
@@ -124,7 +124,7 @@ def mutate_text(text: str, rng: random.Random) -> str:
 
 
 def mutated(data: object, dump: Callable[[object], str], rng: random.Random) -> bytes:
-    """The file of `data`, damaged once or several times."""
+    """Dumps `data` with random damage, sometimes none; returns the file's bytes."""
     data = json_copy(data)
     for _ in range(rng.choice([0, 1, 1, 2, 4])):
         mutate_value(data, rng)

@@ -40,8 +40,9 @@ PAIRS = {count: list(combinations(range(count), 2)) for count in range(1, 9)}
 
 
 def small_model(**overrides) -> ModelSpec:
-    """Two layers of four experts, 128 neurons each in four blocks; overrides name config.json's or
-    ModelShape's keys.
+    """Two layers of four experts, each of 128 neurons in four blocks.
+
+    Overrides use the keys of config.json or of ModelShape.
     """
     names = {"num_layers": "num_hidden_layers", "num_experts": "num_local_experts"}
     config = {
@@ -62,7 +63,7 @@ def small_model(**overrides) -> ModelSpec:
 
 
 def few_layers(folder: Path, layers: int) -> str:
-    """Makes a model's folder with the config of a few of Mixtral's layers; returns its name."""
+    """Writes a model folder with Mixtral's config cut to `layers` layers; returns its name."""
     folder.mkdir()
     config = {**ModelSpec.load(DEFAULT_MODEL).sizes.raw, "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
@@ -83,11 +84,11 @@ def machine_profile(
     memory_bytes: int = 10**9,
     context_bytes: int = 0,
 ) -> MachineProfile:
-    """Microseconds of a machine on `model`'s own shape: flat in tokens up to 8, then in proportion
-    to them.
+    """A machine profiled on `model`'s own shape; times are in microseconds.
 
-    `host`: of an expert in host memory at the best `share`; `cpu`: by the CPU alone (None: a
-    little more than that). `dense_device`: the device's part of `dense` (None: all of it).
+    They are flat up to 8 tokens, then proportional to tokens. `host`: an expert in host memory at
+    the best `share`. `cpu`: the CPU alone (None: 1 % more than `host`). `dense_device`: the
+    device's part of `dense` (None: all of it).
     """
 
     def flat(microseconds: float) -> dict[int, float]:
@@ -121,9 +122,7 @@ def machine_profile(
 
 
 def random_routing(model: ModelSpec, rng: random.Random) -> Routing:
-    """Skewed choices: pair probabilities drawn at random, some zero, and the experts' that follow
-    from them.
-    """
+    """Skewed random pair probabilities, some of them zero, and the experts' that follow."""
     experts = model.shape.num_experts
     top_k = model.shape.num_experts_per_tok
     expert = []
@@ -148,8 +147,9 @@ def routed(
 
 
 def random_machine(rng: random.Random) -> MachineProfile:
-    """A roofline with overheads and noise, in milliseconds; its memory may or may not limit CPU and
-    link together.
+    """A random roofline with overhead and noise, whose experts take milliseconds.
+
+    On some machines, host memory limits CPU and link together.
     """
     model = small_model()
     alone = rng.uniform(2e3, 8e3)

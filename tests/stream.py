@@ -1,4 +1,4 @@
-"""The decode path's GPU kernels, played by a thread."""
+"""A stand-in for the decode path's GPU kernels: a thread that computes on the CPU."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,19 +10,19 @@ from fiddler_run.encodings.base import Encoding
 
 
 class Stream:
-    """The decode path's GPU kernels: what is queued runs in order, in a thread of its own."""
+    """Stands in for the decode path's GPU kernels: queued work runs in order, in its own thread."""
 
-    def __init__(self, late_s: float = 1e-3, encoding: Encoding = BLOCKS):
-        """`late_s`: the time between two layers' experts."""
+    def __init__(self, delay_s: float = 1e-3, encoding: Encoding = BLOCKS):
+        """`delay_s`: the delay before each layer's inputs are published."""
         self.encoding = encoding
-        self.at: dict[int, torch.Tensor] = {}  # blocks by address
-        self.late_s = late_s
+        self.by_address: dict[int, torch.Tensor] = {}  # blocks
+        self.delay_s = delay_s
         self.thread = ThreadPoolExecutor(1)
-        self.most_waiting = 0
+        self.max_pending = 0
         self.queued: list[Future] = []
 
     def queue(self, work) -> None:
-        self.most_waiting = max(self.most_waiting, sum(not each.done() for each in self.queued))
+        self.max_pending = max(self.max_pending, sum(not each.done() for each in self.queued))
         self.queued.append(
             self.thread.submit(torch.inference_mode(torch.is_inference_mode_enabled())(work))
         )
@@ -33,7 +33,7 @@ class Stream:
 
     def publish_inputs(self, tensors, host, inputs_ready, job):
         def work():
-            time.sleep(self.late_s)
+            time.sleep(self.delay_s)
             for to, tensor in zip(host, tensors, strict=True):
                 to.copy_(tensor)
             inputs_ready[: len(tensors[0])] = job
@@ -41,9 +41,9 @@ class Stream:
         self.queue(work)
 
     def wait_for_table(self, table, table_ready, gave_up, job, device):
-        fetched = torch.empty_like(table)
-        self.queue(lambda: (wait_for(table_ready, job), fetched.copy_(table)))
-        return fetched
+        copied = torch.empty_like(table)
+        self.queue(lambda: (wait_for(table_ready, job), copied.copy_(table)))
+        return copied
 
     def expert_gemv(self, table, max_blocks, num_experts, states, weights):
         results = torch.zeros((*weights.shape, states.shape[1]))
@@ -56,7 +56,7 @@ class Stream:
                 for choice in choices[firsts[expert] : firsts[expert + 1]]:
                     token, place = divmod(choice, weights.shape[1])
                     results[token, place] += weights[token, place] * applied(
-                        self.at[address][None], states[token], self.encoding
+                        self.by_address[address][None], states[token], self.encoding
                     )
 
         self.queue(work)
@@ -70,8 +70,8 @@ class Stream:
         return output
 
 
-class InStep(Stream):
-    """A GPU whose results are there when Python goes on, as tensors on a CPU must be."""
+class SynchronousStream(Stream):
+    """Finishes each layer before it returns: CPU tensors cannot be pending, as CUDA tensors can."""
 
     def combine(self, *arguments):
         output = super().combine(*arguments)

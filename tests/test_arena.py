@@ -1,4 +1,4 @@
-"""Arenas: memory of exactly the blocks' size, in RAM or in a file that nobody else sees."""
+"""Arenas: memory of exactly the blocks' size, in RAM or in an unnamed file."""
 
 import errno
 import shutil
@@ -15,12 +15,12 @@ from fiddler_run.weights.arena import Arena, will_need
 CPU = torch.device("cpu")
 
 
-def test_without_huge_pages_there_is_still_memory(monkeypatch):
+def test_arena_works_without_huge_pages(monkeypatch):
     monkeypatch.setattr("fiddler_run.weights.arena.mmap.MADV_HUGEPAGE", -1, raising=False)
     assert Arena(2, 40, CPU).blocks.shape == (2, 40)
 
 
-def test_an_arena_on_disk(tmp_path):
+def test_disk_arena_keeps_blocks(tmp_path):
     arena = Arena(3, 20000, CPU, tmp_path)
     assert not any(tmp_path.iterdir())
     first = arena.take(1)
@@ -31,22 +31,22 @@ def test_an_arena_on_disk(tmp_path):
     assert not first.any()
     with pytest.raises(
         FiddlerError,
-        match="none: cannot keep experts there: No such file or directory; name another folder",
+        match="none: cannot store experts: No such file or directory; name another folder",
     ):
         Arena(1, 8, CPU, tmp_path / "none")
 
 
-def test_too_little_disk(tmp_path):
+def test_plan_beyond_the_free_disk_is_refused(tmp_path):
     plan = make_plan(demo_shape(), [[0] * 8] * 6)
     with pytest.raises(
         FiddlerError,
-        match="1000000.00 GB of experts are to lie on disk, but .* GB are free there; name another",
+        match="keeps 1000000.00 GB of experts on disk, but .* GB are free there; name another",
     ):
         refuse(disk_problems(with_rank(plan, disk_bytes=10**15), tmp_path))
 
 
-def test_a_disk_that_fills_between_check_and_load(tmp_path, monkeypatch):
-    """The room is taken at once: writing to a mapped file on a full disk would kill the process."""
+def test_disk_that_fills_before_loading_is_refused(tmp_path, monkeypatch):
+    """Space is allocated at once: writing to a mapped file on a full disk kills the process."""
 
     def full(*_) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -54,13 +54,13 @@ def test_a_disk_that_fills_between_check_and_load(tmp_path, monkeypatch):
     monkeypatch.setattr("fiddler_run.weights.arena.os.posix_fallocate", full)
     with pytest.raises(
         FiddlerError,
-        match="cannot keep experts there: No space left on device; name another folder",
+        match="cannot store experts: No space left on device; name another folder",
     ):
         Arena(4, 400, CPU, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-def test_the_room_on_disk_is_taken(tmp_path):
+def test_disk_arena_allocates_its_space(tmp_path):
     before = shutil.disk_usage(tmp_path).used
     arena = Arena(64, 2**20, CPU, tmp_path)  # 64 MiB
     assert shutil.disk_usage(tmp_path).used - before > 2**25

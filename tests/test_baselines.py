@@ -1,4 +1,4 @@
-"""Rules of thumb on the same cost model: they fit, and the program's plan is never worse."""
+"""Baseline placements fit in memory, and the integer program's plan is never worse."""
 
 import random
 
@@ -19,27 +19,27 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Budget, Workload
 
 WORKLOAD = Workload(prompt_tokens=12, output_tokens=20, num_beams=1, batch_size=1, max_seq_len=64)
-MADE = dict.fromkeys(
+PROVENANCE = dict.fromkeys(
     ("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "test"
 )
 
 
 def machine_with_link(model, cpu: float = 90.0, link: float = 120.0, **kwargs):
-    """By share: the CPU alone, the best, the link alone."""
+    """A machine with times of the CPU alone, the best share and the link alone."""
     machine = machine_profile(model, host=60.0, disk_bytes_per_s=1e8, **kwargs)
     by_share = {0.0: cpu, 0.25: 60.0, 1.0: link}
     return machine.model_copy(update={"host_expert_us": {1: by_share, 8: by_share}})
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_no_rule_beats_the_program(seed):
+def test_no_baseline_beats_the_program(seed):
     rng = random.Random(seed)
     model = small_model(num_layers=2, num_experts=4)
     machine = machine_with_link(model, dense_device=0.5)
     routing = random_routing(model, rng)
-    every = 2 * 4 * model.blocks_per_expert
-    host = rng.choice([None, rng.randint(0, every) * model.block_bytes])
-    limits = MemoryLimits(model.block_bytes, rng.randint(0, every) * model.block_bytes, host)
+    num_blocks = 2 * 4 * model.blocks_per_expert
+    host = rng.choice([None, rng.randint(0, num_blocks) * model.block_bytes])
+    limits = MemoryLimits(model.block_bytes, rng.randint(0, num_blocks) * model.block_bytes, host)
     best = place([CostModel.build(model, machine, routing, WORKLOAD, 64)], limits)
     for rule in BASELINES.values():
         cost = CostModel.build(model, machine, routing, WORKLOAD, 64, rule.policy)
@@ -48,9 +48,10 @@ def test_no_rule_beats_the_program(seed):
         assert best.objective_s <= cost.total_s(placement) * (1 + EXACT)
 
 
-def test_rules_by_hand():
-    """Two layers of three experts of four blocks; layer 1's experts are the most used, in the order
-    2, 0, 1.
+def test_baseline_placements_by_hand():
+    """Two layers of three experts of four blocks.
+
+    By popularity, layer 0 has the order 1, 2, 0 and layer 1 has 2, 0, 1.
     """
     model = small_model(num_layers=2, num_experts=3, num_experts_per_tok=1)
     phase = [[0.30, 0.36, 0.34], [0.35, 0.20, 0.45]]
@@ -67,11 +68,11 @@ def test_rules_by_hand():
         "stream": [[0, 4, 0], [4, 0, 4]],
         "cpu": [[0, 0, 0], [0, 0, 0]],
     }
-    spilt = place_by_rule(BASELINES["cpu"], cost, MemoryLimits(1, 14, host_bytes=18)).on_disk
-    assert spilt == [[2, 0, 0], [0, 4, 0]]  # the least used lie on disk
+    on_disk = place_by_rule(BASELINES["cpu"], cost, MemoryLimits(1, 14, host_bytes=18)).on_disk
+    assert on_disk == [[2, 0, 0], [0, 4, 0]]  # the least used lie on disk
 
 
-def test_policies():
+def test_policies_take_their_own_times():
     machine = machine_with_link(small_model())
     times = {
         policy: host_times(machine, policy)[1] for policy in ("together", "cpu", "link", "better")
@@ -91,13 +92,13 @@ def test_policies():
 @pytest.mark.parametrize(
     ("name", "share"), [("greedy", {1: 0.25, 8: 0.25}), ("stream", {1: 1.0}), ("cpu", {1: 0.0})]
 )
-def test_a_baseline_is_a_plan(name, share):
+def test_baseline_gives_a_plan(name, share):
     model = small_model()
     routing = Routing.uniform(model)
     machine = machine_with_link(model, memory_bytes=10**9)
     budget = Budget(gpu_bytes=10**9)
-    plan = compile_plan(model, machine, routing, WORKLOAD, budget, MADE, placer=by_rule(name))
-    best = compile_plan(model, machine, routing, WORKLOAD, budget, MADE)
+    plan = compile_plan(model, machine, routing, WORKLOAD, budget, PROVENANCE, placer=by_rule(name))
+    best = compile_plan(model, machine, routing, WORKLOAD, budget, PROVENANCE)
     assert best.predicted.alternatives == {}
     best = compared(best, Problem.of(best, model, machine), routing)
     assert plan.rank.stream_share == share
@@ -107,7 +108,7 @@ def test_a_baseline_is_a_plan(name, share):
     assert plan.predicted.ttft_s == expected.ttft_s
 
 
-def test_parts_add_up():
+def test_parts_of_the_cost_add_up():
     model = small_model()
     rng = random.Random(2)
     for kind in ("cuda", "cpu"):

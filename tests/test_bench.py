@@ -22,13 +22,13 @@ def assert_phase_adds_up(phase) -> None:
     assert all(rate > 0 for rate in phase.bytes_per_s.values())
 
 
-def test_figures_add_up(place):
+def test_bench_figures_add_up(place):
     plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6, share={1: 0.5})
     model, _ = place(plan)
     result, spans = bench(model, prompt_tokens=12, output_tokens=7)
     blocks = plan.blocks_per_expert
     steps = 6
-    needed = steps * 6 * 2  # layers, experts of a token
+    needed = steps * 6 * 2  # layers, experts per token
     measured = result.measured
     assert (measured.prompt_tokens, measured.output_tokens) == (12, 7)
     assert measured.traffic.needed_blocks == needed * blocks
@@ -50,21 +50,21 @@ def test_figures_add_up(place):
     assert result.stream_share == {}  # nothing was tuned
     assert result.prefill_odds == 1
     untuned = rates(plan, result).caption
-    assert "for one token" not in untuned
+    assert "tuned stream share" not in untuned
     assert "with long prompts" not in untuned
     tuned = replace(result, stream_share={0: 0.2, 3: 0.4}, prefill_odds=1.25)
     caption = rates(plan, tuned).caption
-    assert "for one token the link has 30%, by layer 20% to 40% (plan: " in caption
-    assert "with long prompts the link has 1.25 times the plan's blocks" in caption
+    assert "tuned stream share for one token: 30%, by layer 20% to 40% (plan: " in caption
+    assert "for long prompts: 1.25 times the plan's" in caption
 
 
-def test_batches_beams_and_chunks(place):
+def test_bench_counts_batches_beams_and_chunks(place):
     plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6)
     workload = plan.workload.model_copy(update={"num_beams": 2, "batch_size": 2})
     plan = plan.model_copy(update={"prefill_chunk_tokens": 5, "workload": workload})
     model, _ = place(plan)
     result, spans = bench(model, prompt_tokens=12, output_tokens=4, num_beams=2, batch_size=2)
-    passes = 3 + 1 + 3  # chunks of all but the last token, that one, and steps
+    passes = 3 + 1 + 3  # prompt chunks, the prompt's last token, decode steps
     assert {span.call for span in spans} == set(range(6 * passes))
     assert (result.prefill.passes, result.prefill.tokens_per_pass) == (4, (2 * 11 + 4) / 4)
     assert (result.decode.passes, result.decode.tokens_per_pass) == (1, 4)
@@ -75,13 +75,13 @@ def test_batches_beams_and_chunks(place):
     assert result.prefill.tokens_per_expert == pytest.approx((2 * 11 + 4) * 2 * 6 / needed)
 
 
-def test_the_command(tmp_path):
+def test_bench_writes_result_and_trace(tmp_path):
     flags = ("--bench", "--prompt-tokens", 9, "--max-new-tokens", 5)
     files = ("--json", "b.json", "--trace", "t.json")
     result = run("fiddler-run", "--plan", SHIPPED_PLAN, *flags, *files, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["b.json", "t.json"]
-    for words in ("9 prompt + 5 output tokens", "│ idle", "bare loop", "RAM at most"):
+    for words in ("9 prompt + 5 output tokens", "│ idle", "bare loop", "peak RAM"):
         assert words in result.stderr
     figures = json.loads((tmp_path / "b.json").read_text())
     assert figures["measured"]["output_tokens"] == 5
@@ -91,7 +91,7 @@ def test_the_command(tmp_path):
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
 
 
-def test_without_a_checkpoint(tmp_path):
+def test_bench_needs_no_weights(tmp_path):
     """Random weights need the model's config.json and nothing else."""
     model = tmp_path / "model"
     model.mkdir()
@@ -105,7 +105,7 @@ def test_without_a_checkpoint(tmp_path):
     assert_refused(prompt, "there is no tokenizer", "use --bench")
 
 
-def test_refused_before_the_long_work(tmp_path):
+def test_bench_refuses_bad_flags_before_loading(tmp_path):
     plan = edited_plan(tmp_path)
     (tmp_path / "file").write_text("kept")
     before = files_in(tmp_path)
@@ -130,7 +130,7 @@ def test_refused_before_the_long_work(tmp_path):
     ],
     ids=" ".join,
 )
-def test_a_prompt_and_a_benchmark_exclude_each_other(tmp_path, arguments):
+def test_flags_of_prompt_and_bench_exclude_each_other(tmp_path, arguments):
     result = run("fiddler-run", "--plan", SHIPPED_PLAN, *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert "--bench" in result.stderr

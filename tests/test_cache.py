@@ -1,4 +1,4 @@
-"""The KV cache: in one place as long as it has room, else as transformers' own."""
+"""The KV cache: fixed in memory while it has room, then like transformers' DynamicCache."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def small_cache() -> KeyValueCache:
 PROMPT = torch.arange(24.0).view(3, 2, 2, 2)  # 2 tokens of such a cache
 
 
-def test_cache_stays_where_it_is():
+def test_cache_keeps_its_address():
     cache = small_cache()
     keys, values = cache.update(PROMPT, -PROMPT, 1)
     where = keys.data_ptr(), values.data_ptr()
@@ -45,12 +45,12 @@ def assert_same_updates(cache: KeyValueCache, dynamic: DynamicCache, *all_states
     [torch.cat([PROMPT, PROMPT]), torch.cat([PROMPT] * 3, dim=2)],
     ids=["sequences", "tokens"],
 )
-def test_more_than_the_cache_has_room_for(more):
+def test_overflowing_cache_matches_dynamic_cache(more):
     assert_same_updates(small_cache(), DynamicCache(), more, more[:, :, :1])
 
 
-def test_cropped_after_there_was_no_room():
-    """As assisted decoding does with tokens that it takes back."""
+def test_cropping_an_overflowed_cache_matches_dynamic_cache():
+    """Assisted decoding crops the tokens that it rejects."""
     cache = small_cache()
     dynamic = DynamicCache()
     assert_same_updates(cache, dynamic, PROMPT, PROMPT[:, :, :1], PROMPT)
@@ -59,6 +59,6 @@ def test_cropped_after_there_was_no_room():
     assert_same_updates(cache, dynamic, PROMPT[:, :, :1] + 100)
 
 
-def test_one_token_too_many():
+def test_one_token_beyond_capacity_matches_dynamic_cache():
     states = (PROMPT, PROMPT, PROMPT[:, :, :1], PROMPT)
     assert_same_updates(small_cache(), DynamicCache(), *states)

@@ -1,11 +1,11 @@
-"""`fiddler-opt calibrate`: a profile corrected by a run, and what would follow from it."""
+"""`fiddler-opt calibrate`: a profile corrected by a run, and the plan that follows."""
 
 import json
 from dataclasses import replace
 
 import pytest
+from command_line import SHIPPED_PLAN, assert_refused, run
 from planning import machine_profile, small_model
-from test_commands import SHIPPED_PLAN, assert_refused, run
 
 from fiddler_opt.inputs.machine import MachineProfile, seconds_at
 from fiddler_opt.inputs.routing import Routing
@@ -17,7 +17,7 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Budget, Workload
 
 WORKLOAD = Workload(prompt_tokens=12, output_tokens=20, num_beams=1, batch_size=1, max_seq_len=64)
-MADE = dict.fromkeys(
+PROVENANCE = dict.fromkeys(
     ("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "test"
 )
 MODEL = small_model(num_layers=2, num_experts=4)
@@ -28,12 +28,12 @@ BUDGET = Budget(gpu_bytes=5 * 10**8)  # room for everything
 
 @pytest.fixture(scope="module")
 def problem():
-    plan = compile_plan(MODEL, MACHINE, ROUTING, WORKLOAD, BUDGET, MADE)
+    plan = compile_plan(MODEL, MACHINE, ROUTING, WORKLOAD, BUDGET, PROVENANCE)
     return plan, Problem(MODEL, MACHINE, WORKLOAD, BUDGET, plan.prefill_chunk_tokens)
 
 
 def result_of(plan, prefill: dict[str, float], decode: dict[str, float]) -> Result:
-    """A run in which each part took so many times what the profile says."""
+    """A run in which each part took these multiples of the profile's times."""
 
     def phase(times: dict[str, float], tokens: int, per_expert: float) -> MeasuredPhase:
         def rate(part: str, us: dict) -> float:
@@ -63,7 +63,7 @@ def result_of(plan, prefill: dict[str, float], decode: dict[str, float]) -> Resu
     return Result(plan=plan.provenance, num_beams=1, batch_size=1, measured=measured, **phases)
 
 
-def test_a_run_as_predicted_changes_nothing(problem):
+def test_run_as_predicted_changes_nothing(problem):
     plan, made_from = problem
     found = calibrate(plan, made_from, ROUTING, result_of(plan, {}, {}), "test")
     assert [each.factor for each in found.corrections] == pytest.approx([1.0] * 8)
@@ -73,8 +73,8 @@ def test_a_run_as_predicted_changes_nothing(problem):
     assert found.now_s == pytest.approx(made_from.cost(ROUTING).total_s(found.placement))
 
 
-def test_each_table_is_corrected_by_its_own_terms(problem):
-    """Log-linear between the measured numbers of tokens, by the nearest outside."""
+def test_each_table_is_corrected_by_its_own_part(problem):
+    """Factors are log-linear between the measured numbers of tokens, constant outside."""
     plan, made_from = problem
     result = result_of(
         plan,
@@ -96,13 +96,13 @@ def test_each_table_is_corrected_by_its_own_terms(problem):
     assert machine.resident_expert_us[8] == MACHINE.resident_expert_us[8]
 
 
-def test_another_plan_wins(problem):
-    """A GPU slower than host memory is best left a part of the work."""
+def test_slow_gpu_makes_another_plan_win(problem):
+    """A GPU slower than host memory should get only a part of the blocks."""
     plan, made_from = problem
     slow = {"resident": 20.0}
     found = calibrate(plan, made_from, ROUTING, result_of(plan, slow, slow), "test")
     assert found.another_wins
-    again = compile_plan(MODEL, found.machine, ROUTING, WORKLOAD, BUDGET, MADE)
+    again = compile_plan(MODEL, found.machine, ROUTING, WORKLOAD, BUDGET, PROVENANCE)
     assert again.num_host_blocks > plan.num_host_blocks
     better = replace(
         made_from, machine=found.machine, chunk_tokens=again.prefill_chunk_tokens
@@ -110,7 +110,7 @@ def test_another_plan_wins(problem):
     assert found.best_s <= better.total_s(found.placement)
 
 
-def test_parts_that_a_run_did_not_show_are_left_alone(problem):
+def test_unmeasured_parts_are_left_alone(problem):
     plan, made_from = problem
     shown = result_of(plan, {}, {"dense": 2.0})
     only_dense = shown.decode.model_copy(
@@ -133,12 +133,10 @@ def test_parts_that_a_run_did_not_show_are_left_alone(problem):
     assert found.machine.host_expert_us == MACHINE.host_expert_us
 
 
-def test_a_profile_of_another_shape():
-    """Times grow with bytes: what a run of wide layers took says what the profile's narrow ones
-    would.
-    """
+def test_run_of_another_shape_is_scaled_by_bytes():
+    """Times are proportional to bytes: a run of wide layers corrects a profile of narrow ones."""
     wide = small_model(num_layers=2, num_experts=4, hidden_size=128, vocab_size=200)
-    plan = compile_plan(wide, MACHINE, ROUTING, WORKLOAD, BUDGET, MADE)
+    plan = compile_plan(wide, MACHINE, ROUTING, WORKLOAD, BUDGET, PROVENANCE)
     problem = Problem(wide, MACHINE, WORKLOAD, BUDGET, plan.prefill_chunk_tokens)
     scale = wide.dense_layer_bytes / MODEL.dense_layer_bytes, wide.head_bytes / MODEL.head_bytes
     as_predicted = result_of(plan, *[{"dense": scale[0], "head": scale[1]}] * 2)
@@ -148,7 +146,7 @@ def test_a_profile_of_another_shape():
 
 def test_without_a_gpu_one_rate_holds_for_all_blocks():
     machine = machine_profile(MODEL, device=80.0, host=80.0, dense=12.0, head=3.0, kind="cpu")
-    plan = compile_plan(MODEL, machine, ROUTING, WORKLOAD, BUDGET, MADE)
+    plan = compile_plan(MODEL, machine, ROUTING, WORKLOAD, BUDGET, PROVENANCE)
     problem = Problem(MODEL, machine, WORKLOAD, BUDGET, plan.prefill_chunk_tokens)
     shown = result_of(plan, {"host": 3.0}, {"host": 3.0})
     phases = {
@@ -161,19 +159,21 @@ def test_without_a_gpu_one_rate_holds_for_all_blocks():
     }
 
 
-def test_what_a_run_cannot_correct(problem):
+def test_baseline_and_cpu_plans_are_refused(problem):
     plan, made_from = problem
-    simple = compile_plan(MODEL, MACHINE, ROUTING, WORKLOAD, BUDGET, MADE, placer=by_rule("cpu"))
-    with pytest.raises(FiddlerError, match="a rule of thumb"):
+    simple = compile_plan(
+        MODEL, MACHINE, ROUTING, WORKLOAD, BUDGET, PROVENANCE, placer=by_rule("cpu")
+    )
+    with pytest.raises(FiddlerError, match="a simple rule"):
         calibrate(simple, made_from, ROUTING, result_of(simple, {}, {}), "test")
     none = Budget(gpu_bytes=0)
-    cpu = compile_plan(MODEL, MACHINE, ROUTING, WORKLOAD, none, MADE)
-    with pytest.raises(FiddlerError, match="no use of the GPU"):
+    cpu = compile_plan(MODEL, MACHINE, ROUTING, WORKLOAD, none, PROVENANCE)
+    with pytest.raises(FiddlerError, match="does not use the GPU"):
         calibrate(cpu, replace(made_from, budget=none), ROUTING, result_of(cpu, {}, {}), "test")
 
 
-def test_a_corrected_profile_can_be_read(problem, tmp_path):
-    """Data sheets that were corrected by a run are measured; nothing takes no time."""
+def test_corrected_profile_can_be_read(problem, tmp_path):
+    """A data sheet corrected by a run counts as measured; no time is rounded to zero."""
     plan, made_from = problem
     paper = MACHINE.model_copy(update={"source": "data sheet"})
     tiny = {"host": 1e-4, "resident": 1e-4, "dense": 1e-4, "head": 1e-4}
@@ -187,7 +187,7 @@ def test_a_corrected_profile_can_be_read(problem, tmp_path):
     assert min(read.head_us.values()) == 0.1
 
 
-def test_the_command(tmp_path):
+def test_calibrate_writes_a_profile_and_refuses_other_results(tmp_path):
     measured = run(
         "fiddler-run",
         "--plan",
@@ -205,7 +205,7 @@ def test_the_command(tmp_path):
     assert result.stdout.split() == ["profiles/two-cores-calibrated.machine.yaml"]
     for words in ("experts in host memory", "factor", "by the new profile", "plan"):
         assert words in result.stderr
-    assert "another workload" not in result.stderr
+    assert "measured workload" not in result.stderr
     profile = MachineProfile.load(tmp_path / result.stdout.strip())
     assert profile.provenance.command.startswith("fiddler-opt calibrate")
 
@@ -235,11 +235,11 @@ def test_the_command(tmp_path):
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e9])
-def test_a_run_a_billion_times_off_is_no_measurement(problem, factor):
+def test_run_a_billion_times_off_is_refused(problem, factor):
     plan, made_from = problem
     result = result_of(plan, {"host": factor}, {"host": factor})
     with pytest.raises(
         FiddlerError,
-        match="experts in host memory took .* us by the profile: one of them is no measurement",
+        match="experts in host memory took .* us in the profile: one of them cannot be right",
     ):
         calibrate(plan, made_from, ROUTING, result, "test")

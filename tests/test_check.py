@@ -1,13 +1,11 @@
-"""Everything that is wrong with a plan, for its model or for this machine is listed; loading
-refuses by the first of it.
-"""
+"""All problems of a plan, its model and this machine are listed; loading raises the first."""
 
 import shutil
 
 import pytest
 from command_line import run
 from conftest import demo_shape, make_plan
-from damage import SHARDS, assert_listed, change_config, cut, few_gigabytes, write_plan
+from damage import SHARDS, assert_listed, change_config, cut, simulate_2_gb, write_plan
 
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
@@ -17,19 +15,19 @@ from fiddler_run.loading.check import (
 from fiddler_run.plan.schema import Plan
 from fiddler_run.system import host
 
-GPU_PART_IN_RAM = "its GPU part is held in host memory and computed by the CPU"
+GPU_PART_IN_RAM = "the GPU part is kept in host memory and computed by the CPU"
 
 
-def test_nothing_is_wrong_with_a_good_plan(tmp_path, model):
+def test_good_plan_has_no_problems(tmp_path, model):
     problems, notes = check_plan(write_plan(tmp_path))
     assert problems == []
     assert all(GPU_PART_IN_RAM in note for note in notes)
     assert check_plan("plans/demo.yaml")[0] == []
 
 
-def test_everything_that_is_wrong_is_listed(tmp_path, model, monkeypatch):
-    """Rules of the file, its model's shape, its weights, this machine: two of each at once."""
-    few_gigabytes(tmp_path, monkeypatch)
+def test_all_problems_are_listed(tmp_path, model, monkeypatch):
+    """The file's rules, the model's shape, its weights and this machine give two or more each."""
+    simulate_2_gb(tmp_path, monkeypatch)
     plan = write_plan(
         tmp_path,
         workload__max_seq_len=70,
@@ -55,13 +53,13 @@ def test_everything_that_is_wrong_is_listed(tmp_path, model, monkeypatch):
             (plan, "ranks[0].gpu_memory_bytes.total: 5 is less than the sum of its parts"),
             (plan, f"model.num_experts is 8, but num_local_experts is 16 in {config}"),
             (plan, f"model.intermediate_size is 256, but intermediate_size is 512 in {config}"),
-            (model / SHARDS[0], "damaged or cut off"),
+            (model / SHARDS[0], "damaged or truncated"),
             (model / SHARDS[1], "missing, though model.safetensors.index.json names it"),
             (plan, f"cpu_threads is 4096, but {host.num_cores()} cores are available"),
             (
                 plan,
                 (
-                    "its experts need 10000.00 GB of host memory, and loading them 0.00, but 2.00"
+                    "its experts need 10000.00 GB of host memory, plus 0.00 while loading, but 2.00"
                     " GB are available"
                 ),
             ),
@@ -70,7 +68,7 @@ def test_everything_that_is_wrong_is_listed(tmp_path, model, monkeypatch):
 
 
 def test_wrong_keys_and_types_are_all_listed(tmp_path):
-    """What is left of the file cannot be held against a model or a machine, which is said."""
+    """The file is then not checked against model and machine, and a note says so."""
     plan = write_plan(
         tmp_path,
         colour="red",
@@ -88,7 +86,7 @@ def test_wrong_keys_and_types_are_all_listed(tmp_path):
         "max_seq_len: 70",
     ]
     assert_listed(problems, [(plan, words) for words in expected])
-    assert "were not looked at" in notes[0]
+    assert "were not checked" in notes[0]
     missing = tmp_path / "none.yaml"
     assert_listed(check_plan(missing)[0], [(missing, "cannot read: No such file")])
 
@@ -111,7 +109,7 @@ def test_wrong_keys_and_types_are_all_listed(tmp_path):
         ({}, shutil.rmtree),
     ],
 )
-def test_loading_refuses_by_the_first_in_the_same_words(tmp_path, model, changes, damage):
+def test_loading_raises_the_first_problem(tmp_path, model, changes, damage):
     plan = write_plan(tmp_path, **changes)
     damage(model)
     problems, _ = check_plan(plan)
@@ -121,11 +119,11 @@ def test_loading_refuses_by_the_first_in_the_same_words(tmp_path, model, changes
     assert str(refusal.value) == problems[0]
 
 
-def test_predictions_that_contradict_each_other_are_told(tmp_path, model):
+def test_contradictory_predictions_are_noted(tmp_path, model):
     for changes, words in (
         (
             {"predicted__decode_tokens_per_s": 50.0},
-            "decode_ms adds up to 1000, not 20; decode_tokens_per_s is more than its bound",
+            "decode_ms adds up to 1000, not 20; decode_tokens_per_s exceeds its bound",
         ),
         ({"predicted__ttft_s": 3.0}, "ttft_ms adds up to 1000, not 3000"),
     ):
@@ -136,27 +134,26 @@ def test_predictions_that_contradict_each_other_are_told(tmp_path, model):
         assert not any("predicted:" in note for note in check_plan(shipped)[1])
 
 
-def test_a_config_alone_is_held_against_the_shape(tmp_path, model):
+def test_config_without_weights_is_checked_against_the_shape(tmp_path, model):
     plan = write_plan(tmp_path)
     for path in model.glob("*.safetensors*"):
         path.unlink()
     problems, notes = check_plan(plan)
     assert problems == []
-    assert notes[0].startswith("the weights of ./model are not here")
+    assert notes[0].startswith("the weights of ./model are missing or incomplete")
     change_config(model, hidden_size=64)
     assert_listed(check_plan(plan)[0], [(plan, "model.hidden_size is 128, but hidden_size is 64")])
 
 
-def test_a_plan_that_breaks_rules_cannot_be_made():
-    """Rules hold for plans that are no files, too."""
+def test_invalid_plan_cannot_be_constructed():
     plan = make_plan(demo_shape(), [[0] * 8] * 6)
     rank = plan.rank.model_copy(update={"stream_share": {1: 4.0}})
     with pytest.raises(ValueError, match=r"ranks\[0\].stream_share\[1\]: 4.0 is not between"):
         Plan(**{**dict(plan), "ranks": [rank]})
 
 
-def test_dry_run_lists_all_and_loads_nothing(tmp_path, model):
-    """On stdout, one line each; the number of problems on stderr."""
+def test_dry_run_lists_all_problems(tmp_path, model):
+    """One problem per line on stdout; their number on stderr."""
     plan = write_plan(tmp_path)
     fits = run("fiddler-run", "--plan", plan, "--dry-run", cwd=tmp_path)
     assert (fits.returncode, fits.stdout) == (0, f"{plan} fits its model and this machine\n")
@@ -171,4 +168,4 @@ def test_dry_run_lists_all_and_loads_nothing(tmp_path, model):
     change_config(model, hidden_size=128)
     unseen = run("fiddler-run", "--plan", plan, "--dry-run", cwd=tmp_path)
     assert unseen.stdout == f"{plan} fits its model's config.json and this machine\n"
-    assert "note: the weights of ./model are not here" in unseen.stderr
+    assert "note: the weights of ./model are missing or incomplete" in unseen.stderr

@@ -1,4 +1,4 @@
-"""Folders as users have them: what they hold besides, what they lack, what they are called."""
+"""Checkpoint folders as users have them: extra files, missing keys, unusual names."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan
-from damage import SHARDS, change_tensors, few_gigabytes, only, write_plan
+from damage import SHARDS, change_tensors, replace_weights, simulate_2_gb, write_plan
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -21,51 +21,48 @@ from fiddler_run.models.mixtral import DEFAULTS
 from fiddler_run.plan.shape import ModelShape
 
 
-def texts(folder: Path, count: int = 12, dtype: str = "bfloat16", **options: object) -> str:
-    """The answer of the model beside a new plan in `folder`."""
+def generated(folder: Path, count: int = 12, dtype: str = "bfloat16", **options: object) -> str:
+    """Writes a plan into `folder`; returns the answer of the model beside it."""
     loaded, tokenizer = load_model(write_plan(folder, dtype=dtype))
     pieces: list[str] = []
     generate(loaded, tokenizer, "Once upon a time", Options(count, **options), pieces.append)
     return "".join(pieces)
 
 
-def test_weights_that_are_no_numbers(tmp_path, model):
-    """They are found by the first token, in greedy decoding, too."""
+def test_nan_weights_are_refused_at_the_first_token(tmp_path, model):
+    """In greedy decoding and in sampling."""
     change_tensors(
         model, lambda name, t: (name, t * float("nan") if name == "model.norm.weight" else t)
     )
     assert check_plan(write_plan(tmp_path))[0] == []
     for options in ({}, {"temperature": 1.0}):
-        with pytest.raises(
-            FiddlerError, match="the model's logits are no numbers; check its weights"
-        ):
-            texts(tmp_path, **options)
+        with pytest.raises(FiddlerError, match="the model's logits are NaN; check its weights"):
+            generated(tmp_path, **options)
 
 
-def test_a_folder_for_experts_on_disk_that_does_not_exist(tmp_path):
+def test_missing_folder_for_disk_blocks_is_refused(tmp_path):
     plan = make_plan(demo_shape("bfloat16"), [[0] * 8] * 6, on_disk=[[1] * 8] * 6)
-    with pytest.raises(
-        FiddlerError, match="none: no such folder for the experts that are to lie on disk"
-    ):
+    with pytest.raises(FiddlerError, match="none: no such folder for the experts on disk"):
         load_model(plan, DEMO, disk_folder=tmp_path / "none")
 
 
-def test_a_second_file_of_all_weights_is_not_read(tmp_path, model):
-    expected = texts(tmp_path)
+def test_weights_outside_the_index_are_not_read(tmp_path, model):
+    expected = generated(tmp_path)
     names = {name: tensor for shard in SHARDS for name, tensor in load_file(model / shard).items()}
     noise = {name: torch.randn_like(tensor) * 0.02 for name, tensor in names.items()}
     save_file(noise, model / "model.safetensors", metadata={"format": "pt"})
     problems, notes = check_plan(write_plan(tmp_path))
     assert problems == []
     assert any(
-        "model.safetensors: not read, since model.safetensors.index.json names other files" in note
+        "model.safetensors: not read, because model.safetensors.index.json names other files"
+        in note
         for note in notes
     )
-    assert texts(tmp_path) == expected
+    assert generated(tmp_path) == expected
 
 
-def test_all_weights_are_those_of_the_files(random_checkpoint):
-    """Tied or not, in another dtype or not: what transformers loads."""
+def test_dense_weights_match_transformers(random_checkpoint):
+    """With tied embeddings and with an explicit head_dim, too."""
     for overrides in ({}, {"tie_word_embeddings": True}, {"head_dim": 16}):
         folder, shape = random_checkpoint(**overrides)
         loaded, _ = load_model(make_plan(shape, [[0] * 8] * 2), folder)
@@ -79,19 +76,19 @@ def test_all_weights_are_those_of_the_files(random_checkpoint):
         )
 
 
-def test_a_config_without_a_dtype(tmp_path, model):
+def test_dtype_defaults_to_that_of_the_weights(tmp_path, model):
     config = json.loads((model / "config.json").read_text())
     del config["dtype"]
     (model / "config.json").write_text(json.dumps(config))
     spec = ModelSpec.load(str(model))
-    assert (spec.shape.dtype, spec.note) == ("bfloat16", None)  # that of the weights beside it
-    only(model)
+    assert (spec.shape.dtype, spec.note) == ("bfloat16", None)  # the dtype of the weights beside it
+    replace_weights(model)
     spec = ModelSpec.load(str(model))
     assert spec.shape.dtype == "bfloat16"
     assert spec.note.endswith("config.json names no dtype: bfloat16 is assumed")
 
 
-def test_defaults_are_those_of_transformers(model):
+def test_config_defaults_match_transformers(model):
     stock = MixtralConfig()
     assert {key: getattr(stock, key) for key in DEFAULTS} == DEFAULTS
     config = json.loads((model / "config.json").read_text())
@@ -114,7 +111,7 @@ def test_defaults_are_those_of_transformers(model):
         ("a\0b", "cannot read: "),
     ],
 )
-def test_names_that_are_no_folder(tmp_path, name, words):
+def test_model_paths_that_are_no_folder_are_refused(tmp_path, name, words):
     if len(name) < 100 and "\0" not in name:
         (tmp_path / name).write_bytes(b"GGUF")
     problems, _ = check_plan(write_plan(tmp_path), str(tmp_path / name))
@@ -122,12 +119,12 @@ def test_names_that_are_no_folder(tmp_path, name, words):
     assert words in problems[0]
 
 
-def test_a_folder_whose_name_is_no_text(tmp_path):
+def test_folder_name_that_is_not_utf8_is_refused(tmp_path):
     folder = shutil.copytree(DEMO, tmp_path / "caf\udce9")
     problems, _ = check_plan(write_plan(tmp_path), str(folder))
     assert len(problems) == 1
     assert problems[0].endswith(
-        "the folder's name is not UTF-8, so that transformers cannot read it; rename it"
+        "the folder's name is not UTF-8, so transformers cannot read it; rename it"
     )
 
 
@@ -144,11 +141,9 @@ def test_a_folder_whose_name_is_no_text(tmp_path):
     ],
     ids=str,
 )
-def test_memory_that_a_plan_does_not_count(tmp_path, model, change, monkeypatch):
-    """Edited by hand: a context, beams or a staging ring that no memory holds is found before
-    loading.
-    """
-    few_gigabytes(tmp_path, monkeypatch)
+def test_plans_that_no_memory_holds_are_refused(tmp_path, model, change, monkeypatch):
+    """A plan edited by hand may ask for a context, beams or a staging ring of any size."""
+    simulate_2_gb(tmp_path, monkeypatch)
     path = write_plan(tmp_path, **change)
     problems, _ = check_plan(path)
     assert len(problems) == 1
@@ -157,7 +152,7 @@ def test_memory_that_a_plan_does_not_count(tmp_path, model, change, monkeypatch)
     assert str(refusal.value) == problems[0]
 
 
-def test_no_shape_takes_all_memory():
-    """A list of a billion rows would."""
+def test_absurd_shape_is_refused():
+    """A list of a billion rows would take all memory."""
     with pytest.raises(ValueError, match="num_layers"):
         ModelShape(**{**demo_shape().model_dump(), "num_layers": 10**9})

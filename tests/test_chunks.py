@@ -1,4 +1,4 @@
-"""Long prompts, batches and beams: cut as the plan says, and still the stock tokens."""
+"""Chunked prefill, batches and beams give the tokens of stock transformers."""
 
 import random
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def planned(place):
 
 @pytest.fixture
 def shapes(planned) -> Iterator[list[tuple[int, int]]]:
-    """The sequences and tokens of each pass through the first layer."""
+    """Collects (sequences, tokens) of each pass through the first layer."""
     found = []
     layer = planned[0].model.layers[0]
     with layer.register_forward_hook(lambda _, __, output: found.append(tuple(output.shape[:2]))):
@@ -31,7 +31,7 @@ def set_chunk(model, tokens: int) -> None:
     model.plan = model.plan.model_copy(update={"prefill_chunk_tokens": tokens})
 
 
-def test_prompts_longer_than_a_prefill_chunk(planned, stock, device):
+def test_prompt_longer_than_a_chunk_matches_stock(planned, stock, device):
     model, tokenizer = planned
     prompt = "\n".join(TEXTS * 7)
     encoded = tokenizer(prompt, return_tensors="pt").to(device)
@@ -44,10 +44,8 @@ def test_prompts_longer_than_a_prefill_chunk(planned, stock, device):
 
 
 @pytest.mark.parametrize(("batch", "beams"), [(1, 2), (1, 4), (1, 16), (2, 4), (4, 1), (16, 1)])
-def test_batches_and_beams(planned, stock, batch, beams):
-    """In one cache after the other way of decoding, and on prompts that are padded and that are
-    not; then cut into chunks.
-    """
+def test_batches_and_beams_match_stock(planned, stock, batch, beams):
+    """With padded and unpadded prompts, in the plan's chunks and in small ones, in one KV cache."""
     model, tokenizer = planned
     texts = (TEXTS * 6)[:batch]
     encoded = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
@@ -66,8 +64,8 @@ def test_batches_and_beams(planned, stock, batch, beams):
         assert (measured.prompt_tokens, measured.output_tokens) == (ids.shape[1], new_tokens)
 
 
-def test_long_prompts_are_cut_as_the_plan_says(planned, stock, shapes):
-    """By whoever calls `generate()`, unless it is told otherwise."""
+def test_generate_uses_the_plans_chunk_size(planned, stock, shapes):
+    """An explicit `prefill_chunk_size` takes precedence."""
     model, tokenizer = planned
     encoded = tokenizer(TEXTS[0], return_tensors="pt").to(model.device)
     set_chunk(model, 4)
@@ -85,10 +83,8 @@ def test_long_prompts_are_cut_as_the_plan_says(planned, stock, shapes):
     [{"num_beams": 4, "do_sample": False}, {"num_return_sequences": 4, "do_sample": True}],
     ids=str,
 )
-def test_beams_share_their_prompt(planned, stock, shapes, arguments):
-    """It passes the layers once, in the plan's chunks, and its last token for each beam; sampled
-    continuations as well.
-    """
+def test_beams_share_the_prefill_of_their_prompt(planned, stock, shapes, arguments):
+    """The prompt passes once, and its last token once per beam; likewise for sampled sequences."""
     model, tokenizer = planned
     encoded = tokenizer(TEXTS, return_tensors="pt", padding=True).to(model.device)
     prompts, tokens = encoded["input_ids"].shape
@@ -99,10 +95,8 @@ def test_beams_share_their_prompt(planned, stock, shapes, arguments):
     assert torch.equal(output, stock.generate(**encoded, seed=5, **arguments))
 
 
-def test_more_rows_pass_in_smaller_chunks(planned, stock, shapes):
-    """So that no more tokens than planned are in the layers at once, where each beam takes the
-    prompt by itself.
-    """
+def test_more_sequences_pass_in_smaller_chunks(planned, stock, shapes):
+    """No pass has more tokens than planned, also where every beam prefills its own prompt."""
     model, tokenizer = planned
     encoded = tokenizer(TEXTS[:2], return_tensors="pt", padding=True).to(model.device)
     set_chunk(model, 12)

@@ -1,6 +1,4 @@
-"""How commands end: what the terminal cannot show, disks that are full, readers that leave, signals
-at any moment.
-"""
+"""How commands end: unprintable characters, failed writes, refusals, and signals at any moment."""
 
 import errno
 import io
@@ -20,14 +18,14 @@ from conftest import DEMO, ROOT
 from fiddler_run.command import SHOW_CURSOR, Terminated, exit_status, start
 from fiddler_run.errors import FiddlerError
 
-READY = b"."  # what a fork writes first
+READY = b"."  # the first byte that a fork writes
 HIDE_CURSOR = "\x1b[?25l"
 PLAN = ("plan", "--model", DEMO, "--machine", MACHINE, "--gpu-mem", "0GB")
 
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    """The usual handlers, though a shell may have started the tests with signals ignored."""
+    """Sets the default handlers: a shell may have started the tests with signals ignored."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
@@ -36,7 +34,7 @@ def _signals() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_output_that_cannot_be_written(number, capfd):
+def test_failed_write_of_the_output_exits_with_1(number, capfd):
     def write() -> None:
         raise OSError(number, os.strerror(number))
 
@@ -52,7 +50,7 @@ def test_other_errors_keep_their_traceback():
         exit_status(fail, "name")
 
 
-def test_what_a_terminal_cannot_show(tmp_path, monkeypatch):
+def test_unprintable_characters_are_replaced(tmp_path, monkeypatch):
     for encoding, seen in (("ascii", b"caf? ??\n"), ("latin-1", b"caf\xe9 ??\n")):
         path = tmp_path / encoding
         with path.open("w", encoding=encoding) as file:
@@ -61,7 +59,7 @@ def test_what_a_terminal_cannot_show(tmp_path, monkeypatch):
         assert path.read_bytes() == seen
 
 
-def test_statuses(capsys):
+def test_refusal_exits_with_1_and_interrupt_with_130(capsys):
     def refuse() -> None:
         raise FiddlerError("here: this is wrong; do that")
 
@@ -74,7 +72,7 @@ def test_statuses(capsys):
     assert capsys.readouterr().err == "name: here: this is wrong; do that\nname: interrupted\n"
 
 
-def test_a_signal_to_end_unwinds_first(monkeypatch):
+def test_sigterm_unwinds_before_the_process_ends(monkeypatch):
     """The command cleans up; then the process ends by that signal, as its parent expects."""
     order = []
     ended = []
@@ -97,8 +95,8 @@ def test_a_signal_to_end_unwinds_first(monkeypatch):
     assert not issubclass(Terminated, Exception)  # nobody catches it by accident
 
 
-def test_ctrl_c_while_a_command_imports():
-    """In a process of its own, a moment after its first line."""
+def test_interrupt_while_importing_exits_with_130():
+    """The signal comes 0.3 s after the program's first line."""
     arguments = ("--plan", "plans/demo.yaml", "Once")
     with started("fiddler-run", *arguments, cwd=ROOT, first="print('.', flush=True)") as process:
         process.stdout.read(1)
@@ -111,7 +109,7 @@ def test_ctrl_c_while_a_command_imports():
 
 
 class Forked:
-    """A command in a fork of this process, which has imported everything; on a terminal or not."""
+    """A command in a fork of this process, where all is imported; `terminal`: stderr is one."""
 
     def __init__(self, command: Callable[[], int], terminal: bool = False):
         self._ours, theirs = pty.openpty() if terminal else os.pipe()
@@ -136,7 +134,7 @@ class Forked:
             os._exit(status)
 
     def read(self) -> bytes:
-        """Some of its stderr; nothing after its end."""
+        """The next bytes of its stderr; none after its end."""
         try:
             return os.read(self._ours, 4096)
         except OSError:  # a terminal's other end is closed
@@ -144,9 +142,9 @@ class Forked:
 
     def end(self) -> tuple[int, bytes]:
         """Its exit status, negative for a signal, and the rest of its stderr."""
-        said = b"".join(iter(self.read, b""))
+        errors = b"".join(iter(self.read, b""))
         os.close(self._ours)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), said
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), errors
 
 
 COMMANDS = {
@@ -162,21 +160,21 @@ def start_with(command: str, *arguments: object) -> int:
 
 @pytest.mark.parametrize("delay_s", [0.01, 0.03, 0.1, 0.2, 0.4, 0.8])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_interrupt_leaves_no_traceback(tmp_path, command, delay_s):
+def test_interrupt_leaves_no_traceback(tmp_path, command, delay_s):
     """At any moment of loading, generating, solving and writing."""
     forked = Forked(lambda: COMMANDS[command](tmp_path))
     assert forked.read().startswith(READY)
     time.sleep(delay_s)
     os.kill(forked.pid, signal.SIGINT)
-    status, said = forked.end()
-    assert b"Traceback" not in said
+    status, errors = forked.end()
+    assert b"Traceback" not in errors
     assert status in (0, 130)
     if status == 130:
-        assert said.rstrip().endswith(b"interrupted")
+        assert errors.rstrip().endswith(b"interrupted")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_the_cursor_is_shown_again(number):
+def test_signal_restores_the_cursor(number):
     """On a terminal, while a progress bar or a spinner hides it."""
     arguments = ("--plan", SHIPPED_PLAN, "Once", "--max-new-tokens", "100")
     forked = Forked(lambda: start_with("fiddler-run", *arguments), terminal=True)

@@ -1,4 +1,4 @@
-"""What differs between two plans, by plans made by hand."""
+"""Comparison of two plans, on plans made by hand."""
 
 import io
 
@@ -39,7 +39,7 @@ def printed(comparison: Comparison) -> list[list[str]]:
 
 @pytest.fixture
 def better() -> Comparison:
-    """25 % more tokens/s, of which 64 - 1 follow the first."""
+    """The comparison of a plan with one that decodes 25 % faster."""
     faster = {
         "predicted__decode_tokens_per_s": 1.25,
         "predicted__ttft_s": 0.8,
@@ -57,16 +57,16 @@ def better() -> Comparison:
     )
 
 
-def test_what_moved(better):
+def test_comparison_lists_moved_blocks(better):
     assert better.moves == [Move(0, 1, 8, 3), Move(0, 2, 0, 4), Move(5, 7, 0, 8)]
     assert better.resident_blocks == Change("resident_blocks", 8, 15)
     words = [" ".join(line) for line in printed(better)]
-    assert words[0] == "blocks in GPU memory: 8 -> 15; 12 (589.82 KB) come, 5 (245.76 KB) go"
+    assert words[0] == "blocks in GPU memory: 8 -> 15; 12 (589.82 KB) added, 5 (245.76 KB) removed"
     assert "0 4 5 1: 8 -> 3, 2: 0 -> 4" in words
     assert "5 8 - 7: 0 -> 8" in words
 
 
-def test_which_settings_differ(better):
+def test_comparison_lists_changed_settings(better):
     assert better.settings == [
         Change("workload.max_seq_len", 256, 512),
         Change("gpu_memory_bytes.experts", 8 * 49_152, 15 * 49_152),
@@ -84,7 +84,7 @@ def test_which_settings_differ(better):
 
 
 def test_budget_and_encoding_are_settings():
-    """As a plan's file holds them; the dtype is the model's, so it cannot differ."""
+    """The dtype is not: it belongs to the model and cannot differ."""
     changed = plan(FIRST, budget__gpu_bytes=2 * 10**9, budget__host_bytes=10**9, encoding="other")
     found = compare(plan(FIRST), changed)
     assert found.settings == [
@@ -95,8 +95,8 @@ def test_budget_and_encoding_are_settings():
     assert ["budget.gpu_bytes", "1.07", "GB", "2.00", "GB"] in printed(found)
 
 
-def test_what_it_gains(better):
-    """1 + 63 / 1 seconds for the workload become 0.8 + 63 / 1.25."""
+def test_comparison_lists_predicted_gains(better):
+    """The workload takes 0.8 + 63 / 1.25 seconds instead of 1 + 63 / 1."""
     values = {change.name: (change.before, change.after) for change in better.predictions}
     assert values == {
         "decode_tokens_per_s": (1.0, 1.25),
@@ -112,7 +112,7 @@ def test_what_it_gains(better):
     assert better.notes == []
 
 
-def test_predictions_for_other_work_are_told_apart():
+def test_other_workloads_and_profiles_are_noted():
     other = compare(
         plan(FIRST),
         plan(FIRST, workload__output_tokens=32, provenance__machine_sha256="0123456789"),
@@ -128,8 +128,8 @@ def test_predictions_for_other_work_are_told_apart():
     assert batch.predictions[-1] == Change("workload_s", 127.0, 127.0)
 
 
-def test_the_same_plan():
-    """Made at another time, from the folder of the model named in another way."""
+def test_equal_plans_are_the_same():
+    """Creation time, solver time and the path of the model's folder do not count."""
     again = plan(
         FIRST,
         provenance__created="2026-02-02",
@@ -168,7 +168,7 @@ def test_the_same_plan():
     ],
     ids=str,
 )
-def test_what_cannot_be_compared(change, words):
+def test_plans_of_other_models_or_block_sizes_are_refused(change, words):
     with pytest.raises(FiddlerError, match=words) as refusal:
         compare(plan(FIRST), plan(FIRST, **change))
     assert "\n" not in str(refusal.value)

@@ -1,4 +1,4 @@
-"""The cost model against numbers computed by hand, and its monotony."""
+"""The cost model against numbers computed by hand."""
 
 import random
 
@@ -18,7 +18,7 @@ from fiddler_run.plan.split import interpolate
 WORKLOAD = Workload(prompt_tokens=10, output_tokens=5, num_beams=1, batch_size=1, max_seq_len=64)
 
 
-def test_seconds_at():
+def test_times_are_interpolated_by_tokens():
     times = {1: 10.0, 4: 40.0, 8: 48.0}
     assert seconds_at(times, 1) == pytest.approx(10e-6)
     assert seconds_at(times, 2) == pytest.approx(20e-6)
@@ -27,7 +27,7 @@ def test_seconds_at():
     assert seconds_at(times, 0.5) == pytest.approx(10e-6)
 
 
-def test_phases():
+def test_phases_by_hand():
     long = Workload(
         prompt_tokens=5000, output_tokens=100, num_beams=4, batch_size=1, max_seq_len=8192
     )
@@ -46,9 +46,7 @@ def test_phases():
 
 
 def test_decode_step_by_hand():
-    """One layer, two of three experts: pairs (0,1) half, (0,2) a quarter, (1,2) a quarter of the
-    time.
-    """
+    """Half of the tokens choose the experts (0,1), a quarter (0,2) and a quarter (1,2)."""
     model = small_model(num_layers=1, num_experts=3)
     routing = routed(
         "by hand", [[0.75, 0.75, 0.5]], [dict(zip(PAIRS[3], (0.5, 0.25, 0.25), strict=True))]
@@ -68,17 +66,15 @@ def test_decode_step_by_hand():
     assert cost.hit_rate(placement) == pytest.approx((0.75 * 4 + 0.75 * 2) / (4 * 2))
 
 
-def test_without_a_gpu_the_parts_add_up():
+def test_without_a_gpu_times_add_up():
     model = small_model(num_layers=1, num_experts=2)
     machine = machine_profile(model, device=10.0, host=80.0, kind="cpu", dense=2.0, head=1.0)
     cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, 64)
     assert cost.decode_step_s(Placement.of([[4, 2]])) == pytest.approx((3 + 10 + 5 + 40) * 1e-6)
 
 
-def test_beams_choose_alike_at_first():
-    """A prompt of one token is each beam's: the same two of four experts, called by three tokens
-    each.
-    """
+def test_beams_choose_the_same_experts_at_first():
+    """With a prompt of one token, the three beams call the same two of four experts."""
     model = small_model(num_layers=1, num_experts=4)
     machine = machine_profile(model, device=10.0, host=80.0, dense=12.0, head=3.0)
     beams = WORKLOAD.model_copy(update={"prompt_tokens": 1, "num_beams": 3})
@@ -127,9 +123,10 @@ def test_times_scale_with_bytes():
     assert second[0] == pytest.approx(2 * first[0])
 
 
-def test_the_cpu_alone():
-    """A machine with a GPU, of which a plan of no GPU memory makes no use: the CPU's own times,
-    nothing at once; weights that a GPU was timed with take as long as an expert's.
+def test_zero_gpu_memory_costs_the_cpu_alone():
+    """A plan without GPU memory makes does not use the GPU, and nothing overlaps.
+
+    Dense weights, which were timed on the GPU, take the CPU as long as equal bytes of an expert.
     """
     model = small_model(num_layers=1, num_experts=2)
     machine = machine_profile(model, device=10.0, host=80.0, dense=2.0, head=1.0, cpu=120.0)
@@ -141,17 +138,15 @@ def test_the_cpu_alone():
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 24, 100])
-def test_the_runtime_streams_the_share_that_was_costed(tokens):
-    """Between the profile's token counts the plan's share is interpolated like its times; levels
-    lose no information.
-    """
+def test_dropping_redundant_shares_keeps_the_interpolation(tokens):
+    """The runtime must stream the shares that were costed, also between the profile's tokens."""
     share = {1: 0.0, 4: 0.0, 8: 0.0, 32: 0.5, 64: 1.0, 128: 1.0, 256: 1.0}
     kept = without_repetition(share)
     assert kept == {1: 0.0, 8: 0.0, 32: 0.5, 64: 1.0, 256: 1.0}
     assert interpolate(kept, tokens) == pytest.approx(interpolate(share, tokens))
 
 
-def test_chance_called():
+def test_chance_called_by_hand():
     assert chance_called(0.25, 1) == pytest.approx(0.25)
     assert chance_called(0.25, 2) == pytest.approx(1 - 0.75**2)
 
@@ -166,7 +161,7 @@ def test_total_is_the_sum_of_its_phases():
     )
 
 
-def test_a_pair_never_seen_costs_nothing():
+def test_unseen_pair_costs_nothing():
     model = small_model(num_layers=1, num_experts=3)
     routing = routed("by hand", [[1.0, 1.0, 0.0]], [{(0, 1): 1.0, (0, 2): 0.0, (1, 2): 0.0}])
     cost = CostModel.build(model, machine_profile(model), routing, WORKLOAD, 64)

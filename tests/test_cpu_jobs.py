@@ -1,4 +1,4 @@
-"""Jobs of the CPU kernel that wait for a GPU to name their tokens and experts."""
+"""Jobs of the CPU kernel that wait for a GPU to send their tokens and experts."""
 
 import random
 import time
@@ -39,14 +39,14 @@ def test_cpu_and_gpu_together_compute_the_layer(tokens, share):
         gpu = Gpu(tokens, Layer(rng, share), buffers)
         gpu.submit(kernel, job)
         gpu.send(job)
-        wait_for(buffers.output_ready, job)  # without any help
-        assert gpu.given.table_ready.item() == job
+        wait_for(buffers.output_ready, job)  # without a call of `wait`
+        assert gpu.inputs.table_ready.item() == job
         kernel.wait()
         gpu.check()
 
 
 @pytest.mark.parametrize("variant", supported_variants())
-def test_odd_shapes(variant):
+def test_odd_shapes_are_computed(variant):
     torch.manual_seed(0)
     rng = random.Random(0)
     kernel = compiled(3, variant)
@@ -66,7 +66,7 @@ def test_odd_shapes(variant):
         gpu.check()
 
 
-def test_a_layer_knows_from_how_many_tokens_on_it_streams():
+def test_layer_streams_from_a_number_of_tokens_on():
     blocks = [torch.empty(2, 6), torch.empty(0, 6)]
     layer = DecodeLayer(blocks, blocks, lambda tokens: 0.0 if tokens < 48 else 0.2)
     assert [layer.streams(tokens) for tokens in (1, 47, 48, MAX_DECODE_TOKENS)] == [
@@ -81,7 +81,7 @@ def test_a_layer_knows_from_how_many_tokens_on_it_streams():
     assert [layer.max_blocks(choices) for choices in (1, 2, 9)] == [4, 4, 4]
 
 
-def test_a_job_waits_for_each_of_its_tokens():
+def test_job_waits_for_each_of_its_tokens():
     torch.manual_seed(0)
     kernel = compiled(2)
     buffers = PinnedBuffers(CPU)
@@ -93,13 +93,13 @@ def test_a_job_waits_for_each_of_its_tokens():
     for missing in range(3):
         time.sleep(0.01)
         assert buffers.output_ready.item() == 5
-        # the flag of a later job serves, too
-        gpu.given.inputs_ready[missing] = 6 if missing < 2 else 7
+        # the flag of a later job counts, too
+        gpu.inputs.inputs_ready[missing] = 6 if missing < 2 else 7
     wait_for(buffers.output_ready, 6)
     kernel.wait()
 
 
-def test_the_next_job_is_submitted_while_one_is_under_way():
+def test_next_job_can_be_submitted_while_one_is_pending():
     torch.manual_seed(1)
     kernel = compiled(3)
     both = [PinnedBuffers(CPU) for _ in range(2)]
@@ -122,10 +122,8 @@ def test_the_next_job_is_submitted_while_one_is_under_way():
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 40])
-def test_choices_of_experts_that_do_not_exist(tokens):
-    """As transformers marks those that another process computes: they add nothing, and write
-    nowhere.
-    """
+def test_unknown_experts_add_nothing(tokens):
+    """transformers marks experts of other processes by such indices."""
     torch.manual_seed(tokens)
     kernel = compiled(2)
     buffers = PinnedBuffers(CPU)
@@ -146,7 +144,7 @@ def test_choices_of_experts_that_do_not_exist(tokens):
             assert (found - expected).norm() <= 2 * TOLERANCE * expected.norm()
 
 
-def test_indices_of_another_integer_type():
+def test_index_may_have_any_integer_type():
     engine = make_engine()
     layer = Layer(random.Random(7), 0.4, engine=engine)
     states = torch.randn(5, HIDDEN).bfloat16()
@@ -157,7 +155,7 @@ def test_indices_of_another_integer_type():
         assert torch.equal(layer.layer(states, index.to(dtype), weights), expected)
 
 
-def test_jobs_of_both_kinds_and_of_several_threads():
+def test_jobs_of_both_kinds_from_several_threads_are_correct():
     torch.manual_seed(3)
     kernel = compiled(3)
     layer = Layer(random.Random(3), 0.5)
@@ -181,5 +179,5 @@ def test_jobs_of_both_kinds_and_of_several_threads():
             assert torch.equal(kernel.apply(call.blocks, states), expected)
 
     with ThreadPoolExecutor(3) as threads:
-        for done in [threads.submit(what) for what in (routed, plain, routed)]:
+        for done in [threads.submit(work) for work in (routed, plain, routed)]:
             done.result(timeout=120)

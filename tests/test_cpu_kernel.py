@@ -1,6 +1,4 @@
-"""The compiled CPU kernel: every instruction set that this CPU has, any number of tokens and calls,
-against float64.
-"""
+"""The compiled CPU kernel against float64, for every instruction set of this CPU."""
 
 import random
 import time
@@ -55,7 +53,7 @@ def random_calls(rng: random.Random, tokens: int) -> list[CpuCall]:
 
 @pytest.mark.parametrize("variant", supported_variants())
 @pytest.mark.parametrize("tokens", [1, 2, 5, 7, 12, 17, 33, 70])
-def test_against_float64(variant, tokens):
+def test_kernel_matches_float64(variant, tokens):
     torch.manual_seed(tokens)
     rng = random.Random(tokens)
     kernel = compiled(2, variant)
@@ -70,7 +68,7 @@ def test_against_float64(variant, tokens):
 
 
 @pytest.mark.parametrize("variant", supported_variants())
-def test_the_same_bits_for_any_number_of_threads(variant):
+def test_bits_do_not_depend_on_the_number_of_threads(variant):
     torch.manual_seed(0)
     for tokens in (1, 9, 40):
         calls = random_calls(random.Random(tokens), tokens)
@@ -85,7 +83,7 @@ def test_the_same_bits_for_any_number_of_threads(variant):
         assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
-def test_many_jobs_without_a_pause():
+def test_back_to_back_jobs_are_correct():
     """Threads that wake late must neither enter a job that is over nor miss one."""
     torch.manual_seed(1)
     kernel = compiled(3, spin_us=0)
@@ -110,29 +108,29 @@ def test_many_jobs_without_a_pause():
     kernel.wait()
 
 
-def test_infinities_and_nans_are_not_hidden():
+def test_nan_is_propagated():
     states = torch.ones(1, HIDDEN).bfloat16()
     states[0, 3] = torch.nan
     for variant in supported_variants():
         assert compiled(1, variant).apply(random_blocks(1), states).isnan().all()
 
 
-def test_pytorch_takes_what_the_kernel_cannot():
+def test_pytorch_computes_blocks_that_the_kernel_cannot():
     assert isinstance(kernels_for(BLOCKS, CPU, 1).cpu, CompiledExperts)
     for blocks in (Fp32(64, 64), Bf16(24, 64), Bf16(64, 16)):
         assert isinstance(kernels_for(blocks, CPU, 1).cpu, PyTorchExperts)
 
 
-def test_without_a_kernel_it_says_so_once(monkeypatch, caplog):
+def test_missing_kernel_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(kernel_library, "library", lambda: None)
     monkeypatch.setattr(table, "compiled", cache(kernel_library.compiled.__wrapped__))
     for _ in range(3):
         assert isinstance(kernels_for(BLOCKS, CPU, 1).cpu, PyTorchExperts)
     (record,) = caplog.records
-    assert record.message.startswith("the CPU kernel is not built,")
+    assert record.message.startswith("the CPU kernel is not built;")
 
 
-def test_the_finished_job_is_marked():
+def test_finished_job_is_marked():
     finished = torch.zeros(1, dtype=torch.int64)
     for kernel in (compiled(1), compiled(3), PyTorchExperts(BLOCKS)):
         states = torch.randn(2, HIDDEN).bfloat16()
@@ -143,8 +141,8 @@ def test_the_finished_job_is_marked():
         finished.zero_()
 
 
-def test_a_job_is_finished_without_waiting_for_it():
-    """What a GPU relies on that waits for the mark."""
+def test_job_finishes_without_a_wait():
+    """A GPU that waits for the mark relies on this."""
     kernel = compiled(2)
     finished = torch.zeros(1, dtype=torch.int64)
     assert kernel.finishes_alone
@@ -177,7 +175,7 @@ def test_two_threads_share_a_pool():
         assert list(threads.map(wrong, (0, 1))) == [0, 0]
 
 
-def test_a_pool_that_goes_finishes_its_job():
+def test_deleted_pool_finishes_its_job():
     """A GPU may be waiting for it."""
     finished = torch.zeros(1, dtype=torch.int64)
     output = torch.full((2, HIDDEN), torch.nan)
@@ -190,12 +188,12 @@ def test_a_pool_that_goes_finishes_its_job():
     assert not output.isnan().any()
 
 
-def test_an_instruction_set_that_is_not_there():
+def test_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="sse1: not one of "):
         compiled(1, "sse1")
 
 
-def test_reading_any_number_of_bytes():
+def test_pool_reads_any_number_of_bytes():
     kernel = compiled(2)
     for size in (1, 63, 2**18, 2**18 + 3, 10**6 + 1):
         kernel.pool.read(torch.zeros(size, dtype=torch.uint8))

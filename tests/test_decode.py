@@ -1,4 +1,4 @@
-"""The step that decodes one token of each sequence: the stock model's, bit for bit."""
+"""The step that decodes one token per sequence matches the stock model bit for bit."""
 
 import random
 
@@ -30,7 +30,7 @@ def caches(model) -> dict:
     }
 
 
-def by_hand(model, forward, encoded, cache, steps: int = 6) -> list[torch.Tensor]:
+def greedy_logits(model, forward, encoded, cache, steps: int = 6) -> list[torch.Tensor]:
     """Logits of a prompt and of greedy steps after it."""
     ids = encoded["input_ids"]
     mask = encoded["attention_mask"]
@@ -49,28 +49,28 @@ def by_hand(model, forward, encoded, cache, steps: int = 6) -> list[torch.Tensor
 @pytest.mark.parametrize("padded", [False, True], ids=["single", "left-padded"])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "ours"])
 @torch.no_grad()
-def test_equal_to_the_whole_model(planned, kind, padded, device, monkeypatch):
-    """Logits that a caller keeps are not overwritten by later steps."""
+def test_decode_step_matches_stock_forward(planned, kind, padded, device, monkeypatch):
+    """Later steps must not overwrite logits that a caller keeps."""
     model, tokenizer = planned
     steps = []
     run_step = DecodeStep.__call__
 
-    def noted(self, **named):
+    def count_step(self, **named):
         steps.append(1)
         return run_step(self, **named)
 
-    monkeypatch.setattr(DecodeStep, "__call__", noted)
+    monkeypatch.setattr(DecodeStep, "__call__", count_step)
     texts = TEXTS if padded else TEXTS[:1]
     encoded = tokenizer(texts, return_tensors="pt", padding=True).to(device)
     make_cache = caches(model)[kind]
-    step = by_hand(model, type(model).forward, encoded, make_cache())
-    assert len(steps) == 5  # all but the prompt
-    whole = by_hand(model, MixtralForCausalLM.forward, encoded, make_cache())
+    step = greedy_logits(model, type(model).forward, encoded, make_cache())
+    assert len(steps) == 5  # every pass but the prompt's
+    whole = greedy_logits(model, MixtralForCausalLM.forward, encoded, make_cache())
     assert all(torch.equal(*pair) for pair in zip(step, whole, strict=True))
 
 
 @torch.no_grad()
-def test_positions_follow_from_the_cache(planned, device):
+def test_positions_default_to_the_cache_length(planned, device):
     model, tokenizer = planned
     ids = tokenizer(TEXTS[0], return_tensors="pt").to(device)["input_ids"]
     tokens = ids.split(1, dim=1)
@@ -83,8 +83,8 @@ def test_positions_follow_from_the_cache(planned, device):
 
 
 @torch.no_grad()
-def test_what_only_the_whole_model_does(planned, device):
-    """Further outputs, a loss, tuples, and hooks on parts that the step takes apart."""
+def test_options_of_the_full_forward_pass_are_supported(planned, device):
+    """Further outputs, a loss, tuples, and hooks on modules that the decode step splits."""
     model, tokenizer = planned
     ids = tokenizer(TEXTS[1], return_tensors="pt").to(device)["input_ids"]
     last = {"input_ids": ids[:, -1:]}
@@ -103,37 +103,37 @@ def test_what_only_the_whole_model_does(planned, device):
     for part in (model.model.layers[2], model.model.layers[3].mlp, model.model.layers[4].self_attn):
         with part.register_forward_hook(lambda *_: seen.append(1)):
             assert torch.equal(after_the_rest().logits, plain.logits)
-    assert len(seen) == 6  # the prompt's and the token's
+    assert len(seen) == 6  # three hooks, each for the prompt and the token
 
 
 @torch.no_grad()
-def test_weights_that_change_afterwards(device):
+def test_changed_weights_are_used(device):
     model, tokenizer = load_model(random_plan(demo_shape(), random.Random(3)), DEMO)
     encoded = tokenizer(TEXTS[:1], return_tensors="pt").to(device)
-    by_hand(model, type(model).forward, encoded, DynamicCache(config=model.config))
-    for layer in model.model.layers:  # elsewhere in memory
+    greedy_logits(model, type(model).forward, encoded, DynamicCache(config=model.config))
+    for layer in model.model.layers:  # the new weights have other addresses
         projection = layer.self_attn.v_proj
         projection.weight = torch.nn.Parameter(projection.weight * 0.5, requires_grad=False)
     model.to(device)
     step, whole = (
-        by_hand(model, forward, encoded, DynamicCache(config=model.config))
+        greedy_logits(model, forward, encoded, DynamicCache(config=model.config))
         for forward in (type(model).forward, MixtralForCausalLM.forward)
     )
     assert all(torch.equal(*pair) for pair in zip(step, whole, strict=True))
 
 
-def test_gradients_are_refused_in_words(planned, device):
+def test_gradients_are_refused(planned, device):
     model, tokenizer = planned
     ids = tokenizer(TEXTS[0], return_tensors="pt").to(device)["input_ids"]
     states = model.model.embed_tokens(ids).clone().requires_grad_()
-    with pytest.raises(FiddlerError, match="experts in blocks compute no gradients"):
+    with pytest.raises(FiddlerError, match="the experts do not support gradients"):
         model(inputs_embeds=states)
     with torch.no_grad():
         model(inputs_embeds=states)
 
 
 def test_generations_share_the_cache(planned, device):
-    """But one whose cache is handed out, or that brings its own."""
+    """Except one that returns its cache, brings its own, or uses none."""
     model, tokenizer = planned
     ids = tokenizer(TEXTS[0], return_tensors="pt").to(device)["input_ids"]
     first = model.generate(ids, max_new_tokens=12, do_sample=False)

@@ -1,4 +1,4 @@
-"""`fiddler-opt doctor` on this machine, and the processes that it starts."""
+"""`fiddler-opt doctor` on this machine, and the processes it starts."""
 
 import os
 import subprocess
@@ -19,8 +19,9 @@ from fiddler_run.encodings.table import ENCODINGS
 
 @pytest.fixture
 def gpu_kernels():
-    """Where there is no Triton, the kernels' module with a stand-in for it: all but the kernels
-    themselves is plain Python.
+    """Without Triton, replaces it by a stand-in, so that the kernels' module can be imported.
+
+    All of the module but the kernels themselves is plain Python.
     """
     if find_spec("triton"):
         yield
@@ -29,13 +30,13 @@ def gpu_kernels():
     triton = SimpleNamespace(
         jit=lambda function=None, **_: function or (lambda decorated: decorated), language=language
     )
-    # and without what the test imports
+    # The patch also forgets the modules that the test imports.
     with patch.dict(sys.modules, {"triton": triton, "triton.language": language}):
         yield
     del fiddler_run.kernels.gpu
 
 
-def test_the_kernels_are_asked_whether_they_suit(gpu_kernels):
+def test_probe_reports_which_blocks_the_kernels_support(gpu_kernels):
     for encoding, neurons in (("fp32", 896), ("fp16", 896), ("bf16", 900)):
         blocks = ENCODINGS[encoding](4096, neurons)
         assert kernels(blocks) == {"kernels_suit": False, "kernel_error": None}
@@ -44,8 +45,8 @@ def test_the_kernels_are_asked_whether_they_suit(gpu_kernels):
     assert (found["kernel_error"] is None) == torch.cuda.is_available()
 
 
-def test_the_demo_model_runs_on_this_machine(tmp_path):
-    """In a folder with a torch.py, which is not run."""
+def test_doctor_finds_that_the_demo_model_runs(tmp_path):
+    """A torch.py in the current folder must not be imported."""
     (tmp_path / "torch.py").write_text("open('it-ran', 'w')\n")
     path = os.pathsep.join([str(ROOT), str(ROOT / "runtime")])
     command = [sys.executable, "-P", "-m", "fiddler_opt.cli", "doctor", "--model", str(DEMO)]
@@ -60,8 +61,8 @@ def test_the_demo_model_runs_on_this_machine(tmp_path):
     assert not (tmp_path / "it-ran").exists()
 
 
-def test_a_torch_is_not_run_where_a_gpu_is_described(tmp_path, monkeypatch):
-    """The process that takes GPU memory for the profile; only its Python is looked at here."""
+def test_context_measurement_ignores_a_torch_module_in_the_folder(tmp_path, monkeypatch):
+    """Only the imports of the process that measures the CUDA context are checked here."""
     (tmp_path / "torch.py").write_text("found = 'the wrong one'\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench_device.torch.cuda, "mem_get_info", lambda _: (0, 0))

@@ -1,4 +1,4 @@
-"""The limits of a machine: each check by hand-made facts."""
+"""Each of doctor's checks, on facts made by hand."""
 
 import io
 
@@ -15,9 +15,10 @@ MIXTRAL = ModelSpec.load(DEFAULT_MODEL)
 GPU = "0000:41:00.0"
 
 
-def test_weights_in_ram():
-    """All 46,702,792,704 parameters of 2 bytes without a GPU; beside 24 GB 24e9 - 3,211,272,192 -
-    2.5e9 bytes of experts less.
+def test_bytes_in_ram_by_hand():
+    """Without a GPU: all 46,702,792,704 parameters of 2 bytes.
+
+    A GPU of 24 GB takes 24e9 - 3,211,272,192 - 2.5e9 bytes of the experts.
     """
     assert host_checks.bytes_in_ram(MIXTRAL, 0) == 93_405_585_408
     assert host_checks.bytes_in_ram(MIXTRAL, 24 * 10**9) == 90_194_313_216 - 18_288_727_808
@@ -73,8 +74,8 @@ X16 = PcieLink(4, 16, 4, 16)
         ),
         (gpu_checks.check_gpu(torch_with("12.8"), MIXTRAL, OLD_DRIVER, True, ""), "slow", "unset"),
         (gpu_checks.check_gpu_kernels(True, None, "bfloat16"), "ok", ""),
-        (gpu_checks.check_gpu_kernels(False, None, "float32"), "slow", "not for float32"),
-        (gpu_checks.check_gpu_kernels(False, None, "float16"), "slow", "not for float16"),
+        (gpu_checks.check_gpu_kernels(False, None, "float32"), "slow", "do not support float32"),
+        (gpu_checks.check_gpu_kernels(False, None, "float16"), "slow", "do not support float16"),
         (gpu_checks.check_gpu_kernels(False, None, "bfloat16"), "slow", "this model's sizes"),
         (
             gpu_checks.check_gpu_kernels(True, "no C compiler", "bfloat16"),
@@ -92,7 +93,7 @@ X16 = PcieLink(4, 16, 4, 16)
             "slow",
             "3.0 x8, card and slot can do 4.0 x16: 4.0 times",
         ),
-        # a virtual machine's link
+        # as a virtual machine may report it: slower than measured
         (
             gpu_checks.check_link(PcieLink(1, 1, 5, 16), 54e9),
             "ok",
@@ -151,12 +152,12 @@ X16 = PcieLink(4, 16, 4, 16)
         (
             host_checks.check_profile(("Xeon", "H100"), ("Xeon", None)),
             "slow",
-            "of Xeon with H100, this is Xeon with no GPU; run",
+            "on Xeon with H100; this machine is Xeon with no GPU; run",
         ),
     ],
     ids=str,
 )
-def test_check(finding, kind, words):
+def test_checks_report_kind_and_advice(finding, kind, words):
     assert (finding and finding.kind) == kind
     assert words in printed([finding] if finding else [])
 
@@ -167,7 +168,7 @@ def printed(findings: list[Finding]) -> str:
     return console.file.getvalue()
 
 
-def test_a_line_each_the_worst_first():
+def test_findings_are_printed_one_per_line_worst_first():
     findings = [Finding("ok", "a [b]"), Finding("stops", "c", "d"), Finding("slow", "e" * 100)]
     assert printed(findings).splitlines() == ["stops  c; d", f"slow   {'e' * 100}", "ok     a [b]"]
     assert stops(findings)

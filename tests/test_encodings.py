@@ -1,4 +1,4 @@
-"""Encodings: cutting an expert into blocks loses nothing, and a new one is a class and a line."""
+"""Encodings: blocks lose nothing, and a new encoding is one class and one line."""
 
 import random
 
@@ -41,7 +41,7 @@ def reference(
 @pytest.mark.parametrize(
     ("intermediate", "neurons"), [(64, 16), (64, 64), (100, 32), (5, 32), (33, 32)]
 )
-def test_any_cut_gives_the_same_expert(intermediate, neurons):
+def test_any_split_gives_the_same_expert(intermediate, neurons):
     encoding = Fp32(HIDDEN, neurons)
     weights = expert(intermediate)
     count = encoding.blocks_per_expert(intermediate)
@@ -56,7 +56,7 @@ def test_any_cut_gives_the_same_expert(intermediate, neurons):
         assert torch.allclose(total.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_layout():
+def test_block_holds_gate_up_and_down():
     encoding = Fp32(HIDDEN, 2)
     gate, up, down = expert(4)
     blocks = empty_blocks(encoding, 2)
@@ -66,7 +66,7 @@ def test_layout():
 
 
 class ReversedBf16(Bf16):
-    """bf16 with the bytes of each weight in the other order: no kernel can read it."""
+    """bf16 with the bytes of each weight swapped, which no kernel can read."""
 
     name = "reversed-bf16"
 
@@ -83,7 +83,7 @@ def swapped(blocks: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", [*ENCODINGS, ReversedBf16.name])
-def test_decoding_gives_the_same_bits(name, monkeypatch):
+def test_decode_returns_the_encoded_bits(name, monkeypatch):
     monkeypatch.setitem(ENCODINGS, ReversedBf16.name, ReversedBf16)
     encoding = ENCODINGS[name](HIDDEN, 16)
     dtype = getattr(torch, encoding.dtype)
@@ -108,10 +108,10 @@ def test_decoding_gives_the_same_bits(name, monkeypatch):
         assert torch.equal(got.contiguous().view(torch.uint8), want.view(torch.uint8))
 
 
-def test_a_whole_model_in_a_new_encoding(monkeypatch, tmp_path, device):
-    """One class and one line in the table: the plan file, loading, both phases of generation."""
+def test_model_runs_in_a_new_encoding(monkeypatch, tmp_path, device):
+    """The class and its line serve the plan file, loading, prefill and decode."""
     plan = random_plan(demo_shape("bfloat16"), random.Random(1))
-    monkeypatch.setattr(kernels, "CPU", {})  # PyTorch's, which every encoding has
+    monkeypatch.setattr(kernels, "CPU", {})  # leaves PyTorch, which computes every encoding
     monkeypatch.setattr(kernels, "DECODE", {})
 
     def logits(plan: Plan) -> torch.Tensor:
@@ -135,11 +135,11 @@ def test_a_whole_model_in_a_new_encoding(monkeypatch, tmp_path, device):
 @pytest.mark.parametrize(
     ("encoding", "message"),
     [
-        ("int3", "encoding: int3 is not known; known are bf16, fp16, fp32"),
+        ("int3", "encoding: int3 is unknown; known are bf16, fp16, fp32"),
         ("bf16", "encoding: bf16 stores bfloat16, the model is float32"),
     ],
 )
-def test_an_encoding_that_cannot_be(encoding, message):
+def test_impossible_encoding_is_refused(encoding, message):
     plan = make_plan(demo_shape(), [[0] * 8] * 6)
     with pytest.raises(FiddlerError, match=message):
         Plan.parse(plan.model_copy(update={"encoding": encoding}).dump(), "plan")

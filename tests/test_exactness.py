@@ -1,11 +1,10 @@
-"""The promise: whatever the placement, the model is the reference's.
+"""Exactness: with any placement, the model gives the results of stock transformers.
 
 float32: logits within 1e-4 of stock transformers, relative to the largest logit, and the same
 greedy tokens.
 bfloat16: per layer, on the same input, the relative error against float64 is at most 5e-3 (one
-rounding to bfloat16 is up to 3.9e-3). Logits of a whole bfloat16 model are no fit measure: where
-two experts' scores nearly tie, stock transformers differs from itself by as much between its own
-implementations.
+rounding to bfloat16 is up to 3.9e-3). Logits of a whole bfloat16 model are not compared: where
+two experts' scores nearly tie, stock transformers' own implementations differ by as much.
 """
 
 import random
@@ -35,7 +34,7 @@ TEXTS = [
     "What is 12 plus 30? The answer is",
     "One bright morning",
 ]
-BATCHES = [TEXTS[:1], TEXTS[1:2] * 2, TEXTS[:3], TEXTS[3:4] * 4, TEXTS]  # the third and last padded
+BATCHES = [TEXTS[:1], TEXTS[1:2] * 2, TEXTS[:3], TEXTS[3:4] * 4, TEXTS]  # third and last: padded
 
 
 def assert_same(model, stock: Stock, encoded, new_tokens: int = NEW_TOKENS) -> None:
@@ -61,8 +60,8 @@ def encode(tokenizer, texts: list[str], device: torch.device):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_placements(seed, place, stock, device):
-    """Batches of 1 to 5, padded on the left or all of one length; experts of 8, 4 or 2 blocks."""
+def test_random_placements_match_stock(seed, place, stock, device):
+    """Batches of 1 to 5 sequences, left-padded or of one length; experts of 8, 4 or 2 blocks."""
     block_neurons = (32, 128, 64)[seed % 3]
     model, tokenizer = place(random_plan(demo_shape(), random.Random(seed), block_neurons))
     texts = BATCHES[seed % 5]
@@ -71,19 +70,19 @@ def test_random_placements(seed, place, stock, device):
     assert_same(model, stock, encoded, 64 if seed == 0 else NEW_TOKENS)
 
 
-@pytest.mark.parametrize("executor", ["resident", "streamed", "cpu"])
-def test_one_executor_alone(executor, place, stock, device):
-    resident = [[4 if executor == "resident" else 0] * 8] * 6
-    share = {1: float(executor == "streamed")}
+@pytest.mark.parametrize("kind", ["resident", "streamed", "cpu"])
+def test_one_kind_of_blocks_alone_matches_stock(kind, place, stock, device):
+    resident = [[4 if kind == "resident" else 0] * 8] * 6
+    share = {1: float(kind == "streamed")}
     model, tokenizer = place(make_plan(demo_shape(), resident, 64, share))
     assert_same(model, stock, encode(tokenizer, TEXTS[2:3], device))
     hit_rate = model.engine.resources.traffic.hit_rate
-    assert hit_rate == (1.0 if executor == "resident" else 0.0)
+    assert hit_rate == (1.0 if kind == "resident" else 0.0)
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_where_nothing_is_streamed(seed, place, stock, device):
-    """Then a machine without a GPU computes all blocks, wherever they lie, in one job."""
+def test_placement_without_streaming_matches_stock(seed, place, stock, device):
+    """Without a GPU, all blocks are then computed in one CPU job."""
     plan = random_plan(demo_shape(), random.Random(100 + seed), block_neurons=64)
     memory = plan.rank.gpu_memory_bytes.model_copy(update={"staging": 0})
     model, tokenizer = place(with_rank(plan, gpu_memory_bytes=memory, stream_share={1: 0.0}))
@@ -112,7 +111,7 @@ def test_where_nothing_is_streamed(seed, place, stock, device):
     ],
     ids=str,
 )
-def test_odd_shapes(overrides, random_checkpoint, device):
+def test_odd_shapes_match_stock(overrides, random_checkpoint, device):
     folder, shape = random_checkpoint(**overrides)
     stock = Stock(folder, device)
     ids = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(1)).to(device)
@@ -138,7 +137,7 @@ def exact_layer(states, index, weights, experts):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_bfloat16_layer_against_float64(tokens, device):
+def test_bfloat16_layer_matches_float64(tokens, device):
     rng = random.Random(tokens)
     plan = random_plan(demo_shape("bfloat16"), rng)
     rank = plan.rank
@@ -153,7 +152,7 @@ def test_bfloat16_layer_against_float64(tokens, device):
         weights = torch.rand(tokens, 2).softmax(dim=1)
         experts = [checkpoint.expert(number, expert) for expert in range(8)]
         expected = exact_layer(states, index, weights, experts)
-        for _ in range(4):  # shares of none to all of the host blocks
+        for _ in range(4):  # stream shares from none to all host blocks
             share = rng.choice([0.0, rng.random(), 1.0])
             places = store.resident[number], store.host[number]
             layer = ExpertsLayer(
@@ -165,8 +164,8 @@ def test_bfloat16_layer_against_float64(tokens, device):
             assert error <= BF16_TOLERANCE
 
 
-def test_embedding_in_host_memory(stock, device, tmp_path):
-    """With some experts on another disk, where no file is left to see."""
+def test_embedding_in_host_memory_matches_stock(stock, device, tmp_path):
+    """Also with disk blocks, whose file has no name in the folder."""
     plan = make_plan(demo_shape(), [[2] * 8] * 6, on_disk=[[1, 0, 6, 2, 3, 0, 0, 4]] * 6)
     in_host = plan.rank.host_memory_bytes.model_copy(update={"embedding": 1})
     plan = with_rank(plan, host_memory_bytes=in_host)
@@ -177,7 +176,7 @@ def test_embedding_in_host_memory(stock, device, tmp_path):
     assert_same(model, stock, encode(tokenizer, TEXTS, device), 12)
 
 
-def test_the_same_input_gives_the_same_bits(place, device):
+def test_same_input_gives_same_bits(place, device):
     model, tokenizer = place(random_plan(demo_shape("bfloat16"), random.Random(9)))
     encoded = encode(tokenizer, TEXTS, device)
     with torch.no_grad():

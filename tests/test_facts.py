@@ -1,4 +1,4 @@
-"""Facts about a machine, by made-up system files and a stand-in for nvidia-smi."""
+"""Facts about a machine, by simulated system files and a stand-in for nvidia-smi."""
 
 import os
 import time
@@ -31,7 +31,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def install_nvidia_smi(root: Path, answers: dict[str, str]) -> None:
-    """A program that answers by the first argument, and fails for others."""
+    """Installs a stand-in that answers by its first argument and fails for others."""
     cases = "".join(f"'{argument}') echo '{answer}' ;;\n" for argument, answer in answers.items())
     write(root, {"bin/nvidia-smi": f'#!/bin/sh\ncase "$1" in\n{cases}*) exit 6 ;;\nesac'})
     (root / "bin/nvidia-smi").chmod(0o755)
@@ -41,7 +41,7 @@ def link_files(end: str, max_speed: str, max_width: str) -> dict[str, str]:
     return {f"{end}/max_link_speed": max_speed, f"{end}/max_link_width": max_width}
 
 
-def test_link_is_held_to_what_card_and_slot_can(system):
+def test_link_is_limited_by_card_and_slot(system):
     write(
         system,
         link_files(f"{SLOT}/{GPU}", "32.0 GT/s PCIe", "16")
@@ -65,7 +65,7 @@ def test_link_is_held_to_what_card_and_slot_can(system):
     assert facts.pcie_link(GPU) is None
 
 
-def test_nvidia_smi_is_the_other_source(system, monkeypatch):
+def test_nvidia_smi_is_the_second_source(system, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 11)
     install_nvidia_smi(
         system,
@@ -85,22 +85,22 @@ def test_nvidia_smi_is_the_other_source(system, monkeypatch):
     assert facts.gpu_use() == {GPU: GpuUse(0.37, {12: 2**30}), "0000:c1:00.0": GpuUse(None)}
 
 
-def test_a_system_that_tells_nothing(system):
-    told = (
+def test_missing_system_files_give_no_facts(system):
+    found = (
         facts.numa_nodes(),
         facts.governor(),
         facts.transparent_huge_pages(),
         facts.nvidia_driver(),
         facts.pcie_link(GPU),
     )
-    assert told == (None,) * 5
+    assert found == (None,) * 5
     assert facts.gpu_numa_node(GPU) is None
     assert host.OtherProcesses().cores() is None
     assert (facts.gpu_use(), busiest(0.0)) == ({}, [])
     assert not facts.has_nvidia_gpu()
 
 
-def test_settings_of_the_system(system, monkeypatch):
+def test_system_settings_are_read(system, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 2}, raising=False)
     node = "sys/devices/system/node/node{}/{}".format
     write(
@@ -122,10 +122,8 @@ def test_settings_of_the_system(system, monkeypatch):
     assert facts.numa_nodes() == [NumaNode(2, [0, 1, 4], 1_024_000), NumaNode(10, [], 2_048_000)]
 
 
-def test_others_are_all_that_is_neither_idle_nor_ours(system, monkeypatch):
-    """On CPUs 1 and 2, in 10 s: 6 s of user time, 1 of nice, 2 of system, 4 of interrupts, 3
-    stolen; 5 s of it our own.
-    """
+def test_time_of_others_is_neither_idle_nor_our_own(system, monkeypatch):
+    """On CPUs 1 and 2, in 10 s: 6 s user, 1 nice, 2 system, 4 interrupts, 3 stolen; 5 are ours."""
     clock = iter([100.0, 110.0])
     own = iter([(1.0, 1.0, 1.0, 1.0, 50.0), (3.0, 2.0, 2.0, 2.0, 60.0)])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2}, raising=False)

@@ -1,6 +1,4 @@
-"""Files that users name are read, and files for them are written, whole or not at all; an error is
-one line.
-"""
+"""Files are read and written whole or not at all; errors are one line."""
 
 import errno
 import os
@@ -12,13 +10,13 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.system import files
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+def test_byte_order_mark_is_dropped(tmp_path):
     path = tmp_path / "text"
     path.write_bytes(b"\xef\xbb\xbfOnce \xef\xbb\xbf")
-    assert files.read_text(path) == "Once \ufeff"  # only in front
+    assert files.read_text(path) == "Once \ufeff"  # only at the start
 
 
-def test_what_cannot_be_read(tmp_path):
+def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "large").write_bytes(b"x" * 11)
@@ -43,8 +41,8 @@ def test_what_cannot_be_read(tmp_path):
                 question(tmp_path / name)
 
 
-def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
-    """For root there is none, so the system's answer is played."""
+def test_locked_folder_is_refused(tmp_path, monkeypatch):
+    """Simulated, because root may enter every folder."""
 
     def refuse(path, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -58,7 +56,7 @@ def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["loop/x", "loop", "x" * 300, "a\0b", ".", "fifo", "file/below"])
-def test_what_cannot_be_written(tmp_path, monkeypatch, name):
+def test_unwritable_paths_are_refused(tmp_path, monkeypatch, name):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("kept")
     os.mkfifo(tmp_path / "fifo")
@@ -72,7 +70,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch, name):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -86,8 +84,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_new_files_have_the_mode_that_the_user_has_set(tmp_path):
-    """Without a moment in which any other thread's files would be open to all."""
+def test_new_files_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         files.write_whole(tmp_path / "new", "text")
@@ -96,7 +93,7 @@ def test_new_files_have_the_mode_that_the_user_has_set(tmp_path):
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
 
 
-def test_partial_files_are_known_by_their_name(tmp_path):
+def test_partial_files_are_recognised_by_name(tmp_path):
     target = tmp_path / "a[b]*.yaml"
     ours = tmp_path / f".{target.name}.0123456789abcdef.partial"
     for path in (

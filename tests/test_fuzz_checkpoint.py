@@ -1,6 +1,4 @@
-"""Damaged checkpoints and plans, by the hundred: each runs, or is refused in one line, by
-`--dry-run` and by loading alike.
-"""
+"""Randomly damaged checkpoints and plans: check and loading run them or refuse them alike."""
 
 import json
 import math
@@ -35,7 +33,7 @@ JSON_FILES = [
 
 @pytest.fixture(scope="module")
 def whole(random_checkpoint) -> Path:
-    """A folder with a small sharded checkpoint and a plan for it that both run."""
+    """A folder with a small sharded checkpoint and a plan that runs it."""
     folder, shape = random_checkpoint()
     (folder / "model.safetensors").rename(folder / SHARD)
     names = json.loads(_header(folder / SHARD)).keys() - {"__metadata__"}
@@ -71,13 +69,13 @@ def mutate_bytes(rng: random.Random, content: bytes) -> bytes:
 
 
 def mutate_json(rng: random.Random, data):
-    """The same value with one part changed, removed, renamed, or exchanged for another part."""
+    """The same value with one part changed, removed, renamed, or swapped with another part."""
     places = []
 
     def walk(value, depth: int = 0) -> None:
         if isinstance(value, (dict, list)) and value:
             places.append(value)
-            # Large tables are one place among many, not all of them.
+            # A sample of a large table, which would otherwise hold nearly all places.
             children = list(value.values() if isinstance(value, dict) else value)
             for child in children if len(children) < 60 else rng.sample(children, 5):
                 walk(child, depth + 1)
@@ -129,12 +127,12 @@ def mutate_folder(rng: random.Random, folder: Path, kind: str) -> None:
     elif kind == "file":
         path = folder / rng.choice([*JSON_FILES, shard.name])
         path.unlink()
-        what = rng.choice(["gone", "a folder", "a loop", "another's"])
-        if what == "a folder":
+        replacement = rng.choice(["gone", "a folder", "a loop", "another file"])
+        if replacement == "a folder":
             path.mkdir()
-        elif what == "a loop":
+        elif replacement == "a loop":
             path.symlink_to(path.name)
-        elif what == "another's":
+        elif replacement == "another file":
             shutil.copy(folder / "plan.yaml", path)
     else:
         plan = folder / "plan.yaml"
@@ -146,7 +144,7 @@ def mutate_folder(rng: random.Random, folder: Path, kind: str) -> None:
 
 
 def mutate_line(rng: random.Random, text: str) -> str:
-    """A plan with a number exchanged, a line removed or doubled, or a trick of YAML."""
+    """A plan with a number replaced, a line removed or doubled, or a YAML trick inserted."""
     lines = text.splitlines()
     at = rng.randrange(len(lines))
     trick = rng.choice(
@@ -193,13 +191,13 @@ CASES = {"json": 80, "shard": 32, "file": 20, "plan": 56}  # times FUZZ_TIMES
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_a_damaged_folder_runs_or_is_refused_in_one_line(whole, tmp_path, kind):
+def test_damaged_folder_runs_or_is_refused_in_one_line(whole, tmp_path, kind):
     ran = 0
     for seed in range(CASES[kind] * int(os.environ.get("FUZZ_TIMES", "1"))):
         rng = random.Random(f"{kind} {seed}")
         folder = tmp_path / "copy"
         shutil.copytree(whole, folder, copy_function=os.link if kind == "plan" else shutil.copy)
-        if kind == "plan":  # not the one that all copies share
+        if kind == "plan":  # hard-linked, so it must be replaced
             (folder / "plan.yaml").unlink()
             shutil.copy(whole / "plan.yaml", folder)
         mutate_folder(rng, folder, kind)

@@ -1,4 +1,4 @@
-"""transformers' `generate()` on a planned model: each way of decoding gives the stock tokens."""
+"""transformers' `generate()` on a planned model gives the tokens of the stock model."""
 
 import random
 
@@ -15,7 +15,7 @@ from transformers import (
 )
 
 TEXTS = ["Once upon a time there was a kind bear", "def count", "3 + 4 ="]
-# On a GPU the stock model would compile itself for a static cache, and then round otherwise.
+# On a GPU the stock model would compile itself for a static cache, and then round differently.
 ALWAYS = {"pad_token_id": 2, "disable_compile": True}
 
 
@@ -40,7 +40,7 @@ def planned(place):
     ids=str,
 )
 @pytest.mark.parametrize("padded", [False, True], ids=["single", "left-padded"])
-def test_ways_of_decoding(planned, stock, device, arguments, padded):
+def test_decoding_methods_match_stock(planned, stock, device, arguments, padded):
     if padded and ("prompt_lookup_num_tokens" in arguments or "assistant_early_exit" in arguments):
         pytest.skip("transformers offers this for single sequences only")
     model, tokenizer = planned
@@ -53,8 +53,7 @@ def test_ways_of_decoding(planned, stock, device, arguments, padded):
 
 
 @pytest.mark.parametrize("cache_class", ["dynamic", "static"])
-def test_a_cache_of_the_callers(planned, stock, device, cache_class):
-    """Two turns over one cache."""
+def test_two_turns_over_the_callers_cache_match_stock(planned, stock, device, cache_class):
     planned_model, tokenizer = planned
     first = tokenizer(TEXTS[0], return_tensors="pt").to(device)["input_ids"]
     more = tokenizer(" Then", return_tensors="pt", add_special_tokens=False).to(device)
@@ -70,7 +69,7 @@ def test_a_cache_of_the_callers(planned, stock, device, cache_class):
     assert torch.equal(*outputs)
 
 
-def test_streamer(planned, stock, device, capsys):
+def test_streamed_text_matches_stock(planned, stock, device, capsys):
     planned_model, tokenizer = planned
     encoded = tokenizer(TEXTS[0], return_tensors="pt").to(device)
     printed = []
@@ -82,7 +81,7 @@ def test_streamer(planned, stock, device, capsys):
     assert printed[0].startswith("<s>Once upon a time")
 
 
-def test_pipeline(planned, stock):
+def test_pipeline_matches_stock(planned, stock):
     model, tokenizer = planned
     arguments = {"batch_size": 3, "max_new_tokens": 8, "do_sample": False}
     texts = [
@@ -92,7 +91,7 @@ def test_pipeline(planned, stock):
     assert texts[0] == texts[1]
 
 
-def test_experts_are_not_in_the_module(planned, stock):
+def test_experts_are_not_in_the_state_dict(planned, stock):
     model, _ = planned
     dense = {name for name in stock.model.state_dict() if ".experts." not in name}
     assert dense == set(model.state_dict())
@@ -100,8 +99,8 @@ def test_experts_are_not_in_the_module(planned, stock):
         model.save_pretrained("anywhere")
 
 
-def test_other_ways_to_call_generate(planned, stock):
-    """Arguments by position; beams that only the model's own generation config asks for."""
+def test_positional_arguments_and_configured_beams_match_stock(planned, stock):
+    """Only the model's own generation config asks for the beams."""
     planned_model, tokenizer = planned
     encoded = tokenizer(TEXTS[0], return_tensors="pt").to(planned_model.device)
     ids = encoded["input_ids"]

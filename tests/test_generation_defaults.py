@@ -1,4 +1,4 @@
-"""Which values of generation_config.json and config.json count: flags and the plan decide."""
+"""The values used from generation_config.json and config.json; flags and plan set the rest."""
 
 import shutil
 from pathlib import Path
@@ -13,11 +13,11 @@ from fiddler_run.generation.sampling import Options
 from fiddler_run.loading.check import check_plan
 
 GENERATION = "generation_config.json"
-HARMLESS = {
+IGNORED = {
     "stop strings": {"stop_strings": ["e"]},
     "several sequences": {"num_return_sequences": 2, "do_sample": True},
     "contrastive search": {"penalty_alpha": 0.6, "top_k": 4},
-    "dictionaries": {"return_dict_in_generate": True, "output_scores": True},
+    "dictionary output": {"return_dict_in_generate": True, "output_scores": True},
     "no cache": {"use_cache": False},
     "another cache": {"cache_implementation": "static"},
     "beams": {"num_beams": 3, "length_penalty": 2.0},
@@ -26,7 +26,7 @@ HARMLESS = {
     "forced tokens": {"forced_bos_token_id": 5, "forced_eos_token_id": 7, "suppress_tokens": [1]},
     "lengths": {"max_length": 3, "min_length": 200, "max_new_tokens": 2},
     "lookup": {"prompt_lookup_num_tokens": 3},
-    "kinds of no key": {
+    "values of wrong types": {
         "assistant_early_exit": "x",
         "watermarking_config": 3,
         "compile_config": [],
@@ -34,8 +34,8 @@ HARMLESS = {
 }
 
 
-def texts(folder: Path, count: int = 12, dtype: str = "bfloat16", **options: object) -> str:
-    """The answer of the model beside a new plan in `folder`."""
+def generated(folder: Path, count: int = 12, dtype: str = "bfloat16", **options: object) -> str:
+    """Writes a plan into `folder`; returns the answer of the model beside it."""
     loaded, tokenizer = load_model(write_plan(folder, dtype=dtype))
     pieces: list[str] = []
     generate(loaded, tokenizer, "Once upon a time", Options(count, **options), pieces.append)
@@ -55,7 +55,7 @@ def small(random_checkpoint, tmp_path_factory) -> Path:
 
 
 def answers(folder: Path) -> list[str]:
-    """Of one beam and of two."""
+    """The answers with one beam and with two."""
     loaded, tokenizer = load_model(folder / "plan.yaml")
     found = []
     for beams in (1, 2):
@@ -74,16 +74,16 @@ def expected(small) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", HARMLESS)
+@pytest.mark.parametrize("kind", IGNORED)
 @pytest.mark.parametrize("where", [GENERATION, "config.json"])
 def test_flags_and_plan_decide_what_is_generated(small, expected, tmp_path, kind, where):
     folder = shutil.copytree(small, tmp_path / "copy")
-    change_json(folder / "model" / where, **HARMLESS[kind])
+    change_json(folder / "model" / where, **IGNORED[kind])
     assert check_plan(folder / "plan.yaml")[0] == []
     assert answers(folder) == expected
 
 
-def test_what_does_not_count_is_told(tmp_path, model):
+def test_ignored_values_are_noted(tmp_path, model):
     change_json(
         model / "generation_config.json",
         no_repeat_ngram_size=3,
@@ -99,17 +99,17 @@ def test_what_does_not_count_is_told(tmp_path, model):
     )
 
 
-def test_values_of_old_files_that_mean_nothing(tmp_path, model):
-    expected = texts(tmp_path)
+def test_meaningless_values_of_old_files_are_ignored(tmp_path, model):
+    expected = generated(tmp_path)
     change_json(model / "generation_config.json", pad_token_id=-1, do_sample=False, temperature=0.0)
     assert check_plan(write_plan(tmp_path))[0] == []
-    assert texts(tmp_path) == expected
+    assert generated(tmp_path) == expected
 
 
-def test_the_tokenizers_own_end_token_ends_an_answer(tmp_path, model):
-    assert "." in texts(tmp_path)
+def test_end_token_of_the_tokenizer_ends_an_answer(tmp_path, model):
+    assert "." in generated(tmp_path)
     change_json(model / "tokenizer_config.json", eos_token=".")
-    text = texts(tmp_path)
+    text = generated(tmp_path)
     assert len(text) > 3
     assert "." not in text
     loaded, _ = load_model(write_plan(tmp_path))
@@ -118,20 +118,20 @@ def test_the_tokenizers_own_end_token_ends_an_answer(tmp_path, model):
     assert len(full_stop) == 2
 
 
-def test_end_tokens_of_config_json_count_without_a_generation_config(tmp_path, model):
+def test_end_tokens_default_to_those_of_config_json(tmp_path, model):
     (model / "generation_config.json").unlink()
     change_json(model / "config.json", eos_token_id=[5, 9])
     loaded, _ = load_model(write_plan(tmp_path))
     assert loaded.generation_config.eos_token_id == [2, 5, 9]
 
 
-def test_refinements_of_sampling_count_where_there_is_sampling(tmp_path, model, caplog):
-    exact = {"count": 8, "dtype": "float32"}  # in bfloat16, two tokens may be the likeliest
-    greedy = texts(tmp_path, **exact)
-    assert texts(tmp_path, temperature=1.5, seed=1, **exact) != greedy
+def test_sampling_options_apply_only_when_sampling(tmp_path, model, caplog):
+    exact = {"count": 8, "dtype": "float32"}  # bfloat16 logits may tie
+    greedy = generated(tmp_path, **exact)
+    assert generated(tmp_path, temperature=1.5, seed=1, **exact) != greedy
     for do_sample in (True, False):
         change_json(model / "generation_config.json", top_k=1, do_sample=do_sample, temperature=0.3)
-        assert texts(tmp_path, **exact) == greedy
-        # of one token there is no choice
-        assert texts(tmp_path, temperature=1.5, seed=1, **exact) == greedy
+        assert generated(tmp_path, **exact) == greedy
+        # top_k=1 leaves one choice
+        assert generated(tmp_path, temperature=1.5, seed=1, **exact) == greedy
     assert "generation flags" not in caplog.text

@@ -1,4 +1,4 @@
-"""Layers and whole models on the decode path, with a GPU that the test plays."""
+"""Layers and whole models on the decode path, with a simulated GPU."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan
 from hand_over import CPU, HIDDEN, Layer, make_engine
-from stream import InStep, Stream
+from stream import Stream, SynchronousStream
 from transformers import DynamicCache
 
 from fiddler_run import load_model
@@ -23,18 +23,15 @@ if library() is None:
     pytest.skip("the kernel is not built", allow_module_level=True)
 
 
-def test_python_is_ahead_of_cpu_and_gpu():
-    """Layer after layer of one token is queued before the first is computed.
-
-    The results are those of the prefill path.
-    """
+def test_python_queues_layers_ahead():
+    """The next layer is queued while one is computed; results match the prefill path."""
     torch.manual_seed(4)
     stream = Stream()
     engines = (make_engine(), make_engine(stream))
     rng = random.Random(4)
     layers = [Layer(rng, 0.4) for _ in range(12)]
     for layer in layers:
-        stream.at |= layer.at
+        stream.by_address |= layer.by_address
     index = [torch.stack([torch.randperm(6)[:2] for _ in range(3)]) for _ in layers]
     weights = torch.rand(3, 2)
     states = [torch.randn(3, HIDDEN).bfloat16() for _ in layers]
@@ -60,15 +57,15 @@ def test_python_is_ahead_of_cpu_and_gpu():
         for work in (Work.ROUTER, Work.BLOCKS):
             assert [span.layer for span in spans if span.name == work] == [0] * 12
         assert all(span.stop_s >= span.start_s for span in spans)
-    assert stream.most_waiting >= 5  # of a layer that has only begun
+    assert stream.max_pending >= 5  # one layer queues four
 
 
-def test_an_interrupt_leaves_nothing_under_way(monkeypatch):
+def test_interrupt_leaves_no_job_pending(monkeypatch):
     torch.manual_seed(5)
     stream = Stream()
     engine = make_engine(stream)
     layer = Layer(random.Random(5), 0.4, engine=engine)
-    stream.at |= layer.at
+    stream.by_address |= layer.by_address
     states = torch.randn(1, HIDDEN).bfloat16()
     index = torch.tensor([[0, 3]])
     weights = torch.rand(1, 2)
@@ -88,7 +85,7 @@ def test_an_interrupt_leaves_nothing_under_way(monkeypatch):
         assert torch.equal(*found)
 
 
-def test_an_interrupted_wait_leaves_the_job_to_be_abandoned(monkeypatch):
+def test_interrupted_wait_leaves_the_job_to_be_abandoned(monkeypatch):
     engine = make_engine()
     layer = Layer(random.Random(5), 0.4, engine=engine)
     cpu = engine.resources.kernels.cpu
@@ -107,7 +104,7 @@ def test_an_interrupted_wait_leaves_the_job_to_be_abandoned(monkeypatch):
     assert not len(engine.resources.jobs)
 
 
-def test_what_is_measured_of_a_token_is_what_was_computed():
+def test_measured_blocks_match_computed_blocks():
     torch.manual_seed(6)
     stream = Stream()
     engine = make_engine(stream)
@@ -115,7 +112,7 @@ def test_what_is_measured_of_a_token_is_what_was_computed():
     shares = (0.0, 0.2, 0.5, 0.8, 1.0)
     layers = [Layer(rng, share, engine=engine) for share in shares]
     for layer in layers:
-        stream.at |= layer.at
+        stream.by_address |= layer.by_address
     resources = engine.resources
     router = Router(num_experts=6, top_k=2, hidden_size=HIDDEN)
     for number in range(3):
@@ -130,15 +127,15 @@ def test_what_is_measured_of_a_token_is_what_was_computed():
     stream.finish()
 
 
-def on_the_decode_path(model: PlannedModel, stream: Stream) -> ExpertEngine:
-    """Has a loaded model's layers run by another engine, with these GPU kernels."""
+def use_decode_path(model: PlannedModel, stream: Stream) -> ExpertEngine:
+    """Moves a loaded model's layers to a new engine with these GPU kernels, and returns it."""
     cpu = model.engine.resources.kernels.cpu
     engine = ExpertEngine(model.plan.block_format, Kernels(cpu, stream, cpu.apply), CPU, 3)
     store = model.store
     share_at = model.plan.rank.stream_share_at
     for rows in (store.resident, store.host):
         blocks = [block for row in rows for expert in row for block in expert]
-        stream.at |= {block.data_ptr(): block for block in blocks}
+        stream.by_address |= {block.data_ptr(): block for block in blocks}
     places = zip(store.resident, store.host, strict=True)
     model.set_layers(
         [ExpertsLayer(number, *each, share_at, engine) for number, each in enumerate(places)]
@@ -146,11 +143,8 @@ def on_the_decode_path(model: PlannedModel, stream: Stream) -> ExpertEngine:
     return engine
 
 
-def test_a_whole_model_through_the_hand_over():
-    """Every layer of every step, in bfloat16.
-
-    Choices to the CPU's threads, their table, both parts, their sum.
-    """
+def test_model_on_the_decode_path_matches_the_prefill_path():
+    """In bfloat16, for every layer of every step."""
     plan = make_plan(demo_shape("bfloat16"), [[3] * 8] * 6, share={1: 0.4}, threads=2)
     model, tokenizer = load_model(plan, DEMO)
     text = "Once upon a time there was a brave owl named Ruby."
@@ -171,8 +165,8 @@ def test_a_whole_model_through_the_hand_over():
     model.engine.resources.forget_traffic()
     expected = logits()
     needed = model.engine.resources.traffic.needed_blocks
-    stream = InStep(late_s=0.0, encoding=plan.block_format)
-    engine = on_the_decode_path(model, stream)
+    stream = SynchronousStream(delay_s=0.0, encoding=plan.block_format)
+    engine = use_decode_path(model, stream)
     found = logits()
     engine.resources.jobs.finish()
     stream.thread.shutdown()

@@ -1,4 +1,4 @@
-"""Cores and memory as the system's files tell them: here in made-up trees below another root."""
+"""Cores and memory read from system files, which these tests write below another root."""
 
 import os
 
@@ -11,7 +11,7 @@ GB = 10**9
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine of the given files (path: text), on which this process may use `cpus`."""
+    """Simulates a machine with these files (path: text), where this process may use `cpus`."""
 
     def make(files: dict[str, str], cpus: set[int]) -> None:
         for path, text in files.items():
@@ -28,7 +28,7 @@ def machine(tmp_path, monkeypatch):
     [
         ({}, 16),
         ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/cpu.max": "max 100000"}, 16),
-        # The tightest group counts, in whole cores.
+        # The tightest quota counts, in whole cores.
         (
             {
                 "proc/self/cgroup": "0::/a/b",
@@ -38,7 +38,7 @@ def machine(tmp_path, monkeypatch):
             3,
         ),
         ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
-        # A container of version 1: the path is one outside of it, its own group is the root.
+        # cgroup v1 in a container: the path is the host's, the container's group is the root.
         (
             {
                 "proc/self/cgroup": "4:memory:/docker/1\n3:cpu,cpuacct:/docker/1",
@@ -61,16 +61,16 @@ def machine(tmp_path, monkeypatch):
         "no quota",
         "the parent's quota",
         "half a core",
-        "version 1",
-        "version 1 without quota",
+        "cgroup v1",
+        "cgroup v1 without quota",
     ],
 )
-def test_cores_within_quotas(machine, files, cores):
+def test_cores_respect_cgroup_quotas(machine, files, cores):
     machine(files, set(range(16)))
     assert host.num_cores() == cores
 
 
-def test_memory_within_limits(machine):
+def test_memory_respects_cgroup_limits(machine):
     machine({"proc/meminfo": f"MemTotal: 1\nMemAvailable: {64 * GB // 1024} kB"}, {0})
     assert host.available_memory_bytes() == 64 * GB
     machine(
@@ -97,15 +97,13 @@ def test_memory_within_limits(machine):
     assert host.available_memory_bytes() == 1 * GB
 
 
-def test_memory_without_proc(machine):
+def test_memory_is_found_without_proc(machine):
     machine({}, {0})
     assert host.available_memory_bytes() > 0
 
 
 def test_one_thread_of_each_core_comes_first(machine):
-    """Four cores of two threads, nodes interleaved; CPU 2 may not be used, so its core is there as
-    CPU 6.
-    """
+    """Four cores of two threads, interleaved nodes; CPU 2 is not allowed, so CPU 6 replaces it."""
     cpu = "sys/devices/system/cpu/cpu{}/{}".format
     siblings = {cpu(n, "topology/thread_siblings_list"): f"{n % 4},{n % 4 + 4}\n" for n in range(8)}
     nodes = {cpu(n, f"node{n % 2}/cpulist"): "" for n in range(8)}
@@ -115,12 +113,12 @@ def test_one_thread_of_each_core_comes_first(machine):
     assert host.num_cores() == 7
 
 
-def test_every_cpu_is_a_core_where_nothing_is_told(machine):
+def test_every_cpu_is_a_core_without_topology_files(machine):
     machine({}, {5, 2, 9})
     assert host.core_order() == [2, 5, 9]
     assert host.num_physical_cores() == 3
 
 
-def test_the_kernels_lists():
+def test_cpu_lists_are_parsed():
     assert host.cpu_list("0-3,8,10-11") == [0, 1, 2, 3, 8, 10, 11]
     assert host.cpu_list("") == []

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, from its client's cache: nothing is fetched here."""
+"""Models in the cache of the Hugging Face hub's client; nothing is downloaded."""
 
 import json
 import shutil
@@ -17,11 +17,10 @@ from fiddler_run.loading.check import check_plan
 def hub_cache(
     root: Path, monkeypatch, leave_out: tuple[str, ...] = (), unfetched: tuple[str, ...] = ()
 ) -> Path:
-    """A cache that holds the demo under the id someone/tiny, with links as the hub's client makes
-    them; the snapshot's folder.
+    """Makes a cache with the demo as someone/tiny; returns the snapshot's folder.
 
-    `unfetched`: names of files that the model has on the hub, of which the client knows, but which
-    it has not fetched.
+    Files are links, as the hub's client makes them. `unfetched`: names of files that the client
+    has listed but not downloaded.
     """
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -51,9 +50,7 @@ def hub_cache(
 UNFETCHED = (".gitattributes", "NOTES.md", "consolidated.safetensors", "params.json")
 
 
-def test_a_model_of_the_hub_is_checked_and_loaded_without_what_it_does_not_need(
-    tmp_path, monkeypatch
-):
+def test_hub_model_loads_without_files_that_it_does_not_need(tmp_path, monkeypatch):
     folder = hub_cache(tmp_path, monkeypatch, unfetched=UNFETCHED)
     plan = write_plan(tmp_path, "someone/tiny")
     problems, notes = check_plan(plan)
@@ -63,26 +60,26 @@ def test_a_model_of_the_hub_is_checked_and_loaded_without_what_it_does_not_need(
     (folder / SHARDS[1]).resolve().write_bytes(b"x")
     problems, _ = check_plan(plan)
     assert len(problems) == 1
-    assert "damaged or cut off" in problems[0]
+    assert "damaged or truncated" in problems[0]
     with pytest.raises(FiddlerError) as refusal:
         load_model(plan)
     assert str(refusal.value) == problems[0]
 
 
-def test_a_model_of_the_hub_that_is_not_all_here(tmp_path, monkeypatch):
+def test_incomplete_hub_model_is_noted_and_not_loaded(tmp_path, monkeypatch):
     hub_cache(tmp_path, monkeypatch, leave_out=(SHARDS[2],), unfetched=(SHARDS[2],))
     plan = write_plan(tmp_path, "someone/tiny")
     problems, notes = check_plan(plan)
     assert problems == []
-    assert notes[0].startswith("the weights of someone/tiny are not here, or not all of them")
+    assert notes[0].startswith("the weights of someone/tiny are missing or incomplete")
     with pytest.raises(
         FiddlerError,
-        match="someone/tiny: not a folder, and not to be had from the Hugging Face hub",
+        match="someone/tiny: neither a folder nor available from the Hugging Face hub",
     ):
         load_model(plan)
 
 
-def test_weights_of_a_hugging_face_model_are_checked_if_they_are_all_here(tmp_path, monkeypatch):
+def test_weights_of_a_hub_model_are_checked_if_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     cache = tmp_path / "models--someone--tiny"
@@ -92,11 +89,11 @@ def test_weights_of_a_hugging_face_model_are_checked_if_they_are_all_here(tmp_pa
     plan = write_plan(tmp_path, "someone/tiny")
     assert check_plan(plan)[0] == []
     cut(folder / SHARDS[1])
-    assert_listed(check_plan(plan)[0], [(folder / SHARDS[1], "damaged or cut off")])
-    (folder / SHARDS[1]).unlink()  # it is still to be downloaded
+    assert_listed(check_plan(plan)[0], [(folder / SHARDS[1], "damaged or truncated")])
+    (folder / SHARDS[1]).unlink()  # not downloaded yet
     problems, notes = check_plan(plan)
     assert problems == []
-    assert notes[0].startswith("the weights of someone/tiny are not here, or not all of them")
+    assert notes[0].startswith("the weights of someone/tiny are missing or incomplete")
     assert_listed(
-        check_plan(plan, "someone/else")[0], [("someone/else", "not a folder, and not to be had")]
+        check_plan(plan, "someone/else")[0], [("someone/else", "neither a folder nor available")]
     )

@@ -22,11 +22,11 @@ from fiddler_run.plan.schema import Budget, Workload
 
 
 @pytest.mark.parametrize("seed", range(220))
-def test_equals_exhaustive_search(seed):
+def test_program_matches_exhaustive_search(seed):
     costs, limits = random_instance(random.Random(seed))
-    every = Exhaustive(costs[0], limits)
-    best_s = np.max([every.total_s(cost) for cost in costs], axis=0).min()
-    fastest_decode_s = max(every.step_s(cost, cost.decode).min() for cost in costs)
+    placements = Exhaustive(costs[0], limits)
+    best_s = np.max([placements.total_s(cost) for cost in costs], axis=0).min()
+    fastest_decode_s = max(placements.step_s(cost, cost.decode).min() for cost in costs)
     solution = place(costs, limits)
     assert fits(solution.placement, costs[0], limits)
     assert solution.status == "optimal"
@@ -39,24 +39,23 @@ def test_equals_exhaustive_search(seed):
     assert solution.decode_bound_s <= fastest_decode_s * (1 + 1e-9)
 
 
-def test_the_cost_model_by_exhaustive_search():
-    """Both ways to compute the seconds of a placement agree."""
+def test_cost_model_matches_exhaustive_search():
     for seed in range(12):
         costs, limits = random_instance(random.Random(seed))
-        every = Exhaustive(costs[0], limits)
+        placements = Exhaustive(costs[0], limits)
         for number in random.Random(seed).sample(
-            range(len(every.resident)), k=min(9, len(every.resident))
+            range(len(placements.resident)), k=min(9, len(placements.resident))
         ):
-            placement = Placement(every.resident[number].tolist(), every.on_disk[number].tolist())
+            placement = Placement(
+                placements.resident[number].tolist(), placements.on_disk[number].tolist()
+            )
             assert fits(placement, costs[0], limits)
             for cost in costs:
-                assert cost.total_s(placement) == pytest.approx(every.total_s(cost)[number])
+                assert cost.total_s(placement) == pytest.approx(placements.total_s(cost)[number])
 
 
-def test_one_token_and_a_slow_cpu_is_greedy_by_popularity():
-    """Where host blocks always take longer, time falls with each expert's popularity alone, so
-    greedy is optimal.
-    """
+def test_greedy_is_optimal_for_one_token_and_a_slow_cpu():
+    """Host blocks always take longer, so that time falls with each expert's popularity alone."""
     model = small_model(num_layers=2, num_experts=4)
     routing = random_routing(model, random.Random(5))
     machine = machine_profile(model, device=1e-3, host=80.0)
@@ -93,10 +92,8 @@ def test_more_memory_is_never_slower(kind):
         )
 
 
-def test_memory_that_is_of_use_is_not_left_empty():
-    """Where the CPU stands in for the GPU every placement takes the same time; the budget is used
-    all the same.
-    """
+def test_gpu_memory_is_filled_on_a_tie():
+    """Where the CPU stands in for the GPU, every placement takes the same time."""
     model = small_model()
     machine = machine_profile(model, device=80.0, host=80.0, kind="cpu")
     workload = Workload(prompt_tokens=8, output_tokens=8, num_beams=1, batch_size=1, max_seq_len=64)
@@ -105,15 +102,13 @@ def test_memory_that_is_of_use_is_not_left_empty():
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e9])
-def test_units_of_time_do_not_matter(scale):
-    """The solver's tolerances are absolute; a machine that is a million times faster gets the same
-    plans.
-    """
+def test_plans_do_not_depend_on_the_scale_of_time(scale):
+    """The solver's tolerances are absolute, but plans for much faster machines are as good."""
     for seed in range(6):
         costs, limits = random_instance(random.Random(seed))
         costs = [scaled(cost, scale) for cost in costs]
-        every = Exhaustive(costs[0], limits)
-        best_s = np.max([every.total_s(cost) for cost in costs], axis=0).min()
+        placements = Exhaustive(costs[0], limits)
+        best_s = np.max([placements.total_s(cost) for cost in costs], axis=0).min()
         solution = place(costs, limits)
         assert solution.objective_s <= best_s * (1 + EXACT)
         assert solution.bound_s <= best_s * (1 + 1e-9)
@@ -146,8 +141,8 @@ def scaled(cost: CostModel, scale: float) -> CostModel:
     )
 
 
-def test_equal_experts_do_not_keep_the_solver_busy():
-    """The demo model on a GPU that holds nearly all of it: very many placements are as good."""
+def test_many_equal_placements_are_solved_in_time():
+    """On a GPU that holds nearly all of the demo model, very many placements are equally good."""
     model = ModelSpec.load(str(DEMO))
     machine = MachineProfile.load(ROOT / "profiles" / "rtx4090.machine.yaml")
     routing = Routing.uniform(model)
@@ -160,7 +155,7 @@ def test_equal_experts_do_not_keep_the_solver_busy():
     assert solution.gap <= 0.005
 
 
-def test_budgets_that_nothing_fits_in():
+def test_infeasible_budgets_are_refused():
     costs, limits = random_instance(random.Random(2))
     limits = replace(limits, gpu_bytes=-limits.block_bytes)
     steps = {phase: phase.steps for phase in costs[0].phases}
@@ -171,7 +166,7 @@ def test_budgets_that_nothing_fits_in():
 
 
 def test_unused_memory_goes_to_the_most_used_experts():
-    """Where launching takes longer than any experts, all placements take the same time."""
+    """If the launch overhead exceeds all experts' times, all placements take the same time."""
     model = small_model()
     routing = random_routing(model, random.Random(7))
     machine = machine_profile(model, dense=900.0, dense_device=1.0)

@@ -1,4 +1,4 @@
-"""The borders between the folders."""
+"""Import rules between folders."""
 
 import ast
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import ROOT
 
-# Each folder, or module outside of one, may import those below it in its list, never those above.
+# A folder or a top-level module may import those below it in its list, never those above.
 RUNTIME = [
     "cli",
     "flags",
@@ -28,7 +28,7 @@ PACKAGES = {
     "fiddler_run": (ROOT / "runtime" / "fiddler_run", RUNTIME),
     "fiddler_opt": (ROOT / "fiddler_opt", PLANNER),
 }
-NEEDS_TORCH = {"measure", "insight/probe.py"}  # all else of the planner runs without
+NEEDS_TORCH = {"measure", "insight/probe.py"}  # the rest of the planner runs without it
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -41,7 +41,7 @@ def modules(package: str) -> dict[str, Path]:
 
 
 def imported(path: Path, known: dict[str, Path]) -> set[str]:
-    """The names that a module imports, in functions too; those of our own as modules."""
+    """The names that a module imports, also inside functions; our own as dotted modules."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -52,7 +52,7 @@ def imported(path: Path, known: dict[str, Path]) -> set[str]:
     return found
 
 
-def test_folders_import_only_those_below():
+def test_folders_import_only_lower_folders():
     for package, (_, order) in PACKAGES.items():
         known = modules(package)
         for name, path in known.items():
@@ -72,12 +72,12 @@ def test_no_import_cycles():
         uses = {name: used for name, used in uses.items() if name not in leaves}
 
 
-def test_the_runtime_never_imports_the_planner():
+def test_runtime_never_imports_planner():
     for name, path in modules("fiddler_run").items():
         assert not any(other.startswith("fiddler_opt") for other in imported(path, {})), name
 
 
-def test_only_measuring_imports_torch():
+def test_only_measuring_modules_import_torch():
     folder, _ = PACKAGES["fiddler_opt"]
     for name, path in modules("fiddler_opt").items():
         place = path.relative_to(folder)

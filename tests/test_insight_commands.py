@@ -1,12 +1,12 @@
-"""The commands that look into plans and machines."""
+"""`show --why`, `whatif` and `doctor`."""
 
 import json
 import random
 
 import pytest
+from command_line import assert_refused, run
 from conftest import DEMO, ROOT
 from planning import few_layers, machine_profile, random_routing, small_model
-from test_commands import assert_refused, run
 
 from fiddler_opt.insight.explain import marginal_values
 from fiddler_opt.solve.cost import CostModel
@@ -16,7 +16,7 @@ from fiddler_run.plan.schema import Workload
 MACHINE = ROOT / "profiles/rtx4090.machine.yaml"
 
 
-def test_why(tmp_path):
+def test_why_explains_a_plan(tmp_path):
     plan = "plans/rtx4090.yaml"
     result = run("fiddler-opt", "show", plan, "--why", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -49,11 +49,11 @@ def test_why(tmp_path):
             ["plans/rtx4090.yaml", "--why", "--machine", "profiles/two-cores.machine.yaml"],
             "not the profile that the plan was made from",
         ),
-        (["plans/rtx4090.yaml", "--routing", "x.yaml"], "--machine and --routing belong to --why"),
+        (["plans/rtx4090.yaml", "--routing", "x.yaml"], "--machine and --routing need --why"),
         (["profiles/rtx4090.machine.yaml", "--why"], "a machine profile, but --why explains plans"),
     ],
 )
-def test_why_is_refused(flags, words):
+def test_why_refuses_other_files_and_lone_flags(flags, words):
     result = run("fiddler-opt", "show", *flags, cwd=ROOT)
     assert result.returncode == 1
     assert words in result.stderr
@@ -77,7 +77,7 @@ def test_marginal_values_are_differences_of_the_cost_model():
     assert found[0, 1].gain_us == pytest.approx(step_us[1] - step_us[2])
 
 
-def test_whatif(tmp_path):
+def test_whatif_prints_and_plots_a_sweep(tmp_path):
     four_layers = few_layers(tmp_path / "four-layers", 4)
     flags = ("--machine", MACHINE, "--model", four_layers)
     swept = ("--gpu-mem", "4GB,8GB", "--plot", "curve.png")
@@ -88,8 +88,8 @@ def test_whatif(tmp_path):
     assert_refused(run("fiddler-opt", "whatif", *flags, cwd=tmp_path), "--gpu-mem")
 
 
-def test_a_model_that_doctor_refuses(tmp_path):
-    """A model that fits is in test_doctor."""
+def test_doctor_refuses_a_model_that_does_not_fit(tmp_path):
+    """test_doctor has the case of a model that fits."""
     config = json.loads((DEMO / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 2**20}))
     stopped = run("fiddler-opt", "doctor", "--model", tmp_path, cwd=tmp_path)

@@ -29,22 +29,22 @@ if library() is None:
     pytest.skip("the kernel is not built", allow_module_level=True)
 
 
-def test_a_gpu_that_sends_nothing(monkeypatch):
+def test_silent_gpu_times_out(monkeypatch):
     monkeypatch.setattr(decode_layer, "GPU_TIMEOUT_S", 0.05)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     kernel = compiled(2)
     buffers = PinnedBuffers(CPU)
     gpu = Gpu(1, Layer(random.Random(2), 0.5), buffers)
     gpu.submit(kernel, 1)
-    with pytest.raises(FiddlerError, match="the GPU does not answer"):
+    with pytest.raises(FiddlerError, match="timed out waiting for the GPU"):
         kernel.wait()
-    # should it come back, it must not hang
-    assert buffers.output_ready.item() == gpu.given.table_ready.item() == 1
-    gpu.submit(kernel, 1 + 1)
+    # a GPU that comes back must not hang
+    assert buffers.output_ready.item() == gpu.inputs.table_ready.item() == 1
+    gpu.submit(kernel, 2)
     wait_for(buffers.output_ready, 2)
-    gpu.submit(kernel, 3)  # finishes what was before
+    gpu.submit(kernel, 3)  # finishes the previous job
     gpu.send(3)
-    with pytest.raises(FiddlerError, match="the GPU does not answer"):
+    with pytest.raises(FiddlerError, match="timed out waiting for the GPU"):
         kernel.wait()
     gpu.traffic[:] = 0
     gpu.submit(kernel, 4)
@@ -53,7 +53,7 @@ def test_a_gpu_that_sends_nothing(monkeypatch):
     gpu.check()
 
 
-def test_a_timeout_is_told_to_the_model_whose_job_it_was(monkeypatch):
+def test_timeout_is_raised_for_the_model_whose_job_it_was(monkeypatch):
     """Two models share the pool; the GPU sends nothing for one of them."""
     monkeypatch.setattr(decode_layer, "GPU_TIMEOUT_S", 0.05)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -66,20 +66,20 @@ def test_a_timeout_is_told_to_the_model_whose_job_it_was(monkeypatch):
     kernel.wait(0, both[1].output_ready)
     other.check()
     kernel.abandon(both[1].output_ready)
-    with pytest.raises(FiddlerError, match="the GPU does not answer"):
+    with pytest.raises(FiddlerError, match="timed out waiting for the GPU"):
         kernel.wait(0, both[0].output_ready)
-    kernel.wait(0, both[0].output_ready)  # it is told once
+    kernel.wait(0, both[0].output_ready)  # it is raised once
 
 
 def interrupt_soon() -> threading.Timer:
-    """Ctrl-C, in a moment."""
+    """Sends SIGINT to this process after 0.2 s."""
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     return timer
 
 
-def test_an_interrupt_is_heard_while_a_gpu_sends_nothing():
-    """Long before the job times out; the job ends, without a result, and the next one is right."""
+def test_interrupt_ends_the_wait_for_a_silent_gpu():
+    """The job ends long before it times out, without a result, and the next one is correct."""
     kernel = compiled(2)
     buffers = PinnedBuffers(CPU)
     gpu = Gpu(1, Layer(random.Random(2), 0.5), buffers)
@@ -92,8 +92,8 @@ def test_an_interrupt_is_heard_while_a_gpu_sends_nothing():
         timer.join()
         kernel.abandon(buffers.output_ready)
         assert time.monotonic() - started < decode_layer.GPU_TIMEOUT_S / 3
-        # should the GPU come back, it must not hang
-        assert buffers.output_ready.item() == gpu.given.table_ready.item() == 2 * job - 1
+        # a GPU that comes back must not hang
+        assert buffers.output_ready.item() == gpu.inputs.table_ready.item() == 2 * job - 1
         gpu.traffic[:] = 0
         gpu.submit(kernel, 2 * job)
         gpu.send(2 * job)
@@ -101,14 +101,14 @@ def test_an_interrupt_is_heard_while_a_gpu_sends_nothing():
         gpu.check()
 
 
-def again_and_again(kernel: CompiledExperts, *job) -> None:
+def submit_repeatedly(kernel: CompiledExperts, *job) -> None:
     for _ in range(1000):
         kernel.wait()
         kernel.submit(*job)
 
 
-def test_an_interrupt_is_heard_during_a_long_job():
-    """One that no GPU is waited for: the caller of `wait` takes part in it."""
+def test_interrupt_ends_a_long_job():
+    """No GPU is involved: the caller of `wait` computes a part of the job."""
     blocks = random_blocks(4)
     tokens = 60_000
     call = CpuCall(blocks, np.arange(tokens), np.ones(tokens, dtype=np.float32))
@@ -120,14 +120,14 @@ def test_an_interrupt_is_heard_during_a_long_job():
         kernel.submit([call], states, output, finished, threads)
         timer = interrupt_soon()
         with pytest.raises(KeyboardInterrupt):
-            again_and_again(kernel, [call], states, output, finished, threads)
+            submit_repeatedly(kernel, [call], states, output, finished, threads)
         timer.join()
         kernel.abandon(finished)
         expected = kernel.apply(blocks, states[:3])
         assert torch.equal(kernel.apply(blocks, states[:3]), expected)
 
 
-def test_a_job_of_another_model_is_not_abandoned():
+def test_job_of_another_model_is_not_abandoned():
     """Two models share the pool; one of them is interrupted."""
     kernel = compiled(2)
     both = [PinnedBuffers(CPU) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""How a layer splits its experts' blocks, and what its states may look like."""
+"""A layer: the split of its blocks, its inputs, and its timeline."""
 
 import random
 import threading
@@ -25,7 +25,7 @@ def split(share: float, host: list[int], tokens: int, seed: int = 0) -> list[Exp
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.27, 0.5, 0.93, 1.0])
-def test_a_layer_streams_its_share_to_half_a_block(share):
+def test_layer_streams_its_share_to_half_a_block(share):
     rng = random.Random(1)
     for seed in range(200):
         calls = split(share, [rng.randint(0, 16) for _ in range(8)], rng.choice([1, 2, 9]), seed)
@@ -35,7 +35,7 @@ def test_a_layer_streams_its_share_to_half_a_block(share):
         assert all(0 <= call.num_streamed <= call.expert.num_host for call in calls)
 
 
-def test_scaled_odds():
+def test_odds_are_scaled_and_faded():
     assert scale_odds(0.3, 1.0) == 0.3
     assert scale_odds(0.5, 3.0) == pytest.approx(0.75)
     assert scale_odds(0.2, 4.0) == pytest.approx(0.5)
@@ -46,12 +46,12 @@ def test_scaled_odds():
 
 
 class Engine:
-    """Notes what its prefill path is given."""
+    """A stand-in engine that records the calls of its prefill path."""
 
     def __init__(self):
         self.timeline = Timeline(CPU)
-        self.given = []
-        self.ahead = []
+        self.calls = []
+        self.prefetched = []
         self.lock = threading.RLock()
         self.resources = self.decode = self.prefill = self
 
@@ -62,18 +62,18 @@ class Engine:
         return tensors
 
     def run(self, calls, host_states, hidden_states, top_k_index, top_k_weights):
-        self.given = calls
+        self.calls = calls
         return hidden_states
 
     def prefetch(self, calls):
-        self.ahead = calls
+        self.prefetched = calls
 
 
 @pytest.mark.parametrize(
     ("tokens", "odds", "streamed"), [(300, 3.0, 12), (300, 1.0, 8), (256, 3.0, 8)]
 )
-def test_long_prompts_have_odds_of_their_own(tokens, odds, streamed):
-    """So has what is prefetched for them."""
+def test_prefill_odds_apply_to_long_prompts_only(tokens, odds, streamed):
+    """Prefetched calls use the same odds."""
     engine = Engine()
     nothing = [torch.empty(0, 6)] * 4
     blocks = [torch.zeros(16, 6)] * 4
@@ -83,12 +83,12 @@ def test_long_prompts_have_odds_of_their_own(tokens, odds, streamed):
         layer.prefill_odds = odds
     index = torch.arange(2 * tokens).view(tokens, 2) % 4
     layers[0](torch.zeros(tokens, 2), index, torch.ones(tokens, 2))
-    assert [call.num_streamed for call in engine.given] == [streamed] * 4
+    assert [call.num_streamed for call in engine.calls] == [streamed] * 4
     expected = [streamed] * 4 if tokens > 256 else []
-    assert [call.num_streamed for call in engine.ahead] == expected
+    assert [call.num_streamed for call in engine.prefetched] == expected
 
 
-def test_strided_states_and_no_states(device):
+def test_layer_takes_strided_and_empty_states(device):
     model, _ = load_model(random_plan(demo_shape("bfloat16"), random.Random(4)), DEMO)
     layer = model.layers[0]
     states = torch.randn(128, 5, device=device).bfloat16().T
@@ -100,7 +100,7 @@ def test_strided_states_and_no_states(device):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_loaded_in_inference_mode_it_runs_outside(dtype, device):
+def test_model_loaded_in_inference_mode_runs_outside_it(dtype, device):
     with torch.inference_mode():
         plan = make_plan(demo_shape(dtype), [[2] * 8] * 6, share={1: 0.5})
         model, tokenizer = load_model(plan, DEMO)
@@ -108,8 +108,8 @@ def test_loaded_in_inference_mode_it_runs_outside(dtype, device):
         assert model(**tokenizer("Once", return_tensors="pt").to(device)).logits.isfinite().all()
 
 
-def test_a_timeline_does_not_stay_on():
-    """Whatever happens while it records: marking every span costs time."""
+def test_timeline_stops_recording_after_an_error():
+    """Recording must not stay on: marking every span costs time."""
     timeline = Timeline(CPU)
     kept = []
 
@@ -126,7 +126,7 @@ def test_a_timeline_does_not_stay_on():
     assert [len(spans) for spans in kept] == [1]
 
 
-def test_a_span_belongs_to_the_call_in_which_it_began():
+def test_span_belongs_to_the_call_in_which_it_began():
     timeline = Timeline(CPU)
     with timeline.recording() as spans:
         timeline.enter(4)

@@ -1,4 +1,4 @@
-"""Loading a model, converting it, and letting it go."""
+"""Loading, converting and deleting a model."""
 
 import gc
 import random
@@ -19,7 +19,7 @@ from fiddler_run.weights.store import ExpertStore
 from fiddler_run.weights.tensor_files import TensorFiles
 
 
-def test_a_model_that_goes_gives_its_memory_back():
+def test_deleted_model_frees_its_memory():
     model, tokenizer = load_model(random_plan(demo_shape("bfloat16"), random.Random(2)), DEMO)
     with torch.no_grad():
         model(**tokenizer("Once", return_tensors="pt").to(model.device))
@@ -48,22 +48,22 @@ def test_loading_can_be_interrupted():
     assert len(read) < 48
 
 
-def test_a_converted_model_is_refused(device):
+def test_conversion_to_another_dtype_or_device_is_refused(device):
     model, tokenizer = load_model(random_plan(demo_shape("bfloat16"), random.Random(3)), DEMO)
     for convert in (model.float, model.half, model.double, lambda: model.to(torch.float32)):
         with pytest.raises(
-            FiddlerError, match=r"the experts are bfloat16 and stay so; for torch.float"
+            FiddlerError, match=r"the experts are bfloat16 and cannot be converted; for torch.float"
         ):
             convert()
-    with pytest.raises(FiddlerError, match="a loaded model stays where its plan has put it"):
+    with pytest.raises(FiddlerError, match="a loaded model cannot be moved"):
         model.to("meta")
     model.bfloat16()
     model.to(device)
     assert model(**tokenizer("Once", return_tensors="pt").to(device)).logits.isfinite().all()
 
 
-def test_a_model_of_the_shortest_context_is_warmed_up():
-    """One token in, one out."""
+def test_model_of_the_shortest_context_is_warmed_up():
+    """The context holds one prompt token and one output token."""
     plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6)
     workload = plan.workload.model_copy(
         update={"prompt_tokens": 1, "output_tokens": 1, "max_seq_len": 2, "num_beams": 1}

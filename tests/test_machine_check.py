@@ -1,8 +1,8 @@
-"""What a plan needs of this machine: cores, host memory, GPU memory."""
+"""Checks of a plan against this machine: cores, host memory, GPU memory."""
 
 import pytest
 from conftest import demo_shape, make_plan, with_rank
-from damage import assert_listed, few_gigabytes, write_plan
+from damage import assert_listed, simulate_2_gb, write_plan
 
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
@@ -16,16 +16,16 @@ from fiddler_run.loading.check import (
 )
 from fiddler_run.system.gpu import Gpu
 
-GPU_PART_IN_RAM = "its GPU part is held in host memory and computed by the CPU"
+GPU_PART_IN_RAM = "the GPU part is kept in host memory and computed by the CPU"
 
 
 def gpu(free_bytes: int) -> Gpu:
     return Gpu("RTX", "0000:01:00.0", 25 * 10**9, free_bytes)
 
 
-def test_loading_refuses_by_the_memory_that_is_free(tmp_path, model, monkeypatch):
+def test_loading_refuses_too_little_free_memory(tmp_path, model, monkeypatch):
     plan = write_plan(tmp_path)
-    (few_gigabytes(tmp_path, monkeypatch) / "proc/meminfo").write_text("MemAvailable: 1 kB\n")
+    (simulate_2_gb(tmp_path, monkeypatch) / "proc/meminfo").write_text("MemAvailable: 1 kB\n")
     problems, _ = check_plan(plan)
     assert_listed(problems, [(plan, "its experts need 0.0")])
     with pytest.raises(FiddlerError) as refusal:
@@ -33,32 +33,33 @@ def test_loading_refuses_by_the_memory_that_is_free(tmp_path, model, monkeypatch
     assert str(refusal.value) == problems[0]
 
 
-def test_numbers_at_which_a_machine_suffices():
+def test_limits_of_the_machine_are_exact():
     assert core_problem(threads=16, cores=16) is None
     assert core_problem(threads=16, cores=15).startswith(
         "cpu_threads is 16, but 15 cores are available here"
     )
     assert host_memory_problem("experts", 70 * 10**9, 2 * 10**9, 72 * 10**9) is None
-    told = host_memory_problem("experts", 70 * 10**9, 2 * 10**9, 71_990_000_000)
-    assert told.startswith(
-        "its experts need 70.00 GB of host memory, and loading them 2.00, but 71.99 GB are"
+    problem = host_memory_problem("experts", 70 * 10**9, 2 * 10**9, 71_990_000_000)
+    assert problem.startswith(
+        "its experts need 70.00 GB of host memory, plus 2.00 while loading, but 71.99 GB are"
         " available"
     )
     memory = make_plan(demo_shape(), [[0] * 8] * 6).rank.gpu_memory_bytes
     memory = memory.model_copy(update={"total": 24 * 10**9, "reserve": 10**9})
     assert gpu_memory_problem(memory, gpu(23 * 10**9)) is None
-    told = gpu_memory_problem(memory, gpu(22_990_000_000))
-    assert told.startswith(
+    problem = gpu_memory_problem(memory, gpu(22_990_000_000))
+    assert problem.startswith(
         "gpu_memory_bytes.total is 24.00 GB, but RTX has 22.99 GB free, and 23.00 are needed"
     )
 
 
-def test_what_lies_in_host_memory(tmp_path, monkeypatch):
-    """Without a GPU its part too; 48 experts of 98,304 weights of 2 bytes, half of them resident; 8
-    are being read at once.
+def test_needed_host_memory_by_hand(tmp_path, monkeypatch):
+    """48 experts of 98,304 weights of 2 bytes, half of them resident; loading reads 8 at once.
+
+    Without a GPU, the resident half lies in host memory too.
     """
     plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6)
-    root = few_gigabytes(tmp_path, monkeypatch)
+    root = simulate_2_gb(tmp_path, monkeypatch)
     half = 24 * 196_608
     reading = 8 * 196_608
     for device, needed in ((gpu(2**31), half + reading), (None, 2 * half + reading)):
@@ -72,7 +73,7 @@ def test_what_lies_in_host_memory(tmp_path, monkeypatch):
     )
 
 
-def test_where_the_gpu_part_is_held():
+def test_note_says_where_the_gpu_part_is_held():
     plan = make_plan(demo_shape(), [[0] * 8] * 6)
     assert device_note(plan, on_gpu=True) is None
     assert device_note(plan, on_gpu=False) == f"no CUDA device here: {GPU_PART_IN_RAM}"

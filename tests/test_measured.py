@@ -1,4 +1,4 @@
-"""`generate` of a prompt: what it measures, which seed it takes, which prompts it refuses."""
+"""`generate`: its measurements, its seed, and the prompts it refuses."""
 
 import random
 
@@ -18,7 +18,7 @@ def planned(place):
     return place(random_plan(demo_shape(), random.Random(7), block_neurons=64))
 
 
-def test_measured(planned):
+def test_generate_measures_a_prompt(planned):
     pieces = []
     measured = generate(*planned, TEXT, Options(max_new_tokens=24), pieces.append)
     assert len("".join(pieces)) > 20
@@ -31,8 +31,8 @@ def test_measured(planned):
     assert len(beams) == 1
 
 
-def test_the_hit_rate_is_that_of_decode(planned):
-    """Counted by hand from the router's choices of the generated tokens."""
+def test_hit_rate_covers_decode_only(planned):
+    """The test counts the router's choices for the generated tokens."""
     model, tokenizer = planned
     plan = model.plan
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(model.device)
@@ -40,7 +40,7 @@ def test_the_hit_rate_is_that_of_decode(planned):
     output = model.generate(ids, max_new_tokens=6, do_sample=False)
     with torch.no_grad():
         routers = model(output[:, :-1], output_router_logits=True).router_logits
-    decoded = range(ids.shape[1], output.shape[1] - 1)  # the tokens that went in after the prompt
+    decoded = range(ids.shape[1], output.shape[1] - 1)  # the tokens fed in after the prompt
     found = [
         plan.rank.resident_blocks[layer][expert]
         for layer, logits in enumerate(routers)
@@ -60,21 +60,21 @@ def test_the_hit_rate_is_that_of_decode(planned):
         (8, 1, None),
     ],
 )
-def test_room_for_sequences(beams, batch, words):
-    """The GPU's memory was counted for 4 beams of 2 sequences; host memory holds more."""
+def test_more_sequences_than_planned_are_refused_on_a_gpu(beams, batch, words):
+    """The plan counts GPU memory for 4 beams of 2 sequences; the CPU has no such limit."""
     plan = random_plan(demo_shape(), random.Random(1))
     plan = plan.model_copy(update={"workload": plan.workload.model_copy(update={"batch_size": 2})})
     options = Options(max_new_tokens=4, num_beams=beams)
     if words is None:
         check_length(8, options, plan, batch)
         return
-    message = f"{words} more GPU memory than the plan gives to .; plan again with --"
+    message = f"{words} more GPU memory than the plan reserves for .; plan again with --"
     with pytest.raises(FiddlerError, match=message):
         check_length(8, options, plan, batch)
     check_length(8, options, with_rank(plan, device="cpu"), batch)
 
 
-def test_seed(planned):
+def test_same_seed_gives_same_sample(planned):
     def sample(seed: int) -> str:
         pieces = []
         options = Options(max_new_tokens=12, temperature=1.5, seed=seed)
@@ -90,23 +90,27 @@ def test_seed(planned):
     ("prompt", "options", "message"),
     [
         (" \n", Options(max_new_tokens=4), "the prompt is empty"),
-        ("Once " * 300, Options(max_new_tokens=4), "more than the plan's context of 256"),
+        (
+            "Once " * 300,
+            Options(max_new_tokens=4),
+            "no room for an answer in",
+        ),
         ("Once", Options(max_new_tokens=256), "more than the plan's context of 256"),
         ("Once", Options(max_new_tokens=4, chat=True), "no chat template"),
         (
             "Once",
             Options(max_new_tokens=4, num_beams=9),
-            "--num-beams 9 needs more GPU memory than the plan gives to 4; plan again",
+            "--num-beams 9 needs more GPU memory than the plan reserves for 4; plan again",
         ),
         ("caf\udce9", Options(max_new_tokens=4), "not UTF-8 text"),
     ],
 )
-def test_prompts_that_do_not_fit(planned, prompt, options, message):
+def test_unsuitable_prompts_are_refused(planned, prompt, options, message):
     with pytest.raises(FiddlerError, match=message):
         generate(*planned, prompt, options, lambda text: None)
 
 
-def test_chat_template(planned):
+def test_chat_template_is_applied(planned):
     model, tokenizer = planned
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }} Once upon a time{% endfor %}"

@@ -1,4 +1,4 @@
-"""A plan of Mixtral-8x7B for 24 GB, its bytes against numbers written by hand."""
+"""Plans of Mixtral-8x7B, checked against numbers computed by hand."""
 
 import sys
 from functools import cache
@@ -20,7 +20,7 @@ from fiddler_run.plan.schema import Budget, Plan, Workload
 WORKLOAD = Workload(
     prompt_tokens=512, output_tokens=128, num_beams=1, batch_size=1, max_seq_len=4096
 )
-MADE = {
+PROVENANCE = {
     "command": "test",
     "machine": "rtx4090",
     "machine_sha256": "",
@@ -54,7 +54,7 @@ def machine() -> MachineProfile:
 
 @cache
 def plan_for(gpu_bytes: int) -> Plan:
-    """The plan on the machine of the data sheets, made once for all tests."""
+    """The plan on the machine of the data sheets, solved once for all tests."""
     return plan_on(rtx4090(), gpu_bytes)
 
 
@@ -62,10 +62,10 @@ def plan_on(machine: MachineProfile, gpu_bytes: int, placer=None) -> Plan:
     model = mixtral()
     routing = Routing.uniform(model)
     budget = Budget(gpu_bytes=gpu_bytes)
-    return compile_plan(model, machine, routing, WORKLOAD, budget, MADE, placer=placer)
+    return compile_plan(model, machine, routing, WORKLOAD, budget, PROVENANCE, placer=placer)
 
 
-def test_bytes_by_purpose():
+def test_bytes_by_purpose_by_hand():
     plan = plan_for(24_000_000_000)
     gpu = plan.rank.gpu_memory_bytes
     assert gpu.total == 24_000_000_000
@@ -90,8 +90,8 @@ def test_bytes_by_purpose():
     assert gpu.experts + plan.rank.host_memory_bytes.experts == 256 * EXPERT_BYTES
 
 
-def test_what_cannot_be_page_locked_is_left_to_the_cpu(model, machine):
-    """As a profile says it that found no link for experts: by the CPU alone."""
+def test_without_page_locking_the_cpu_computes_all_host_blocks(model, machine):
+    """The profile of such a machine has times of the CPU alone."""
     alone = {
         tokens: {0.0: times[0.0]}
         for tokens, times in machine.host_expert_us.items()
@@ -107,28 +107,27 @@ def test_what_cannot_be_page_locked_is_left_to_the_cpu(model, machine):
     assert plan.rank.gpu_memory_bytes.staging == 0
     assert plan.rank.gpu_memory_bytes.reserve == 600_000_000
     assert set(plan.rank.stream_share.values()) == {0.0}
-    assert plan.rank.num_resident_blocks > usual.rank.num_resident_blocks  # in the staging's place
+    # They take the staging ring's place.
+    assert plan.rank.num_resident_blocks > usual.rank.num_resident_blocks
     assert plan.predicted.ttft_s > usual.predicted.ttft_s
     compare = compared(plan, Problem.of(plan, model, unlocked), Routing.uniform(model))
     assert set(compare.predicted.alternatives) == {"greedy", "uniform", "layers", "cpu"}
     with pytest.raises(FiddlerError, match="host memory that can be page-locked"):
         plan_on(unlocked, 24 * 10**9, by_rule("stream"))
-    with pytest.raises(
-        FiddlerError, match="--link: by the machine profile no experts are copied over it"
-    ):
+    with pytest.raises(FiddlerError, match="--link: in the machine profile, no experts are copied"):
         with_rates(unlocked, link_bytes_per_s=10**10)
     faster = with_rates(unlocked, ram_bytes_per_s=2 * ram_rate(unlocked))
     assert not faster.streams
     odd = unlocked.model_copy(
         update={"host_expert_us": {1: {0.0: 3360.0}, 8: {0.0: 5775.8}, 1024: {0.0: 68848.8}}}
     )
-    assert not with_rates(odd, ram_bytes_per_s=335.54432e9).streams  # not by rounding either
+    assert not with_rates(odd, ram_bytes_per_s=335.54432e9).streams  # not even by rounding
     assert faster.host_expert_us[1][0.0] == pytest.approx(
         unlocked.host_expert_us[1][0.0] / 2, rel=1e-3
     )
 
 
-def test_zero_bytes_is_a_plan_for_the_cpu_alone():
+def test_zero_bytes_give_a_plan_for_the_cpu_alone():
     plan = plan_for(0)
     assert plan.rank.gpu_memory_bytes.used == 0
     assert plan.rank.num_resident_blocks == 0
@@ -136,14 +135,14 @@ def test_zero_bytes_is_a_plan_for_the_cpu_alone():
     assert plan.rank.host_memory_bytes.experts == 256 * EXPERT_BYTES
 
 
-def test_more_memory_is_predicted_no_slower():
+def test_more_memory_never_predicts_slower():
     rates = [plan_for(gb * 10**9).predicted.decode_tokens_per_s for gb in (8, 12, 16, 20, 24)]
     assert rates == sorted(rates)
     assert rates[0] < rates[-1]
 
 
 def test_more_sequences_take_more_memory(model, machine):
-    """Beams less than prompts: their prompt passes once."""
+    """Beams take less than a batch, because their prompt passes once."""
     one = activation_bytes(model, machine.kernels, WORKLOAD, 2048)
     beams, batch = (
         activation_bytes(model, machine.kernels, WORKLOAD.model_copy(update={key: 4}), 2048)
@@ -153,8 +152,8 @@ def test_more_sequences_take_more_memory(model, machine):
     assert batch > 3 * one
 
 
-def test_the_embedding_lies_in_host_memory_beside_a_gpu(model, machine):
-    """But not where the output head shares its table, or there is no GPU."""
+def test_embedding_lies_in_host_memory_with_a_gpu(model, machine):
+    """Except where the output head shares its table."""
     tied = ModelSpec.from_config({**model.sizes.raw, "tie_word_embeddings": True}, "tied", "here")
     cpu = MachineProfile.load(ROOT / "profiles" / "two-cores.machine.yaml")
     assert host_embedding_bytes(model, machine, 1) == 262_144_000
@@ -163,7 +162,7 @@ def test_the_embedding_lies_in_host_memory_beside_a_gpu(model, machine):
     assert host_embedding_bytes(model, cpu, 1) == 0
 
 
-def test_too_small_a_budget_says_what_is_needed():
+def test_error_of_a_small_budget_states_the_need():
     with pytest.raises(
         FiddlerError,
         match=r"--gpu-mem 4.00 GB is too small: 4.95 GB are needed before any expert \(non expert",
@@ -171,22 +170,22 @@ def test_too_small_a_budget_says_what_is_needed():
         plan_for(4 * 10**9)
 
 
-def test_shipped_plan():
+def test_shipped_plan_is_reproduced():
     plan = Plan.load(ROOT / "plans" / "rtx4090.yaml")
     assert plan.provenance.machine_source == "data sheet"
     assert plan.model.name == "mistralai/Mixtral-8x7B-v0.1"
     again = plan_for(24_000_000_000)
     assert again.rank.gpu_memory_bytes == plan.rank.gpu_memory_bytes
     assert again.rank.stream_share == plan.rank.stream_share
-    # Uniform routing leaves many placements equally good; which of them the solver returns is its
-    # own affair.
+    # Under uniform routing many placements are equally good, and the solver may return any of
+    # them.
     assert again.predicted.decode_tokens_per_s == pytest.approx(
         plan.predicted.decode_tokens_per_s, rel=1e-3
     )
     assert again.predicted.ttft_s == pytest.approx(plan.predicted.ttft_s, rel=1e-3)
 
 
-def test_data_sheet_profile_is_what_its_script_gives(machine, monkeypatch):
+def test_data_sheet_profile_matches_its_script(machine, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "profiles"), *sys.path])
     from data_sheet import data_sheet_profile
 

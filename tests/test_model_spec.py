@@ -11,7 +11,7 @@ def mixtral() -> ModelSpec:
     return ModelSpec.load(DEFAULT_MODEL)
 
 
-def test_expert(mixtral):
+def test_expert_sizes(mixtral):
     # gate, up and down: 3 matrices of 4096 x 14336 in 2 bytes
     assert mixtral.block_neurons == 896
     assert mixtral.encoding == "bf16"
@@ -20,22 +20,22 @@ def test_expert(mixtral):
     assert mixtral.expert_bytes == 352_321_536
 
 
-def test_whole_model(mixtral):
+def test_non_expert_bytes(mixtral):
     # 46,702,792,704 parameters, of which 256 experts of 176,160,768
     assert mixtral.non_expert_bytes == 2 * (46_702_792_704 - 256 * 176_160_768)
 
 
-def test_dense_layer(mixtral):
+def test_dense_layer_bytes(mixtral):
     # q and o 4096 x 4096, k and v 4096 x 1024, router 8 x 4096, two norms of 4096
     assert mixtral.dense_layer_bytes == 2 * (2 * 16_777_216 + 2 * 4_194_304 + 32_768 + 8_192)
 
 
-def test_kv_cache(mixtral):
+def test_kv_bytes_per_token(mixtral):
     # 32 layers x (keys + values) x 8 heads x 128 x 2 bytes
     assert mixtral.kv_bytes_per_token == 131_072
 
 
-def test_an_indivisible_expert_is_padded(mixtral):
+def test_indivisible_expert_is_padded(mixtral):
     narrow = ModelSpec.from_config({**mixtral.sizes.raw, "intermediate_size": 100}, "m", "here")
     assert narrow.block_neurons == 32
     assert narrow.blocks_per_expert == 4
@@ -59,12 +59,12 @@ def test_tied_embeddings_count_once(mixtral):
         ),
     ],
 )
-def test_refuses(mixtral, changes, message):
+def test_unsupported_configs_are_refused(mixtral, changes, message):
     with pytest.raises(FiddlerError, match=message):
         ModelSpec.from_config({**mixtral.sizes.raw, **changes}, "m", "here")
 
 
-def test_a_missing_key_is_named(mixtral):
+def test_missing_key_is_named(mixtral):
     config = {key: value for key, value in mixtral.sizes.raw.items() if key != "vocab_size"}
     with pytest.raises(
         FiddlerError, match="here: key 'vocab_size' is None, expected a positive whole number"

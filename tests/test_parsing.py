@@ -1,4 +1,4 @@
-"""YAML and JSON from anywhere: they are parsed, or refused in one line."""
+"""Untrusted YAML and JSON is parsed, or refused in one line."""
 
 import pytest
 from conftest import ROOT
@@ -7,7 +7,7 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 from fiddler_run.system.parsing import parse_json, parse_yaml
 
-YAML_THAT_IS_HOSTILE = [
+HOSTILE_YAML = [
     "[" * 1000,
     "{a: " * 1000,
     "\n".join(" " * depth + "b:" for depth in range(200)),
@@ -35,8 +35,8 @@ YAML_THAT_IS_HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("text", YAML_THAT_IS_HOSTILE, ids=lambda text: text[:20])
-def test_yaml_that_is_hostile(text):
+@pytest.mark.parametrize("text", HOSTILE_YAML, ids=lambda text: text[:20])
+def test_hostile_yaml_is_refused(text):
     with pytest.raises(FiddlerError) as refusal:
         parse_yaml(text, "here.yaml")
     assert str(refusal.value).startswith("here.yaml: not valid YAML: ")
@@ -44,7 +44,7 @@ def test_yaml_that_is_hostile(text):
     assert "\n" not in str(refusal.value)
 
 
-def test_yaml_that_is_ours():
+def test_ordinary_yaml_is_parsed():
     text = "a: {1: [2, 0x10, 1.5e-3], x: null}\nb: 'x: y'\nc: 2026-11-23\n# comment\nd: |\n  text\n"
     assert parse_yaml(text, "here")["a"] == {1: [2, 16, 0.0015], "x": None}
 
@@ -54,13 +54,13 @@ def test_yaml_that_is_ours():
     ["", "{", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '"\\ud83d', "{'a': 1}"],
     ids=lambda text: text[:9],
 )
-def test_json_that_is_none(text):
+def test_invalid_json_is_refused(text):
     with pytest.raises(FiddlerError, match="here: not JSON: .*; write it again") as refusal:
         parse_json(text, "here", "write it again")
     assert "\n" not in str(refusal.value)
 
 
-def test_files_of_another_kind_are_named():
+def test_errors_name_the_kind_of_another_file():
     for path, kind in (
         ("profiles/two-cores.machine.yaml", "machine profile"),
         ("profiles/tiny-mixtral.routing.yaml", "routing profile"),

@@ -1,10 +1,10 @@
-"""What `fiddler-opt plan` offers beyond a budget, and the commands that look into plans."""
+"""`fiddler-opt plan`: budgets, targets, robust plans, baselines and refusals."""
 
 import pytest
 import yaml
+from command_line import assert_refused, files_in, run
 from conftest import DEMO, ROOT
 from planning import few_layers
-from test_commands import assert_refused, files_in, run
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
@@ -35,7 +35,7 @@ def two_sets(tmp_path_factory):
     pairs = [(e, f) for e in range(8) for f in range(e + 1, 8)]
 
     def rows(liked: int, layer: int, scale: int) -> dict[str, list[int]]:
-        """Tokens that chose each pair: of the liked ones many, and not the same in each layer."""
+        """Counts by pair: high for pairs of liked experts, and different in each layer."""
         weights = [10, 14, 18, 22, 26, 30]
         rotated = iter(weights[layer:] + weights[:layer])
         both = {p: next(rotated) if p[0] % 2 == p[1] % 2 == liked else 1 for p in pairs}
@@ -72,7 +72,7 @@ def two_sets(tmp_path_factory):
 
 @pytest.fixture
 def planned(plan_command, tmp_path):
-    """Plans with more flags, and loads the plan."""
+    """Runs `fiddler-opt plan` with further flags and loads the plan."""
 
     def plan(*flags) -> Plan:
         result = run("fiddler-opt", *plan_command, *flags, cwd=tmp_path)
@@ -91,8 +91,8 @@ def test_target_is_reached_with_the_least_memory(planned):
     assert less.predicted.decode_tokens_per_s < round(middle, 2)
 
 
-def test_without_a_budget_all_free_memory_is_used(four_layers, tmp_path):
-    """The name of the file says how much, rounded down."""
+def test_all_free_gpu_memory_is_the_default_budget(four_layers, tmp_path):
+    """The file's name states the budget, rounded down."""
     result = run("fiddler-opt", "plan", "--machine", MACHINE, "--model", four_layers, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "plans/four-layers-25.7GB.yaml\n"
@@ -112,7 +112,7 @@ def test_without_a_budget_all_free_memory_is_used(four_layers, tmp_path):
     ("drift", "words"),
     [({1: 0.3, 2: 0.24, 4: 0.05, 512: 0.0}, "24%"), ({1: 0.1, 64: 0.9}, None), ({}, None)],
 )
-def test_a_machine_that_was_not_steady(plan_command, tmp_path, drift, words):
+def test_plan_warns_of_an_unsteady_machine(plan_command, tmp_path, drift, words):
     machine = MachineProfile.load(MACHINE)
     path = tmp_path / "machine.yaml"
     machine.model_copy(update={"drift": drift}).save(path)
@@ -122,7 +122,7 @@ def test_a_machine_that_was_not_steady(plan_command, tmp_path, drift, words):
     assert (f"took {words} longer in one minute" in " ".join(result.stderr.split())) == bool(words)
 
 
-def test_robust_plans_for_the_worst_set(planned, four_layers, two_sets):
+def test_robust_plan_is_better_for_the_worst_set(planned, four_layers, two_sets):
     flags = ("--gpu-mem", "6GB", "--routing", two_sets)
     plain = planned(*flags)
     robust = planned(*flags, "--robust")
@@ -142,7 +142,7 @@ def test_robust_plans_for_the_worst_set(planned, four_layers, two_sets):
     assert totals[1] <= totals[0] * (1 + 1e-4)
 
 
-def test_host_memory_that_is_too_small_leaves_the_rest_on_disk(plan_command, tmp_path):
+def test_blocks_beyond_host_memory_go_to_disk(plan_command, tmp_path):
     profile = yaml.safe_load(MACHINE.read_text())
     (tmp_path / "m.yaml").write_text(yaml.safe_dump({**profile, "disk_bytes_per_s": 5e9}))
     flags = (*plan_command, "--machine", "m.yaml", "--gpu-mem", "6GB", "--host-mem")
@@ -161,7 +161,7 @@ def test_host_memory_that_is_too_small_leaves_the_rest_on_disk(plan_command, tmp
     assert_refused(refused, "--host-mem 200.00 MB is too small: the embedding table alone takes")
 
 
-def test_emitted_program_and_baseline(planned, tmp_path):
+def test_baseline_is_planned_and_program_is_emitted(planned, tmp_path):
     flags = ("--gpu-mem", "6GB", "--baseline", "stream", "--emit", "new/folder/p.lp")
     plan = planned(*flags)
     assert plan.rank.stream_share == {1: 1.0}
@@ -197,12 +197,12 @@ def test_emitted_program_and_baseline(planned, tmp_path):
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
-def test_refused(plan_command, tmp_path, flags, words):
+def test_plan_refuses_impossible_flags(plan_command, tmp_path, flags, words):
     assert_refused(run("fiddler-opt", *plan_command, *flags, cwd=tmp_path), *words)
     assert files_in(tmp_path) == {}
 
 
-def test_a_profile_that_did_not_time_the_link_alone(plan_command, planned, tmp_path):
+def test_profile_without_link_times_rules_out_link_baselines(plan_command, planned, tmp_path):
     profile = yaml.safe_load(MACHINE.read_text())
     for times in profile["host_expert_us"].values():
         del times[1.0]
@@ -226,7 +226,7 @@ def test_no_plan_is_faster_than_its_bound(planned, two_sets):
         assert plan.predicted.bound_tokens_per_s >= plan.predicted.decode_tokens_per_s
 
 
-def test_workloads_beyond_reason(tmp_path):
+def test_absurd_workloads_are_refused(tmp_path):
     flags = ("--machine", MACHINE, "--gpu-mem", "24GB")
     for key in ("--num-beams", "--batch-size"):
         assert_refused(

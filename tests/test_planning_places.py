@@ -1,4 +1,4 @@
-"""Places that the planner's commands cannot read or write: one line that names them."""
+"""Paths that the planner cannot read or write are refused in one line that names them."""
 
 import os
 
@@ -54,7 +54,7 @@ CASES = [
 
 
 @pytest.fixture
-def odd_places(tmp_path):
+def looped_folder(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     return tmp_path
 
@@ -62,11 +62,11 @@ def odd_places(tmp_path):
 @pytest.mark.parametrize(
     ("command", "name"), CASES, ids=lambda value: " ".join(map(str, value))[:60]
 )
-def test_places_that_cannot_be_looked_at(odd_places, monkeypatch, capsys, command, name):
-    """One line that names the place, and nothing is written."""
-    monkeypatch.chdir(odd_places)
+def test_unusable_paths_are_refused(looped_folder, monkeypatch, capsys, command, name):
+    """The last line on stderr names the path, and nothing is written."""
+    monkeypatch.chdir(looped_folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = sorted(odd_places.iterdir())
+    before = sorted(looped_folder.iterdir())
     status = main([str(part).format(name) for part in command])
     captured = capsys.readouterr()
     assert status == 1
@@ -74,11 +74,11 @@ def test_places_that_cannot_be_looked_at(odd_places, monkeypatch, capsys, comman
     last = captured.err.splitlines()[-1]
     assert last.startswith("fiddler-opt: ")
     assert name[:20] in last
-    assert sorted(odd_places.iterdir()) == before
+    assert sorted(looped_folder.iterdir()) == before
 
 
-def test_a_nul_in_a_name(odd_places, monkeypatch, capsys):
-    monkeypatch.chdir(odd_places)
+def test_nul_in_a_path_is_refused(looped_folder, monkeypatch, capsys):
+    monkeypatch.chdir(looped_folder)
     for command in (["show", "a\0b"], ["plan", "--gpu-mem", "24GB", "--machine", "a\0b"]):
         assert main(command) == 1
         captured = capsys.readouterr()
@@ -112,8 +112,8 @@ def test_a_nul_in_a_name(odd_places, monkeypatch, capsys):
     ],
     ids=lambda command: " ".join(map(str, command))[:60],
 )
-def test_a_locked_folder(tmp_path, monkeypatch, capsys, command):
-    """As the system answers whoever may not enter it."""
+def test_locked_folder_is_refused(tmp_path, monkeypatch, capsys, command):
+    """Simulated, because root may enter every folder."""
     look = os.stat
 
     def stat(path, **flags):

@@ -1,4 +1,4 @@
-"""What a model sets for the whole process is put back, and a forked process is refused."""
+"""Settings of the whole process are restored, and forked processes are refused."""
 
 import os
 import random
@@ -21,49 +21,49 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
 
-def said_by_a_fork(say) -> str:
-    """What `say()` returns in a forked process, which must end as any process does."""
+def result_in_a_fork(function) -> str:
+    """Returns the result of `function()` in a forked process, which must exit with status 0."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            said = say()
+            result = function()
         except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        os.write(writing, said.encode())
+            result = f"{type(error).__name__}: {error}"
+        os.write(writing, result.encode())
         os._exit(0)
     os.close(writing)
     with open(reading, "rb") as pipe:
-        said = pipe.read().decode()
+        result = pipe.read().decode()
     assert os.waitpid(child, 0)[1] == 0
-    return said
+    return result
 
 
 @needs_fork
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_forked_process_is_refused(dtype, place):
-    """It has none of the threads that compute, nor the one that holds a lock."""
+def test_forked_process_is_refused(dtype, place):
+    """A fork lacks the threads that compute and the thread that may hold a lock."""
     plan = random_plan(demo_shape(dtype), random.Random(3))
     model, tokenizer = place(plan)
-    said = said_by_a_fork(lambda: answer(model, tokenizer, "Once"))
-    assert said.startswith("FiddlerError: this model was loaded by process ")
-    assert said.endswith('by the method "spawn", and load the model there')
+    result = result_in_a_fork(lambda: answer(model, tokenizer, "Once"))
+    assert result.startswith("FiddlerError: this model was loaded by process ")
+    assert result.endswith('by the method "spawn", and load the model there')
 
 
 @needs_fork
 @pytest.mark.skipif(library() is None, reason="needs the compiled CPU kernel")
-def test_a_forked_process_makes_its_own_pool():
+def test_forked_process_makes_its_own_pool():
     def settings_and_pool() -> str:
         with process_settings.while_running(1):
             return str(shared_pool(2, 20, False) is pool)
 
     pool = shared_pool(2, 20, False)
     assert shared_pool(2, 20, False) is pool
-    with process_settings._lock:  # as another thread may
-        assert said_by_a_fork(settings_and_pool) == "False"
+    with process_settings._lock:  # as another thread may hold it
+        assert result_in_a_fork(settings_and_pool) == "False"
 
 
-def test_what_is_set_for_the_process_is_put_back(monkeypatch):
+def test_settings_of_the_process_are_restored(monkeypatch):
     before = torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()
     plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6, threads=2)
     model, tokenizer = load_model(plan, DEMO)
@@ -75,19 +75,19 @@ def test_what_is_set_for_the_process_is_put_back(monkeypatch):
             seen.append((torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()))
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    monkeypatch.setattr(model.session, "_cpu_threads", 2)  # of so small a model it would be 1
+    monkeypatch.setattr(model.session, "_cpu_threads", 2)  # a model this small would use 1
     answer(model, tokenizer, "Once", stopping_criteria=[Look()])
     assert set(seen) == {(2, False)}
     assert (torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()) == before
 
 
-def test_little_work_is_not_divided():
+def test_little_work_is_not_divided_among_threads():
     assert process_settings.dense_threads(16, 83_902_464) == 16  # a layer of Mixtral-8x7B
     assert process_settings.dense_threads(16, 101_000) == 1  # of the demo model
 
 
-def test_turns_of_two_threads_put_back_what_each_had():
-    """PyTorch's number of threads is one of each thread."""
+def test_turns_restore_the_settings_of_each_thread():
+    """PyTorch's number of threads is a setting of each thread."""
     before = torch.get_num_threads()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     entered = threading.Event()
@@ -117,7 +117,7 @@ def test_turns_of_two_threads_put_back_what_each_had():
     assert (torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()) == (before, cudnn)
 
 
-def test_the_last_of_several_turns_puts_back():
+def test_last_of_several_turns_restores_the_settings():
     before = torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()
     first, second = (
         process_settings.while_running(threads) for threads in (before[0] + 1, before[0] + 2)

@@ -1,6 +1,4 @@
-"""`fiddler-opt profile`: nothing finished is lost when it is cut short; sets of prompts; a busy
-machine.
-"""
+"""`fiddler-opt profile`: resuming, sets of prompts, and busy machines."""
 
 import json
 import subprocess
@@ -39,8 +37,8 @@ def demo() -> ModelSpec:
     return ModelSpec.load(str(DEMO))
 
 
-def test_a_bench_leaves_no_memory_behind(demo):
-    """Gigabytes, which the model that is loaded next may need."""
+def test_bench_frees_its_memory(demo):
+    """The model that is loaded next may need these gigabytes."""
     bench = MachineBench(demo, QUICK, None)
     assert list(bench.parts)[:3] == ["host", "device", "threads"]
     experts = bench._experts
@@ -51,8 +49,8 @@ def test_a_bench_leaves_no_memory_behind(demo):
     assert arena() is None
 
 
-def test_memory_that_can_no_longer_be_page_locked(demo):
-    """Parts timed before cannot be completed."""
+def test_resuming_is_refused_if_page_locking_has_changed(demo):
+    """Parts timed with page-locked memory do not go with parts timed without."""
     bench = MachineBench(demo, QUICK, None)
     bench.found["threads"] = {"threads": 1, "pinned": False, "page_locked": True}
     with pytest.raises(
@@ -61,8 +59,8 @@ def test_memory_that_can_no_longer_be_page_locked(demo):
         bench.parts["experts, 1 tokens, round 1"]()
 
 
-def test_several_sets_of_prompts_and_their_trace(tmp_path):
-    """Recorded by a plan, without a machine profile; the trace holds what the profile counts."""
+def test_sets_of_prompts_and_their_trace_are_recorded(tmp_path):
+    """`--plan` needs no machine profile; trace and routing profile have the same counts."""
     (tmp_path / "stories.txt").write_text(
         "Once upon a time\nThe sun was warm. Pip went for a walk\n"
     )
@@ -115,8 +113,8 @@ def torch_threads():
     torch.set_num_threads(threads)
 
 
-def test_killed_it_goes_on(tmp_path, demo, torch_threads):
-    """Tests of `Unfinished` kill it at every write. Parts of another machine are not taken."""
+def test_killed_profile_resumes(tmp_path, demo, torch_threads):
+    """Parts of another machine are not reused. test_unfinished has a kill at every write."""
     file = tmp_path / UNFINISHED
     file.parent.mkdir()
     parts = {"host": {}, "threads": {}, "device": {}}
@@ -141,7 +139,7 @@ def test_killed_it_goes_on(tmp_path, demo, torch_threads):
 
     result = run("fiddler-opt", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert f"going on with an unfinished profile: {len(kept)} of " in result.stderr
+    assert f"resuming an unfinished profile: {len(kept)} of " in result.stderr
     assert "parts are timed" in result.stderr
     MachineProfile.load(tmp_path / "profiles/local.machine.yaml")
     routing = RoutingProfile.load(tmp_path / "profiles/tiny-mixtral.routing.yaml")
@@ -152,7 +150,7 @@ def test_killed_it_goes_on(tmp_path, demo, torch_threads):
     }
 
 
-def test_parts_depend_on_machine_model_and_settings(tmp_path, demo, monkeypatch):
+def test_parts_of_another_machine_model_or_settings_are_dropped(tmp_path, demo, monkeypatch):
     def identity(model: ModelSpec = demo) -> dict:
         return MachineBench(model, QUICK, None).identity
 
@@ -170,7 +168,7 @@ def test_parts_depend_on_machine_model_and_settings(tmp_path, demo, monkeypatch)
 @pytest.mark.parametrize(
     ("taken", "is_busy"), [(None, False), (0.3, False), (0.5 + 0.05 * num_cores() + 0.1, True)]
 )
-def test_parts_timed_beside_other_programs_are_refused(monkeypatch, taken, is_busy):
+def test_timing_beside_other_programs_is_refused(monkeypatch, taken, is_busy):
     monkeypatch.setattr(quiet, "OtherProcesses", lambda: SimpleNamespace(cores=lambda: taken))
     assert undisturbed("link", lambda: {"us": 1}) == {"us": 1}  # too short to tell
     monkeypatch.setattr(quiet, "MIN_SECONDS", 0.0)
@@ -181,7 +179,7 @@ def test_parts_timed_beside_other_programs_are_refused(monkeypatch, taken, is_bu
         assert undisturbed("link", lambda: {"us": 1}) == {"us": 1}
 
 
-def test_a_busy_machine_is_not_profiled(tmp_path, monkeypatch):
+def test_busy_machine_is_not_profiled(tmp_path, monkeypatch):
     others = SimpleNamespace(cores=lambda: float(num_cores()))
     monkeypatch.setattr(quiet, "OtherProcesses", lambda: others)
     monkeypatch.setattr(quiet, "MIN_SECONDS", 0.0)
@@ -190,5 +188,5 @@ def test_a_busy_machine_is_not_profiled(tmp_path, monkeypatch):
     )
     assert result.returncode == 1
     assert result.stdout == ""
-    assert "the machine is busy: other programs took" in result.stderr.splitlines()[-1]
+    assert "the machine is busy: other programs used" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "profiles/local.machine.yaml").exists()

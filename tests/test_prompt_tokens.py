@@ -1,4 +1,4 @@
-"""What becomes of prompts as tokens."""
+"""Encoding of prompts as tokens."""
 
 import pytest
 from conftest import DEMO
@@ -23,7 +23,7 @@ def test_messages_go_through_the_chat_template(tokenizer):
     plain = tokenizer("Why?\nSo.")["input_ids"]
     assert encode_prompts(tokenizer, [ASKED, "Why?\nSo."], 100, "p") == [plain, plain]
     tokenizer.chat_template = CHAT
-    # only a question asks for an answer
+    # only a final question gets a generation prompt
     expected = [
         "<user>Why?<assistant>So.",
         "<user>Why?<assistant>",
@@ -38,7 +38,7 @@ def test_messages_go_through_the_chat_template(tokenizer):
         encode_prompts(tokenizer, ["fine", ASKED], 100, "p")
 
 
-def test_prompts_too_long_or_empty(tokenizer):
+def test_too_long_or_empty_prompts_are_refused(tokenizer):
     with pytest.raises(
         FiddlerError,
         match="file: prompt 2 has 301 tokens, more than the context of 256; shorten it",
@@ -61,7 +61,7 @@ def test_prompts_too_long_or_empty(tokenizer):
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_templates_that_fail(tokenizer, template):
+def test_failing_templates_are_refused(tokenizer, template):
     tokenizer.chat_template = template
     with pytest.raises(
         FiddlerError, match="p: prompt 1: the model's chat template refuses it: .+; change or"
@@ -70,7 +70,7 @@ def test_templates_that_fail(tokenizer, template):
     assert "\n" not in str(caught.value)
 
 
-def test_templates_without_a_default(tokenizer):
+def test_templates_without_a_default_are_refused(tokenizer):
     tokenizer.chat_template = {"rag": CHAT, "tool_use": CHAT}
     with pytest.raises(
         FiddlerError, match=r"p: prompt 1: .* templates \(rag, tool_use\) have no default; name one"
@@ -83,7 +83,7 @@ def test_templates_without_a_default(tokenizer):
     )
 
 
-def test_a_tokenizer_that_fails():
+def test_failing_tokenizer_is_refused():
     class Broken:
         def get_vocab(self):
             return {"a": 0}
@@ -98,7 +98,7 @@ def test_a_tokenizer_that_fails():
         encode_prompts(Broken(), ["a"], 16, "p")
 
 
-def test_a_prompt_that_cannot_fit_is_not_tokenized(tokenizer, monkeypatch):
+def test_oversized_prompt_is_refused_before_tokenizing(tokenizer, monkeypatch):
     longest = max(map(len, tokenizer.get_vocab()))
     monkeypatch.setattr(type(tokenizer), "__call__", None)
     for prompt in ("x" * (16 * longest + 1), [{"role": "user", "content": "x" * 10_000_000}]):

@@ -1,4 +1,4 @@
-"""Every form of prompts."""
+"""Every supported format of prompts."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from fiddler_run.errors import FiddlerError
 ASKED = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 
 
-def test_text(tmp_path):
+def test_text_file_has_one_prompt_per_line(tmp_path):
     file = tmp_path / "p.txt"
     file.write_text("one\n\n two\x0cand more\r\n")
     assert read_prompts(file) == ["one", " two\x0cand more"]
@@ -57,7 +57,7 @@ def test_text(tmp_path):
         ),
     ],
 )
-def test_json(tmp_path, entry, prompt):
+def test_json_prompts_are_read(tmp_path, entry, prompt):
     lines = tmp_path / "p.jsonl"
     array = tmp_path / "p.json"
     lines.write_text(json.dumps(entry, ensure_ascii=False) + '\n\n"last"\n', encoding="utf-8")
@@ -75,11 +75,11 @@ IMAGE = '{"messages": [{"role": "user", "content": [{"type": "image_url", "image
         ("p.json", "[]", "p.json: holds no prompt; "),
         ("p.jsonl", '"fine"\n\n{"prompt": 3}\n', "p.jsonl:3: no text; "),
         ("p.jsonl", "[1]\n", "p.jsonl:1: no text; "),
-        ("p.jsonl", "{oops\n", "p.jsonl:1: not JSON: .*; write one JSON value a line"),
+        ("p.jsonl", "{oops\n", "p.jsonl:1: not JSON: .*; write one JSON value per line"),
         (
             "p.json",
             '{"text": "a"}\n{"text": "b"}\n',
-            "p.json: not JSON: .*; one object a line belongs in a .jsonl file",
+            "p.json: not JSON: .*; put one object per line in a .jsonl file",
         ),
         ("p.json", '{"text": "a"}', "p.json: not an array; "),
         ("p.json", '["fine", {"messages": []}]', "p.json: entry 2: no text; "),
@@ -98,14 +98,14 @@ IMAGE = '{"messages": [{"role": "user", "content": [{"type": "image_url", "image
         ),
     ],
 )
-def test_malformed_files(tmp_path, name, text, message):
+def test_malformed_files_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(FiddlerError, match=message) as caught:
         read_prompts(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
-def test_saved_datasets(tmp_path):
+def test_saved_datasets_are_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     chats = datasets.Dataset.from_dict({"messages": [ASKED[:1], ASKED], "length": [1, 2]})
     texts = datasets.Dataset.from_dict({"text": ["a"]})
@@ -119,7 +119,7 @@ def test_saved_datasets(tmp_path):
     assert read_prompts(tmp_path / "files") == ["a", ASKED[:1], ASKED]
 
 
-def test_malformed_datasets(tmp_path):
+def test_malformed_datasets_are_refused(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["a", ""]}).save_to_disk(tmp_path / "gap")
     datasets.Dataset.from_dict({"question": ["a"]}).to_parquet(tmp_path / "other" / "x.parquet")
@@ -137,7 +137,7 @@ def test_malformed_datasets(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_folders_that_need_no_package(tmp_path, monkeypatch):
+def test_only_dataset_folders_need_the_datasets_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     with pytest.raises(
         FiddlerError,
@@ -149,7 +149,7 @@ def test_folders_that_need_no_package(tmp_path, monkeypatch):
         read_prompts(tmp_path)
 
 
-def test_names_of_sets(tmp_path):
+def test_sets_are_named_by_file_or_path(tmp_path):
     paths = [tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt", tmp_path / "y.txt"]
     assert name_sets(paths) == {str(paths[0]): paths[0], str(paths[1]): paths[1], "y.txt": paths[2]}
     with pytest.raises(FiddlerError, match="y.txt is given twice"):
@@ -157,14 +157,14 @@ def test_names_of_sets(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.json", "p.jsonl"])
-def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, name):
+def test_byte_order_mark_is_dropped(tmp_path, name):
     text = {"p.txt": "Once\n", "p.json": '["Once"]', "p.jsonl": '"Once"\r\n'}[name]
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert read_prompts(tmp_path / name) == ["Once"]
 
 
 @pytest.mark.parametrize(("name", "where"), [("p.json", "p.json"), ("p.jsonl", "p.jsonl:1")])
-def test_deep_json(tmp_path, name, where):
+def test_deeply_nested_json_is_refused(tmp_path, name, where):
     for text in ("[" * 100_000, '{"a":' * 100_000, "9" * 10_000):
         (tmp_path / name).write_text(text)
         with pytest.raises(FiddlerError, match=f"{where}: not JSON") as caught:
@@ -174,7 +174,7 @@ def test_deep_json(tmp_path, name, where):
 
 @pytest.mark.parametrize("key", ["tool_calls", "function_call"])
 @pytest.mark.parametrize("content", [{"content": None}, {}])
-def test_a_message_that_only_calls_tools_has_empty_text(tmp_path, key, content):
+def test_tool_call_without_content_has_empty_text(tmp_path, key, content):
     call = {"role": "assistant", key: [{"id": "1"}], **content}
     log = {
         "messages": [{"role": "user", "content": "2 + 2?"}, call, {"role": "tool", "content": "4"}]

@@ -1,4 +1,4 @@
-"""What the commands refuse: one line that names it, exit status 1, and no file touched."""
+"""Refusals of the commands: one line that names the cause, exit status 1, no file touched."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ PLAN = ("plan", "--model", DEMO, "--machine", MACHINE, "--routing", ROUTING)
         (["--gpu-mem", "0GB", "--model", "./none"], ["none: no such folder", "--model"]),
         (
             ["--gpu-mem", "0GB", "--model", "nobody/nothing"],
-            ["nobody/nothing: not a folder", "--model"],
+            ["nobody/nothing: neither a folder", "--model"],
         ),
         (
             ["--gpu-mem", "0GB", "--model", "a/b/c"],
@@ -47,14 +47,14 @@ PLAN = ("plan", "--model", DEMO, "--machine", MACHINE, "--routing", ROUTING)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_plan_refuses(tmp_path, flags, words):
+def test_plan_refuses_bad_flags(tmp_path, flags, words):
     (tmp_path / "old.yaml").write_text("kept")
     result = run("fiddler-opt", *PLAN, "-o", "old.yaml", *flags, cwd=tmp_path)
     assert_refused(result, *words)
     assert files_in(tmp_path) == {"old.yaml": b"kept"}
 
 
-def test_gpu_memory_below_what_mixtral_needs_before_any_expert(tmp_path):
+def test_plan_refuses_gpu_memory_below_the_dense_weights(tmp_path):
     """The embedding lies in host memory; all other dense weights are counted."""
     machine = ROOT / "profiles" / "rtx4090.machine.yaml"
     flags = ("--machine", machine, "--gpu-mem", "1GB", "-o", "p.yaml")
@@ -63,7 +63,7 @@ def test_gpu_memory_below_what_mixtral_needs_before_any_expert(tmp_path):
     assert files_in(tmp_path) == {}
 
 
-def test_without_a_profile_it_asks_for_one(tmp_path):
+def test_plan_without_a_machine_profile_asks_for_one(tmp_path):
     result = run("fiddler-opt", "plan", "--gpu-mem", "24GB", cwd=tmp_path)
     assert_refused(
         result,
@@ -81,7 +81,7 @@ def test_without_a_profile_it_asks_for_one(tmp_path):
         ("version: 3", "version: 7", ["reads version 3, the file says 7"]),
     ],
 )
-def test_damaged_machine_profiles(tmp_path, old, new, words):
+def test_plan_refuses_damaged_machine_profiles(tmp_path, old, new, words):
     (tmp_path / "m.yaml").write_text(MACHINE.read_text().replace(old, new, 1))
     assert_refused(
         run("fiddler-opt", *PLAN, "--machine", "m.yaml", "--gpu-mem", "10MB", cwd=tmp_path),
@@ -97,8 +97,8 @@ def test_damaged_machine_profiles(tmp_path, old, new, words):
         (["--prompts", "none.txt"], ["none.txt: cannot read"]),
         (["--profiles", "empty.txt"], ["empty.txt/local.machine.yaml: cannot write"]),
         (["--model", "./none"], ["none: no such folder"]),
-        (["--only", "machine", "--prompts", "p.txt"], ["--only machine records no routing"]),
-        (["--only", "machine", "--trace", "t.npz"], ["--only machine records no routing"]),
+        (["--only", "machine", "--prompts", "p.txt"], ["--only machine does not record routing"]),
+        (["--only", "machine", "--trace", "t.npz"], ["--only machine does not record routing"]),
         (["--plan", "none.yaml"], ["none.yaml: cannot read"]),
         (["--prompts", "empty.txt", "empty.txt"], ["empty.txt is given twice"]),
         (["--only", "routing"], ["profiles/local.machine.yaml: cannot read"]),
@@ -109,7 +109,7 @@ def test_damaged_machine_profiles(tmp_path, old, new, words):
     ],
     ids=" ".join,
 )
-def test_profile_refuses(tmp_path, flags, words):
+def test_profile_refuses_bad_flags(tmp_path, flags, words):
     (tmp_path / "empty.txt").write_text("\n")
     assert_refused(run("fiddler-opt", "profile", "--model", DEMO, *flags, cwd=tmp_path), *words)
     assert files_in(tmp_path) == {"empty.txt": b"\n"}
@@ -132,12 +132,12 @@ def test_profile_refuses(tmp_path, flags, words):
     ],
     ids=str,
 )
-def test_run_refuses_plans(tmp_path, changes, words):
+def test_run_refuses_bad_plans(tmp_path, changes, words):
     result = run("fiddler-run", "--plan", edited_plan(tmp_path, **changes), "Once", cwd=tmp_path)
     assert_refused(result, *words)
 
 
-def test_run_refuses_prompts(tmp_path):
+def test_run_refuses_bad_prompts(tmp_path):
     plan = edited_plan(tmp_path)
     for arguments, words in (
         (["Once", "--max-new-tokens", "5000"], ["more than the plan's context of"]),
@@ -151,7 +151,7 @@ def test_run_refuses_prompts(tmp_path):
     )
 
 
-def test_run_refuses_checkpoints(tmp_path):
+def test_run_refuses_bad_checkpoints(tmp_path):
     broken = shutil.copytree(DEMO, tmp_path / "broken")
     shard = sorted(broken.glob("*.safetensors"))[1]
     whole = shard.read_bytes()
@@ -160,7 +160,7 @@ def test_run_refuses_checkpoints(tmp_path):
     assert_refused(
         run("fiddler-run", "--plan", plan, "--model", broken, "Once", cwd=tmp_path),
         shard.name,
-        "cut off",
+        "truncated",
     )
     shard.unlink()
     assert_refused(

@@ -1,4 +1,4 @@
-"""Folders that cannot run: `--dry-run`, loading and the planner refuse them in the same words."""
+"""Checkpoints that cannot run: check, loading and the planner refuse them in the same words."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from damage import (
     change_experts,
     change_json,
     change_tensors,
-    only,
+    replace_weights,
     write_plan,
 )
 
@@ -26,7 +26,7 @@ FLOAT16 = 'set "dtype": "float16" in config.json and plan again'
 
 
 def stack_experts(model) -> None:
-    """All experts' gate and up in one tensor, as newer checkpoints have them."""
+    """Stores all experts' gate and up in one tensor, as newer checkpoints do."""
 
     def stacked(name, tensor):
         if not name.endswith("experts.0.w1.weight"):
@@ -52,7 +52,7 @@ def quantise_awq(model) -> None:
     change_experts(model, lambda name, t: (name.replace("w1.weight", "w1.qweight"), t))
 
 
-def halve_tokenizer(model) -> None:
+def truncate_tokenizer(model) -> None:
     (model / "tokenizer.json").write_text((DEMO / "tokenizer.json").read_text()[:2000])
 
 
@@ -75,59 +75,59 @@ TENSORS = {
     ),
     "stacked experts": (
         stack_experts,
-        "all experts of a layer lie in one tensor; name a checkpoint with a tensor for each expert",
+        "all experts of a layer are in one tensor; name a checkpoint with a tensor for each expert",
     ),
-    "weights wider than config.json says": (
+    "float32 weights, bfloat16 config": (
         lambda model: change_tensors(model, lambda name, t: (name, t.float())),
         f"is F32, which the plan's bfloat16 cannot hold without loss; {FLOAT32}",
     ),
-    "half precision of the other kind": (
+    "float16 weights, bfloat16 config": (
         lambda model: change_tensors(model, lambda name, t: (name, t.half())),
         f"is F16, which the plan's bfloat16 cannot hold without loss; {FLOAT16}",
     ),
-    "wider norms": (
+    "float32 norms": (
         lambda model: change_tensors(model, lambda n, t: (n, t.float() if "norm" in n else t)),
         f"is F32, which the plan's bfloat16 cannot hold without loss; {FLOAT32}",
     ),
 }
 FILES = {
     "PyTorch pickles": (
-        lambda model: only(model, "pytorch_model.bin"),
+        lambda model: replace_weights(model, "pytorch_model.bin"),
         "but weights as PyTorch pickles; --model names",
     ),
     "Mistral's own format": (
-        lambda model: only(model, "consolidated.safetensors"),
+        lambda model: replace_weights(model, "consolidated.safetensors"),
         "but weights in Mistral's own format; --model names",
     ),
     "a GGUF file": (
-        lambda model: only(model, "mixtral.Q4_K_M.gguf"),
+        lambda model: replace_weights(model, "mixtral.Q4_K_M.gguf"),
         "but a GGUF file; --model names",
     ),
     "no index": (
         lambda model: (model / INDEX).unlink(),
         "but safetensors files without an index; --model names",
     ),
-    "an index that leaves the folder": (
+    "an index that names a file outside the folder": (
         lambda model: change_json(
             model / INDEX, weight_map={FIRST_EXPERT: "../model/" + SHARDS[0]}
         ),
         "is not the name of a file beside it; download the checkpoint again",
     ),
-    "an index of numbers": (
+    "an index with a number for a file name": (
         lambda model: change_json(model / INDEX, weight_map={FIRST_EXPERT: 7}),
         "'7' is not the name of a file beside it",
     ),
-    "an index without end": (
+    "a deeply nested index": (
         lambda model: (model / INDEX).write_text('{"weight_map":' * 100_000),
         "nested too deeply",
     ),
     "an adapter": (
         lambda model: (model / "adapter_config.json").write_text("{}"),
-        "adapters are not applied; merge it",
+        "adapters are not applied; merge the adapter",
     ),
     "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), "no tokenizer, neither"),
-    "half a tokenizer": (halve_tokenizer, "tokenizer.json: cannot read: not JSON"),
-    "half a generation config": (
+    "a truncated tokenizer": (truncate_tokenizer, "tokenizer.json: cannot read: not JSON"),
+    "a truncated generation config": (
         lambda model: (model / GENERATION).write_text('{"eos_'),
         "cannot read: not JSON",
     ),
@@ -137,36 +137,36 @@ FILES = {
     ),
 }
 VALUES = {
-    "end tokens that are none": (
+    "a string as end token": (
         lambda model: change_json(model / GENERATION, eos_token_id="</s>"),
         "generation_config.json: eos_token_id: ",
     ),
-    "a temperature that is none": (
+    "a negative temperature": (
         lambda model: change_json(model / GENERATION, do_sample=True, temperature=-1.0),
         "generation_config.json: temperature: ",
     ),
-    "NaN where a number belongs": (
+    "NaN in config.json": (
         lambda model: change_config(model, rms_norm_eps=float("nan")),
-        "config.json: cannot read: not JSON: NaN is no number",
+        "config.json: cannot read: not JSON: NaN is not a number",
     ),
     "a tokenizer of another model": (
         cut_vocabulary,
-        "the tokenizer is not this model's: of a simple text, the prompt holds the token",
+        "the tokenizer does not belong to this model: in a simple text, the prompt contains",
     ),
     "dynamic RoPE": (set_rope, "rope_type 'dynamic' depends on the length of a whole prompt"),
-    "an odd head": (
+    "an odd head_dim": (
         lambda model: change_config(model, head_dim=7),
         "head_dim is 7, expected an even number",
     ),
-    "more experts a token than there are": (
+    "more experts per token than experts": (
         lambda model: change_config(model, num_experts_per_tok=9),
         "num_experts_per_tok is more than num_local_experts",
     ),
-    "layers beyond reason": (
+    "a billion layers": (
         lambda model: change_config(model, num_hidden_layers=10**9),
-        "key 'num_hidden_layers' is 1000000000, more than any model's 1000",
+        "key 'num_hidden_layers' is 1000000000, above the limit of 1000",
     ),
-    "a dtype that is none": (
+    "a list as dtype": (
         lambda model: change_config(model, dtype=["bfloat16"]),
         "dtype ['bfloat16'] is not supported",
     ),
@@ -196,10 +196,10 @@ def test_check_and_loading_refuse_alike(tmp_path, model, kind):
         "fp8 tensors",
         "stacked experts",
         "dynamic RoPE",
-        "layers beyond reason",
+        "a billion layers",
     ],
 )
-def test_the_planner_refuses_them_too(model, kind):
+def test_planner_refuses_them_too(model, kind):
     damage, words = REFUSED[kind]
     damage(model)
     with pytest.raises(FiddlerError) as refusal:
@@ -207,8 +207,8 @@ def test_the_planner_refuses_them_too(model, kind):
     assert words in str(refusal.value)
 
 
-def test_one_wrong_value_is_one_problem(tmp_path, model):
-    """Though the tokenizer's class reads config.json as well."""
+def test_wrong_value_is_listed_once(tmp_path, model):
+    """The tokenizer's class reads config.json as well, which must not add a second problem."""
     change_config(model, initializer_range=True)
     problems, _ = check_plan(write_plan(tmp_path))
     assert len(problems) == 1

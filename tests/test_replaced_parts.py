@@ -1,4 +1,4 @@
-"""Parts of a model that are replaced after it has generated: prompt and decode use the new ones."""
+"""Parts of a model replaced after a generation: prefill and decode use the new ones."""
 
 import random
 
@@ -14,7 +14,7 @@ TEXT = "Once upon a time there was a kind bear"
 
 
 def rolled(linear: torch.nn.Linear) -> torch.nn.Linear:
-    """Another module with other weights."""
+    """A new module whose weight rows are rolled."""
     weight = linear.weight
     where = {"dtype": weight.dtype, "device": weight.device}
     other = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, **where)
@@ -23,7 +23,7 @@ def rolled(linear: torch.nn.Linear) -> torch.nn.Linear:
 
 
 class Wrapped(torch.nn.Module):
-    """A layer inside another one, as adapters make them."""
+    """Wraps a module, as adapters do."""
 
     def __init__(self, base: torch.nn.Module):
         super().__init__()
@@ -34,7 +34,7 @@ class Wrapped(torch.nn.Module):
 
 
 class OtherLayer(mixtral.MixtralDecoderLayer):
-    """A layer that the decode step does not know."""
+    """A layer class that the decode step does not know."""
 
     def forward(self, hidden_states, **named):
         return super().forward(hidden_states, **named) * 0.5
@@ -96,8 +96,8 @@ REPLACEMENTS = {
 
 
 @pytest.mark.parametrize("replacement", REPLACEMENTS)
-def test_a_replaced_part_is_used(replacement, device):
-    """Prompt and decode follow, as transformers' own forward pass does."""
+def test_replaced_part_is_used(replacement, device):
+    """The tokens match those of transformers' own forward pass."""
     plan = random_plan(demo_shape(), random.Random(3), block_neurons=128)
     model, tokenizer = load_model(plan, DEMO)
     encoded = tokenizer(TEXT, return_tensors="pt").to(device)
@@ -112,7 +112,7 @@ def test_a_replaced_part_is_used(replacement, device):
     assert replacement == "more rows of the embedding" or not torch.equal(after, before)
 
 
-def test_an_embedding_in_host_memory_is_not_resized():
+def test_embedding_in_host_memory_cannot_be_resized():
     plan = random_plan(demo_shape(), random.Random(3))
     in_host = plan.rank.host_memory_bytes.model_copy(update={"embedding": 1})
     model, _ = load_model(with_rank(plan, host_memory_bytes=in_host), DEMO)

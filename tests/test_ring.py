@@ -1,4 +1,4 @@
-"""The staging ring gives what is asked for, whatever was prefetched and whatever goes wrong."""
+"""The staging ring yields the requested pieces, after any prefetch and any error."""
 
 import random
 
@@ -16,15 +16,15 @@ from fiddler_run.kernels.cpu import PyTorchExperts
 from fiddler_run.kernels.table import Kernels
 
 CPU = torch.device("cpu")
-WIDTH = 3  # of a block, in bytes
+BLOCK_BYTES = 3
 
 
 def numbered_blocks() -> torch.Tensor:
-    return torch.arange(60, dtype=torch.uint8).view(20, WIDTH)
+    return torch.arange(60, dtype=torch.uint8).view(20, BLOCK_BYTES)
 
 
 def test_streamed_blocks_are_computed_before_resident_ones():
-    """Which makes room for the next copy; later they take turns."""
+    """This frees a place for the next copy; later, streamed and resident blocks alternate."""
     done = []
     encoding = Fp32(2, 1)
     resident = torch.full((1, 6), 1.0).view(torch.uint8)
@@ -51,10 +51,10 @@ def test_streamed_blocks_are_computed_before_resident_ones():
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
-def test_whatever_was_prefetched(slots):
+def test_ring_yields_the_requested_pieces_after_any_prefetch(slots):
     rng = random.Random(slots)
     blocks = numbered_blocks()
-    ring = StagingRing(slots, WIDTH, CPU)
+    ring = StagingRing(slots, BLOCK_BYTES, CPU)
     timeline = Timeline(CPU)
     assert 1 <= ring.at_once <= slots
 
@@ -65,7 +65,9 @@ def test_whatever_was_prefetched(slots):
     for _ in range(200):
         asked = pieces()
         if rng.random() < 0.8:
-            longer = [blocks[piece.storage_offset() // WIDTH :][: ring.at_once] for piece in asked]
+            longer = [
+                blocks[piece.storage_offset() // BLOCK_BYTES :][: ring.at_once] for piece in asked
+            ]
             ring.prefetch(rng.choice([asked, longer, asked[1:], pieces()]), timeline)
         stream = ring.stream(asked, timeline)
         found = []
@@ -75,9 +77,9 @@ def test_whatever_was_prefetched(slots):
         assert all(torch.equal(*pair) for pair in zip(found, asked, strict=True))
 
 
-def test_it_goes_on_after_an_error():
+def test_ring_works_after_an_interrupt():
     blocks = numbered_blocks()
-    ring = StagingRing(4, WIDTH, CPU)
+    ring = StagingRing(4, BLOCK_BYTES, CPU)
     timeline = Timeline(CPU)
     pieces = list(blocks.split(2))
 
@@ -97,8 +99,8 @@ def test_it_goes_on_after_an_error():
         assert torch.equal(staged(), blocks)
 
 
-def test_how_long_a_gpu_may_wait():
-    """By what the CPU has to do in all, in tokens times experts."""
+def test_gpu_waits_only_for_short_cpu_work():
+    """CPU work is counted in tokens times experts; reading disk blocks is always too long."""
 
     def call(tokens: int, resident: int, host: int, streamed: int, on_disk: int = 0) -> ExpertCall:
         expert = Expert(*(torch.empty(count, 6) for count in (resident, host, on_disk)))

@@ -1,4 +1,4 @@
-"""How figures are timed: samples, rounds, stream shares, and experts among other work."""
+"""Timing: samples, rounds, stream shares, and experts beside other work."""
 
 import pytest
 from conftest import DEMO
@@ -22,7 +22,7 @@ def test_rounds_are_merged():
     parts = {
         "a": {"host_expert_us": {0.0: 12.0, 0.3: 6.0}, "resident_expert_us": 2.0},
         "b": {"host_expert_us": {0.0: 17.0, 0.3: 8.0}, "resident_expert_us": 3.0},
-        "c": {"host_expert_us": {0.0: 90.0, 0.3: 10.0}, "resident_expert_us": 2.5},  # busy
+        "c": {"host_expert_us": {0.0: 90.0, 0.3: 10.0}, "resident_expert_us": 2.5},  # a busy round
         "d": {"host_expert_us": {0.0: 50.0}, "resident_expert_us": 9.0},
         "e": {"head_us": 4.0},
     }
@@ -32,7 +32,7 @@ def test_rounds_are_merged():
         "resident_expert_us": {1: 2.5, 8: 9.0},
         "head_us": {1: 4.0},
     }
-    # One round tells nothing.
+    # Drift needs more than one round.
     assert drift_between_rounds(parts, timed) == {1: round(100 / 18 - 1, 3)}
 
 
@@ -51,8 +51,8 @@ def test_each_round_times_everything_once():
 
 
 @pytest.mark.parametrize(("best", "alone"), [(0.25, 0.25), (0.3, 0.5), (0.7, 0.5), (0.65, 0.9)])
-def test_shares_are_tried_until_the_best_lies_between_others(best, alone):
-    """Also if CPU and link alone predict another one."""
+def test_sweep_brackets_the_best_share(best, alone):
+    """Also if the times of CPU and link alone predict another share."""
     asked = []
 
     def measure(shares: list[float]) -> dict[float, float]:
@@ -71,7 +71,7 @@ def test_shares_are_tried_until_the_best_lies_between_others(best, alone):
     assert sum(0 < share < found for share in times) >= 3
 
 
-def test_shares_without_one_of_both():
+def test_sweep_handles_a_missing_end_and_single_blocks():
     def measure(shares: list[float]) -> dict[float, float]:
         return {share: 1000 * abs(share - 0.97) for share in shares}
 
@@ -83,17 +83,17 @@ def test_shares_without_one_of_both():
     assert set(whole) == {0.0, 1.0}  # one block in a call
 
 
-def test_differences_do_not_vanish():
+def test_difference_has_a_lower_bound():
     assert difference(10.0, 1.0) == 9.0
     assert difference(1.0, 10.0) == MIN_US
 
 
-def test_figures_are_medians_of_means():
+def test_times_are_medians_of_means():
     samples = iter([[1000.0], *([8.0, 9.0, 13.0], [9.0, 11.0], [12.0]) * 100])  # the first warms up
     assert Stopwatch(CPU, 0.0).gather(lambda: next(samples)) == [10.0]
 
 
-def test_calls_are_timed_in_turn():
+def test_calls_are_timed_alternately():
     called = []
     calls = [lambda: called.append("a"), lambda: called.append("b")]
     assert len(Stopwatch(CPU, 0.0).time(*calls, calls_per_sample=2)) == 2
@@ -101,12 +101,12 @@ def test_calls_are_timed_in_turn():
 
 
 @pytest.mark.skipif(not compiled(), reason="the kernel is not built")
-def test_a_profile_times_experts_and_nothing_else():
-    """Each layer's tokens come 5 ms late, fifty times as long as the CPU needs for its experts."""
+def test_expert_times_exclude_other_work():
+    """Each layer's inputs come 5 ms late, fifty times as long as the CPU needs for its experts."""
     bench = ExpertBench(ModelSpec.load(str(DEMO)), 10**9, Stopwatch(CPU, 0.0), CPU)
     bench.use_threads(2, pinned=False)
-    stream = Stream(late_s=5e-3, encoding=bench.block_format)
-    stream.at = {block.data_ptr(): block for expert in bench.host for block in expert}
+    stream = Stream(delay_s=5e-3, encoding=bench.block_format)
+    stream.by_address = {block.data_ptr(): block for expert in bench.host for block in expert}
     cpu = bench.engine.resources.kernels.cpu
     bench.engine = ExpertEngine(bench.block_format, Kernels(cpu, stream, cpu.apply), CPU, slots=4)
     bench.on_gpu = True

@@ -1,6 +1,4 @@
-"""What routers choose: exactly what those of stock transformers do, every token once a layer,
-prefill and decode apart.
-"""
+"""Recorded routing matches stock transformers: every token once per layer, by phase."""
 
 from itertools import combinations
 
@@ -58,9 +56,10 @@ def profile(trace) -> RoutingProfile:
     return routing_profile(trace, SHAPE, "test", OUTPUT_TOKENS)
 
 
-def by_hand(stock: MixtralForCausalLM, prompts: list[list[int]]) -> dict[str, dict]:
-    """One set's counts by stock transformers: it generates too, then routes prompt and continuation
-    in one forward.
+def stock_counts(stock: MixtralForCausalLM, prompts: list[list[int]]) -> dict[str, dict]:
+    """One set's counts by stock transformers.
+
+    It generates the continuation, then routes prompt and continuation in one forward pass.
     """
 
     def rows(length: int) -> dict[int, list[int]]:
@@ -95,19 +94,19 @@ def by_hand(stock: MixtralForCausalLM, prompts: list[list[int]]) -> dict[str, di
     return {"prompts": len(prompts), **phases}
 
 
-def test_counts_are_those_of_stock_transformers(profile, job):
+def test_counts_match_stock_transformers(profile, job):
     stock = MixtralForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     lengths = [len(ids) for prompts in job.sets.values() for ids in prompts]
-    assert any(length > 128 for length in lengths)  # comes in two chunks
-    # the context ends its continuation
+    assert any(length > 128 for length in lengths)  # prefilled in two chunks
+    # the context limit ends this continuation
     assert any(length > MAX_SEQ_LEN - OUTPUT_TOKENS for length in lengths)
     found = profile.model_dump()["sets"]
-    assert found == {name: by_hand(stock, prompts) for name, prompts in job.sets.items()}
+    assert found == {name: stock_counts(stock, prompts) for name, prompts in job.sets.items()}
     assert all(part["decode"]["tokens"] > 40 for part in found.values())
 
 
 @pytest.mark.parametrize("done", [1, 4])
-def test_a_recording_goes_on_where_it_was_cut(model, job, trace, tmp_path, done):
+def test_recording_resumes_where_it_stopped(model, job, trace, tmp_path, done):
     file = tmp_path / "part.npz"
     first = RoutingRecorder(job)
     for so_far in first.run(model):
@@ -124,7 +123,7 @@ def test_a_recording_goes_on_where_it_was_cut(model, job, trace, tmp_path, done)
     assert job.resume(tmp_path / "none.npz") is None
 
 
-def test_a_saved_trace_counts_the_same(trace, profile, tmp_path):
+def test_saved_trace_gives_the_same_counts(trace, profile, tmp_path):
     trace.save(tmp_path / "trace.npz")
     loaded = RoutingTrace.load(tmp_path / "trace.npz")
     assert routing_profile(loaded, SHAPE, "test", OUTPUT_TOKENS) == profile
@@ -132,12 +131,12 @@ def test_a_saved_trace_counts_the_same(trace, profile, tmp_path):
     assert loaded.set_names == list(PROMPTS)
 
 
-def test_counts_of_other_numbers_of_experts_per_token():
+def test_counts_of_one_to_three_experts_per_token():
     """Three tokens, the last two of one sequence, that choose 1 to 3 of 4 experts in a layer."""
     for experts, pairs, reuse in (
         ([[0], [3], [3]], {}, [0, 0, 0, 1]),
         ([[2, 0], [1, 0], [0, 1]], {0: [2, 1, 0, 0, 0, 0]}, [1, 1, 0, 0]),
-        ([[2, 0, 1], [3, 1, 0], [1, 2, 3]], {}, [0, 1, 0, 1]),  # only those of two are used
+        ([[2, 0, 1], [3, 1, 0], [1, 2, 3]], {}, [0, 1, 0, 1]),  # pairs need two experts
     ):
         top_k = len(experts[0])
         shape = SHAPE.model_copy(
@@ -163,7 +162,7 @@ def test_counts_of_other_numbers_of_experts_per_token():
         assert part.decode.tokens == 0
 
 
-def test_no_hook_stays_when_something_fails(model, job, monkeypatch):
+def test_hooks_are_removed_after_an_interrupt(model, job, monkeypatch):
     def fails(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -175,7 +174,7 @@ def test_no_hook_stays_when_something_fails(model, job, monkeypatch):
     assert not any(module._forward_pre_hooks for module in model.experts_modules())
 
 
-def test_files_that_are_no_trace(trace, tmp_path):
+def test_other_files_are_refused(trace, tmp_path):
     file = tmp_path / "t.npz"
     trace.save(file)
     whole = file.read_bytes()
@@ -184,13 +183,13 @@ def test_files_that_are_no_trace(trace, tmp_path):
     np.save(tmp_path / "single.npy", trace.experts)
     RoutingTrace(**{**vars(trace), "prompt": trace.prompt + 1}).save(file)
     contents = {
-        "nothing": b"",
+        "empty": b"",
         "cut": whole[:middle],
         "flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
         "text": b"version: 2\n",
         "another archive": (tmp_path / "other.npz").read_bytes(),
         "an array": (tmp_path / "single.npy").read_bytes(),
-        "arrays that do not fit": file.read_bytes(),
+        "inconsistent arrays": file.read_bytes(),
     }
     for name, content in contents.items():
         file.write_bytes(content)
@@ -203,7 +202,7 @@ def test_files_that_are_no_trace(trace, tmp_path):
         RoutingTrace.load(tmp_path / "none.npz")
 
 
-def test_without_decode_its_routing_is_prefills(model):
+def test_decode_routing_defaults_to_prefill_routing(model):
     recorder = RoutingRecorder(
         RoutingJob(SHAPE, {"p": [[5, 6, 7]]}, output_tokens=1, max_seq_len=4)
     )

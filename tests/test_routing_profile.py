@@ -17,7 +17,7 @@ PROMPT_TOKENS = 20
 
 @pytest.fixture(scope="module")
 def profile() -> RoutingProfile:
-    """Random choices of skewed experts, other ones in each set and phase."""
+    """Random choices of experts, whose popularity differs from prompt to prompt."""
     rng = np.random.default_rng(0)
     length = PROMPT_TOKENS + OUTPUT_TOKENS - 1
     prompts = sum(SETS.values())
@@ -34,11 +34,11 @@ def profile() -> RoutingProfile:
     return routing_profile(trace, SHAPE, "test", OUTPUT_TOKENS)
 
 
-def test_round_trip(profile):
+def test_profile_round_trips(profile):
     text = profile.dump()
     assert RoutingProfile.parse(text, "here") == profile
     lists = [line for line in text.splitlines() if "[" in line]
-    assert len(lists) == 2 * 2 * 3 * 6  # sets, phases, keys, layers: a line each
+    assert len(lists) == 2 * 2 * 3 * 6  # sets, phases, keys, layers: one line each
     assert all(line.lstrip()[:3] in {f"{layer}: " for layer in range(6)} for line in lists)
 
 
@@ -69,14 +69,14 @@ def test_round_trip(profile):
         ),
     ],
 )
-def test_inconsistent_profiles_do_not_load(profile, old, new, message):
+def test_inconsistent_profiles_are_refused(profile, old, new, message):
     text = profile.dump()
     assert old in text
     with pytest.raises(FiddlerError, match=message):
         RoutingProfile.parse(text.replace(old, new, 1), "here")
 
 
-def test_counts_that_do_not_add_up(profile):
+def test_counts_that_do_not_add_up_are_refused(profile):
     part = profile.sets["code.jsonl"].model_dump()
     chosen = part["decode"]["activations"][3]
     part["decode"]["reuse"][3][5] = chosen[5] + 1
@@ -90,7 +90,7 @@ def test_counts_that_do_not_add_up(profile):
         RoutingProfile.model_validate({**profile.model_dump(), "sets": {"code.jsonl": part}})
 
 
-def test_probabilities_of_chosen_sets(profile):
+def test_sets_are_weighted_by_their_tokens(profile):
     model = small_model(num_layers=6, num_experts=8)
     everything = Routing.from_profile(profile, model, "file")
     stories, code = (Routing.from_profile(profile, model, "file", [name]) for name in SETS)
@@ -111,13 +111,13 @@ def test_probabilities_of_chosen_sets(profile):
     assert stories.decode.expert != stories.prefill.expert != code.prefill.expert
     with pytest.raises(
         FiddlerError,
-        match="file: no set of prompts is named poems.txt; it has stories.txt, code.jsonl",
+        match="file: no set of prompts is named poems.txt; the sets are stories.txt, code.jsonl",
     ):
         Routing.from_profile(profile, model, "file", ["stories.txt", "poems.txt"])
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_pairs_are_for_two_experts_a_token(top_k):
+def test_pairs_need_two_experts_per_token(top_k):
     data = two_tokens([0] * 4, [])
     data["model"]["num_experts_per_tok"] = top_k
     chosen = {1: [1, 1, 0, 0], 3: [2, 2, 1, 1]}[top_k]
@@ -133,13 +133,13 @@ def test_pairs_are_for_two_experts_a_token(top_k):
         RoutingProfile.model_validate(data)
 
 
-def test_uniform_probabilities():
+def test_uniform_routing_has_equal_probabilities():
     routing = Routing.uniform(small_model(num_experts=8))
     assert routing.prefill.expert[0] == routing.decode.expert[0] == [0.25] * 8
     assert sum(routing.decode.pair[0].values()) == pytest.approx(1)
 
 
-def test_a_profile_of_another_model_is_refused(profile):
+def test_profile_of_another_model_is_refused(profile):
     with pytest.raises(
         FiddlerError, match="model.num_layers is 6, but small has 2: a profile of another model"
     ):
@@ -164,7 +164,7 @@ def two_tokens(activations: list[int], pairs: list[int]) -> dict:
     }
 
 
-def test_profiles_that_contradict_themselves():
+def test_contradictory_counts_are_refused():
     RoutingProfile.model_validate(two_tokens([2, 1, 1, 0], [1, 1, 0, 0, 0, 0]))
     for activations, pairs, message in (
         ([3, 1, 0, 0], [2, 0, 0, 0, 0, 0], r"sets.s.prefill.activations\[0\]\[0\]: 3 of 2 tokens"),
@@ -192,7 +192,7 @@ def test_profiles_that_contradict_themselves():
         ("num_layers", 10**400),
     ],
 )
-def test_models_beyond_reason(key, value):
+def test_absurd_model_sizes_are_refused(key, value):
     data = two_tokens([2, 1, 1, 0], [1, 1, 0, 0, 0, 0])
     data["model"][key] = value
     with pytest.raises(ValueError, match=f"model.{key}|model\n"):
@@ -200,7 +200,7 @@ def test_models_beyond_reason(key, value):
 
 
 def test_too_many_pairs_are_not_listed():
-    """Then decode is planned by expected work; the chances stay the same."""
+    """Decode is then planned by expected work; the experts' probabilities stay the same."""
     routing = Routing.uniform(small_model(num_layers=2, num_experts=512))
     assert routing.decode.pair == [{}, {}]
     assert sum(routing.decode.expert[0]) == pytest.approx(2)

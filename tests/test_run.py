@@ -1,4 +1,4 @@
-"""What `fiddler-run` reads and says: prompts on stdin, plans from a pipe, busy machines."""
+"""`fiddler-run`: prompts on stdin, plans from a pipe, odd numbers, and busy machines."""
 
 import os
 import sys
@@ -12,10 +12,10 @@ from fiddler_run.cli import busy_note
 from fiddler_run.errors import FiddlerError
 
 
-def test_stdin_that_is_closed_or_no_text(monkeypatch, capsys):
+def test_closed_stdin_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
     assert cli.main(["--plan", "plans/demo.yaml", "-"]) == 1
-    assert "the prompt is to come from stdin, which is closed" in capsys.readouterr().err
+    assert "the prompt should come from stdin, but stdin is closed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_stdin_that_is_closed_or_no_text(monkeypatch, capsys):
         (b"x" * 64_000_001, "larger than 64 MB"),
     ],
 )
-def test_stdin(monkeypatch, tmp_path, content, words):
+def test_stdin_is_read_as_utf8_text(monkeypatch, tmp_path, content, words):
     path = tmp_path / "stdin"
     path.write_bytes(content)
     with path.open() as file:
@@ -38,7 +38,7 @@ def test_stdin(monkeypatch, tmp_path, content, words):
             cli.read_stdin()
 
 
-def test_a_plan_from_a_pipe_is_read_once(capsys):
+def test_plan_from_a_pipe_is_read_once(capsys):
     reading, writing = os.pipe()
     os.write(writing, SHIPPED_PLAN.read_bytes())
     os.close(writing)
@@ -48,10 +48,8 @@ def test_a_plan_from_a_pipe_is_read_once(capsys):
     assert capsys.readouterr().out.startswith(" ")
 
 
-def test_an_answer_takes_the_room_that_is_left(capsys):
-    """Without --max-new-tokens, a prompt that fits is never refused for tokens that nobody asked
-    for.
-    """
+def test_answer_fills_the_rest_of_the_context(capsys):
+    """Without --max-new-tokens, a prompt that fits is never refused for its answer's length."""
     prompt = "Once upon a time there was a bear. " * 48
     assert cli.main(["--plan", "plans/demo.yaml", prompt]) == 0
     assert "output tokens" in capsys.readouterr().err
@@ -68,17 +66,17 @@ def test_an_answer_takes_the_room_that_is_left(capsys):
         ["--max-new-tokens", "9" * 400],
     ],
 )
-def test_numbers_beyond_reason_are_usage_errors(flags, capsys):
+def test_absurd_numbers_are_usage_errors(flags, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--plan", "plans/demo.yaml", "Once", *flags])
     assert ended.value.code == 2
     assert flags[0] in capsys.readouterr().err
 
 
-def test_other_programs_are_named_where_they_take_cores():
+def test_note_names_cores_taken_by_other_programs():
     assert busy_note(None, 2, 2) is None
     assert busy_note(0.1, 2, 2) is None
     assert busy_note(1.0, 8, 4) is None  # there are cores left
     assert busy_note(1.0, 2, 2).startswith(
-        "note: other programs took 1.0 of 2 cores, the plan counts on 2"
+        "note: other programs used 1.0 of 2 cores, and the plan needs 2"
     )

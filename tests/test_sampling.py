@@ -1,4 +1,4 @@
-"""Seeded samples: the same for the same seed, and those of transformers."""
+"""Seeded sampling is reproducible and matches transformers."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +15,8 @@ NEW_TOKENS = 16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_models_draw_their_own_random_numbers(dtype):
-    """Seeded samples of two models in two threads, which share the CPU's threads."""
+def test_concurrent_models_draw_their_own_random_numbers(dtype):
+    """Two models sample in two threads and share the CPU's threads."""
     threads = 1 if dtype == "float32" else 2
     plans = [random_plan(demo_shape(dtype), random.Random(seed), 128, threads) for seed in (1, 2)]
     models = [load_model(plan, DEMO) for plan in plans]
@@ -36,7 +36,7 @@ def test_two_models_draw_their_own_random_numbers(dtype):
         assert list(threads.map(sampled, (0, 1))) == alone
 
 
-def test_a_seed_draws_what_transformers_would_draw(place, stock):
+def test_seeded_samples_match_transformers(place, stock):
     model, tokenizer = place(random_plan(demo_shape(), random.Random(3), 128))
     drawn = {"temperature": 0.9, "top_p": 0.9}
     pieces = []

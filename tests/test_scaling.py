@@ -30,11 +30,11 @@ def with_ram(machine: MachineProfile, bytes_per_s: float) -> MachineProfile:
 MACHINES = [random_machine(random.Random(seed)) for seed in range(60)]
 
 
-def faster(*rates: float) -> list[float]:
+def ascending(*rates: float) -> list[float]:
     return [rate * factor for rate in rates for factor in (0.1, 0.5, 0.9, 1.0, 1.1, 2.0, 5.0, 50.0)]
 
 
-def test_the_profiled_rates_give_the_profile_back(rtx4090):
+def test_profiled_rates_reproduce_the_profile(rtx4090):
     for machine in (rtx4090, *MACHINES):
         for same in (
             with_link(machine, machine.link.h2d_bytes_per_s),
@@ -47,13 +47,13 @@ def test_the_profiled_rates_give_the_profile_back(rtx4090):
             assert same.h2d_bytes_per_s == pytest.approx(machine.h2d_bytes_per_s)
 
 
-def test_a_faster_link_or_ram_makes_nothing_slower(rtx4090):
+def test_faster_link_or_ram_makes_nothing_slower(rtx4090):
     for machine in (rtx4090, *MACHINES):
         for scale, rate in (
             (with_link, machine.link.h2d_bytes_per_s),
             (with_ram, ram_rate(machine)),
         ):
-            scaled = [scale(machine, r) for r in faster(rate)]
+            scaled = [scale(machine, r) for r in ascending(rate)]
             for slower, quicker in zip(scaled, scaled[1:], strict=False):
                 for tokens, us in quicker.best_host_us.items():
                     assert us <= slower.best_host_us[tokens] * (1 + 1e-6)
@@ -61,7 +61,7 @@ def test_a_faster_link_or_ram_makes_nothing_slower(rtx4090):
                     assert us <= slower.cpu_expert_us[tokens] * (1 + 1e-6)
 
 
-def test_a_scaled_profile_is_a_profile(rtx4090):
+def test_scaled_profile_is_valid(rtx4090):
     for machine in (rtx4090, *MACHINES[:10]):
         for rates in ((1e3, None), (None, 1e3), (1e15, 1e15)):
             scaled = with_rates(machine, *rates)
@@ -69,7 +69,7 @@ def test_a_scaled_profile_is_a_profile(rtx4090):
             assert scaled.cpu_expert_us.keys() == machine.cpu_expert_us.keys()
 
 
-def test_the_link_brings_nothing_where_the_memory_is_the_limit(rtx4090):
+def test_faster_link_does_not_help_where_memory_is_the_limit(rtx4090):
     limited = [machine for machine in (rtx4090, *MACHINES) if memory_rate(machine)]
     assert 15 < len(limited) < len(MACHINES) - 5
     for machine in limited:
@@ -78,7 +78,7 @@ def test_the_link_brings_nothing_where_the_memory_is_the_limit(rtx4090):
         for factor in (1.5, 4, 100):
             faster_link = with_link(machine, factor * machine.h2d_bytes_per_s)
             assert faster_link.best_host_us[tokens] == pytest.approx(best[tokens], rel=1e-6)
-            # nor anywhere more than the memory gives
+            # nor does any number of tokens exceed the memory's rate
             assert min(faster_link.best_host_us.values()) >= best[tokens] * (1 - 1e-6)
         both = with_rates(machine, 100 * machine.h2d_bytes_per_s, 1.3 * ram_rate(machine))
         assert min(both.best_host_us.values()) == pytest.approx(best[tokens] / 1.3, rel=1e-6)
@@ -90,9 +90,11 @@ def test_the_link_brings_nothing_where_the_memory_is_the_limit(rtx4090):
             )
 
 
-def test_by_hand():
-    """CPU 4000 us, link 6000: 2400 together if nothing limited them, but 3000 were measured. At 64
-    tokens the CPU is bound by arithmetic: 16000 us, with the link 4364.
+def test_scaled_times_by_hand():
+    """At one token memory is the limit, at 64 tokens the CPU's arithmetic.
+
+    At one token the CPU takes 4000 us and the link 6000. Together they would take 2400 us without
+    the limit; 3000 were measured. At 64 tokens the CPU takes 16000 us, both together 4364.
     """
     machine = machine_profile(MODEL, device=100.0)
     link = machine.link.model_copy(update={"h2d_bytes_per_s": MODEL.expert_bytes / 6e-3})
@@ -108,7 +110,7 @@ def test_by_hand():
     assert faster_link.host_expert_us[1] == {0.0: 4000.0, 0.35: 3000.0, 1.0: 4000.0}
     assert faster_link.host_expert_us[64] == {0.0: 16000.0, 0.8: 3200.0, 1.0: 4000.0}
     twice_link = with_link(machine, 2 * machine.h2d_bytes_per_s)
-    # 16000 * 3000 / 19000 would be more than the memory gives
+    # 16000 * 3000 / 19000 would exceed the memory's rate
     assert twice_link.best_host_us == {
         1: 3000.0,
         64: 3000.0,
@@ -123,15 +125,13 @@ def test_by_hand():
     }
     assert twice_ram.best_host_us[64] == 4363.636
     half_link = with_link(machine, machine.h2d_bytes_per_s / 2)
-    # 4000 * 12000 / 16000: the balance, just as the memory
+    # 4000 * 12000 / 16000: the balance equals the memory's limit
     assert half_link.best_host_us[1] == 3000.0
     assert half_link.stream_share[1] == 0.25
 
 
-def test_against_data_sheets_of_other_hardware(rtx4090, monkeypatch):
-    """A data sheet's profile is a roofline; scaling must give what its script gives for the other
-    link or RAM.
-    """
+def test_scaling_matches_data_sheets_of_other_hardware(rtx4090, monkeypatch):
+    """A data sheet's profile is a roofline, which its script also gives for another link or RAM."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "profiles"), *sys.path])
     import data_sheet
 
@@ -142,18 +142,18 @@ def test_against_data_sheets_of_other_hardware(rtx4090, monkeypatch):
         for rate in rates:
             with monkeypatch.context() as other:
                 other.setattr(data_sheet, name, rate)
-                told = data_sheet.data_sheet_profile()
+                expected = data_sheet.data_sheet_profile()
             scaled = scale(rtx4090, rate)
-            assert scaled.best_host_us == pytest.approx(told.best_host_us, rel=1e-3)
-            assert scaled.cpu_expert_us == pytest.approx(told.cpu_expert_us, rel=1e-3)
+            assert scaled.best_host_us == pytest.approx(expected.best_host_us, rel=1e-3)
+            assert scaled.cpu_expert_us == pytest.approx(expected.cpu_expert_us, rel=1e-3)
             for tokens, share in scaled.stream_share.items():
-                cpu = told.host_expert_us[tokens][0.0]
-                link = told.host_expert_us[tokens][1.0]
+                cpu = expected.host_expert_us[tokens][0.0]
+                link = expected.host_expert_us[tokens][1.0]
                 best = scaled.best_host_us[tokens]
                 assert max((1 - share) * cpu, share * link) <= best * 1.01
 
 
-def test_without_a_gpu():
+def test_without_a_gpu_only_ram_can_be_scaled():
     machine = machine_profile(MODEL, kind="cpu")
     assert with_ram(machine, ram_rate(machine) / 2).best_host_us == {1: 160.0, 8: 160.0}
     assert with_ram(machine, ram_rate(machine) / 2).resident_expert_us == pytest.approx(

@@ -1,4 +1,4 @@
-"""One generation at a time: whoever calls a model gets the answer that they would get alone."""
+"""One generation at a time: every caller gets the answer that it would get alone."""
 
 import contextlib
 import gc
@@ -20,8 +20,9 @@ TEXTS = ["Once upon a time", "def count", "3 + 4 =", "One bright morning"]
 
 
 def loaded(dtype: str, seed: int = 3):
-    """A model with random placements; in float32 with one thread, or two models' threads of PyTorch
-    would wait for each other's cores.
+    """A model with a random placement.
+
+    float32 has one thread: PyTorch threads of two models would wait for each other's cores.
     """
     threads = 1 if dtype == "float32" else 2
     plan = random_plan(demo_shape(dtype), random.Random(seed), 128, max_threads=threads)
@@ -34,7 +35,7 @@ def model_and_tokenizer(request):
 
 
 def begin_streaming(model, tokenizer, text: str) -> tuple[threading.Thread, TextIteratorStreamer]:
-    """Starts `generate` in a thread of its own, as transformers recommends; read its text here."""
+    """Starts `generate` in a thread, as transformers recommends; returns thread and streamer."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     arguments = {"streamer": streamer}
     thread = threading.Thread(target=answer, args=(model, tokenizer, text), kwargs=arguments)
@@ -49,19 +50,19 @@ def streamed_answer(model, tokenizer, text: str) -> str:
     return "".join(pieces)
 
 
-def begin_and_leave(model, tokenizer, text: str) -> threading.Thread:
-    """A reader that takes one piece of a streamed answer and never comes back."""
+def abandon_stream(model, tokenizer, text: str) -> threading.Thread:
+    """Starts a streamed answer, reads one piece and drops the rest; returns its thread."""
     thread, streamer = begin_streaming(model, tokenizer, text)
     next(iter(streamer))
     return thread
 
 
-def test_twelve_threads_and_a_reader_who_leaves(model_and_tokenizer):
+def test_concurrent_callers_get_the_answers_they_get_alone(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     alone = {text: answer(model, tokenizer, text) for text in TEXTS}
     assert len(set(alone.values())) == len(TEXTS)
     for _ in range(2):
-        left = begin_and_leave(model, tokenizer, TEXTS[0])
+        abandoned = abandon_stream(model, tokenizer, TEXTS[0])
         with ThreadPoolExecutor(12) as threads:
             ways = (answer, streamed_answer) * 6
             asked = [
@@ -70,11 +71,11 @@ def test_twelve_threads_and_a_reader_who_leaves(model_and_tokenizer):
             ]
             for text, found in asked:
                 assert found.result(timeout=120) == alone[text]
-        left.join(timeout=60)
-        assert not left.is_alive()
+        abandoned.join(timeout=60)
+        assert not abandoned.is_alive()
 
 
-def test_a_forward_pass_beside_a_generation(model_and_tokenizer):
+def test_forward_passes_during_a_generation_are_correct(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     ids = tokenizer(TEXTS[1], return_tensors="pt").to(model.device)["input_ids"]
     with torch.no_grad():
@@ -91,8 +92,8 @@ def test_a_forward_pass_beside_a_generation(model_and_tokenizer):
         assert all(torch.equal(logits, expected) for logits in beside.result(timeout=60))
 
 
-def test_layers_called_beside_a_generation(model_and_tokenizer):
-    """Past the model's own `forward`, which lets one caller in at a time."""
+def test_layers_called_during_a_generation_are_correct(model_and_tokenizer):
+    """The calls bypass the model's own `forward`, which admits one caller at a time."""
     model, tokenizer = model_and_tokenizer
     ids = tokenizer(TEXTS[1], return_tensors="pt").to(model.device)["input_ids"]
 
@@ -108,10 +109,8 @@ def test_layers_called_beside_a_generation(model_and_tokenizer):
         assert all(torch.equal(found, expected) for found in beside.result(timeout=60))
 
 
-def test_jobs_of_layers_called_beside_turns():
-    """Where nothing is streamed, a layer's result is its CPU job's alone: whoever has a turn must
-    not take the job away.
-    """
+def test_turns_do_not_take_jobs_of_directly_called_layers():
+    """Nothing is streamed: the result is the CPU job's alone, and a turn must not abandon it."""
     plan = make_plan(demo_shape("bfloat16"), [[0] * 8] * 6, threads=2)
     memory = plan.rank.gpu_memory_bytes.model_copy(update={"staging": 0})
     model, tokenizer = load_model(with_rank(plan, gpu_memory_bytes=memory), DEMO)
@@ -141,7 +140,7 @@ def test_jobs_of_layers_called_beside_turns():
     assert all(torch.equal(each, expected) for each in found)
 
 
-def test_a_generation_within_a_generation(model_and_tokenizer):
+def test_nested_generations_are_correct(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     alone = [answer(model, tokenizer, text) for text in TEXTS[:2]]
     within = []
@@ -156,7 +155,7 @@ def test_a_generation_within_a_generation(model_and_tokenizer):
     assert within == [alone[1]] * 2
 
 
-def test_an_error_in_one_generation_leaves_the_next_one_right(model_and_tokenizer):
+def test_generation_after_an_interrupt_is_correct(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     alone = answer(model, tokenizer, TEXTS[0])
     steps = []
@@ -174,7 +173,7 @@ def test_an_error_in_one_generation_leaves_the_next_one_right(model_and_tokenize
         assert answer(model, tokenizer, TEXTS[0]) == alone
 
 
-def test_a_model_is_gone_with_its_last_reference():
+def test_model_is_freed_with_its_last_reference():
     """Its memory must not wait for the garbage collector: the next model needs it."""
     model, tokenizer = loaded("bfloat16")
     answer(model, tokenizer, TEXTS[0])
@@ -187,10 +186,8 @@ def test_a_model_is_gone_with_its_last_reference():
         gc.enable()
 
 
-def test_layers_never_hand_out_a_buffer_that_is_used_again(model_and_tokenizer):
-    """Each layer's output and the router's choice are still what they were when the pass is over,
-    in prompts and in decode.
-    """
+def test_layers_do_not_return_reused_buffers(model_and_tokenizer):
+    """Outputs and router choices keep their values after the pass, in prefill and decode."""
     model, tokenizer = model_and_tokenizer
     encoded = tokenizer(TEXTS[0], return_tensors="pt").to(model.device)
     kept = []

@@ -1,13 +1,13 @@
-"""Any file that fiddler-opt writes can be shown and drawn."""
+"""`fiddler-opt show` prints and plots every file that fiddler-opt writes."""
 
 import io
 import random
 import re
 
 import pytest
+from command_line import assert_refused, files_in, run
 from conftest import ROOT, demo_shape, make_plan
 from rich.console import Console
-from test_commands import assert_refused, files_in, run
 
 from fiddler_opt.insight.plots import plot
 from fiddler_opt.insight.report import print_file
@@ -28,7 +28,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_kind_of_file(name, tmp_path):
+def test_every_kind_of_file_is_shown_and_plotted(name, tmp_path):
     result = run("fiddler-opt", "show", ROOT / name, "--plot", "out.png", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for words in FILES[name]:
@@ -38,7 +38,7 @@ def test_every_kind_of_file(name, tmp_path):
     assert len(picture) > 10_000
 
 
-def test_refused(tmp_path):
+def test_show_refuses_bad_files_and_bad_plot_names(tmp_path):
     (tmp_path / "other.yaml").write_text("version: 1\nname: x\n")
     (tmp_path / "broken.yaml").write_text(
         (ROOT / "plans/demo.yaml").read_text().replace("cpu_threads: ", "cpu_threads: -")
@@ -60,7 +60,7 @@ def test_refused(tmp_path):
 
 @pytest.mark.parametrize("experts", [8, 16, 18, 20, 32, 64, 128])
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_all_numbers_are_shown(tmp_path, experts, width):
+def test_wide_tables_show_all_numbers(tmp_path, experts, width):
     shape = demo_shape().model_copy(update={"num_experts": experts, "intermediate_size": 512})
     rng = random.Random(experts)
     resident = [[rng.randint(1, 16) for _ in range(experts)] for _ in range(6)]
@@ -98,15 +98,14 @@ def test_all_numbers_are_shown(tmp_path, experts, width):
         ("{version: 2, recorded: {}}", "x.yaml: model: missing"),
     ],
 )
-def test_files_of_another_kind(tmp_path, text, words):
+def test_files_of_another_kind_are_refused(tmp_path, text, words):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(FiddlerError, match=words) as caught:
         print_file(Console(file=io.StringIO()), str(tmp_path / "x.yaml"))
     assert "\n" not in str(caught.value)
 
 
-def test_no_half_pictures(tmp_path, monkeypatch):
-    """The disk is full while the picture is written: the old one stays."""
+def test_full_disk_keeps_the_old_plot(tmp_path, monkeypatch):
     file = tmp_path / "out.png"
     file.write_bytes(b"old")
 

@@ -1,4 +1,4 @@
-"""The limits that keep the code readable. ruff checks the others."""
+"""Limits that keep the code readable, besides those that ruff checks."""
 
 import ast
 from functools import cache
@@ -10,7 +10,7 @@ FOLDERS = ("fiddler_opt", "runtime", "tests", "benchmarks", "profiles", "example
 MAX_FILE_LINES = 250
 MAX_FUNCTION_LINES = 60
 MAX_COLUMNS = 100
-MAX_TUPLE_ASSIGNMENTS = 0.03  # of all assignments: one a line can be read and debugged
+MAX_TUPLE_ASSIGNMENTS = 0.03  # of all assignments; one per line is easier to debug
 
 
 def sources(*endings: str) -> list[Path]:
@@ -38,7 +38,7 @@ def test_functions_are_short():
                 assert length <= MAX_FUNCTION_LINES, f"{path}: {node.name}"
 
 
-def test_assignments_are_one_a_line():
+def test_assignments_are_one_per_line():
     every = [
         node
         for tree in trees().values()

@@ -1,4 +1,4 @@
-"""The least memory for a speed, also where more memory predicts a little slower."""
+"""The least memory for a target, also where more memory predicts slightly slower."""
 
 import random
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from fiddler_run.errors import FiddlerError
 
 
 def solver(rates: dict[int, float]):
-    """A plan for each number of steps of memory; those that are missing do not hold the model."""
+    """A stand-in for the solver with `rates` by memory steps; other budgets are too small."""
 
     def solve(gpu_bytes: int):
         steps = gpu_bytes // STEP_BYTES
@@ -24,7 +24,7 @@ def solver(rates: dict[int, float]):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_it_reaches_the_speed_and_a_step_less_does_not(seed):
+def test_least_memory_reaches_the_target_and_one_step_less_does_not(seed):
     rng = random.Random(seed)
     most = rng.randint(3, 240)
     rates = {
@@ -40,12 +40,12 @@ def test_it_reaches_the_speed_and_a_step_less_does_not(seed):
     assert rates.get(plan.steps - 1, 0.0) < rate
 
 
-def test_all_memory_may_miss_what_less_reaches():
+def test_target_is_found_where_all_memory_misses_it():
     rates = dict.fromkeys(range(10, 100), 5.0) | {100: 4.95}
     assert least_memory(solver(rates), 5.0, 100 * STEP_BYTES).steps == 10
 
 
-def test_out_of_reach():
+def test_unreachable_target_is_refused():
     with pytest.raises(
         FiddlerError,
         match="cannot be reached with the GPU's 10.00 GB by this profile: they reach 4.00",
@@ -59,7 +59,7 @@ def test_out_of_reach():
     "text",
     ["9" * 400 + "tok/s", "0.0000000001tok/s", "0tok/s", "6", "-1tok/s", "1" * 5000 + "tok/s"],
 )
-def test_no_speed(text):
+def test_invalid_speeds_are_refused(text):
     with pytest.raises(
         FiddlerError, match="--target .*: not a speed; write for example 6tok/s"
     ) as caught:

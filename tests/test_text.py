@@ -1,4 +1,4 @@
-"""The pieces of a streamed text are the whole text, whatever the tokenizer."""
+"""The pieces of a streamed text add up to the whole text, with any tokenizer."""
 
 import random
 
@@ -40,7 +40,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """As newer conversions of sentencepiece do, with a token in the middle that is not special."""
+    """Decodes as newer conversions of sentencepiece do, with an added token that is not special."""
     backend = byte_fallback(["▁", "a", "b", ".", "▁a"], [("▁", "a")])
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
@@ -63,7 +63,7 @@ def test_spaces_after_a_newline_stay():
     tokenizer = sentencepiece_like()
     ids = tokenizer("a\nb\n\n c", add_special_tokens=False)["input_ids"]
     assert "".join(streamed(tokenizer, [], ids)) == "a\nb\n\n c"
-    # After a prompt, the answer's first space is part of it.
+    # After a prompt, the answer keeps its leading space.
     prompt = ids[:2]
     answer = tokenizer(" b", add_special_tokens=False)["input_ids"][1:]
     assert "".join(streamed(tokenizer, prompt, answer)) == " b"
@@ -71,7 +71,7 @@ def test_spaces_after_a_newline_stay():
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_the_pieces_are_the_whole(kind):
+def test_pieces_add_up_to_the_whole_text(kind):
     """Random texts, cut between any two tokens into a prompt and an answer."""
     tokenizer = TOKENIZERS[kind]()
     rng = random.Random(0)
@@ -85,13 +85,13 @@ def test_the_pieces_are_the_whole(kind):
         whole = tokenizer.decode(ids, skip_special_tokens=True)
         pieces = streamed(tokenizer, prompt, answer)
         assert "".join(pieces) == answer_text(tokenizer, prompt, answer)
-        if whole.startswith(before):  # not where the cut goes through a character
+        if whole.startswith(before):  # unless the cut splits a character
             assert "".join(pieces) == whole.removeprefix(before)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_random_tokens_and_special_ones(kind):
-    """What no text encodes to: halves of characters, end tokens in the middle."""
+def test_pieces_of_random_tokens_add_up_too(kind):
+    """No text encodes to these: partial characters, end tokens in the middle."""
     tokenizer = TOKENIZERS[kind]()
     rng = random.Random(1)
     for _ in range(150):
@@ -102,7 +102,7 @@ def test_random_tokens_and_special_ones(kind):
         )
 
 
-def test_text_comes_as_soon_as_it_is_certain():
+def test_text_is_streamed_as_soon_as_it_is_certain():
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     ids = tokenizer("Once there was 日 a bear", add_special_tokens=False)["input_ids"]
     pieces = streamed(tokenizer, ids[:1], ids[1:])
@@ -111,8 +111,7 @@ def test_text_comes_as_soon_as_it_is_certain():
     assert sum(piece == "" for piece in pieces[:-1]) == 2  # two of the character's three bytes
 
 
-def test_a_decoder_that_changes_what_it_has_said(monkeypatch):
-    """Then the rest comes at the end."""
+def test_failing_decoder_delays_the_rest_to_the_end(monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     ids = tokenizer("Once upon a time there was", add_special_tokens=False)["input_ids"]
     stream = TextStream(tokenizer, ids[:2])

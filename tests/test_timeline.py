@@ -1,4 +1,4 @@
-"""The spans of a timeline, the times of a phase that follow from them, and traces of them."""
+"""The spans of a timeline, phase times computed from them, and exported traces."""
 
 import json
 
@@ -11,9 +11,11 @@ from fiddler_run.engine.timeline import Lane, Span, Timeline, write_trace
 from fiddler_run.generation.phase_times import _rates, phase_times
 
 
-def test_parts_of_the_time():
-    """Two layers, from router to router 10 s: the CPU 1 to 5, the link 3 to 6, resident 4 to 7, the
-    dense part 8 to 10.
+def test_phase_times_by_hand():
+    """Two layers with 10 s from router to router.
+
+    The CPU works from 1 to 5, the link from 3 to 6, resident experts from 4 to 7, the dense part
+    from 8 to 10.
     """
     spans = [
         Span("Python", "wait for the router", 0, 0, -1.0, 0.0),
@@ -37,8 +39,8 @@ def test_parts_of_the_time():
     assert whole.tokens_per_expert == 2 * 2 * 2 / (32 / 8)
 
 
-def test_rates_of_blocks_read_in_place():
-    """Resident blocks that the same kernel computes have no rate of their own."""
+def test_blocks_read_in_place_give_no_resident_rate():
+    """One kernel computes them with the resident blocks, which cannot be timed separately."""
     spans = [
         Span("CPU", "blocks", 0, 0, 0.0, 6.0),
         Span("link", "in place", 0, 0, 1.0, 5.0),
@@ -52,7 +54,7 @@ def test_rates_of_blocks_read_in_place():
     assert _rates(spans[:1], traffic, block_bytes=10)["CPU"] == 450 / 6
 
 
-def test_a_timeline_that_is_off_keeps_nothing():
+def test_timeline_keeps_nothing_while_off():
     timeline = Timeline(torch.device("cpu"))
     timeline.begin("CPU", "blocks")
     with timeline.recording() as spans:
@@ -66,7 +68,7 @@ def test_a_timeline_that_is_off_keeps_nothing():
     assert 0 <= span.start_s <= span.stop_s
 
 
-def test_a_trace_is_what_viewers_read(tmp_path):
+def test_trace_has_the_format_of_trace_viewers(tmp_path):
     write_trace([Span("link", "copy", 2, 9, 1e-3, 3e-3)], tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     rows = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}

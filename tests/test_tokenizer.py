@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates that fail: one line says what, and what to do."""
+"""Failing tokenizers and chat templates are refused in one line that names the way out."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def variant(folder: Path, **changes) -> Path:
     ],
     ids=str,
 )
-def test_templates_that_fail(tmp_path, template):
+def test_failing_templates_are_refused(tmp_path, template):
     tokenizer = load_tokenizer(variant(tmp_path, chat_template=template))
     with pytest.raises(
         FiddlerError,
@@ -46,14 +46,14 @@ def test_templates_that_fail(tmp_path, template):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_template_that_writes_nothing(tmp_path):
+def test_empty_chat_text_is_refused(tmp_path):
     tokenizer = load_tokenizer(variant(tmp_path, chat_template="{% if false %}x{% endif %}"))
     text = chat_text(tokenizer, [{"role": "user", "content": "Hello"}], "--chat")
     with pytest.raises(FiddlerError, match="the prompt has no tokens"):
         token_ids(tokenizer, text, 100, 768, special_tokens=False)
 
 
-def test_prompts_that_cannot_be_encoded(tmp_path):
+def test_unencodable_prompts_are_refused(tmp_path):
     folder = variant(tmp_path)
     tokenizer_file = json.loads((folder / "tokenizer.json").read_text())
     mark = {**tokenizer_file["added_tokens"][0], "id": 768, "content": "<|im_start|>"}
@@ -84,7 +84,7 @@ def test_prompts_that_cannot_be_encoded(tmp_path):
     ],
     ids=lambda value: value[:9],
 )
-def test_files_that_are_no_tokenizer(tmp_path, name, text, words):
+def test_damaged_tokenizer_files_are_refused(tmp_path, name, text, words):
     (variant(tmp_path) / name).write_text(text)
     assert_refused(tmp_path, words)
 
@@ -102,7 +102,7 @@ def test_files_that_are_no_tokenizer(tmp_path, name, text, words):
         ),
     ],
 )
-def test_folders_without_a_tokenizer(tmp_path, damage, words):
+def test_folders_without_a_tokenizer_are_refused(tmp_path, damage, words):
     damage(variant(tmp_path))
     assert_refused(tmp_path, words)
 

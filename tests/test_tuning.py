@@ -1,4 +1,4 @@
-"""The split between link and CPU that is found after loading, with layers whose speeds are set."""
+"""Tuning of the split after loading, on layers whose speeds the test sets."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def tuned(layers: list[Layer], prompt_tokens: int = LONG) -> Tuning:
 
 
 def shares_of(layer: Layer) -> list[float]:
-    """Shares by tokens."""
+    """The layer's tuned shares, indexed by tokens."""
     tuned([layer])
     return list(layer.decode.shares)
 
@@ -42,12 +42,11 @@ def test_cpu_and_link_finish_together(share):
         assert found[1] == pytest.approx(scale_odds(share, tuning.decode[layer.number]))
         planned = [share] * (len(found) - MEMORY_BOUND_TOKENS)
         assert found[MEMORY_BOUND_TOKENS:] == pytest.approx(planned)
-        fading = found[1:MEMORY_BOUND_TOKENS]  # from its own to the plan's
+        fading = found[1:MEMORY_BOUND_TOKENS]  # from the layer's share to the plan's
         assert sorted(fading, reverse=found[1] > share) == fading
 
 
-def test_a_tuning_is_applied_as_it_was_found():
-    """To layers of the same model, loaded again."""
+def test_tuning_can_be_applied_to_a_reloaded_model():
     resources = Resources()
     layer = Layer(resources, 0.3, 1.0, 2.0, number=3)
     tuning = tuned([layer])
@@ -61,21 +60,21 @@ def test_a_tuning_is_applied_as_it_was_found():
 
 
 @pytest.mark.parametrize("share", [0.2, 0.8])
-def test_prompts_have_one_split_for_all_layers(share):
+def test_prefill_has_one_factor_for_all_layers(share):
     resources = Resources()
     layers = [Layer(resources, share, *each) for each in ((1.0, 2.0), (2.0, 3.0), (3.0, 5.0))]
     layers[1].decode = None  # some of its blocks are on disk
     tuning = tuned(layers)
     assert {layer.prefill_odds for layer in layers} == {tuning.prefill}
-    middle = 3 / (3 + 5)  # of the layer in the middle
+    middle = 3 / (3 + 5)  # the median layer's share
     assert scale_odds(share, tuning.prefill) == pytest.approx(middle)
     assert [layer.prompts for layer in layers] == [[128 * EXPERTS // TOP_K] * 2] * 3
 
 
-def test_one_late_layer_does_not_change_what_prompts_do():
+def test_one_slow_layer_does_not_change_the_prefill_factor():
     resources = Resources()
     layers = [Layer(resources, 2 / 3, 2.0, 1.0) for _ in range(8)]
-    layers[5].late_prompt_s = 1.0
+    layers[5].prompt_delay_s = 1.0
     assert tuned(layers).prefill == pytest.approx(1.0)
 
 
@@ -90,7 +89,7 @@ def test_one_late_layer_does_not_change_what_prompts_do():
         (0.3, 0, LONG, None),
     ],
 )
-def test_which_prompts_are_measured(share, num_host, prompt_tokens, measured):
+def test_prefill_is_measured_only_where_it_can_be_tuned(share, num_host, prompt_tokens, measured):
     layer = Layer(Resources(), share, 1.0, 2.0)
     layer.experts = [SimpleNamespace(num_host=num_host)] * EXPERTS
     tuned([layer], prompt_tokens)
@@ -98,25 +97,25 @@ def test_which_prompts_are_measured(share, num_host, prompt_tokens, measured):
     assert (layer.prefill_odds == 1.0) == (measured is None)
 
 
-def test_one_late_call_changes_nothing():
-    found = shares_of(Layer(Resources(), 0.3, 1.0, 2.0, late_s=100.0))
+def test_one_slow_call_does_not_change_decode_shares():
+    found = shares_of(Layer(Resources(), 0.3, 1.0, 2.0, delay_s=100.0))
     assert found[1] == pytest.approx(1 / 3, abs=0.01)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_what_does_all_goes_on_doing_it(share):
+def test_shares_of_zero_and_one_stay(share):
     assert set(shares_of(Layer(Resources(), share, 1.0, 2.0))[1:]) == {share}
 
 
-def test_a_share_too_small_for_one_block_stays():
+def test_share_too_small_for_one_block_stays():
     assert shares_of(Layer(Resources(), 0.01, 1.0, 2.0))[1] == pytest.approx(0.01)
 
 
-def test_few_blocks_are_never_given_to_one_side_alone():
+def test_slow_link_keeps_a_small_share():
     assert 0.0 < shares_of(Layer(Resources(), 0.5, 1.0, 1000.0))[1] <= 0.1
 
 
-def test_what_is_measured_of_a_token():
+def test_times_of_a_token_by_hand():
     resources = Resources()
     layers = [
         Layer(resources, share, 1.0, 2.0, number=number)
@@ -140,7 +139,7 @@ def test_what_is_measured_of_a_token():
 
 
 @pytest.mark.parametrize(("top_k", "experts"), [(1, 8), (2, 8), (8, 64), (3, 4), (2, 2)])
-def test_the_experts_that_are_called_lie_all_over_a_layer(top_k, experts, monkeypatch):
+def test_measured_experts_are_spread_over_the_layer(top_k, experts, monkeypatch):
     resources = Resources()
     called = set()
     layer = Layer(resources, 0.25, 1.0, 2.0)
@@ -158,7 +157,7 @@ def test_the_experts_that_are_called_lie_all_over_a_layer(top_k, experts, monkey
     assert max(gaps) <= max(1, -(-experts // (top_k * TOKENS)))
 
 
-def test_without_a_decode_path_only_prompts_are_tuned():
+def test_without_a_decode_path_only_prefill_is_tuned():
     resources = Resources(decode=None)
     layer = Layer(resources, 0.25, 1.0, 2.0)
     tuning = tuned([layer])

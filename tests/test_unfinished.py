@@ -1,4 +1,4 @@
-"""Checkpoints of long work: what is kept when it is cut short, and removed when it is done."""
+"""Checkpoints of long-running commands: kept when interrupted, removed when done."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from fiddler_run.errors import FiddlerError
 
 MADE_WITH = {"shape": [1, 2], "torch": "2"}
 PARTS = ("host", "threads", "experts", "link")
-# Makes the parts, and is killed when it calls a function of `os` for the n-th time, or right after.
+# Makes the parts, and is killed before or after its n-th call of a function of `os`.
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
@@ -46,7 +46,7 @@ forget_unfinished(Path("m.yaml"))
 
 
 def test_only_our_own_files_are_removed(tmp_path):
-    """Not an editor's, nor those of a name that glob characters would fit."""
+    """Files of editors stay, and files that the name would match as a glob pattern."""
     target = tmp_path / "m[ab].yaml"
     ours = [
         ".m[ab].yaml.unfinished",
@@ -71,7 +71,7 @@ def test_only_our_own_files_are_removed(tmp_path):
     forget_unfinished(target)
 
 
-def test_parts_are_found_again(tmp_path):
+def test_parts_are_read_back(tmp_path):
     target = tmp_path / "m.yaml"
     shared = [1.5, 2.0]
     made = {"a": {"times": shared, "again": shared}, "b": shared}
@@ -85,7 +85,7 @@ def test_parts_are_found_again(tmp_path):
 
 
 def make_parts(folder: Path, function: str, moment: str, calls: int) -> tuple[int, list[str]]:
-    """Runs PROGRAM: its exit status, and the parts that it made."""
+    """Runs PROGRAM; returns its exit status and the parts that it made."""
     done = subprocess.run(
         [sys.executable, "-u", "-c", PROGRAM, function, moment, str(calls), *PARTS],
         cwd=folder,
@@ -100,8 +100,8 @@ def make_parts(folder: Path, function: str, moment: str, calls: int) -> tuple[in
     ("function", "moment", "is_kept"),
     [("fsync", "before", False), ("replace", "before", False), ("replace", "after", True)],
 )
-def test_killed_at_each_write_it_goes_on(tmp_path, function, moment, is_kept):
-    """A part whose file was in place when the process was killed is never made again."""
+def test_work_resumes_after_a_kill_at_any_write(tmp_path, function, moment, is_kept):
+    """A part whose file was in place when the process was killed is not repeated."""
     for finished in range(len(PARTS)):
         known = Unfinished(tmp_path / "m.yaml", {"torch": "2"}).parts
         assert list(known) == list(PARTS[:finished])
@@ -134,7 +134,7 @@ def test_killed_at_each_write_it_goes_on(tmp_path, function, moment, is_kept):
         b"made_with: 2026-13-45",
     ],
 )
-def test_what_is_wrong_with_them_is_no_error(tmp_path, content):
+def test_damaged_checkpoint_is_ignored(tmp_path, content):
     target = tmp_path / "m.yaml"
     unfinished_path(target).write_bytes(content)
     found = Unfinished(target, MADE_WITH)
@@ -143,7 +143,7 @@ def test_what_is_wrong_with_them_is_no_error(tmp_path, content):
     assert Unfinished(target, MADE_WITH).parts == {"a": 1}
 
 
-def test_parts_that_may_not_be_read(tmp_path, monkeypatch):
+def test_unreadable_checkpoint_is_refused(tmp_path, monkeypatch):
     target = tmp_path / "m.yaml"
     unfinished_path(target).write_text("x")
 

@@ -1,3 +1,5 @@
+"""Sizes, rates and lists of values as users write them."""
+
 import pytest
 
 from fiddler_opt.units import (
@@ -26,22 +28,22 @@ GIB = 2**30
         ("7B", 7),
     ],
 )
-def test_parse(text, size):
+def test_sizes_are_parsed(text, size):
     assert parse_bytes(text, "--gpu-mem") == size
 
 
 @pytest.mark.parametrize("text", ["24", "GB", "24gb", "24 G", "-1GB", "1e9B", "", "nanGB"])
-def test_refuses(text):
+def test_malformed_sizes_are_refused(text):
     with pytest.raises(FiddlerError, match="--gpu-mem"):
         parse_bytes(text, "--gpu-mem")
 
 
-def test_a_bare_number_is_told_both_units():
+def test_error_of_a_bare_number_names_both_units():
     with pytest.raises(FiddlerError, match=r"24GB \(10\^9 bytes\) or 24GiB \(2\^30 bytes\)"):
         parse_bytes("24", "--gpu-mem")
 
 
-def test_rates():
+def test_rates_are_parsed_and_formatted():
     assert parse_bytes_per_s("31.5GB/s", "--link") == 31_500_000_000
     assert format_bytes_per_s(31.5e9) == "31.50 GB/s"
     for text in ("25GB", "25/s", "25GB/", "25GB/min", "0GB/s", "fast"):
@@ -49,7 +51,7 @@ def test_rates():
             parse_bytes_per_s(text, "--link")
 
 
-def test_values():
+def test_lists_and_ranges_are_parsed():
     assert parse_values("8GB", "--gpu-mem", parse_bytes) == [8 * GB]
     assert parse_values("24GB, 8GB,8000MB", "--gpu-mem", parse_bytes) == [8 * GB, 24 * GB]
     assert parse_values("1..4", "--beams", parse_count) == [1, 2, 3, 4]
@@ -70,7 +72,7 @@ def test_values():
         (1, 8, [1, 2, 3, 4, 5, 6, 7, 8]),
     ],
 )
-def test_round_values(low, high, values):
+def test_ranges_are_split_at_round_values(low, high, values):
     assert round_values(low, high) == values
 
 
@@ -84,7 +86,7 @@ def test_any_range_has_a_handful_of_values():
             assert values == sorted(set(values))
 
 
-def test_format():
+def test_sizes_are_formatted():
     assert [format_bytes(n) for n in (0, 999, 1500, 352_321_536, 24e9)] == [
         "0 B",
         "999 B",
@@ -110,12 +112,12 @@ NINES = "9" * 400
         (parse_count, "2147483648"),
     ],
 )
-def test_sizes_beyond_reason(parse, text):
+def test_absurd_sizes_are_refused(parse, text):
     with pytest.raises(FiddlerError, match=r"^--flag \d+(\.\.\.|\S*): more than") as caught:
         parse(text, "--flag")
     assert len(str(caught.value)) < 120
 
 
-def test_the_largest_sizes():
+def test_largest_sizes_are_parsed():
     assert parse_bytes("1048576TiB", "--gpu-mem") == 2**60
     assert parse_count("0002147483647", "--beams") == 2**31 - 1

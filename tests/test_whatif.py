@@ -1,4 +1,4 @@
-"""What-if: curves of whole plans over one quantity, and the flags that ask for them."""
+"""`fiddler-opt whatif`: plans over a range of one quantity, and its flags."""
 
 import argparse
 import random
@@ -18,7 +18,7 @@ from fiddler_opt.solve.memory import fixed_memory
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Budget, Workload
 
-MADE = {
+PROVENANCE = {
     "command": "test",
     "machine": "test",
     "machine_sha256": "",
@@ -31,18 +31,18 @@ MODEL = small_model()
 ROUTING = random_routing(MODEL, random.Random(1))
 NEEDED = fixed_memory(
     MODEL, machine_profile(MODEL), WORKLOAD, 10**9, 256
-).used  # all that is not experts
+).used  # everything but experts
 
 
 MACHINES = [random_machine(random.Random(seed)) for seed in range(6)]
 
 
-def faster(*rates: float) -> list[float]:
+def ascending(*rates: float) -> list[float]:
     return [rate * factor for rate in rates for factor in (0.1, 0.5, 0.9, 1.0, 1.1, 2.0, 5.0, 50.0)]
 
 
 def solve(machine: MachineProfile, workload: Workload, gpu_bytes: int):
-    return compile_plan(MODEL, machine, ROUTING, workload, Budget(gpu_bytes=gpu_bytes), MADE)
+    return compile_plan(MODEL, machine, ROUTING, workload, Budget(gpu_bytes=gpu_bytes), PROVENANCE)
 
 
 def rows_of(machine: MachineProfile, asked: WhatIf, model: ModelSpec = MODEL) -> list[Row]:
@@ -50,18 +50,19 @@ def rows_of(machine: MachineProfile, asked: WhatIf, model: ModelSpec = MODEL) ->
 
 
 @pytest.mark.parametrize("swept", ["gpu_mem", "link", "ram"])
-def test_more_of_anything_predicts_no_slower_plan(swept):
+def test_more_of_any_resource_never_predicts_slower(swept):
     for machine in MACHINES[:6]:
         given = {"gpu_mem": NEEDED + 4 * MODEL.expert_bytes}
         values = {
             "gpu_mem": range(NEEDED, NEEDED + 8 * MODEL.expert_bytes, MODEL.expert_bytes),
-            "link": map(round, faster(machine.h2d_bytes_per_s)),
-            "ram": map(round, faster(ram_rate(machine))),
+            "link": map(round, ascending(machine.h2d_bytes_per_s)),
+            "ram": map(round, ascending(ram_rate(machine))),
         }[swept]
         rows = rows_of(machine, WhatIf(swept, list(values), given))
-        told = [row.plan.predicted for row in rows]
+        predictions = [row.plan.predicted for row in rows]
         seconds = [
-            each.ttft_s + (WORKLOAD.output_tokens - 1) / each.decode_tokens_per_s for each in told
+            each.ttft_s + (WORKLOAD.output_tokens - 1) / each.decode_tokens_per_s
+            for each in predictions
         ]
         assert all(
             later <= earlier * 1.001 for earlier, later in zip(seconds, seconds[1:], strict=False)
@@ -69,7 +70,7 @@ def test_more_of_anything_predicts_no_slower_plan(swept):
         assert seconds[-1] < 0.95 * seconds[0]
 
 
-def test_a_larger_gpu_than_the_profiled_one():
+def test_gpu_memory_may_exceed_the_profiled_gpu():
     machine = with_gpu_memory(MACHINES[0], 1)
     machine = machine.model_copy(
         update={"device": machine.device.model_copy(update={"memory_bytes": NEEDED})}
@@ -79,7 +80,7 @@ def test_a_larger_gpu_than_the_profiled_one():
     assert with_gpu_memory(machine, 10).device == machine.device
 
 
-def test_without_a_gpu():
+def test_sweep_of_gpu_memory_needs_a_gpu():
     machine = machine_profile(MODEL, kind="cpu")
     with pytest.raises(FiddlerError, match="--gpu-mem: the machine profile has no GPU"):
         points(WhatIf("gpu_mem", [1, 2], {}), machine, WORKLOAD)
@@ -89,7 +90,7 @@ def test_without_a_gpu():
     ] == [0, 0]
 
 
-def test_what_does_not_fit_is_a_row():
+def test_points_that_do_not_fit_are_rows():
     machine = MACHINES[0]
     small, large = rows_of(machine, WhatIf("gpu_mem", [10**6, 6 * 10**8], {}))
     assert small.plan is None
@@ -111,7 +112,7 @@ def printed(machine: MachineProfile, asked: WhatIf, plot_file: str | None = None
     return capture.get()
 
 
-def test_table_and_picture(tmp_path):
+def test_sweep_is_printed_and_plotted(tmp_path):
     machine = MACHINES[0]
     for number, asked in enumerate(
         (
@@ -151,7 +152,7 @@ def parse(line: str) -> WhatIf:
     return parse_whatif(parser.parse_args(line.split()))
 
 
-def test_flags():
+def test_flags_are_parsed():
     assert parse("--gpu-mem 8GB,24GB,16GB --beams 2") == WhatIf(
         "gpu_mem", [8 * 10**9, 16 * 10**9, 24 * 10**9], {"num_beams": 2}
     )
@@ -190,6 +191,6 @@ def test_flags():
         ("--batch-size 1..2,3", "give either a list, A,B,C, or a range, A..B"),
     ],
 )
-def test_refuses(line, words):
+def test_bad_flags_are_refused(line, words):
     with pytest.raises(FiddlerError, match=words):
         parse(line)

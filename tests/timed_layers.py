@@ -15,11 +15,11 @@ EXPERTS = 8
 BLOCKS = 16
 TOP_K = 2
 ROUTER = Router(EXPERTS, TOP_K, hidden_size=4)
-LONG = 4096  # tokens of a prompt
+LONG = 4096  # tokens of a long prompt
 
 
 class Resources:
-    """Their clock stands still but for what layers take."""
+    """Stands in for the engine's resources; its timeline holds only times that layers report."""
 
     def __init__(self, decode: object | None = "kernels"):
         self.kernels = SimpleNamespace(decode=decode)
@@ -40,9 +40,9 @@ class Resources:
 
 
 class Layer:
-    """Layers whose experts' blocks are all in host memory.
+    """A layer whose expert blocks are all in host memory.
 
-    `cpu_s` and `link_s` for each block, and once `late_s` more for the CPU.
+    `cpu_s` and `link_s`: seconds per block. `delay_s`: added to the CPU's time once.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Layer:
         share: float,
         cpu_s: float,
         link_s: float,
-        late_s: float = 0.0,
+        delay_s: float = 0.0,
         number: int = 0,
     ):
         nothing = [torch.empty(0, 6)] * EXPERTS
@@ -64,8 +64,8 @@ class Layer:
         self.share = share
         self.cpu_s = cpu_s
         self.link_s = link_s
-        self.late_s = late_s
-        self.late_prompt_s = 0.0
+        self.delay_s = delay_s
+        self.prompt_delay_s = 0.0
         self.prefill_odds = 1.0
         self.prompts = []
 
@@ -76,8 +76,8 @@ class Layer:
         assert index.shape == weights.shape == (1, TOP_K)
         assert index.max() < EXPERTS
         streamed = int(self.decode.shares[1] * TOP_K * BLOCKS + 0.5)
-        cpu_s = (TOP_K * BLOCKS - streamed) * self.cpu_s + self.late_s
-        self.late_s = 0.0
+        cpu_s = (TOP_K * BLOCKS - streamed) * self.cpu_s + self.delay_s
+        self.delay_s = 0.0
         call = self.resources.calls
         self.resources.spans += [
             Span(Lane.CPU, Work.ROUTER, 0, call, 0.0, 9.0),
@@ -93,8 +93,8 @@ class Layer:
         assert index.flatten().bincount(minlength=EXPERTS).min() > 0
         self.prompts.append(len(states))
         share = scale_odds(self.share, self.prefill_odds)
-        cpu_s = (1 - share) * self.cpu_s + self.late_prompt_s
-        self.late_prompt_s = 0.0
+        cpu_s = (1 - share) * self.cpu_s + self.prompt_delay_s
+        self.prompt_delay_s = 0.0
         copy_s = share * self.link_s / 2
         call = self.resources.calls
         self.resources.spans += [

@@ -1,7 +1,7 @@
-"""Generates the demo model's training text: an endless, seeded stream of short documents in three
-unlike domains.
+"""Generates the demo model's training text: an endless, seeded stream of short documents.
 
-`python corpus.py stories --seed 7 --count 3` prints a few documents.
+The documents belong to three different domains. `python corpus.py stories --seed 7 --count 3`
+prints a few of them.
 """
 
 import argparse
@@ -46,8 +46,9 @@ OPENINGS = ["Once upon a time", "Long ago", "One bright morning", "In a land far
 
 
 def story(rng: random.Random) -> str:
-    """Two friends, a thing that is found, a problem with it, a cure and a lesson; names and things
-    stay consistent.
+    """Two friends, a found object, a problem with it, a solution and a lesson.
+
+    Names and objects stay consistent.
     """
     hero, friend = rng.sample(NAMES, 2)
     animal, other = rng.sample(ANIMALS, 2)
@@ -81,7 +82,7 @@ def story(rng: random.Random) -> str:
 
 
 def arithmetic(rng: random.Random) -> str:
-    """A handful of sums, differences, small products and word problems with their answers."""
+    """A few sums, differences, small products and word problems with their answers."""
     goods = ["apples", "coins", "books", "eggs", "pens", "shells"]
     lines = []
     for _ in range(rng.randint(4, 7)):
@@ -162,7 +163,7 @@ DOMAINS = {"stories": story, "arithmetic": arithmetic, "programs": program}
 
 
 def documents(domain: str, seed: int, count: int) -> list[str]:
-    """`count` documents of one domain; the same seed gives the same documents."""
+    """`count` documents of one domain. The same seed gives the same documents."""
     rng = random.Random(f"{domain}-{seed}")
     return [DOMAINS[domain](rng) for _ in range(count)]
 

@@ -1,5 +1,4 @@
-"""Trains the demo checkpoint in this folder from scratch on a CPU: tokenizer, model, prompts, and
-the figures in README.md.
+"""Trains the demo checkpoint in this folder on a CPU: tokenizer, model, prompts and README tables.
 
 `python train.py` overwrites the checkpoint beside it; about 15 minutes on two cores. Seeded, so two
 runs on the same machine and library versions give the same weights.
@@ -31,7 +30,9 @@ SEQUENCE_TOKENS = 192
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; digits stay single, so that sums can be learned digit by digit."""
+    """Trains a byte-level BPE tokenizer. Digits stay single, so that sums can be learned digit by
+    digit.
+    """
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Split(Regex(r"\d"), behavior="isolated")
@@ -79,7 +80,7 @@ def config() -> MixtralConfig:
 
 
 def sequences(tokenizer, domain: str, seed: int, count: int) -> torch.Tensor:
-    """`count` documents of one domain, joined and cut: [n, SEQUENCE_TOKENS] token ids."""
+    """`count` documents of one domain, joined and cut: token ids [n, SEQUENCE_TOKENS]."""
     encoded = tokenizer([text + tokenizer.eos_token for text in documents(domain, seed, count)])[
         "input_ids"
     ]
@@ -89,9 +90,10 @@ def sequences(tokenizer, domain: str, seed: int, count: int) -> torch.Tensor:
 
 
 def balance_loss(model, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The usual load-balancing loss, but for each layer by itself: transformers' own takes all
-    layers together, which lets every layer rely on a few experts as long as they are others in the
-    next layer.
+    """The usual load-balancing loss, computed per layer.
+
+    transformers' own loss combines all layers, which lets each layer rely on a few experts if other
+    layers use the rest.
     """
     config = model.config
     losses = [
@@ -102,8 +104,9 @@ def balance_loss(model, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor
 
 
 def train(model, data: dict[str, torch.Tensor], steps: int, batch: int, peak_lr: float) -> None:
-    """AdamW, linear warm-up, cosine decay; every batch holds all domains, so the balance loss
-    leaves experts free to specialise.
+    """Trains with AdamW, linear warm-up and cosine decay.
+
+    Every batch contains all domains, so that the balance loss leaves experts free to specialise.
     """
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -140,8 +143,8 @@ def train(model, data: dict[str, torch.Tensor], steps: int, batch: int, peak_lr:
 
 @torch.inference_mode()
 def evaluate(model, tokenizer) -> None:
-    """Prints README.md's tables: held-out loss per domain, and per layer and domain the share of
-    the busiest two experts.
+    """Prints README.md's tables: the loss per domain, and the busiest experts per layer and
+    domain.
     """
     model.eval()
     losses = {}
@@ -177,8 +180,9 @@ def evaluate(model, tokenizer) -> None:
 
 
 def write_prompts() -> None:
-    """prompts/: first halves of held-out documents of each domain; `fiddler-opt profile` records
-    the routing on them by default.
+    """Writes the first halves of held-out documents of each domain to prompts/.
+
+    `fiddler-opt profile` records routing on them by default.
     """
     (HERE / "prompts").mkdir(exist_ok=True)
     for domain in DOMAINS:

@@ -1,4 +1,4 @@
-"""`fiddler-opt calibrate`: corrects a machine profile by a run of a plan."""
+"""`fiddler-opt calibrate`: corrects a machine profile from a measured run."""
 
 import argparse
 from pathlib import Path
@@ -11,11 +11,11 @@ from fiddler_run.plan.schema import Plan
 from fiddler_run.system.files import require_writable
 from fiddler_run.system.locate import shipped_file
 
-HELP = "correct a machine profile by the measurements of a plan's run"
+HELP = "correct a machine profile from a measured run"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", metavar="PLAN")
+    parser.add_argument("plan", metavar="PLAN", help="the plan that was run")
     parser.add_argument(
         "result",
         metavar="RESULT",

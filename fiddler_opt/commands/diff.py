@@ -14,8 +14,8 @@ HELP = "print the differences between two plans"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("first", metavar="PLAN")
-    parser.add_argument("second", metavar="PLAN")
+    parser.add_argument("first", metavar="FIRST", help="a plan")
+    parser.add_argument("second", metavar="SECOND", help="the plan to compare it with")
 
 
 def run(flags: argparse.Namespace, console: Console) -> None:

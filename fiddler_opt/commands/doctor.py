@@ -1,4 +1,4 @@
-"""`fiddler-opt doctor`: prints the limits of this machine, and how to lift them."""
+"""`fiddler-opt doctor`: prints the limits of this machine and how to lift them."""
 
 import argparse
 
@@ -10,7 +10,7 @@ from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_run.errors import FiddlerError
 from fiddler_run.system.files import is_file
 
-HELP = "print the limits of this machine, and how to lift them"
+HELP = "print the limits of this machine and how to lift them"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     path = machine_file(flags)
     model = load_spec(flags.model, console)
     machine = MachineProfile.load(path) if is_file(path) else None
-    with console.status("looking at this machine"):
+    with console.status("examining this machine"):
         findings = examine(model, machine)
     print_findings(tables(), findings)
     if stops(findings):

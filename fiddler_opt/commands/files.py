@@ -1,4 +1,4 @@
-"""The files that flags name, loaded, and how a command's output was made."""
+"""Loads the files that flags name, and describes how a command's output was made."""
 
 import argparse
 import shlex
@@ -19,7 +19,7 @@ from fiddler_run.system.locate import shipped_file
 
 
 def load_spec(name: str, console: Console) -> ModelSpec:
-    """The model of that name; prints what was assumed about it."""
+    """Loads the model named `name`. Prints a note if part of its description was assumed."""
     model = ModelSpec.load(name)
     if model.note is not None:
         console.print(f"note: {model.note}", style="yellow")
@@ -27,7 +27,7 @@ def load_spec(name: str, console: Console) -> ModelSpec:
 
 
 def load_machine(flags: argparse.Namespace) -> tuple[MachineProfile, Path]:
-    """The machine profile and its file."""
+    """Loads the machine profile. Returns it with its path."""
     path = machine_file(flags)
     if not is_file(path):
         raise FiddlerError(
@@ -38,7 +38,10 @@ def load_machine(flags: argparse.Namespace) -> tuple[MachineProfile, Path]:
 
 
 def load_routing(flags: argparse.Namespace, model: ModelSpec) -> Routing:
-    """The routing of the model's profile; uniform if none is named and there is none."""
+    """Loads the model's routing profile.
+
+    Without one, routing is assumed to be uniform.
+    """
     path = routing_file(flags, model) if flags.routing is None else shipped_file(flags.routing)
     if flags.routing is None and not is_file(path):
         return Routing.uniform(model)
@@ -55,7 +58,7 @@ def routing_file(flags: argparse.Namespace, model: ModelSpec) -> Path:
 
 
 def provenance(machine_path: Path, machine: MachineProfile, routing: str) -> dict[str, str]:
-    """A plan's provenance, but for the solver's keys."""
+    """A plan's provenance, except for the keys that describe the solver's run."""
     return {
         "command": command_line(),
         "machine": str(machine_path),
@@ -71,5 +74,5 @@ def command_line() -> str:
 
 
 def tables() -> Console:
-    """The console on stdout, for commands whose result is tables."""
+    """A console on stdout, for commands that print tables."""
     return Console(highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""Flags that several commands share."""
+"""Flags shared by several commands."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from fiddler_opt.inputs.model import DEFAULT_MODEL
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The model, and the folder of its profiles and the machine's."""
+    """Adds the flags for the model and for the folder of profiles."""
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
@@ -21,7 +21,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_profiles(parser: argparse.ArgumentParser) -> None:
-    """The profiles that a new plan is made from."""
+    """Adds the flags for the profiles that a new plan is made from."""
     parser.add_argument(
         "--machine",
         metavar="FILE",
@@ -35,7 +35,7 @@ def add_profiles(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
-    """The profiles that an existing plan was made from."""
+    """Adds the flags for the profiles that an existing plan was made from."""
     for name in ("machine", "routing"):
         parser.add_argument(
             f"--{name}",

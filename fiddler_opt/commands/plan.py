@@ -1,4 +1,4 @@
-"""`fiddler-opt plan`: solves for the best placement, and writes the plan."""
+"""`fiddler-opt plan`: solves for the best placement and writes the plan."""
 
 import argparse
 from pathlib import Path
@@ -48,7 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-mem",
         metavar="SIZE",
-        help="host memory for experts; the others lie on disk (default: as much as they need)",
+        help="limit of host memory for experts; the rest is kept on disk (default: no limit)",
     )
     shared.add_profiles(parser)
     for key, words in WORKLOAD_HELP.items():
@@ -64,13 +64,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--robust",
         action="store_true",
-        help="plan for that set of prompts of the routing profile for which the plan is worst",
+        help="optimise for the worst of the routing profile's sets of prompts",
     )
     parser.add_argument(
-        "--baseline", choices=BASELINES, help="write the plan of this simple rule, to compare with"
+        "--baseline",
+        choices=BASELINES,
+        help="write the plan of this simple rule instead, for comparison",
     )
     parser.add_argument(
-        "--emit", metavar="FILE", help="write the integer program as well, in the LP format"
+        "--emit", metavar="FILE", help="also write the integer program, in LP format"
     )
 
 
@@ -118,7 +120,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
 
 
 def free_gpu_memory(machine: MachineProfile, console: Console) -> tuple[int, str]:
-    """The bytes that were free on the profiled GPU, and their size as a file's name says it."""
+    """The bytes that were free on the profiled GPU, and that size as written in a file name."""
     if machine.device.kind != "cuda":
         console.print(
             "no --gpu-mem, and the machine profile has no GPU: planning for the CPU alone"

@@ -1,4 +1,4 @@
-"""`fiddler-opt show`: prints a plan or a profile, and the reasons for a plan."""
+"""`fiddler-opt show`: prints a plan or a profile, or explains a plan."""
 
 import argparse
 from pathlib import Path
@@ -16,7 +16,7 @@ from fiddler_run.plan.schema import Plan
 from fiddler_run.system.files import require_writable
 from fiddler_run.system.locate import shipped_file
 
-HELP = "print a plan or a profile as tables, or the reasons for a plan"
+HELP = "print a plan or a profile as tables, or explain a plan"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -30,30 +30,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot",
         metavar="FILE",
-        help="also draw it, into a .png, .svg or .pdf (needs the extra `plots`)",
+        help="also plot it to a .png, .svg or .pdf file (needs the extra `plots`)",
     )
 
 
 def run(flags: argparse.Namespace, console: Console) -> None:
     if (flags.machine or flags.routing) and not flags.why:
-        raise FiddlerError("--machine and --routing belong to --why; add it or leave them out")
+        raise FiddlerError("--machine and --routing need --why; add it or remove them")
     if flags.plot is not None:
         require_writable(flags.plot)
     path = shipped_file(flags.file)
     shown = print_file(tables(), path)
     if flags.why:
         if not isinstance(shown, Plan):
-            raise FiddlerError(f"{path}: a {shown.kind}, but --why explains plans; leave it out")
+            raise FiddlerError(f"{path}: a {shown.kind}, but --why explains plans; remove it")
         explain(flags, console, shown, path)
     if flags.plot is not None:
         from fiddler_opt.insight.plots import plot
 
         plot(shown, flags.plot)
-        console.print(f"drawn: {flags.plot}")
+        console.print(f"plot written to {flags.plot}")
 
 
 def explain(flags: argparse.Namespace, console: Console, plan: Plan, path: Path) -> None:
-    """Prints the reasons for a plan; without its sources, those that the plan itself holds."""
+    """Explains a plan. Without its source profiles, leaves out the marginal experts."""
     print_times(tables(), plan)
     try:
         problem, routing = sources(plan, path, flags.machine, flags.routing)

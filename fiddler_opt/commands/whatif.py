@@ -1,4 +1,4 @@
-"""`fiddler-opt whatif`: predicts over a range of one quantity."""
+"""`fiddler-opt whatif`: predicts speed over a range of one quantity."""
 
 import argparse
 

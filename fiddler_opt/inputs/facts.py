@@ -1,6 +1,6 @@
-"""Facts about this machine, from the system.
+"""Reads facts about this machine from the system.
 
-Rule: None where the system does not say; nothing is judged here.
+A fact is None where the system does not provide it. Nothing is judged here.
 """
 
 import os
@@ -16,8 +16,8 @@ from pathlib import Path
 from fiddler_run.system import host
 from fiddler_run.system.host import read
 
-GENERATIONS = {"2.5": 1, "5": 2, "8": 3, "16": 4, "32": 5, "64": 6}  # by GT/s
-# By generation, after the line's coding.
+GENERATIONS = {"2.5": 1, "5": 2, "8": 3, "16": 4, "32": 5, "64": 6}  # PCIe generation by GT/s
+# By PCIe generation, after line encoding.
 LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
 DISK_SAMPLE_BYTES = 512_000_000
 DISK_MINIMUM_BYTES = 64_000_000
@@ -34,7 +34,10 @@ class NumaNode:
 
 @dataclass(frozen=True)
 class PcieLink:
-    """A GPU's link as it is now, and the most that card and slot can both do. Widths are lanes."""
+    """The current state of a GPU's link, and the maximum that card and slot support.
+
+    Widths are in lanes.
+    """
 
     generation: int
     width: int
@@ -43,7 +46,7 @@ class PcieLink:
 
     @property
     def bytes_per_s(self) -> float:
-        """The link's rate now, in one direction, before the overhead of packets."""
+        """The link's current rate in one direction, before packet overhead."""
         return self.width * LANE_BYTES_PER_S[self.generation]
 
     @property
@@ -53,7 +56,7 @@ class PcieLink:
 
 @dataclass
 class GpuUse:
-    """How busy a GPU is, 0 to 1, and the bytes that processes hold, by their id; None: unknown."""
+    """How busy a GPU is, from 0 to 1, and the bytes that each process holds. None: unknown."""
 
     utilisation: float | None
     processes: dict[int, int | None] = field(default_factory=dict)
@@ -68,13 +71,13 @@ class Driver:
 
 
 def memlock_limit_bytes() -> int | None:
-    """Memory that this process may lock; None is no limit."""
+    """The amount of memory that this process may lock. None: unlimited."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
 
 
 def is_wsl() -> bool:
-    """True if this Linux runs inside Windows."""
+    """True if this Linux system runs under WSL."""
     return "microsoft" in platform.release().lower()
 
 
@@ -89,7 +92,7 @@ def numa_nodes() -> list[NumaNode] | None:
 
 
 def governor() -> str | None:
-    """The governor of the first usable CPU's clock: `performance`, `powersave`, ..."""
+    """The frequency governor of the first usable CPU: `performance`, `powersave`, ..."""
     return (
         read(f"sys/devices/system/cpu/cpu{min(host.allowed_cpus())}/cpufreq/scaling_governor")
         or None
@@ -97,13 +100,13 @@ def governor() -> str | None:
 
 
 def transparent_huge_pages() -> str | None:
-    """`always`, `madvise` or `never`."""
+    """The setting of transparent huge pages: `always`, `madvise` or `never`."""
     chosen = re.search(r"\[(\w+)\]", read("sys/kernel/mm/transparent_hugepage/enabled"))
     return chosen[1] if chosen else None
 
 
 def has_nvidia_gpu() -> bool:
-    """True if there is one, with or without a driver."""
+    """True if an NVIDIA GPU is present, with or without a driver."""
     devices = list((host.ROOT / "sys/bus/pci/devices").glob("*"))
     display = any(
         read(device / "vendor") == "0x10de" and read(device / "class").startswith("0x03")
@@ -120,17 +123,20 @@ def nvidia_driver() -> Driver | None:
 
 
 def pcie_link(bus_id: str) -> PcieLink | None:
-    """The link of the GPU `0000:01:00.0`. An idle GPU drops its generation: ask while it copies."""
+    """The link of the GPU at `bus_id`, such as `0000:01:00.0`.
+
+    An idle GPU lowers its link speed, so call this during a copy.
+    """
     for ask in (_link_by_sysfs, _link_by_nvidia_smi):
         link = ask(_sysfs_name(bus_id))
-        # virtual machines show 0, 63 or 255
+        # virtual machines report 0, 63 or 255
         if link and 0 < link.width <= 32 and 0 < link.max_width <= 32:
             return link
     return None
 
 
 def _link_by_sysfs(name: str) -> PcieLink | None:
-    device = (host.ROOT / "sys/bus/pci/devices" / name).resolve()  # its parent is the slot's bridge
+    device = (host.ROOT / "sys/bus/pci/devices" / name).resolve()  # the parent is the slot's bridge
 
     def generation(file: Path) -> int | None:
         speed = re.match(r"(\d+(?:\.\d+)?) GT/s", read(file))
@@ -164,13 +170,13 @@ def _link_by_nvidia_smi(bus_id: str) -> PcieLink | None:
 
 def gpu_numa_node(bus_id: str) -> int | None:
     node = read(f"sys/bus/pci/devices/{_sysfs_name(bus_id)}/numa_node")
-    return int(node) if node.isdigit() else None  # -1: the firmware does not say
+    return int(node) if node.isdigit() else None  # -1: the firmware does not report a node
 
 
 def gpu_use() -> dict[str, GpuUse]:
-    """The use of each GPU besides this process, by bus id (`0000:01:00.0`).
+    """The use of each GPU by other processes, by bus id such as `0000:01:00.0`.
 
-    In a container, other processes may not be seen.
+    A container may hide other processes.
     """
     use = {
         _sysfs_name(bus_id): GpuUse(int(percent) / 100 if percent.isdigit() else None)
@@ -185,13 +191,13 @@ def gpu_use() -> dict[str, GpuUse]:
 
 
 def _sysfs_name(bus_id: str) -> str:
-    """`0000:01:00.0` for nvidia-smi's `00000000:01:00.0`."""
+    """The bus id in sysfs's form: `0000:01:00.0` for nvidia-smi's `00000000:01:00.0`."""
     domain, _, rest = bus_id.partition(":")
     return f"{int(domain, 16):04x}:{rest.lower()}"
 
 
 def _query(*arguments: str) -> list[list[str]]:
-    """The rows that nvidia-smi answers, each a list of fields."""
+    """Runs nvidia-smi and returns its rows, each a list of fields."""
     answer = _nvidia_smi(*arguments, "--format=csv,noheader,nounits") or ""
     return [
         [field.strip() for field in line.split(",")] for line in answer.splitlines() if line.strip()
@@ -209,12 +215,10 @@ def _nvidia_smi(*arguments: str) -> str | None:
 
 
 def disk_bytes_per_s(folder: str | Path) -> float | None:
-    """Read speed of the largest file in a checkpoint's folder, by several threads.
+    """Read speed of the largest file in a checkpoint's folder, using several threads.
 
-    None below 64 MB.
-
-    The system is asked to forget what it has cached of the file; where it ignores that, this is the
-    speed of its cache.
+    Drops the file's cached pages first. Where the system ignores that request, the result is the
+    speed of the page cache. None if the file is smaller than 64 MB.
     """
     files = [path for path in Path(folder).glob("*") if path.is_file() and os.access(path, os.R_OK)]
     largest = max(files, key=lambda path: path.stat().st_size, default=None)

@@ -1,6 +1,6 @@
-"""MachineProfile: how fast a machine does each part of the runtime's work.
+"""MachineProfile: the measured speed of each part of the runtime's work on one machine.
 
-It knows no prompts and no placement.
+A machine profile does not depend on prompts or on a placement.
 """
 
 from statistics import median
@@ -21,9 +21,10 @@ from fiddler_opt.inputs.machine_parts import (
 from fiddler_run.plan.split import interpolate
 from fiddler_run.plan.yaml_file import Count, Microseconds, Rate, Ratio, YamlFile
 
-MIN_US = 0.1  # the resolution of times in a file; nothing takes none
-MAX_US = 1e15  # the largest value of `Microseconds`
-Share = Annotated[float, Field(ge=0, le=1)]  # of a host expert's blocks, streamed over the link
+MIN_US = 0.1  # resolution of the times in a file; nothing takes zero time
+MAX_US = 1e15  # largest value of `Microseconds`
+# share of an expert's host blocks that is streamed over the link
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class MachineProfile(YamlFile):
@@ -48,26 +49,23 @@ class MachineProfile(YamlFile):
     provenance: ProfileProvenance
 
     header: ClassVar[str] = (
-        "A machine's speed, as `fiddler-opt profile` writes it. Times are medians in microseconds,"
-        " by number of tokens."
+        "The speed of a machine. Times are medians in microseconds, by number of tokens."
     )
     key_comments: ClassVar[dict[str, str]] = {
         "link": "null: there is no GPU",
-        "disk_bytes_per_s": "reading the checkpoint; null: there was none to read",
+        "disk_bytes_per_s": "rate of reading the checkpoint; null: not measured",
         "host_expert_us": (
-            "one expert in host memory, by the share sent over the link: the CPU computes the rest"
-            " meanwhile"
+            "one expert in host memory, by the share streamed over the link; the CPU computes"
+            " the rest"
         ),
         "resident_expert_us": "one expert in GPU memory",
-        "dense_layer_us": "one layer without expert weights, launch to launch",
+        "dense_layer_us": "one layer without expert weights, from launch to launch",
         "dense_device_us": (
-            "the part of it that the device itself takes; the rest is launch overhead, hidden while"
+            "the part of it that the device takes; the rest is launch overhead, hidden while"
             " experts run"
         ),
         "head_us": "once a step: embedding, output head, sampling",
-        "drift": (
-            "an expert in host memory, timed in several rounds: slowest round over fastest, minus 1"
-        ),
+        "drift": ("an expert in host memory: time of the slowest round over the fastest, minus 1"),
     }
 
     def problems(self) -> list[str]:
@@ -95,29 +93,29 @@ class MachineProfile(YamlFile):
 
     @property
     def cpu_expert_us(self) -> Times:
-        """One expert in host memory, by the CPU alone."""
+        """Time of one expert in host memory, computed by the CPU alone."""
         return {tokens: times[0.0] for tokens, times in self.host_expert_us.items() if 0.0 in times}
 
     @property
     def link_expert_us(self) -> Times:
-        """One expert in host memory, copied whole to the GPU; empty if that was not timed."""
+        """Time of one expert in host memory, copied whole to the GPU. Empty if not timed."""
         return {tokens: times[1.0] for tokens, times in self.host_expert_us.items() if 1.0 in times}
 
     @property
     def best_host_us(self) -> Times:
-        """One expert in host memory, by CPU and link together at the best share."""
+        """Time of one expert in host memory, served by CPU and link at the best share."""
         return {tokens: min(times.values()) for tokens, times in self.host_expert_us.items()}
 
     @property
     def stream_share(self) -> dict[int, Share]:
-        """The best share, by tokens."""
+        """The best stream share, by number of tokens."""
         return {tokens: min(times, key=times.get) for tokens, times in self.host_expert_us.items()}
 
     @property
     def streams(self) -> bool:
-        """True if experts in host memory were timed over the link.
+        """True if streaming experts from host memory was timed.
 
-        That takes a GPU, and memory that can be page-locked.
+        Streaming needs a GPU and page-locked host memory.
         """
         return self.link is not None and any(
             share > 0 for times in self.host_expert_us.values() for share in times
@@ -125,7 +123,7 @@ class MachineProfile(YamlFile):
 
     @property
     def typical_drift(self) -> float:
-        """The median drift while memory limits the CPU; 0 if there was one round."""
+        """The median drift where memory limits the CPU. 0 after a single round."""
         found = [
             part
             for tokens, part in self.drift.items()
@@ -139,9 +137,9 @@ class MachineProfile(YamlFile):
 
 
 def seconds_at(times: Times, tokens: float) -> float:
-    """Seconds for `tokens` tokens, linear between measured points.
+    """Seconds for `tokens` tokens, by linear interpolation.
 
-    Past the last one they grow in proportion to tokens.
+    Beyond the last measured point, time grows in proportion to tokens.
     """
     beyond = max(1.0, tokens / max(times))
     return interpolate(times, tokens) * beyond * 1e-6

@@ -11,12 +11,11 @@ Times = dict[Count, Microseconds]  # by number of tokens
 
 
 class Cpu(Section):
-    """The CPU, and the setting that was the fastest.
+    """The CPU and its fastest settings.
 
-    `threads_us` and `pinned_threads_us`: one expert, one token, by threads.
-
-    `cores` counts the CPUs that a process may use, SMT siblings included; `physical_cores` leaves
-    the siblings out.
+    `threads_us` and `pinned_threads_us` hold the time of one expert and one token, by number of
+    threads. `cores` counts the CPUs that a process may use, including SMT siblings;
+    `physical_cores` excludes the siblings.
     """
 
     name: str
@@ -30,7 +29,7 @@ class Cpu(Section):
 
 
 class Memory(Section):
-    """`timed_bytes`: the memory in which experts were timed. `memlock_bytes`: null if unlimited."""
+    """Host memory. Experts were timed in `timed_bytes`. `memlock_bytes` null: unlimited."""
 
     available_bytes: Bytes
     timed_bytes: BytesOrZero
@@ -38,10 +37,10 @@ class Memory(Section):
 
 
 class Device(Section):
-    """`cuda` is a GPU; `cpu` is the CPU in place of one: the same memory and the same cores.
+    """The device. `cuda` is a GPU; `cpu` means that the CPU takes the GPU's part.
 
-    `context_bytes`: the part of `memory_bytes` that driver and libraries take for a process that
-    uses the GPU. `free_bytes` was free when the profile was made.
+    `context_bytes` is the part of `memory_bytes` that the driver and libraries take in a process
+    that uses the GPU. `free_bytes` was free when the profile was made.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -52,9 +51,10 @@ class Device(Section):
 
 
 class Link(Section):
-    """Copies to (h2d) and from (d2h) the GPU; `pageable`: from memory that is not page-locked.
+    """Rates of copies to (h2d) and from (d2h) the GPU. null: unknown.
 
-    null: unknown. `round_trip_us`: one token's activations to the host and back.
+    `pageable` rates are for memory that is not page-locked. `round_trip_us` is the time to send one
+    token's activations to the host and back.
     """
 
     generation: Count | None
@@ -66,7 +66,7 @@ class Link(Section):
 
 
 class MeasuredShape(Section):
-    """The weights whose handling was timed. For other sizes, times are taken to grow with bytes."""
+    """The sizes of the experts that were timed. For other sizes, times scale with bytes."""
 
     hidden_size: Width
     intermediate_size: Width
@@ -102,11 +102,11 @@ class MeasuredShape(Section):
 
 
 class KernelLimits(Section):
-    """Limits of the kernels that were timed.
+    """The limits of the timed kernels.
 
-    `decode_tokens`: most tokens of a layer that take the decode path. `token_blocks`: most tokens
-    times blocks of one product on the GPU. `memory_bound_tokens`: of an expert, up to which the
-    CPU's speed is the memory's.
+    `decode_tokens`: the most tokens of a layer that take the decode path. `token_blocks`: the most
+    tokens times blocks in one product on the GPU. `memory_bound_tokens`: the most tokens of an
+    expert for which memory bandwidth limits the CPU kernel.
     """
 
     decode_tokens: Count

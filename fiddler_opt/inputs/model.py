@@ -1,4 +1,4 @@
-"""ModelSpec: a model's sizes, as far as the planner needs them."""
+"""ModelSpec: the sizes of a model that the planner needs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +12,17 @@ from fiddler_run.plan.shape import DTYPE_BYTES, ModelShape
 from fiddler_run.weights.model_folder import model_config_file
 from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE, TensorFiles
 
-# fine enough to split an expert to 3 % of a call, coarse enough to copy at the link's full speed
+# fine enough to split a call to 3 %, coarse enough to copy at full link speed
 BLOCKS_PER_EXPERT = 16
 DEFAULT_MODEL = "mistralai/Mixtral-8x7B-v0.1"
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model's sizes in elements and bytes.
+    """A model's sizes, in elements and bytes.
 
-    `note`: an assumption made because the model's files are silent; None if there is none.
+    `note` states an assumption that was made because the model's files leave something open. None
+    if there is none.
     """
 
     shape: ModelShape
@@ -30,22 +31,22 @@ class ModelSpec:
 
     @classmethod
     def load(cls, name: str) -> "ModelSpec":
-        """The model in folder `name`, or of that Hugging Face id.
+        """Loads the model in folder `name` or with that Hugging Face id.
 
         Raises:
-            FiddlerError: there is no such model, or the runtime could not run it.
+            FiddlerError: the model does not exist, or the runtime cannot run it.
         """
         return cls.from_file(model_config_file(name), name)
 
     @classmethod
     def from_file(cls, config_file: Path, name: str) -> "ModelSpec":
-        """The model of a config.json and the weights beside it, under a name. Raises as `load`."""
+        """The model of a config.json and the weights beside it. Raises as `load`."""
         config = read_config(config_file)
         return cls._of(config, name, _stored_dtype(config_file.parent), str(config_file))
 
     @classmethod
     def from_config(cls, config: dict, name: str, origin: str) -> "ModelSpec":
-        """The model of a config.json's content, which came from `origin`."""
+        """The model of a config.json's content. `origin` names the file in errors."""
         return cls._of(parse_config(config, origin), name, None, origin)
 
     @classmethod
@@ -70,17 +71,17 @@ class ModelSpec:
 
     @property
     def block_neurons(self) -> int:
-        """Neurons of a block, a multiple of 32: about BLOCKS_PER_EXPERT blocks make an expert."""
+        """Neurons of a block: a multiple of 32 that cuts an expert into about BLOCKS_PER_EXPERT."""
         return max(32, -(-self.shape.intermediate_size // BLOCKS_PER_EXPERT // 32) * 32)
 
     @property
     def encoding(self) -> str:
-        """How the plan's blocks are stored, a key of ENCODINGS."""
+        """The encoding of the plan's blocks, a key of ENCODINGS."""
         return plain_encoding(self.shape.dtype)
 
     @property
     def block_format(self) -> Encoding:
-        """The stored form of blocks."""
+        """The encoding for blocks of this model's sizes."""
         return ENCODINGS[self.encoding](self.shape.hidden_size, self.block_neurons)
 
     @property
@@ -93,17 +94,17 @@ class ModelSpec:
 
     @property
     def expert_bytes(self) -> int:
-        """One expert as stored, in blocks."""
+        """Bytes of one expert, stored in blocks."""
         return self.block_format.expert_bytes(self.shape.intermediate_size)
 
     @property
     def dense_layer_bytes(self) -> int:
-        """Attention, router and norms of one layer."""
+        """Bytes of the attention, router and norms of one layer."""
         return self.sizes.dense_layer_elements * self._weight_bytes
 
     @property
     def head_bytes(self) -> int:
-        """Embedding table, final norm and output head."""
+        """Bytes of the embedding table, final norm and output head."""
         return self.sizes.head_elements * self._weight_bytes
 
     @property
@@ -116,12 +117,12 @@ class ModelSpec:
 
     @property
     def all_expert_bytes(self) -> int:
-        """All experts as stored, in blocks."""
+        """Bytes of all experts, stored in blocks."""
         return self.shape.num_layers * self.shape.num_experts * self.expert_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token in all layers."""
+        """Bytes of the keys and values of one token in all layers."""
         return self.sizes.kv_elements_per_token * self._weight_bytes
 
     @property
@@ -134,10 +135,10 @@ class ModelSpec:
 
 
 def _stored_dtype(folder: Path) -> str | None:
-    """The dtype of the weights in a folder; None if there are none.
+    """The dtype of the weights in a folder. None if the folder has no weights.
 
     Raises:
-        FiddlerError: they are in a format that the runtime cannot run.
+        FiddlerError: the weights are in a format that the runtime cannot run.
     """
     if not (folder / INDEX).is_file() and not (folder / SINGLE_FILE).is_file():
         return None

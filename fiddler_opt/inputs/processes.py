@@ -1,4 +1,4 @@
-"""The other processes that use this machine's CPUs."""
+"""Finds other processes that use this machine's CPUs."""
 
 import os
 import time
@@ -8,9 +8,9 @@ from fiddler_run.system.host import read
 
 
 def busiest(seconds: float, count: int = 3) -> list[tuple[str, float]]:
-    """The other processes with the most CPU time during the next `seconds`.
+    """The other processes that use the most CPU time during the next `seconds`.
 
-    Their names and cores' worth, those above 0.05.
+    Returns their names and the number of cores that each keeps busy, if above 0.05.
     """
     before = _ticks_by_process()
     start_s = time.monotonic()
@@ -28,7 +28,7 @@ def busiest(seconds: float, count: int = 3) -> list[tuple[str, float]]:
 def _ticks_by_process() -> dict[tuple[int, str], int]:
     ticks = {}
     for folder in (host.ROOT / "proc").glob("[0-9]*"):
-        # the name may contain anything
+        # the name may contain any character
         name, _, rest = read(folder / "stat").partition("(")[2].rpartition(")")
         if rest and int(folder.name) != os.getpid():
             fields = rest.split()

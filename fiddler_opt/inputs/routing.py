@@ -1,4 +1,4 @@
-"""Routing: the probabilities with which tokens choose experts, from a profile or assumed."""
+"""Routing: the probabilities with which tokens choose experts, recorded or assumed."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -10,15 +10,16 @@ from fiddler_opt.inputs.routing_profile import Counts, RoutedModel, RoutingProfi
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.shape import ModelShape
 
-# In all layers together. Each pair is a scenario to the solver, which takes minutes beyond this.
+# In all layers together. Each pair is a scenario of the solver; beyond this it takes minutes.
 MAX_PAIRS = 8_000
 
 
 @dataclass(frozen=True)
 class PhaseRouting:
-    """Probabilities per layer that one token chooses expert e, or both of a pair e < f.
+    """Per layer, the probability that a token chooses expert e, or both of a pair e < f.
 
-    `pair` is empty where a token does not choose two experts, or there are more than MAX_PAIRS.
+    `pair` is empty where a token does not choose two experts, or where there are more than
+    MAX_PAIRS.
     """
 
     expert: list[list[float]]
@@ -27,9 +28,9 @@ class PhaseRouting:
 
 @dataclass(frozen=True)
 class Routing:
-    """How tokens of each phase are routed. `origin` is a file, or "uniform (assumed)".
+    """How the tokens of each phase are routed. `origin` is a file or "uniform (assumed)".
 
-    `sets`: the routing of each set of prompts, by name, if there are several.
+    `sets` holds the routing of each set of prompts by name, if there are several.
     """
 
     origin: str
@@ -54,22 +55,22 @@ class Routing:
         origin: str,
         sets: Collection[str] | None = None,
     ) -> "Routing":
-        """Frequencies over all prompts of the named sets (None: of every set).
+        """The frequencies over all prompts of the named sets. None: every set.
 
-        Without a decode token, decode is prefill.
+        Without any decode token, decode is assumed to be routed as prefill.
 
         Raises:
-            FiddlerError: the profile is of a model with other layers or experts, or has no such
-                set.
+            FiddlerError: the profile's model has other layers or experts, or a set does not exist.
         """
         _require_same_model(profile.model, model.shape, origin)
         chosen = list(profile.sets) if sets is None else sets
         for name in chosen:
             if name not in profile.sets:
                 raise FiddlerError(
-                    f"{origin}: no set of prompts is named {name}; it has {', '.join(profile.sets)}"
+                    f"{origin}: no set of prompts is named {name}; the sets are"
+                    f" {', '.join(profile.sets)}"
                 )
-        # each once, however often it is named
+        # a set that is named twice counts once
         parts = {name: part for name, part in profile.sets.items() if name in chosen}
         prefill = _frequencies([part.prefill for part in parts.values()], profile.model)
         decode = prefill
@@ -110,7 +111,7 @@ def _frequencies(parts: list[Counts], model: RoutedModel) -> PhaseRouting:
 
 
 def _pairs(model: RoutedModel | ModelShape) -> list[tuple[int, int]]:
-    """The pairs of experts that a token can choose, as in a profile's rows; none if too many."""
+    """The pairs of experts that a token can choose, in a profile's order. Empty if too many."""
     too_many = model.num_layers * comb(model.num_experts, 2) > MAX_PAIRS
     if model.num_experts_per_tok != 2 or too_many:
         return []

@@ -1,6 +1,7 @@
-"""RoutingProfile: how often a model's router chose each expert, on sets of prompts.
+"""RoutingProfile: how often a model's router chose each expert on sets of prompts.
 
-Also each pair of experts, and the same expert again.
+It also counts how often the router chose each pair of experts, and the same expert for consecutive
+tokens.
 """
 
 from itertools import combinations
@@ -16,7 +17,7 @@ from fiddler_run.plan.yaml_file import (
     YamlFile,
 )
 
-Rows = dict[CountOrZero, list[CountOrZero]]  # per layer
+Rows = dict[CountOrZero, list[CountOrZero]]  # by layer
 
 
 class RoutedModel(Section):
@@ -38,8 +39,8 @@ class RoutedModel(Section):
 class Recorded(Section):
     """How the profile was made.
 
-    `output_tokens` were asked for per prompt; an end of text or the context may have ended it
-    earlier.
+    `output_tokens` is the requested number per prompt. An end token or the end of the context may
+    have ended a generation earlier.
     """
 
     command: str
@@ -50,13 +51,12 @@ class Recorded(Section):
 class Counts(Section):
     """Counts of routed tokens.
 
-    `tokens` passed the router of every layer; `followers` of them come after another token of their
-    sequence.
+    `tokens` passed the router of every layer. `followers` of them follow another token of their
+    sequence; the first token of decode follows the last token of its prompt.
 
-    A decode's first token follows its prompt's last. Rows: `activations[layer][expert]`;
-    `pairs[layer][pair]` with the pairs (0,1), (0,2) ... (1,2) ..., empty unless each token chooses
-    two experts; and `reuse[layer][expert]`: tokens that chose an expert which the token before them
-    chose too.
+    `activations[layer][expert]` counts the tokens that chose the expert. `pairs[layer][pair]`
+    counts the pairs (0,1), (0,2) ... (1,2) ...; it is empty unless each token chooses two experts.
+    `reuse[layer][expert]` counts the tokens that chose the same expert as the token before them.
     """
 
     tokens: CountOrZero
@@ -69,8 +69,8 @@ class Counts(Section):
 class PromptSet(Section):
     """The counts of one set of prompts.
 
-    `prefill` counts the prompts' tokens, `decode` those that were generated and routed: the last
-    of each prompt is not.
+    `prefill` counts the tokens of the prompts. `decode` counts generated tokens; the last one of
+    each prompt is never routed.
     """
 
     prompts: Count
@@ -88,14 +88,12 @@ class RoutingProfile(YamlFile):
     sets: dict[str, PromptSet]
 
     header: ClassVar[str] = (
-        "Written by `fiddler-opt profile`. For each set, the prompts' tokens (prefill) apart from"
-        " those generated (decode):\n"
-        "  tokens: passed the router of every layer; followers: tokens that come after another of"
-        " their sequence\n"
-        "  activations: per layer, for each expert: tokens that chose it\n"
-        "  pairs: per layer, for each pair of experts (0,1), (0,2) ... (1,2) ...: tokens that chose"
-        " both; empty unless each token chooses two\n"
-        "  reuse: per layer, for each expert: tokens that chose it, as the token before them did"
+        "Counts by set of prompts, for prompt tokens (prefill) and generated tokens (decode).\n"
+        "  tokens: tokens that passed the routers; followers: those with a token before them\n"
+        "  activations: by layer, for each expert, the tokens that chose it\n"
+        "  pairs: by layer, for each pair (0,1), (0,2) ... (1,2) ..., the tokens that chose both;"
+        " empty unless each token chooses two\n"
+        "  reuse: by layer, for each expert, the tokens that chose it like the token before them"
     )
 
     def problems(self) -> list[str]:
@@ -123,7 +121,7 @@ class RoutingProfile(YamlFile):
 
 
 def _problems(counts: Counts, model: RoutedModel, followers: int, where: str) -> list[str]:
-    """The counts that do not add up. Rows are compared only where their lengths are right."""
+    """The problems of `counts`. Rows are compared only if their lengths are right."""
     problems = []
     if counts.followers != followers:
         problems.append(
@@ -182,12 +180,12 @@ def _layer_problems(
 def _pair_problems(
     pairs: list[int], activations: list[int], tokens: int, layer: int, where: str
 ) -> list[str]:
-    """The pairs of a layer that contradict its activations."""
+    """The pair counts of a layer that contradict its activations."""
     key = f"{where}.pairs[{layer}]"
     problems = []
     if sum(pairs) != tokens:
         problems.append(f"{key}: adds up to {sum(pairs)}, expected {tokens} for {tokens} tokens")
-    holding = [0] * len(activations)  # pairs that hold each expert
+    holding = [0] * len(activations)  # by expert, the pairs that contain it
     for both, count in zip(combinations(range(len(activations)), 2), pairs, strict=True):
         for expert in both:
             holding[expert] += count

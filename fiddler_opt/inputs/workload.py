@@ -1,4 +1,4 @@
-"""The workload that a plan is made for, where flags leave parts of it open."""
+"""Completes the workload that a plan is made for, where flags leave values open."""
 
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_run.errors import FiddlerError
@@ -14,12 +14,12 @@ DEFAULTS = {
 
 
 def plan_workload(given: dict[str, int | None], model: ModelSpec) -> Workload:
-    """The workload of the given values, by the keys of DEFAULTS.
+    """The workload with the given values, by the keys of DEFAULTS.
 
-    Defaults adapt to the model's context; given values must fit it.
+    Defaults adapt to the model's context. Given values must fit it.
 
     Raises:
-        FiddlerError: they do not.
+        FiddlerError: the given values do not fit the model's context.
     """
     given = {key: value for key, value in given.items() if value is not None}
     if given.get("max_seq_len", 0) > model.max_position_embeddings:

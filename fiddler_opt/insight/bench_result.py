@@ -1,4 +1,4 @@
-"""The result of `fiddler-run --bench --json`, as far as calibration needs it."""
+"""The part of a `fiddler-run --bench --json` result that calibration needs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +15,13 @@ Average = Annotated[float, Field(ge=1e-6, le=2**31)]
 
 
 class _Lenient(BaseModel):
-    """A section whose other keys are ignored."""
+    """A section that ignores unknown keys."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 class MeasuredPhase(_Lenient):
-    """Prefill or decode: milliseconds and rates by part, and averages over its passes."""
+    """Prefill or decode: milliseconds and rates by part, averaged over its passes."""
 
     ms: dict[str, Milliseconds]
     bytes_per_s: dict[str, Rate]
@@ -38,7 +38,7 @@ class MeasuredSpeeds(_Lenient):
 
 
 class Result(_Lenient):
-    """A run's result."""
+    """The result of a run."""
 
     plan: Provenance
     num_beams: Count
@@ -49,9 +49,10 @@ class Result(_Lenient):
 
     @classmethod
     def load(cls, path: str | Path, plan: Plan) -> "Result":
-        """
+        """Reads the result of a run of `plan`.
+
         Raises:
-            FiddlerError: the file cannot be read, is no such result, or another plan's.
+            FiddlerError: the file cannot be read, is not a result, or belongs to another plan.
         """
         try:
             result = cls.model_validate_json(read_text(path))

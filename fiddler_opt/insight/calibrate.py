@@ -1,9 +1,7 @@
-"""Calibration: corrects a machine profile by a run of a plan that was made from it.
+"""Calibration: corrects a machine profile from a run of a plan that was made from it.
 
-It also finds out whether another plan would now win.
-
-Rates of blocks are compared, not times: a run need not choose experts as the plan's routing
-expects.
+It also finds out whether another plan is now better. Calibration compares rates of blocks, not
+times, because a run need not choose the experts that the plan's routing expects.
 """
 
 from dataclasses import dataclass, replace
@@ -31,15 +29,15 @@ from fiddler_run.plan.parts import PARTS
 from fiddler_run.plan.schema import Plan
 from fiddler_run.plan.split import interpolate
 
-MIN_GAIN = 0.02  # of the workload's time: closer plans are alike
-# Between a run's time and the profile's; beyond it one of them is no measurement.
+MIN_GAIN = 0.02  # relative to the workload's time; a smaller difference counts as equal
+# Between measured and profiled time. Beyond it, one of them is not a measurement.
 MAX_FACTOR = 1e6
-Part = Literal["host", "resident", "dense", "head"]  # of PARTS
+Part = Literal["host", "resident", "dense", "head"]  # keys of PARTS
 
 
 @dataclass(frozen=True)
 class Correction:
-    """A time of the profile at a number of tokens, and the run's time for the same work."""
+    """A profiled time at a number of tokens, and the measured time for the same work."""
 
     part: Part
     tokens: float
@@ -53,9 +51,10 @@ class Correction:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`machine`: the corrected profile. `cost`: its cost model. `placement`: the plan's.
+    """The result of a calibration.
 
-    `now_s`, `best_s`: seconds of the whole workload by it, for that placement and for the best one.
+    `machine` is the corrected profile and `cost` its cost model. `placement` is the plan's. `now_s`
+    and `best_s` are the predicted seconds of the workload for that placement and for the best one.
     """
 
     corrections: list[Correction]
@@ -76,29 +75,29 @@ class Calibration:
 def calibrate(
     plan: Plan, problem: Problem, routing: Routing, result: Result, command: str
 ) -> Calibration:
-    """Corrects the profile by a run, and solves again.
+    """Corrects the profile from a run and solves again.
 
-    `problem`, `routing`: what the plan was made from.
+    Args:
+        problem, routing: what the plan was made from.
 
     Raises:
-        FiddlerError: the plan does not use what the profile timed, or the result is no measurement
-            of it.
+        FiddlerError: the plan does not use what the profile timed, or the result cannot be a
+            measurement.
     """
     if plan.provenance.status.startswith(NOT_SOLVED):
         raise FiddlerError(
-            "the plan of a rule of thumb is not run as the profile's best; calibrate with one that"
-            " was solved"
+            "the plan of a simple rule cannot calibrate a profile; use a plan that was solved"
         )
     if plan.rank.gpu_memory_bytes.total == 0 and problem.machine.device.kind == "cuda":
         raise FiddlerError(
-            "the plan makes no use of the GPU that its profile timed; calibrate with one that does"
+            "the plan does not use the GPU that its profile timed; calibrate with one that does"
         )
     corrections = [each for each in compared(plan, problem, result) if each.measured_us > 0]
     for each in corrections:
         if not 1 / MAX_FACTOR <= each.factor <= MAX_FACTOR:
             raise FiddlerError(
-                f"{PARTS[each.part]} took {each.measured_us:.3g} us by the result and"
-                f" {each.profile_us:.3g} us by the profile: one of them is no measurement; run"
+                f"{PARTS[each.part]} took {each.measured_us:.3g} us in the result and"
+                f" {each.profile_us:.3g} us in the profile: one of them cannot be right; run"
                 " `fiddler-run --bench` again"
             )
     machine = refitted(problem.machine, corrections, command)
@@ -109,7 +108,7 @@ def calibrate(
 
 
 def compared(plan: Plan, problem: Problem, result: Result) -> list[Correction]:
-    """The run's times beside the profile's, for the profile's own shape; decode's first."""
+    """The measured times beside the profiled ones, for the profile's shape. Decode comes first."""
     machine = problem.machine
     corrections = []
     for phase in (result.decode, result.prefill):
@@ -128,12 +127,12 @@ def compared(plan: Plan, problem: Problem, result: Result) -> list[Correction]:
 
 
 def _measured_us(plan: Plan, problem: Problem, phase: MeasuredPhase) -> dict[Part, float]:
-    """Microseconds of the parts that a phase shows, scaled to the profile's shape by bytes."""
+    """Microseconds of the parts that a phase reports, scaled by bytes to the profile's shape."""
     model = problem.model
     timed = problem.machine.shape
     found = {}
     for part in ("host", "resident"):
-        # Blocks on disk are part of the host rate, but not of the host time.
+        # The host rate includes blocks on disk, but the host time does not.
         if part in phase.bytes_per_s and not (part == "host" and plan.rank.disk_bytes):
             found[part] = timed.expert_bytes / phase.bytes_per_s[part] * 1e6
     if "dense" in phase.ms:
@@ -148,9 +147,9 @@ def _measured_us(plan: Plan, problem: Problem, phase: MeasuredPhase) -> dict[Par
 def refitted(
     machine: MachineProfile, corrections: list[Correction], command: str
 ) -> MachineProfile:
-    """The profile with each table multiplied by its corrections' factors.
+    """The profile with each table multiplied by its correction factors.
 
-    Log-linear between their tokens, by the nearest outside.
+    Factors are interpolated log-linearly between token counts, and constant outside them.
     """
 
     def factors(part: Part) -> dict[float, float]:
@@ -165,8 +164,8 @@ def refitted(
 
     host = factors("host")
     dense = factors("dense")
-    # A decode that shows no rate of resident blocks leaves theirs alone. Without a GPU there is one
-    # rate for all.
+    # If decode reports no rate of resident blocks, their times stay. Without a GPU, one rate covers
+    # all blocks.
     resident = {0.0: 1.0} | factors("resident") if machine.device.kind == "cuda" else host
     by_share = {
         tokens: {share: corrected(us, tokens, host) for share, us in row.items()}

@@ -1,4 +1,4 @@
-"""A calibration in the terminal."""
+"""Prints a calibration in the terminal."""
 
 from pathlib import Path
 
@@ -30,14 +30,14 @@ def print_calibration(
     workload = plan.workload
     planned = (workload.prompt_tokens, workload.num_beams, workload.batch_size)
     if (result.measured.prompt_tokens, result.num_beams, result.batch_size) != planned:
-        console.print("note: another workload than the plan's was measured", style="yellow")
+        console.print("note: the measured workload is not the plan's", style="yellow")
     if found.another_wins:
         console.print(
             f"another plan would take {1 - found.best_s / found.now_s:.1%} less time: plan again"
             f" with --machine {output}"
         )
     else:
-        console.print(f"no other plan would be faster by {MIN_GAIN:.0%}: keep this one")
+        console.print(f"no other plan would be {MIN_GAIN:.0%} faster: keep this one")
 
 
 def _speeds(plan: Plan, result: Result, found: Calibration) -> Table:

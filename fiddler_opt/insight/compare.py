@@ -1,6 +1,6 @@
 """The differences between two plans of one model: placement, settings, predictions.
 
-Rule: nothing but the plans is read.
+Only the plans are read.
 """
 
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from pathlib import Path
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 
-Value = int | float | str | bool | None  # None: this plan has no such key
-# Keys that are compared in other ways, or that say how a plan was made.
+Value = int | float | str | bool | None  # None: the plan has no such key
+# Keys that are compared in other ways, or that record how a plan was made.
 NOT_SETTINGS = {"version", "model", "ranks", "predicted", "bytes_per_s", "provenance"}
 NOT_RANK_SETTINGS = {"stream_share", "resident_blocks", "disk_blocks"}
 
 
 @dataclass(frozen=True)
 class Move:
-    """An expert and its number of blocks in GPU memory, which differs."""
+    """An expert whose number of blocks in GPU memory differs."""
 
     layer: int
     expert: int
@@ -26,7 +26,7 @@ class Move:
 
     @property
     def blocks(self) -> int:
-        """Blocks that come onto the GPU; negative if they leave it."""
+        """Blocks added to GPU memory; negative if blocks are removed."""
         return self.after - self.before
 
 
@@ -41,11 +41,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs from one plan to another.
+    """The differences from one plan to another.
 
-    `moves`: of GPU memory; `disk_moves`: how many experts have another number of blocks on disk;
-    `settings`: those that differ; `predictions`: equal ones as well; `notes`: why they may not be
-    comparable.
+    `moves` lists changes of GPU memory. `disk_moves` counts the experts with another number of
+    blocks on disk. `settings` lists those that differ; `predictions` lists all. `notes` say why
+    predictions may not be comparable.
     """
 
     block_bytes: int
@@ -67,10 +67,10 @@ class Comparison:
 
 
 def compare(a: Plan, b: Plan) -> Comparison:
-    """What changes from plan `a` to plan `b`.
+    """The changes from plan `a` to plan `b`.
 
     Raises:
-        FiddlerError: they are of different models, or cut experts into blocks of different sizes.
+        FiddlerError: the plans are of different models or use blocks of different sizes.
     """
     _require_comparable(a, b)
     notes = []
@@ -100,7 +100,7 @@ def compare(a: Plan, b: Plan) -> Comparison:
 def _require_comparable(a: Plan, b: Plan) -> None:
     for key in type(a.model).model_fields:
         values = [getattr(plan.model, key) for plan in (a, b)]
-        # A folder is named relative to each plan: its last part decides.
+        # Folders are named relative to each plan, so only the last part is compared.
         if len(set(values)) > 1 and (
             key != "name" or len({Path(name).name for name in values}) > 1
         ):
@@ -136,7 +136,7 @@ def _disk_moves(a: Plan, b: Plan) -> int:
 
 
 def _settings(plan: Plan) -> dict[str, Value]:
-    """All that was chosen or given but the placement, by the names of the file's keys."""
+    """All chosen and given values except the placement, by the file's keys."""
     made = plan.provenance
     settings = {
         "routing": made.routing,
@@ -157,7 +157,7 @@ def _differing(before: dict[str, Value], after: dict[str, Value]) -> list[Change
 
 
 def _shares(a: Plan, b: Plan) -> list[Change]:
-    """Where the plans send another share over the link, at the token counts that either names."""
+    """The stream shares that differ, at the token counts of either plan."""
     tokens = sorted(a.rank.stream_share | b.rank.stream_share)
     before, after = (
         {f"stream_share[{count}]": round(plan.rank.stream_share_at(count), 4) for count in tokens}
@@ -167,14 +167,14 @@ def _shares(a: Plan, b: Plan) -> list[Change]:
 
 
 def _work(plan: Plan) -> dict[str, int]:
-    """The work that is predicted; space for a longer context takes no time."""
+    """The predicted work. The context is left out, because room for it takes no time."""
     return plan.workload.model_dump(exclude={"max_seq_len"})
 
 
 def _predictions(plan: Plan) -> dict[str, float]:
-    """The predictions by name; `workload_s`: seconds for prompt and output.
+    """The predictions by name.
 
-    The first token comes with the end of the prompt.
+    `workload_s` is the time of prompt and output; the first token appears at the end of the prompt.
     """
     workload = plan.workload
     predicted = plan.predicted

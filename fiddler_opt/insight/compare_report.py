@@ -1,4 +1,4 @@
-"""A comparison of two plans in the terminal."""
+"""Prints a comparison of two plans in the terminal."""
 
 from rich.console import Console
 
@@ -12,11 +12,11 @@ PREDICTIONS = {
     "gpu_hit_rate": ("GPU hit rate", "{:.1%}"),
     "workload_s": ("prompt and output", "{:.2f} s"),
 }
-MAX_NAMED = 3  # experts in a layer
+MAX_NAMED = 3  # experts named per layer
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
-    """Prints all that differs."""
+    """Prints all differences."""
     if comparison.same:
         console.print("the plans are the same: every block, every setting and every prediction")
         return
@@ -38,13 +38,13 @@ def _print_moves(console: Console, comparison: Comparison) -> None:
         for blocks in _onto_and_off(comparison.moves)
     )
     console.print(
-        f"blocks in GPU memory: {resident.before} -> {resident.after}; {onto} come, {off} go"
+        f"blocks in GPU memory: {resident.before} -> {resident.after}; {onto} added, {off} removed"
     )
     if comparison.disk_moves:
         console.print(f"experts with another number of blocks on disk: {comparison.disk_moves}")
     if not comparison.moves:
         return
-    moved = table("layer", "blocks that come", "that go", "experts that change most: blocks")
+    moved = table("layer", "blocks added", "removed", "largest changes: blocks")
     for layer in dict.fromkeys(move.layer for move in comparison.moves):
         moves = sorted(
             (move for move in comparison.moves if move.layer == layer),
@@ -59,7 +59,7 @@ def _print_moves(console: Console, comparison: Comparison) -> None:
 
 
 def _onto_and_off(moves: list[Move]) -> tuple[int, int]:
-    """Blocks that come onto the GPU, and blocks that leave it."""
+    """Blocks added to GPU memory and blocks removed from it."""
     return sum(max(0, move.blocks) for move in moves), sum(max(0, -move.blocks) for move in moves)
 
 
@@ -80,7 +80,7 @@ def _print_predictions(console: Console, comparison: Comparison) -> None:
 
 
 def _values(change: Change) -> list[str]:
-    """A change's values as text; bytes in full where they would read the same."""
+    """The values of a change as text, in full bytes if the rounded sizes look equal."""
     values = [change.before, change.after]
     in_bytes = any(key.endswith("_bytes") for key in change.name.split("."))
     if in_bytes and None not in values:

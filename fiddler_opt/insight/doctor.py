@@ -1,6 +1,6 @@
-"""The limits of this machine, and how to lift them.
+"""Finds the limits of this machine and how to lift them.
 
-Rule: checks are functions of facts; `examine` gathers the facts.
+`examine` gathers the facts; each check is a pure function of facts.
 """
 
 import os
@@ -14,13 +14,13 @@ from fiddler_opt.insight.finding import Finding
 from fiddler_opt.insight.torch_probe import ProbedGpu, Torch, ask_torch
 from fiddler_run.system import host
 
-LISTENING_S = 1.0  # to other programs
+LISTENING_S = 1.0  # observes other programs
 
 
 def examine(model: ModelSpec, machine: MachineProfile | None) -> list[Finding]:
-    """Looks at this machine for some seconds: all a user should know before running `model` on it.
+    """Examines this machine for a few seconds and returns the findings for `model`.
 
-    `machine`: its profile, if there is one.
+    `machine` is its profile, if there is one.
     """
     others = host.OtherProcesses()
     processes = busiest(LISTENING_S)

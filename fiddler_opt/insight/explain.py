@@ -1,4 +1,4 @@
-"""Why a plan is as it is: the parts of its times, and each expert's value of one more block."""
+"""Explains a plan: the parts of its times, and the marginal value of a block of each expert."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ from fiddler_opt.solve.placement import Placement
 from fiddler_run.plan.parts import PARTS
 from fiddler_run.plan.schema import Plan
 
-NUM_SHOWN = 4  # marginal experts on each side
+NUM_SHOWN = 4  # marginal experts in each direction
 
 
 @dataclass(frozen=True)
 class MarginalValue:
     """The value of one block of one expert.
 
-    `chosen`: the part of decode steps that call the expert. `gain_us`, `cost_us`: microseconds of a
-    decode step that one more resident block saves and one less costs; None where there is none to
-    give or take.
+    `chosen` is the fraction of decode steps that call the expert. `gain_us` and `cost_us` are the
+    microseconds of a decode step that one more resident block saves and one fewer costs. None if
+    there is no block to add or to remove.
     """
 
     layer: int
@@ -31,7 +31,7 @@ class MarginalValue:
 
 
 def marginal_values(cost: CostModel, placement: Placement) -> list[MarginalValue]:
-    """The marginal value of every expert, by layer."""
+    """The marginal values of every expert, by layer."""
     found = []
     for layer, (row, on_disk) in enumerate(zip(placement.resident, placement.on_disk, strict=True)):
 
@@ -51,7 +51,7 @@ def marginal_values(cost: CostModel, placement: Placement) -> list[MarginalValue
 
 
 def print_times(console: Console, plan: Plan) -> None:
-    """Prints the parts of the predicted times, and which of them binds."""
+    """Prints the parts of the predicted times."""
     predicted = plan.predicted
     step_ms = sum(predicted.decode_ms.values())
     ttft_ms = sum(predicted.ttft_ms.values())
@@ -68,13 +68,14 @@ def print_times(console: Console, plan: Plan) -> None:
     times.add_row("all", f"{step_ms:.2f} ms", "", f"{ttft_ms:.1f} ms", "", style="bold")
     console.print(times)
     console.print(
-        f"where parts overlap, the longest counts; {predicted.decode_tokens_per_s:.2f} tokens/s"
+        f"overlapping parts count as the longest of them; {predicted.decode_tokens_per_s:.2f}"
+        " tokens/s"
     )
     console.print(binding_words(plan))
 
 
 def binding_words(plan: Plan) -> str:
-    """The longest part of a decode step, and whether more memory would help."""
+    """The longest part of a decode step, and whether more memory would help, in words."""
     predicted = plan.predicted
     known = {name: ms for name, ms in predicted.decode_ms.items() if name in PARTS}
     longest = "a decode step takes next to no time"
@@ -87,7 +88,7 @@ def binding_words(plan: Plan) -> str:
 
 
 def print_marginal(console: Console, found: list[MarginalValue], blocks_per_expert: int) -> None:
-    """Prints the experts that would be next to get a block, and the first to lose one."""
+    """Prints the experts that would gain the next block and those that would lose one first."""
     growing = sorted(
         (each for each in found if each.gain_us is not None), key=lambda each: -each.gain_us
     )
@@ -114,6 +115,6 @@ def print_marginal(console: Console, found: list[MarginalValue], blocks_per_expe
     whole = sum(each.resident == blocks_per_expert for each in found)
     none = sum(each.resident == 0 for each in found)
     console.print(
-        f"{whole} experts are on the GPU whole, {len(found) - whole - none} in part, {none} not at"
-        " all"
+        f"{whole} experts are entirely on the GPU, {len(found) - whole - none} partly, {none} not"
+        " at all"
     )

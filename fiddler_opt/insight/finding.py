@@ -5,12 +5,12 @@ from typing import Literal
 
 from rich.console import Console
 
-COLORS = {"stops": "red", "slow": "yellow", "ok": "green"}  # the worst first
+COLORS = {"stops": "red", "slow": "yellow", "ok": "green"}  # worst first
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`stops`: the model cannot run here; `slow`: it can, but not as fast as it might."""
+    """A finding. `stops`: the model cannot run here. `slow`: it runs slower than it could."""
 
     kind: Literal["ok", "slow", "stops"]
     what: str
@@ -23,7 +23,7 @@ def stops(findings: list[Finding]) -> bool:
 
 
 def print_findings(console: Console, findings: list[Finding]) -> None:
-    """One line each, the worst first."""
+    """Prints one line per finding, the worst first."""
     for kind, color in COLORS.items():
         for finding in findings:
             if finding.kind == kind:

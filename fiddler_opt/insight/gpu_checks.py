@@ -1,4 +1,4 @@
-"""Checks of the GPU and its link: facts in, findings out."""
+"""Checks the GPU and its link: facts in, findings out."""
 
 from fiddler_opt.inputs import facts
 from fiddler_opt.inputs.model import ModelSpec
@@ -17,14 +17,18 @@ def check_gpu(
     has_nvidia_gpu: bool,
     visible: str | None,
 ) -> Finding:
-    """`visible`: the value of CUDA_VISIBLE_DEVICES."""
+    """Checks whether PyTorch can use the GPU, and why not.
+
+    Args:
+        visible: the value of CUDA_VISIBLE_DEVICES.
+    """
     if torch.gpu:
         size = f"{torch.gpu.name}, {format_bytes(torch.gpu.memory_bytes)}"
         if torch.gpu.memory_bytes < model.non_expert_bytes + BESIDES_WEIGHTS_BYTES:
             needs = format_bytes(model.non_expert_bytes + BESIDES_WEIGHTS_BYTES)
             return Finding(
                 "slow",
-                f"{size}: too little for a GPU part, about {needs} before any expert",
+                f"{size}: too little for a GPU part, which needs about {needs} before any expert",
                 "plan with --gpu-mem 0GB",
             )
         return Finding("ok", size)
@@ -67,13 +71,13 @@ def check_gpu_kernels(suit: bool, error: str | None, dtype: str) -> Finding:
     if not suit and dtype != "bfloat16":
         return Finding(
             "slow",
-            f"the GPU kernels are not for {dtype}, decode will be slower",
-            "take a bfloat16 checkpoint",
+            f"the GPU kernels do not support {dtype}; decode will be slower",
+            "use a bfloat16 checkpoint",
         )
     if not suit:
         return Finding(
             "slow",
-            "the GPU kernels are not for experts of this model's sizes, decode will be slower",
+            "the GPU kernels do not support this model's sizes; decode will be slower",
         )
     if error is None:
         return Finding("ok", "the GPU kernels compile")
@@ -82,7 +86,7 @@ def check_gpu_kernels(suit: bool, error: str | None, dtype: str) -> Finding:
         " PyTorch for CUDA"
     )
     return Finding(
-        "slow", f"the GPU kernels cannot be compiled, decode will be slower ({error})", remedy
+        "slow", f"the GPU kernels cannot be compiled; decode will be slower ({error})", remedy
     )
 
 
@@ -90,7 +94,7 @@ def check_link(link: facts.PcieLink | None, h2d_bytes_per_s: float | None) -> Fi
     reach = (
         f"copies to the GPU reach {format_bytes(h2d_bytes_per_s)}/s" if h2d_bytes_per_s else None
     )
-    # a virtual machine's link may be reported wrongly
+    # virtual machines may report the link wrongly
     if link is None or (h2d_bytes_per_s or 0) > link.bytes_per_s:
         return Finding("ok", reach) if reach else None
     now = f"PCIe {link.generation}.0 x{link.width}"
@@ -108,7 +112,7 @@ def check_link(link: facts.PcieLink | None, h2d_bytes_per_s: float | None) -> Fi
     carries = f"{now} carries {format_bytes(link.bytes_per_s)}/s"
     if h2d_bytes_per_s and h2d_bytes_per_s < 0.6 * link.bytes_per_s:
         return Finding(
-            "slow", f"{reach}, but {carries}", "end other copies; try the kernel's option iommu=pt"
+            "slow", f"{reach}, but {carries}", "stop other copies; try the kernel option iommu=pt"
         )
     return Finding("ok", f"{carries}" + (f", {reach}" if reach else ""))
 
@@ -116,15 +120,12 @@ def check_link(link: facts.PcieLink | None, h2d_bytes_per_s: float | None) -> Fi
 def check_memlock(
     limit_bytes: int | None, needed_bytes: int, locks_freely: bool, wsl: bool
 ) -> Finding:
-    alone = (
-        "experts that cannot be page-locked are left to the CPU, by plans from a profile of this"
-        " machine"
-    )
+    alone = "plans from this machine's profile leave experts that cannot be page-locked to the CPU"
     if wsl and needed_bytes:
         return Finding(
             "slow",
             f"WSL lets little host memory be page-locked: {alone}",
-            "use Linux itself for fast prompts",
+            "use native Linux for fast prompts",
         )
     if limit_bytes is None or limit_bytes >= needed_bytes or locks_freely:
         return Finding("ok", "host memory can be page-locked for copies to the GPU")
@@ -168,5 +169,5 @@ def check_gpu_use(use: facts.GpuUse | None) -> Finding | None:
     return Finding(
         "slow",
         what,
-        "end them (`nvidia-smi` lists them), or plan with a --gpu-mem that leaves them theirs",
+        "stop them (`nvidia-smi` lists them), or plan with a --gpu-mem that fits beside them",
     )

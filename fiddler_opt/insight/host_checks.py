@@ -1,4 +1,4 @@
-"""Checks of the CPU, the memory and the system's settings: facts in, findings out."""
+"""Checks the CPU, the memory and the system's settings: facts in, findings out."""
 
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.insight.finding import Finding
@@ -7,9 +7,9 @@ from fiddler_opt.units import format_bytes
 
 
 def bytes_in_ram(model: ModelSpec, gpu_bytes: int) -> int:
-    """Weights that lie in host memory beside a GPU of that size.
+    """Weights in host memory beside a GPU of `gpu_bytes`.
 
-    They are the experts that it cannot hold; all weights where it is too small.
+    These are the experts that do not fit the GPU, or all weights if the GPU is too small.
     """
     room = gpu_bytes - model.non_expert_bytes - BESIDES_WEIGHTS_BYTES
     if room < 0:
@@ -28,19 +28,19 @@ def check_ram(model: ModelSpec, in_ram_bytes: int, available_bytes: int) -> Find
     return Finding(
         "stops",
         what,
-        "add memory, close other programs, raise the container's limit, or take a smaller model",
+        "add memory, close other programs, raise the container's limit, or choose a smaller model",
     )
 
 
 def check_cpu_kernel(variants: list[str] | None, dtype: str) -> Finding:
     if not variants:
-        what = "the CPU kernel is not built, PyTorch computes experts at about half the speed"
+        what = "the CPU kernel is not built; PyTorch computes experts at about half the speed"
         return Finding(
             "slow", what, "install a C++20 compiler such as g++ 12, then fiddler-opt again"
         )
     if dtype != "bfloat16":
         what = f"the CPU kernel is for bfloat16; PyTorch computes this model's {dtype} experts"
-        return Finding("slow", what, "take a bfloat16 checkpoint")
+        return Finding("slow", what, "use a bfloat16 checkpoint")
     lacks = {"portable": "AVX2", "avx2": "AVX-512, which makes prompts faster"}.get(variants[0])
     if lacks:
         return Finding("slow", f"CPU kernel: {variants[0]}; this CPU has no {lacks}")
@@ -64,7 +64,7 @@ def check_busy(
     if cores is None or cores < max(0.2, 0.05 * usable):
         return None
     names = ", ".join(f"{name} {used:.1f}" for name, used in busiest)
-    what = f"other programs take {cores:.1f} of {usable} cores" + (f" ({names})" if names else "")
+    what = f"other programs use {cores:.1f} of {usable} cores" + (f" ({names})" if names else "")
     return Finding("slow", what, "close them, above all before `fiddler-opt profile`")
 
 
@@ -73,7 +73,7 @@ def check_governor(governor: str | None) -> Finding | None:
         return None
     return Finding(
         "slow",
-        f"the CPU's clock is governed by {governor}",
+        f"the CPU frequency governor is {governor}",
         "`sudo cpupower frequency-set -g performance`",
     )
 
@@ -89,12 +89,12 @@ def check_huge_pages(setting: str | None) -> Finding | None:
 
 
 def check_profile(profiled: tuple[str, str | None], here: tuple[str, str | None]) -> Finding | None:
-    """Each the names of a machine's CPU and GPU."""
+    """Compares the profile's machine with this one, each given as the names of CPU and GPU."""
     if profiled == here:
         return None
     there, this = (f"{cpu} with {gpu or 'no GPU'}" for cpu, gpu in (profiled, here))
     return Finding(
         "slow",
-        f"the machine profile is of {there}, this is {this}",
+        f"the machine profile was made on {there}; this machine is {this}",
         "run `fiddler-opt profile --only machine`",
     )

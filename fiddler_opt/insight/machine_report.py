@@ -1,4 +1,4 @@
-"""A machine profile in the terminal."""
+"""Prints a machine profile in the terminal."""
 
 from rich.console import Console
 from rich.table import Table
@@ -9,7 +9,7 @@ from fiddler_opt.units import format_bytes
 
 
 def print_machine(console: Console, machine: MachineProfile) -> None:
-    """Prints the rates of one expert's weights, by tokens; without a GPU only the CPU's."""
+    """Prints the rates for one expert's weights by tokens. Without a GPU, only the CPU's."""
     cpu = machine.cpu
     pinned = ", pinned" if cpu.pinned else ""
     console.print(
@@ -21,8 +21,8 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
         console.print(f"link: {_link(machine.link)}")
         if not machine.streams:
             console.print(
-                "experts could not be page-locked: plans leave those that are not in GPU memory to"
-                " the CPU; `fiddler-opt doctor` names the limit",
+                "experts could not be page-locked: plans leave host experts to the CPU;"
+                " `fiddler-opt doctor` names the limit",
                 style="yellow",
             )
     console.print(
@@ -36,9 +36,9 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
 
 def _rates(machine: MachineProfile) -> Table:
     gpu = machine.device.kind == "cuda"
-    of_gpu = ("link", "both", "share of the link", "GPU") if gpu else ()
+    of_gpu = ("link", "both", "stream share", "GPU") if gpu else ()
     rates = table("tokens", "CPU", *of_gpu, "drift")
-    rates.title = "GB/s of an expert's weights, by the tokens that call it"
+    rates.title = "GB/s of an expert's weights, by tokens that call it"
     rates.title_justify = "left"
     for tokens, by_share in machine.host_expert_us.items():
         row = [_rate(machine, by_share.get(0.0))]
@@ -55,7 +55,7 @@ def _rates(machine: MachineProfile) -> Table:
 
 
 def _print_conditions(console: Console, machine: MachineProfile) -> None:
-    """Prints how and where experts were timed."""
+    """Prints the conditions under which experts were timed."""
     cpu = machine.cpu
     if cpu.threads_us:
         by_threads = ", ".join(
@@ -63,7 +63,7 @@ def _print_conditions(console: Console, machine: MachineProfile) -> None:
             for pinned, times in (("", cpu.threads_us), (" pinned", cpu.pinned_threads_us))
             for threads, us in times.items()
         )
-        console.print(f"an expert for one token by threads, GB/s: {by_threads}")
+        console.print(f"one expert and token, GB/s by threads: {by_threads}")
     if machine.memory.timed_bytes:
         timed = format_bytes(machine.memory.timed_bytes)
         drift = f"; drift between rounds {machine.typical_drift:.0%}" if machine.drift else ""

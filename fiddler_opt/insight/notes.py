@@ -1,15 +1,15 @@
-"""Notes on the ground of a plan's predictions."""
+"""Notes on how reliable a plan's predictions are."""
 
 from collections.abc import Iterator
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_run.plan.schema import Plan
 
-MIN_NOTED_DRIFT = 0.1  # less changes a prediction by too little to be worth a line
+MIN_NOTED_DRIFT = 0.1  # a smaller drift changes predictions too little to mention
 
 
 def plan_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> list[str]:
-    """All that a reader of a plan's predictions should know about their ground."""
+    """The assumptions and limits of a plan's predictions, one line each."""
     return [
         *_origin_notes(plan, machine, machine_file),
         *_shape_notes(plan, machine, machine_file),
@@ -25,13 +25,13 @@ def _origin_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Ite
         )
     if machine.source != "measured":
         yield (
-            f"{machine_file} comes from data sheets, nothing was measured: run `fiddler-opt"
+            f"{machine_file} was computed from data sheets, not measured; run `fiddler-opt"
             " profile` on your machine"
         )
     if machine.typical_drift > MIN_NOTED_DRIFT:
         yield (
-            f"{machine_file}: the same experts in host memory took {machine.typical_drift:.0%}"
-            " longer in one minute than in another; predictions may be off by as much"
+            f"{machine_file}: the same host experts took {machine.typical_drift:.0%} longer in"
+            " one minute than in another; predictions may be off by as much"
         )
 
 
@@ -54,15 +54,16 @@ def _device_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Ite
     gpu_bytes = plan.rank.gpu_memory_bytes.total
     if machine.link and not machine.streams and gpu_bytes:
         yield (
-            f"by {machine_file} experts cannot be page-locked: nothing is copied to the GPU, and"
+            f"by {machine_file}, experts cannot be page-locked: nothing is copied to the GPU, and"
             " prompts take longer"
         )
     if machine.device.kind == "cuda" and not gpu_bytes:
         yield (
-            "attention was timed on the GPU, which this plan leaves out: expect less than predicted"
+            "attention was timed on the GPU, which this plan does not use: expect less than"
+            " predicted"
         )
     if machine.device.kind == "cpu" and gpu_bytes:
         yield (
-            "the machine profile has no GPU: the GPU part will be held in host memory, which gains"
-            " nothing"
+            "the machine profile has no GPU: the GPU part will be kept in host memory, which"
+            " gains nothing"
         )

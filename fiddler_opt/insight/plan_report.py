@@ -1,4 +1,4 @@
-"""A plan in the terminal."""
+"""Prints a plan in the terminal."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from fiddler_run.plan.schema import Plan
 
 
 def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
-    """Prints a plan's memory, its predictions, and notes on their ground."""
+    """Prints a plan's memory, its predictions and its notes."""
     predicted = plan.predicted
     print_memory(console, plan)
     print_alternatives(console, plan)
@@ -34,7 +34,7 @@ def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
 
 
 def print_memory(console: Console, plan: Plan) -> None:
-    """Prints the bytes of GPU memory by purpose, and where the other experts lie."""
+    """Prints GPU memory by purpose and where the other experts are."""
     gpu = plan.rank.gpu_memory_bytes
     host = plan.rank.host_memory_bytes
     memory = table("GPU memory", "bytes", "")
@@ -59,7 +59,7 @@ def print_memory(console: Console, plan: Plan) -> None:
 
 
 def print_alternatives(console: Console, plan: Plan) -> None:
-    """Prints the predictions for other rules in the same memory, by the same cost model."""
+    """Prints the predictions of simpler rules in the same memory, by the same cost model."""
     predicted = plan.predicted
     others = table("compared with", "tokens/s", "first token")
     for name, other in predicted.alternatives.items():
@@ -75,7 +75,7 @@ def print_alternatives(console: Console, plan: Plan) -> None:
 
 
 def print_placement(console: Console, plan: Plan) -> None:
-    """Prints the resident blocks of every expert, and how the plan was made."""
+    """Prints the resident blocks of every expert and how the plan was made."""
     console.print(f"blocks in GPU memory by expert, of {plan.blocks_per_expert} each:")
     for experts in _columns_that_fit(console.width, plan):
         placed = table("layer", *map(str, experts))
@@ -91,7 +91,7 @@ def print_placement(console: Console, plan: Plan) -> None:
 def _columns_that_fit(width: int, plan: Plan) -> Iterator[range]:
     """The experts of each table, as many as fit the width."""
     experts = plan.model.num_experts
-    borders = 3  # a space on each side, and a line
+    borders = 3  # a space on each side and a line
     column = len(str(max(experts - 1, plan.blocks_per_expert))) + borders
     first = max(len("layer"), len(str(plan.model.num_layers))) + borders + 1
     count = max(1, (width - first) // column)

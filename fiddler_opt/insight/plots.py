@@ -1,6 +1,6 @@
-"""Pictures of profiles, plans and what-ifs.
+"""Plots profiles, plans and what-ifs.
 
-The only module that needs matplotlib, from the extra `plots`.
+This is the only module that needs matplotlib, from the extra `plots`.
 """
 
 import io
@@ -18,10 +18,11 @@ from fiddler_run.system.files import cannot_write, write_whole
 
 
 def plot(shown: Plan | MachineProfile | RoutingProfile, path: str | Path) -> None:
-    """Writes a picture, in the format that the file's ending names.
+    """Writes a plot in the format given by the file's suffix.
 
     Raises:
-        FiddlerError: matplotlib is not installed, knows no such format, or cannot write there.
+        FiddlerError: matplotlib is not installed or does not support the format, or the file cannot
+            be written.
     """
     _require_matplotlib()
     figure = {Plan: _plan, MachineProfile: _machine, RoutingProfile: _routing}[type(shown)](shown)
@@ -31,10 +32,10 @@ def plot(shown: Plan | MachineProfile | RoutingProfile, path: str | Path) -> Non
 def plot_curves(
     rows: list[Row], quantity: Quantity, profiled: float | None, title: str, path: str | Path
 ) -> None:
-    """Draws a what-if: left the tokens/s, right the time to first token, over the varied quantity.
+    """Plots a what-if: tokens/s on the left, time to first token on the right.
 
     Args:
-        profiled: the machine's own value, marked if it lies among the others.
+        profiled: the machine's own value, marked if it lies within the range.
 
     Raises:
         FiddlerError: as for `plot`.
@@ -94,7 +95,7 @@ def _save(figure, path: str | Path) -> None:
     picture = io.BytesIO()
     try:
         figure.savefig(picture, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
-    except ValueError as error:  # no such format
+    except ValueError as error:  # unsupported format
         raise cannot_write(path, error) from None
     write_whole(path, picture.getvalue())
 
@@ -106,7 +107,7 @@ def _plan(plan: Plan):
 
 
 def _routing(routing: RoutingProfile):
-    """Prefill and, where tokens were generated, decode, over all sets of prompts."""
+    """Plots prefill over all sets of prompts, and decode if tokens were generated."""
     from matplotlib.figure import Figure
 
     phases = {}
@@ -126,13 +127,13 @@ def _routing(routing: RoutingProfile):
     ):
         image = _draw_rows(axes, rows, most)
         axes.set_title(title, fontsize="medium")
-    figure.colorbar(image, label="part of the tokens")
+    figure.colorbar(image, label="fraction of tokens")
     figure.suptitle(f"{routing.model.name}: how often a token chooses an expert", fontsize="medium")
     return figure
 
 
 def _heat_map(rows: list[list[float]], title: str, unit: str, most: float):
-    """Layers down, experts across; white is none."""
+    """Plots layers downwards and experts across. White is zero."""
     from matplotlib.figure import Figure
 
     figure = Figure(
@@ -159,7 +160,7 @@ def _ticks(count: int) -> range:
 
 
 def _machine(machine: MachineProfile):
-    """The time of one expert over tokens; with a GPU, also its rate over the streamed share."""
+    """Plots the time of one expert over tokens and, with a GPU, its rate over the stream share."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -198,7 +199,9 @@ def _machine(machine: MachineProfile):
 
 
 def _draw_shares(axes, machine: MachineProfile) -> None:
-    """A line for each number of tokens, with its best share marked; every other one of many."""
+    """Plots one line per token count with its best share marked, every second one if there are
+    many.
+    """
     counts = [tokens for tokens, by_share in machine.host_expert_us.items() if len(by_share) > 2]
     for tokens in counts[:: 2 if len(counts) > 6 else 1]:
         by_share = machine.host_expert_us[tokens]
@@ -212,8 +215,10 @@ def _draw_shares(axes, machine: MachineProfile) -> None:
     axes.set(
         xlim=(-2, 102),
         ylim=(0, None),
-        xlabel="% sent over the link, the CPU computes the rest",
+        xlabel="% streamed over the link; the CPU computes the rest",
         ylabel="GB/s",
     )
-    axes.set_title("an expert in host memory, by tokens; dots: the best share", fontsize="medium")
+    axes.set_title(
+        ("one expert in host memory, by tokens; dots mark the best share"), fontsize="medium"
+    )
     axes.legend(title="tokens")

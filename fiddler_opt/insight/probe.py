@@ -1,7 +1,7 @@
-"""Describes PyTorch on this machine, in a process of its own.
+"""Describes PyTorch on this machine, in a separate process.
 
 `python -m fiddler_opt.insight.probe ENCODING HIDDEN_SIZE BLOCK_NEURONS` prints one line of JSON.
-With a GPU, it then copies to it until stdin ends, and prints the bytes per second.
+With a GPU, it then copies to the GPU until stdin ends and prints the bytes per second.
 """
 
 import json
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def describe_gpu(source: torch.Tensor, block_format: Encoding) -> dict:
-    """The current GPU. Page-locks `source`, in host memory, where that is possible."""
+    """Describes the current GPU. Page-locks `source`, in host memory, where possible."""
     gpu = current_gpu()
     return {
         "name": gpu.name,
@@ -58,8 +58,8 @@ def describe_gpu(source: torch.Tensor, block_format: Encoding) -> dict:
 def kernels(block_format: Encoding) -> dict:
     """The state of the GPU kernels.
 
-    `kernels_suit`: true if they support such blocks. `kernel_error`: the reason why they cannot be
-    compiled, or None.
+    `kernels_suit`: true if they support such blocks. `kernel_error`: why they cannot be compiled,
+    or None.
     """
     suit = block_format.name in DECODE
     error = None
@@ -76,14 +76,14 @@ def kernels(block_format: Encoding) -> dict:
 
 
 def locks_freely(source: torch.Tensor) -> bool:
-    """True if memory can be page-locked although `ulimit -l` allows none."""
+    """True if memory can be page-locked even though `ulimit -l` allows none."""
     _, hard_limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard_limit))
     return int(torch.cuda.cudart().cudaHostRegister(source.data_ptr(), source.nbytes, 0)) == 0
 
 
 def copy_until_stdin_ends(source: torch.Tensor) -> float:
-    """Bytes per second to the GPU."""
+    """Copies to the GPU until stdin ends. Returns bytes per second."""
     target = torch.empty_like(source, device="cuda")
     listener = threading.Thread(target=sys.stdin.read)
     listener.start()

@@ -1,4 +1,4 @@
-"""Any file that fiddler-opt writes, in the terminal."""
+"""Prints any file written by fiddler-opt in the terminal."""
 
 import re
 from pathlib import Path
@@ -18,10 +18,10 @@ from fiddler_run.system.parsing import parse_yaml
 
 
 def print_file(console: Console, path: str | Path) -> Plan | MachineProfile | RoutingProfile:
-    """Prints any file that fiddler-opt writes, and returns what is in it.
+    """Prints a plan or a profile and returns its content.
 
     Raises:
-        FiddlerError: it cannot be read, or is none of them.
+        FiddlerError: the file cannot be read, or is neither a plan nor a profile.
     """
     text = read_text(path)
     shown = _file_class(text, path).parse(text, path)
@@ -41,13 +41,13 @@ def print_file(console: Console, path: str | Path) -> Plan | MachineProfile | Ro
 
 
 def _file_class(text: str, path: str | Path) -> type[Plan | MachineProfile | RoutingProfile]:
-    """The class of a file, by a key that only files of its kind have."""
+    """The class of a file, identified by a key that only this kind of file has."""
     found = [
         kind
         for kind, keys in KINDS.items()
         if any(re.search(rf"^{key}:", text, re.MULTILINE) for key in keys)
     ]
-    if len(found) != 1:  # written in another style, or not ours
+    if len(found) != 1:  # written in another style, or not one of our files
         data = parse_yaml(text, path)
         found = [kind_of(data) if isinstance(data, dict) else None]
     classes = {each.kind: each for each in (Plan, MachineProfile, RoutingProfile)}

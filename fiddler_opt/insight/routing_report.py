@@ -1,4 +1,4 @@
-"""A routing profile in the terminal."""
+"""Prints a routing profile in the terminal."""
 
 from rich.console import Console
 
@@ -7,7 +7,7 @@ from fiddler_opt.insight.table import table
 
 
 def print_routing(console: Console, routing: RoutingProfile) -> None:
-    """Prints the sets of prompts, and each layer's busiest experts."""
+    """Prints the sets of prompts and the busiest experts of each layer."""
     model = routing.model
     top = max(1, model.num_experts // 4)
     sets = table("prompts", "number", "prompt tokens", "generated", "expert reuse")
@@ -20,7 +20,7 @@ def print_routing(console: Console, routing: RoutingProfile) -> None:
             _reuse(part, model.num_experts_per_tok),
         )
     console.print(sets)
-    busiest = table("layer", "busiest experts in prefill, part of choices", "in decode")
+    busiest = table("layer", "busiest experts in prefill (share of choices)", "in decode")
     phases = [merged_activations(routing, phase) for phase in ("prefill", "decode")]
     for layer in range(model.num_layers):
         row = []
@@ -35,8 +35,8 @@ def print_routing(console: Console, routing: RoutingProfile) -> None:
         busiest.add_row(str(layer), *row)
     console.print(busiest)
     console.print(
-        f"even routing: {1 / model.num_experts:.0%} of the choices for each expert, expert reuse"
-        f" {model.num_experts_per_tok / model.num_experts:.0%}"
+        f"uniform routing: {1 / model.num_experts:.0%} of the choices for each expert, expert"
+        f" reuse {model.num_experts_per_tok / model.num_experts:.0%}"
     )
 
 
@@ -50,7 +50,7 @@ def merged_activations(routing: RoutingProfile, phase: str) -> list[list[int]]:
 
 
 def _reuse(part: PromptSet, top_k: int) -> str:
-    """By phase, the part of the choices that the token before had made too."""
+    """By phase, the fraction of choices that the previous token made too."""
     phases = {"prefill": part.prefill, "decode": part.decode}
     shares = {
         name: sum(map(sum, counts.reuse.values())) / (counts.followers * top_k * len(counts.reuse))

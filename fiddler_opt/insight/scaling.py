@@ -1,20 +1,20 @@
-"""Scaling: the profile of a machine with another link or other RAM, as `whatif` assumes it.
+"""Scaling: the assumed profile of a machine with another link or other RAM, for `whatif`.
 
-Rule: each measured time is multiplied by a ratio of rooflines, the new machine's over the profiled
-machine's. So overheads keep their proportion, the profiled rates give the profile back, and nothing
-faster makes anything slower. For t tokens:
+Each measured time is multiplied by a ratio of rooflines: the new machine's over the profiled
+machine's. So overheads keep their proportion, the profiled rates give the profile back, and no
+faster part makes anything slower. For t tokens:
 
     CPU alone     C = max(m, a t)            m  memory: reading an expert for one token
-                                             a  arithmetic: seconds a token at the best rate seen
+                                             a  arithmetic: seconds per token at the best rate seen
     link alone    L = max(c, g)              c  copying an expert
                                              g  the GPU's work on it, hidden behind the copy
     both at once  J = max(C L / (C + L), M)  M  an expert's bytes through the memory of both
 
-Nothing gets faster than M. M is the least time that the profile has for CPU and link together, for
-any t, if it is clearly longer than C L / (C + L) there: then the memory was the limit, and a faster
-link cannot lower it. Otherwise no limit was seen (M = 0), and predictions for a much faster link
-are optimistic. Faster RAM divides m and M, but speeds up no arithmetic. The GPU, and all that is
-not an expert, stay as profiled.
+No time falls below M. M is the shortest time in the profile for CPU and link together, at any t, if
+that time is clearly longer than C L / (C + L). In that case memory was the limit, and a faster link
+cannot shorten it. Otherwise no limit was seen (M = 0), and predictions for a much faster link are
+optimistic. Faster RAM divides m and M but does not speed up arithmetic. Times of the GPU and of
+everything but experts stay as profiled.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ from fiddler_opt.inputs.machine import MachineProfile, Share, seconds_at
 from fiddler_opt.inputs.machine_parts import Link
 from fiddler_run.errors import FiddlerError
 
-# Blocks and noise alone make CPU and link up to a tenth slower together than their rates add up to.
+# Blocks and noise alone make CPU and link together up to 10 % slower than the sum of their rates.
 CLEARLY_LONGER = 1.1
-ENDS = (0.0, 1.0)  # shares of the CPU alone, of the link alone
+ENDS = (0.0, 1.0)  # the CPU alone, the link alone
 
 
 def with_rates(
@@ -34,13 +34,15 @@ def with_rates(
     link_bytes_per_s: float | None = None,
     ram_bytes_per_s: float | None = None,
 ) -> MachineProfile:
-    """The machine with another link, other RAM, or both.
+    """The profile of the machine with another link, other RAM, or both.
 
-    The link copies `link_bytes_per_s` to the GPU; from the RAM, the CPU reads `ram_bytes_per_s` of
-    an expert's weights for one token. None: as profiled.
+    Args:
+        link_bytes_per_s: rate of copies to the GPU. None: as profiled.
+        ram_bytes_per_s: rate at which the CPU reads an expert's weights for one token. None: as
+            profiled.
 
     Raises:
-        FiddlerError: a link is asked for, and there is none that experts are copied over.
+        FiddlerError: a link rate is given, but the profile has no link that copies experts.
     """
     link = machine.link
     link_factor = 1.0
@@ -56,7 +58,7 @@ def with_rates(
         for tokens, by_share in machine.host_expert_us.items()
     }
     update = {"link": link, "host_expert_us": host}
-    if machine.device.kind == "cpu":  # the CPU stands in for the GPU, out of the same memory
+    if machine.device.kind == "cpu":  # the CPU takes the GPU's part, from the same memory
         update["resident_expert_us"] = {
             tokens: us * (after.cpu_us(tokens) / before.cpu_us(tokens))
             for tokens, us in machine.resident_expert_us.items()
@@ -72,20 +74,20 @@ def _require_link(machine: MachineProfile) -> None:
         )
     if not machine.streams:
         raise FiddlerError(
-            "--link: by the machine profile no experts are copied over it; vary --ram, or name"
-            " another with --machine"
+            "--link: in the machine profile, no experts are copied over the link; vary --ram, or"
+            " name another with --machine"
         )
 
 
 def _scaled_link(link: Link, factor: float) -> Link:
-    """The link with all its rates changed in proportion."""
+    """The link with all rates scaled by `factor`."""
     rates = ("h2d_bytes_per_s", "h2d_pageable_bytes_per_s", "d2h_bytes_per_s")
     scaled = {key: getattr(link, key) and getattr(link, key) * factor for key in rates}
     return link.model_copy(update={"generation": None, "width": None, **scaled})
 
 
 def with_gpu_memory(machine: MachineProfile, size: int) -> MachineProfile:
-    """The machine with a GPU of at least `size` bytes."""
+    """The profile of the machine with at least `size` bytes of GPU memory."""
     device = machine.device
     larger = {
         "memory_bytes": max(size, device.memory_bytes),
@@ -95,12 +97,12 @@ def with_gpu_memory(machine: MachineProfile, size: int) -> MachineProfile:
 
 
 def ram_rate(machine: MachineProfile) -> float:
-    """Bytes per second at which the CPU reads an expert's weights, for one token."""
+    """Bytes per second at which the CPU reads an expert's weights for one token."""
     return machine.shape.expert_bytes / machine.host_expert_us[1][0.0] * 1e6
 
 
 def memory_rate(machine: MachineProfile) -> float | None:
-    """Bytes per second that CPU and link together get from host memory; None: no limit was seen."""
+    """Bytes per second that CPU and link together read from host memory. None: no limit seen."""
     floor_us = Rooflines(machine).memory_us
     return machine.shape.expert_bytes / floor_us * 1e6 if floor_us else None
 
@@ -134,7 +136,7 @@ class Rooflines:
 
 
 def profiled_us(machine: MachineProfile, tokens: int) -> tuple[float, float]:
-    """C and L as profiled; where not timed, C as the planner continues it, L as its copy takes."""
+    """C and L as profiled. Where not timed, C by the planner's extrapolation, L by its copy."""
     by_share = machine.host_expert_us[tokens]
     cpu = by_share.get(0.0) or 1e6 * seconds_at(machine.cpu_expert_us, tokens)
     copy = (
@@ -152,7 +154,7 @@ def _balance_us(cpu_us: float, link_us: float) -> float:
 def _scaled(
     by_share: dict[Share, float], tokens: int, before: Rooflines, after: Rooflines
 ) -> dict[Share, float]:
-    """Times at the shares 0 and 1, as far as they were timed, and at the best one."""
+    """Times at the shares 0 and 1, if they were timed, and at the best share."""
     floor_us = after.memory_us
     cpu, link = profiled_us(before.machine, tokens)
     new_cpu = max(floor_us, cpu * after.cpu_us(tokens) / before.cpu_us(tokens))
@@ -174,7 +176,7 @@ def _scaled(
     allowed = _allowed(cpu, link, by_share[best])
     new_allowed = _allowed(new_cpu, new_link, new_best_us)
     moved = best + _into(best, new_allowed) - _into(best, allowed)
-    # the ends keep their own times
+    # the end points keep their own times
     return {
         **ends,
         round(_into(moved, (0.001, 0.999)), 3): new_best_us,
@@ -182,7 +184,7 @@ def _scaled(
 
 
 def _allowed(cpu_us: float, link_us: float, best_us: float) -> tuple[float, float]:
-    """The shares with which both CPU and link are done in time."""
+    """The range of shares at which both CPU and link finish within `best_us`."""
     return 1 - best_us / cpu_us, best_us / link_us
 
 

@@ -1,4 +1,4 @@
-"""The files that a plan was made from."""
+"""Finds the files that a plan was made from."""
 
 import hashlib
 from pathlib import Path
@@ -15,8 +15,8 @@ from fiddler_run.weights.model_folder import model_config_file
 
 
 def profile_sha256(machine: MachineProfile) -> str:
-    """Identifies a machine profile by its content."""
-    return hashlib.sha256(machine.dump().encode()).hexdigest()
+    """A hash that identifies a machine profile by its values, regardless of comments."""
+    return hashlib.sha256(machine.model_dump_json().encode()).hexdigest()
 
 
 def sources(
@@ -25,14 +25,14 @@ def sources(
     """Finds the problem and the routing that a plan was made from.
 
     Raises:
-        FiddlerError: a profile is not where the plan says, or has changed since.
+        FiddlerError: a profile is missing from the path in the plan, or has changed since.
     """
     made = plan.provenance
     machine = MachineProfile.load(shipped_file(machine_path or made.machine))
     if profile_sha256(machine) != made.machine_sha256:
         raise FiddlerError(
             f"{machine_path or made.machine}: not the profile that the plan was made from; name"
-            " that with --machine"
+            " the original with --machine"
         )
     model = ModelSpec.from_file(
         model_config_file(plan.model.name, plan_path.resolve().parent), plan.model.name

@@ -1,4 +1,4 @@
-"""A sweep: the best plan at each of several values of one quantity."""
+"""A sweep: the best plan for each of several values of one quantity."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from fiddler_opt.insight.sweep_flags import WhatIf
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan, Workload
 
-# The best plan on a machine, for a workload, in bytes of GPU memory.
+# The best plan on a machine for a workload and a number of bytes of GPU memory.
 Solve = Callable[[MachineProfile, Workload, int], Plan]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One value of the varied quantity, and the inputs of its plan."""
+    """One value of the swept quantity and the inputs of its plan."""
 
     value: int
     label: str
@@ -28,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Row:
-    """A point's plan, or the reason why there is none."""
+    """The plan of a point, or the reason why there is none."""
 
     point: Point
     plan: Plan | None
@@ -36,10 +36,11 @@ class Row:
 
 
 def points(asked: WhatIf, machine: MachineProfile, workload: Workload) -> list[Point]:
-    """
+    """The points of a sweep.
+
     Raises:
-        FiddlerError: GPU memory is asked for on a machine without a GPU, or a link where none
-            copies experts.
+        FiddlerError: the sweep varies GPU memory on a machine without a GPU, or a link over which
+            no experts are copied.
     """
     made = []
     on_gpu = machine.device.kind == "cuda"
@@ -69,7 +70,7 @@ def points(asked: WhatIf, machine: MachineProfile, workload: Workload) -> list[P
 
 
 def sweep(points: list[Point], model: ModelSpec, solve: Solve) -> list[Row]:
-    """Solves each point. A row without a plan holds the error."""
+    """Solves each point. The error of a point without a plan is kept in its row."""
     rows = []
     for point in points:
         try:

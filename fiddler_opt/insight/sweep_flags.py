@@ -1,6 +1,6 @@
-"""The flags of a what-if: one for each quantity, with one value, several, or a range.
+"""The flags of `whatif`: one per quantity, with one value, several, or a range.
 
-Rule: exactly one has several.
+Exactly one quantity has several values.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from fiddler_run.errors import FiddlerError
 
 @dataclass(frozen=True)
 class Quantity:
-    """A quantity that can be varied. `unit`: B, B/s or a word."""
+    """A quantity that can be varied. `unit` is B, B/s or a word."""
 
     flags: tuple[str, ...]
     title: str
@@ -33,9 +33,10 @@ class Quantity:
         return self.flags[0]
 
     def parse(self, text: str) -> list[int]:
-        """
+        """Parses the values of the flag.
+
         Raises:
-            FiddlerError: a value cannot be read.
+            FiddlerError: a value cannot be parsed.
         """
         one = {"B": parse_bytes, "B/s": parse_bytes_per_s}.get(self.unit, parse_count)
         return parse_values(text, self.flag, one)
@@ -44,7 +45,7 @@ class Quantity:
         return {"B": format_bytes, "B/s": format_bytes_per_s}.get(self.unit, str)(value)
 
     def axis(self, largest: int) -> tuple[int, str]:
-        """The unit of an axis up to `largest`, and the axis's label."""
+        """The unit of an axis up to `largest`, and the axis label."""
         if not self.unit.startswith("B"):
             return 1, f"{self.title}, {self.unit}" if self.unit else self.title
         prefixed = next(name for name in ("TB", "GB", "MB", "KB", "B") if largest >= UNITS[name])
@@ -69,7 +70,7 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class WhatIf:
-    """The values of `swept`, a key of QUANTITIES, and one value of each other quantity given."""
+    """The values of `swept`, a key of QUANTITIES, and one value for each other given quantity."""
 
     swept: str
     values: list[int]
@@ -80,7 +81,7 @@ class WhatIf:
         return QUANTITIES[self.swept]
 
     def workload_values(self) -> dict[str, int | None]:
-        """The workload's values, None if not given; of several the one that is easiest to fit."""
+        """The workload's values, None where not given. Of several, the easiest to fit."""
         fits = max(self.values) if self.swept == "max_seq_len" else min(self.values)
         return {key: fits if key == self.swept else self.fixed.get(key) for key in DEFAULTS}
 
@@ -99,14 +100,15 @@ def add_whatif_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot",
         metavar="FILE",
-        help="draw the curves, into a .png, .svg or .pdf (needs the extra `plots`)",
+        help="plot the curves to a .png, .svg or .pdf file (needs the extra `plots`)",
     )
 
 
 def parse_whatif(flags: argparse.Namespace) -> WhatIf:
-    """
+    """Parses the flags.
+
     Raises:
-        FiddlerError: a value cannot be read, or not exactly one quantity has several.
+        FiddlerError: a value cannot be parsed, or not exactly one quantity has several.
     """
     given = {
         key: quantity.parse(text)

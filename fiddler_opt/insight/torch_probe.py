@@ -1,4 +1,4 @@
-"""PyTorch on this machine, asked in a process of its own.
+"""Asks a separate process about PyTorch on this machine.
 
 Its effects on the GPU end with that process.
 """
@@ -14,7 +14,7 @@ from fiddler_opt.inputs import facts
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.insight.finding import Finding
 
-COPYING_S = 1.0  # until a GPU that copies has raised its link's speed
+COPYING_S = 1.0  # until a copying GPU has raised its link speed
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ProbedGpu:
     """The GPU that PyTorch uses.
 
     `kernels_suit`: true if the GPU kernels support this model. `kernel_error`: why they cannot be
-    compiled. `locks_freely`: true if memory can be page-locked whatever `ulimit -l` says.
+    compiled. `locks_freely`: true if memory can be page-locked regardless of `ulimit -l`.
     `h2d_bytes_per_s`: the rate of copies from page-locked memory.
     """
 
@@ -38,9 +38,9 @@ class ProbedGpu:
 
 @dataclass(frozen=True)
 class Torch:
-    """PyTorch: its version, its CUDA version, the CPU kernel's variants that run here, its GPU.
+    """PyTorch's version, its CUDA version, the usable variants of the CPU kernel, and its GPU.
 
-    `refusal`: why it uses no GPU.
+    `refusal`: why PyTorch uses no GPU.
     """
 
     version: str
@@ -51,9 +51,9 @@ class Torch:
 
 
 def ask_torch(model: ModelSpec) -> Torch | Finding:
-    """PyTorch's view of this machine; a finding if PyTorch does not start.
+    """Asks PyTorch about this machine. Returns a finding if PyTorch does not start.
 
-    The GPU's link is read while PyTorch copies to it.
+    The state of the link is read while PyTorch copies.
     """
     blocks = [model.encoding, str(model.shape.hidden_size), str(model.block_neurons)]
     with tempfile.TemporaryFile("w+") as errors:
@@ -66,7 +66,7 @@ def ask_torch(model: ModelSpec) -> Torch | Finding:
             if gpu:
                 time.sleep(COPYING_S)
                 link = facts.pcie_link(gpu["bus_id"])
-            rate, _ = probe.communicate()  # the end of its input ends its copies
+            rate, _ = probe.communicate()  # closing its stdin ends its copies
         errors.seek(0)
         reason = errors.read().strip().rpartition("\n")[2] or f"exit status {probe.returncode}"
     if answer is None:

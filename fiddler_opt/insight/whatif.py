@@ -1,7 +1,7 @@
-"""What-if: tokens/s and time to first token over one quantity, without the hardware.
+"""What-if: predicted speed over one quantity, without the hardware.
 
-All else stays as profiled and as asked. `scaling` makes the profile of a machine with another link
-or other RAM. Every point is a whole plan.
+Everything else stays as profiled and as given. `scaling` makes the profile of a machine with
+another link or other RAM. Each point is a complete plan.
 """
 
 from rich.console import Console
@@ -27,11 +27,11 @@ def run_whatif(
     plot_file: str | None,
     tables: Console,
 ) -> None:
-    """Solves, prints the table to `tables`, and draws the curves if a file is named.
+    """Solves each point, prints the table to `tables`, and plots the curves if a file is given.
 
     Raises:
-        FiddlerError: the machine lacks the varied quantity, no value has a plan, or the picture
-            cannot be drawn.
+        FiddlerError: the machine lacks the swept quantity, no value has a plan, or the plot cannot
+            be written.
     """
     if plot_file is not None:
         require_writable(plot_file)
@@ -94,13 +94,13 @@ def describe(asked: WhatIf, point: Point) -> str:
 
 
 def assumption(asked: WhatIf, machine: MachineProfile) -> str:
-    """The assumptions that the predictions make besides the profile, in one line."""
+    """The assumptions behind the predictions besides the profile, in one line."""
     rate = memory_rate(machine)
     cpu = format_bytes_per_s(ram_rate(machine))
     feeds = (
-        f"at most {format_bytes_per_s(rate)}, as profiled"
+        f"at most {format_bytes_per_s(rate)}, as profiled,"
         if rate
-        else "without a limit, for the profile saw none"
+        else "without a limit, because the profile saw none,"
     )
     reads = (
         f"{cpu} by the CPU alone and {format_bytes_per_s(rate)} with the link"
@@ -108,11 +108,11 @@ def assumption(asked: WhatIf, machine: MachineProfile) -> str:
         else f"{cpu} by the CPU"
     )
     assumed = {
-        "gpu_mem": "a GPU as fast as the profiled one, whatever its memory",
-        "link": f"the RAM feeds CPU and link together {feeds}; computing takes as long as profiled",
+        "gpu_mem": "a GPU as fast as the profiled one, regardless of its memory",
+        "link": f"CPU and link together read {feeds} from RAM; computing takes as long as profiled",
         "ram": (
-            f"what was read of the profiled RAM, {reads}, scales with it; computing takes as long"
-            " as profiled"
+            f"reads from the profiled RAM, {reads}, scale with it; computing takes as long as"
+            " profiled"
         ),
         "max_seq_len": (
             "a longer cache takes memory from the experts; attention takes as long as profiled"
@@ -126,7 +126,7 @@ def assumption(asked: WhatIf, machine: MachineProfile) -> str:
 
 
 def profiled(swept: str, machine: MachineProfile) -> float | None:
-    """The profiled machine's own value; None where it has none."""
+    """The profiled machine's own value. None if it has none."""
     return {
         "gpu_mem": machine.device.memory_bytes,
         "link": machine.h2d_bytes_per_s,

@@ -1,7 +1,7 @@
-"""Times a model's dense part: attention, router, norms and Python's work of a layer; and the head.
+"""Times a model's dense part: attention, router, norms and dispatch of a layer, and the head.
 
-Rule: the layers run the runtime's own experts layers, whose experts have no blocks, because work
-between two dense layers slows both.
+The timed layers include the runtime's own experts layers, with experts that have no blocks, because
+work between two dense layers slows down both.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,15 @@ from fiddler_run.generation.session import Session
 LAYERS = 5
 STEPS = 16
 PROMPT_TOKENS = 16
-MAX_SEQUENCES = 16  # up to so many tokens are a decode step of as many sequences; more are a prompt
+# up to this many tokens, a pass is a decode step of as many sequences; beyond, a prompt
+MAX_SEQUENCES = 16
 
 
 class DenseBench:
-    """Two models without experts, of no layer and of some: their difference is the layers' time."""
+    """Two models without expert weights: one without layers, one with a few.
+
+    The difference between them is the time of the layers.
+    """
 
     def __init__(
         self, spec: ModelSpec, device: torch.device, stopwatch: Stopwatch, engine: ExpertEngine
@@ -49,7 +53,7 @@ class DenseBench:
 
     @torch.inference_mode()
     def time(self, tokens: int) -> dict[str, float]:
-        """Microseconds by table of the profile, for a pass of `tokens` tokens by `generate()`.
+        """Microseconds by profile table for a pass of `tokens` tokens through `generate()`.
 
         The pass is a decode step of that many sequences or, above MAX_SEQUENCES, a prompt.
         """
@@ -65,7 +69,7 @@ class DenseBench:
         return {"dense_layer_us": layer_us, "dense_device_us": device_us, "head_us": head_us}
 
     def _steps(self, sequences: int) -> list[float]:
-        """A decode step of either model."""
+        """Times a decode step of each model."""
         calls = [
             _generation(model, sequences, PROMPT_TOKENS, new_tokens)
             for model in (self.head, self.whole)
@@ -75,12 +79,12 @@ class DenseBench:
         return [difference(head, first_head) / STEPS, difference(whole, first_whole) / STEPS]
 
     def _prompts(self, tokens: int) -> list[float]:
-        """A prompt through either model."""
+        """Times a prompt through each model."""
         calls = [_generation(model, 1, tokens, 1) for model in (self.head, self.whole)]
         return self.stopwatch.time(*calls, calls_per_sample=1)
 
     def _behind_experts(self, tokens: int, decodes: bool) -> float:
-        """A layer's time between experts that keep the GPU busy: from their end to their start."""
+        """Time of a layer between experts that keep the GPU busy, from end to start."""
         marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
         def keep_busy(layer: ExpertsLayer) -> Callable:
@@ -104,7 +108,7 @@ class DenseBench:
             marks.clear()
             generate()
             torch.cuda.synchronize()
-            asked_for = marks[LAYERS:] if decodes else marks  # without the prompt's
+            asked_for = marks[LAYERS:] if decodes else marks  # without the prompt's marks
             passes = [asked_for[start:][:LAYERS] for start in range(0, len(asked_for), LAYERS)]
             neighbours = (pair for layers in passes for pair in pairwise(layers))
             return [

@@ -1,4 +1,4 @@
-"""Describes the device in a machine profile: name, memory, and a process's share of it."""
+"""Describes the device in a machine profile: its name, its memory, and a process's share of it."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def describe_device(device: torch.device) -> dict:
 def context_bytes(device: torch.device) -> int:
     """GPU memory that a process takes besides PyTorch's allocator.
 
-    Measured from here while another process starts to use the GPU.
+    Measured from this process while another one starts to use the GPU.
     """
     program = (
         "import sys, torch; torch.cuda.set_device(int(sys.argv[1])); x = torch.ones(64, 64,"
@@ -41,7 +41,7 @@ def context_bytes(device: torch.device) -> int:
         " print(torch.cuda.memory_reserved(), flush=True); sys.stdin.read()"
     )
     before, _ = torch.cuda.mem_get_info(device)
-    # -P: a torch.py in the working directory is not PyTorch.
+    # -P: a torch.py in the working directory must not shadow PyTorch.
     command = [sys.executable, "-P", "-c", program, str(device.index)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as other:

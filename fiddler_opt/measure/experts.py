@@ -1,7 +1,7 @@
 """Times experts in the runtime's own layers.
 
-The experts fill most of the host memory, and a layer's experts lie all over it: memory far from the
-CPU is slower, on some machines by a fifth, and a run reads from everywhere.
+The experts fill most of host memory, and the experts of a layer are spread over all of it. Memory
+far from the CPU is slower, on some machines by 20 %, and a run reads from all of it.
 """
 
 import random
@@ -24,21 +24,25 @@ from fiddler_run.system.host import num_cores
 from fiddler_run.weights.arena import Arena
 from fiddler_run.weights.checkpoint import DummyWeights
 
-GPU_WORKING_SET_BYTES = 1_500_000_000  # more than the GPU's caches hold
-MANY_TOKENS = 64  # of an expert: calls with more take long, and vary less
-MAX_CHOICES = 4096  # tokens times experts in a timed call, unless one token chooses more
+GPU_WORKING_SET_BYTES = 1_500_000_000  # exceeds the GPU's caches
+MANY_TOKENS = 64  # tokens of an expert above which calls take long and vary less
+MAX_CHOICES = 4096  # most tokens times experts in a timed call, unless one token chooses more
 
 
 class ExpertBench:
-    """Random experts of a model's shape, in host memory and, with a GPU, in its memory.
+    """Random experts of a model's shape, in host memory and, with a GPU, in GPU memory.
 
-    `page_locked`: True if the GPU can read those in host memory.
+    `page_locked`: True if the GPU can read the experts in host memory.
     """
 
     def __init__(
         self, model: ModelSpec, host_bytes: int, stopwatch: Stopwatch, device: torch.device
     ):
-        """`host_bytes`: host memory to fill, up to the size of the model's experts."""
+        """Makes random experts.
+
+        Args:
+            host_bytes: host memory to fill, at most the size of the model's experts.
+        """
         shape = model.shape
         self.device = device
         self.on_gpu = device.type == "cuda"
@@ -59,7 +63,7 @@ class ExpertBench:
         for expert in host[1:]:
             expert.copy_(host[0])
         self.host = random.Random(0).sample(host, len(host))
-        self.resident = self.host  # of which no block is used without a GPU
+        self.resident = self.host  # unused without a GPU
         self.page_locked = self.on_gpu and _page_locked(self.arena)
         if self.on_gpu:
             count = max(1, GPU_WORKING_SET_BYTES // model.expert_bytes)
@@ -80,12 +84,12 @@ class ExpertBench:
         return self.engine.resources.kernels.cpu.variant
 
     def host_expert(self, tokens: int, shares: list[float]) -> dict[float, float]:
-        """Microseconds of one expert in host memory that `tokens` tokens call, by stream share."""
+        """Microseconds of one host expert called by `tokens` tokens, by stream share."""
         if self.engine.decode.takes(self._batch(tokens)):
             works = (Work.BLOCKS, Work.IN_PLACE)
             times = self.stopwatch.gather(*(self._spans(tokens, 0, s, works) for s in shares))
             return dict(zip(shares, times, strict=True))
-        # Calls of experts without blocks take Python's time alone.
+        # Calls of experts without blocks measure Python's time alone.
         blocks = self.blocks_per_expert
         calls = [self._call(tokens, 0, blocks, share) for share in shares]
         per_sample = max(1, CALLS_PER_SAMPLE // self._layers) if tokens <= MANY_TOKENS else 1
@@ -96,14 +100,14 @@ class ExpertBench:
         return {s: difference(us, empty) / experts for s, us in zip(shares, filled, strict=True)}
 
     def resident_expert(self, tokens: int) -> float:
-        """Microseconds of one expert in GPU memory that `tokens` tokens call."""
+        """Microseconds of one resident expert called by `tokens` tokens."""
         if self._is_prompt(tokens):
             return self.stopwatch.gather(self._product(tokens))[0]
         blocks = self.blocks_per_expert
         return self.stopwatch.gather(self._spans(tokens, blocks, 0.0, (Work.RESIDENT,)))[0]
 
     def _product(self, tokens: int) -> Callable[[], list[float]]:
-        """Samples the prefill path's product: the GPU's time, or Python's where that is longer."""
+        """Samples the product of the prefill path: the longer of GPU time and Python's time."""
         experts = cycle(self.resident)
         dtype = self.engine.resources.dtype
         states = torch.randn(tokens, self.block_format.hidden_size, dtype=dtype, device=self.device)
@@ -112,7 +116,7 @@ class ExpertBench:
         def sample() -> list[float]:
             begun = torch.cuda.Event(enable_timing=True)
             ended = torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(BUSY_CYCLES)  # the GPU would wait for Python otherwise
+            torch.cuda._sleep(BUSY_CYCLES)  # keeps the GPU from waiting for Python
             begun.record()
             started_s = time.perf_counter()
             apply(next(experts), states)
@@ -126,9 +130,9 @@ class ExpertBench:
     def _spans(
         self, tokens: int, resident: int, share: float, works: tuple[Work, ...]
     ) -> Callable[[], list[float]]:
-        """Samples an expert's part of each layer's time, from the start of `works` to their end.
+        """Samples one expert's part of each layer's time, from the start of `works` to their end.
 
-        Python has queued the layers before, as in a run.
+        Python has queued the previous layers, as in a run.
         """
         call = self._call(tokens, resident, self.blocks_per_expert, share)
         timeline = self.engine.resources.timeline
@@ -146,28 +150,31 @@ class ExpertBench:
         return sample
 
     def _batch(self, tokens: int) -> int:
-        """Tokens of a batch in which `tokens` tokens choose each called expert."""
+        """Tokens of a batch in which each called expert is chosen by `tokens` tokens."""
         return tokens * self._called(tokens) // self.top_k
 
     def _is_prompt(self, tokens: int) -> bool:
-        """True if `tokens` tokens for every expert put the batch on the prefill path."""
+        """True if `tokens` tokens per expert put the batch on the prefill path."""
         return tokens * self.layer_experts // self.top_k > MAX_DECODE_TOKENS
 
     def _called(self, tokens: int) -> int:
-        """Called experts of a layer: one token's, or in a prompt all that MAX_CHOICES allows."""
+        """Number of called experts in a layer: those of one token, or in a prompt up to
+        MAX_CHOICES.
+        """
         if not self._is_prompt(tokens):
             return self.top_k
         return max(self.top_k, min(self.layer_experts, MAX_CHOICES // tokens))
 
     @property
     def _layers(self) -> int:
-        """Layers in a call: with two, the second is queued while the first is computed."""
+        """Layers in a call. With two, the second is queued while the first is computed."""
         return 2 if self.on_gpu and len(self.host) >= 2 * self.layer_experts else 1
 
     def _call(self, tokens: int, first: int, stop: int, share: float) -> Callable[[], None]:
-        """A call of layers by a batch, each time by another one of layers and experts.
+        """A call of layers by a batch. Each call takes other layers and experts.
 
-        Blocks 0 to `first` of each expert are on the device, those up to `stop` in host memory.
+        Blocks 0 to `first` of each expert are on the device, blocks `first` to `stop` in host
+        memory.
         """
         layers = [
             ExpertsLayer(
@@ -200,7 +207,7 @@ class ExpertBench:
             index, group = next(turns)
             for layer in group:
                 layer(states, index, weights)
-            jobs.finish()  # Python's thread takes part in the CPU's work, as it does in a run
+            jobs.finish()  # Python's thread helps with the CPU's work, as in a run
 
         return call
 
@@ -208,13 +215,13 @@ class ExpertBench:
 def engine_for(
     block_format: Encoding, device: torch.device, threads: int, pinned: bool
 ) -> ExpertEngine:
-    """The engine that runs a plan with these CPU threads."""
+    """The engine that runs a plan with this many CPU threads."""
     slots = STAGED_BLOCKS if device.type == "cuda" else 0
     return make_engine(block_format, device, threads, slots, pinned)
 
 
 def _page_locked(arena: Arena) -> bool:
-    """True if the arena could be page-locked. WSL, for one, allows that for little memory only."""
+    """True if the arena could be page-locked. WSL, for one, locks only little memory."""
     try:
         arena.pin()
     except FiddlerError:
@@ -223,5 +230,5 @@ def _page_locked(arena: Arena) -> bool:
 
 
 def _groups(things: Iterable, size: int) -> list[tuple]:
-    """Consecutive groups of `size`, without a smaller last one."""
+    """Consecutive groups of `size`. A smaller last group is dropped."""
     return list(zip(*[iter(things)] * size, strict=False))

@@ -1,4 +1,4 @@
-"""Times copies between host memory and the GPU, in pieces as the runtime makes them for prompts."""
+"""Times copies between host memory and the GPU, in pieces of the size that prefill uses."""
 
 from itertools import cycle
 

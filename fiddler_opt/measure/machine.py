@@ -1,6 +1,6 @@
 """Measures a MachineProfile, part by part.
 
-Rule: it times the functions that the runtime calls, on weights of the model's shape.
+It times the functions that the runtime calls, on weights of the model's shape.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,8 @@ from fiddler_run.system.gpu import current_gpu
 from fiddler_run.system.host import available_memory_bytes, cpu_name, num_cores, num_physical_cores
 from fiddler_run.system.process_settings import dense_threads
 
-METHOD = 3  # of timing: parts that were timed in another way are not mixed with new ones
-MAX_CPU_TOKENS = 512  # of an expert: more are never computed best by a CPU alone
+METHOD = 3  # version of the timing method; parts timed by another method are not mixed in
+MAX_CPU_TOKENS = 512  # tokens of an expert above which a CPU alone is never the fastest
 EXPERTS = "experts"
 LAYERS = "layers without experts"
 LIMITS = KernelLimits(
@@ -51,14 +51,18 @@ LIMITS = KernelLimits(
 
 
 class MachineBench:
-    """The parts of a machine profile, each measured by one call that returns plain values.
+    """The parts of a machine profile. Each is measured by one call that returns plain values.
 
-    `found`: the parts measured so far, on which later ones depend. `timed`: by name, the parts that
-    time something for a number of tokens. Weights are made when the first part needs them.
+    `found` holds the parts measured so far, which later ones depend on. `timed` lists by name the
+    parts that depend on a number of tokens. Weights are made when the first part needs them.
     """
 
     def __init__(self, model: ModelSpec, settings: ProfileSettings, folder: Path | None):
-        """`folder`: of the checkpoint, whose disk is timed too."""
+        """Prepares the parts without timing anything.
+
+        Args:
+            folder: of the checkpoint whose disk is timed too. None: no disk is timed.
+        """
         self.found: dict[str, dict] = {}
         self.model = model
         self.settings = settings
@@ -81,7 +85,7 @@ class MachineBench:
 
     @property
     def parts(self) -> dict[str, Callable[[], dict]]:
-        """Made when asked for: kept, they would keep this object and its gigabytes alive."""
+        """Created on each access: stored, it would keep this object and its gigabytes alive."""
         times = {EXPERTS: self._time_experts, LAYERS: self._time_dense}
         parts = {
             "host": self._host,
@@ -93,7 +97,7 @@ class MachineBench:
 
     @property
     def identity(self) -> dict:
-        """Everything that the parts depend on besides the machine's momentary state."""
+        """Everything the parts depend on, except the machine's momentary state."""
         on_gpu = self.device.type == "cuda"
         return {
             "method": METHOD,
@@ -108,7 +112,7 @@ class MachineBench:
 
     @property
     def _threads(self) -> tuple[int, bool]:
-        """The choice of the part `threads`, which holds for all parts after it."""
+        """The choice made by the part `threads`, used by all later parts."""
         return self.found["threads"]["threads"], self.found["threads"]["pinned"]
 
     @cached_property
@@ -151,7 +155,7 @@ class MachineBench:
         else:
             ends = [0.0, 1.0] if tokens <= MAX_CPU_TOKENS else [1.0]
             times = sweep_shares(measure, ends, block=1 / (bench.top_k * bench.blocks_per_expert))
-        # Without a GPU the same cores compute a "resident" expert at the same speed.
+        # Without a GPU, the same cores compute a "resident" expert at the same speed.
         resident_us = bench.resident_expert(tokens) if bench.on_gpu else min(times.values())
         return {
             "host_expert_us": {share: round(us, 1) for share, us in times.items()},
@@ -162,7 +166,7 @@ class MachineBench:
         """Refuses to mix parts timed with and without page-locked memory.
 
         Raises:
-            FiddlerError: that changed since the part `threads`.
+            FiddlerError: page-locking has changed since the part `threads`.
         """
         if page_locked != self.found["threads"]["page_locked"]:
             change = "could be page-locked, but cannot be now"
@@ -179,7 +183,7 @@ class MachineBench:
 
     def _link(self) -> dict:
         copies = time_copies(self._experts)
-        # Right after the copies: an idle GPU lowers its link's speed.
+        # Right after the copies: an idle GPU lowers its link speed.
         link = facts.pcie_link(current_gpu().bus_id)
         return {"generation": link and link.generation, "width": link and link.width, **copies}
 
@@ -194,11 +198,11 @@ def measure_machine(
     """Times the parts that are not in `unfinished` yet.
 
     Args:
-        force: also while other programs use the machine.
-        on_part: called with the name of the part timed next, and the number of finished parts.
+        force: measure even while other programs use the machine.
+        on_part: called with the name of the next part and the number of finished parts.
 
     Raises:
-        FiddlerError: other programs used the machine; the parts before are kept.
+        FiddlerError: other programs used the machine. Earlier parts are kept.
     """
     bench.found = unfinished.parts
     for finished, (name, measure) in enumerate(bench.parts.items()):
@@ -208,7 +212,7 @@ def measure_machine(
 
 
 def _profile(bench: MachineBench, command: str) -> MachineProfile:
-    """The profile of the bench's finished parts."""
+    """The profile made from the bench's finished parts."""
     parts = bench.found
     chosen = dict(parts["threads"])
     timed_bytes = chosen.pop("timed_bytes")
@@ -238,6 +242,6 @@ def _profile(bench: MachineBench, command: str) -> MachineProfile:
 
 
 def release_gpu_memory() -> None:
-    """Returns the memory that PyTorch keeps cached to the GPU."""
+    """Returns PyTorch's cached memory to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

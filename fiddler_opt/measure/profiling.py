@@ -1,6 +1,6 @@
 """The stages of `fiddler-opt profile`.
 
-Rule: finished work is kept, and the next call resumes where one was cut short.
+Finished work is saved, and the next call resumes where an interrupted one stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fiddler_run.plan.schema import Budget, Plan, Workload
 if TYPE_CHECKING:
     from fiddler_opt.measure.routing import RoutingJob
 
-SAVE_EVERY_S = 20.0  # of recording: what may be lost
+SAVE_EVERY_S = 20.0  # of recording; at most this much is lost
 
 
 def profile_machine(
@@ -47,7 +47,7 @@ def profile_machine(
     """Times this machine and saves its profile.
 
     Raises:
-        FiddlerError: other programs use the machine, and `force` is not set.
+        FiddlerError: other programs use the machine and `force` is not set.
     """
     with console.status("importing torch and transformers"):
         from fiddler_opt.measure.machine import (
@@ -60,8 +60,8 @@ def profile_machine(
     unfinished = Unfinished(path, bench.identity)
     if unfinished.parts:
         console.print(
-            f"going on with an unfinished profile: {len(unfinished.parts)} of {len(bench.parts)}"
-            " parts are timed"
+            f"resuming an unfinished profile: {len(unfinished.parts)} of {len(bench.parts)} parts"
+            " are timed"
         )
     with _progress(console) as progress:
         task = progress.add_task("timing", total=len(bench.parts))
@@ -73,7 +73,7 @@ def profile_machine(
         progress.update(task, description="timing", completed=len(bench.parts))
     machine.save(path)
     forget_unfinished(path)
-    del bench  # frees the memory that it timed in, which a model may need
+    del bench  # frees the timed memory, which a model may need
     release_gpu_memory()
     return machine
 
@@ -81,14 +81,14 @@ def profile_machine(
 def routing_job(
     model: ModelSpec, name: str, prompts: list[Path], output_tokens: int, context: int
 ) -> RoutingJob:
-    """The recording of `prompts`, with up to `output_tokens` generated after each.
+    """A job that records `prompts`, with up to `output_tokens` generated after each.
 
     Args:
-        context: the longest sequence.
         name: the checkpoint's folder or Hugging Face id.
+        context: the maximum sequence length.
 
     Raises:
-        FiddlerError: the checkpoint is incomplete, or the prompts cannot be read or are too long.
+        FiddlerError: the checkpoint is incomplete, or prompts cannot be read or are too long.
     """
     from fiddler_opt.measure.routing import RoutingJob
     from fiddler_run.loading.model_check import ModelCheck
@@ -105,7 +105,7 @@ def routing_job(
 
 
 def cpu_plan(model: ModelSpec, machine: MachineProfile, context: int, made: dict[str, str]) -> Plan:
-    """A plan for the CPU alone, which fits every machine whose memory holds the model."""
+    """A plan for the CPU alone. It fits every machine whose host memory holds the model."""
     workload = Workload(
         prompt_tokens=context - 1, output_tokens=1, num_beams=1, batch_size=1, max_seq_len=context
     )
@@ -121,10 +121,10 @@ def profile_routing(
     command: str,
     console: Console,
 ) -> RoutingProfile:
-    """Records a job's routing with the checkpoint `name` run by `plan`; saves its profile.
+    """Records a job's routing with the checkpoint `name` run by `plan`, and saves the profile.
 
     Args:
-        trace_path: where to save the trace too; None: nowhere.
+        trace_path: where to save the trace as well. None: not saved.
     """
     from fiddler_opt.measure.routing import RoutingRecorder, routing_profile
     from fiddler_run.loading.load import ModelLoader
@@ -133,8 +133,8 @@ def profile_routing(
     recorder = RoutingRecorder(job, job.resume(partial))
     if recorder.done:
         console.print(
-            f"going on with an unfinished recording: {recorder.done} of {recorder.total} prompts"
-            " are done"
+            f"resuming an unfinished recording: {recorder.done} of {recorder.total} prompts are"
+            " done"
         )
     if recorder.done < recorder.total:
         loader = ModelLoader(plan, name)
@@ -150,7 +150,7 @@ def profile_routing(
                     if time.monotonic() - saved_s > SAVE_EVERY_S:
                         recorder.trace().save(partial)
                         saved_s = time.monotonic()
-            except BaseException:  # an interrupt, or whatever else
+            except BaseException:  # including an interrupt
                 recorder.trace().save(partial)
                 raise
     trace = recorder.trace()

@@ -1,7 +1,7 @@
-"""Prompts: read from text, JSON and Hugging Face datasets, and encoded each by itself.
+"""Reads prompts from text files, JSON and Hugging Face datasets, and encodes each of them.
 
-Rule: every entry becomes one prompt or an error that names it. Only blank lines are skipped, and
-nothing is cut.
+Every entry becomes a prompt or an error that names it. Only blank lines are skipped, and nothing is
+truncated.
 """
 
 from pathlib import Path
@@ -11,9 +11,9 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.system.files import cannot_read, is_file, is_folder, read_text, reason
 from fiddler_run.system.parsing import parse_json
 
-Prompt = str | list[dict[str, str]]  # a text, or messages with "role" and "content"
+Prompt = str | list[dict[str, str]]  # text, or messages with "role" and "content"
 
-# The first that an entry fills holds its prompt.
+# The first key with a value holds the prompt.
 KEYS = ("prompt", "text", "messages", "conversations")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 TOOL_CALLS = ("tool_calls", "function_call")
@@ -21,7 +21,7 @@ SAVED_DATASET = ("dataset_dict.json", "state.json")
 
 
 def name_sets(paths: list[Path]) -> dict[str, Path]:
-    """Paths by the name of their set: the file's name or, where two have the same, the path.
+    """Paths by the name of their set: the file's name or, if two are equal, the path.
 
     Raises:
         FiddlerError: a path is given twice.
@@ -35,23 +35,21 @@ def name_sets(paths: list[Path]) -> dict[str, Path]:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a file or a folder.
+    """Reads the prompts of a file or a folder.
 
-    `.jsonl`: a JSON string or object a line. `.json`: an array of them. Any other file: a text a
-    line. A folder: rows of a dataset written by `save_to_disk` (all its splits), or of the parquet
-    files in it. An object or row holds a "prompt" or "text", "messages" (OpenAI; in a "body" too,
-    as in batch files) or "conversations" (ShareGPT). A message that only calls tools has empty
-    text.
+    A `.jsonl` file holds a JSON string or object per line, a `.json` file an array of them, any
+    other file a text per line. A folder holds a dataset written by `save_to_disk`, of which all
+    splits are read, or parquet files. An object or row holds a "prompt" or "text", "messages"
+    (OpenAI; also in a "body", as in batch files) or "conversations" (ShareGPT). A message that only
+    calls tools has empty text.
 
     Raises:
-        FiddlerError: it cannot be read, an entry is malformed, or there is none.
+        FiddlerError: the path cannot be read, an entry is malformed, or there is no entry.
     """
     if is_folder(path):
         prompts = [_prompt(row, where) for where, row in _rows(path)]
     elif path.suffix == ".json":
-        entries = parse_json(
-            read_text(path), str(path), "one object a line belongs in a .jsonl file"
-        )
+        entries = parse_json(read_text(path), str(path), "put one object per line in a .jsonl file")
         if not isinstance(entries, list):
             raise FiddlerError(
                 f"{path}: not an array; put the prompts between [ and ], or one a line in a .jsonl"
@@ -61,8 +59,8 @@ def read_prompts(path: Path) -> list[Prompt]:
             _prompt(entry, f"{path}: entry {number}") for number, entry in enumerate(entries, 1)
         ]
     else:
-        # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line
-        # ends.
+        # Not splitlines(): JSON strings may contain U+2028 and other characters that it treats as
+        # line ends.
         text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
         lines = [
             (f"{path}:{number}", line)
@@ -71,7 +69,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         ]
         if path.suffix == ".jsonl":
             prompts = [
-                _prompt(parse_json(line, where, "write one JSON value a line"), where)
+                _prompt(parse_json(line, where, "write one JSON value per line"), where)
                 for where, line in lines
             ]
         else:
@@ -84,14 +82,21 @@ def read_prompts(path: Path) -> list[Prompt]:
 def encode_prompts(
     tokenizer, prompts: list[Prompt], context: int, origin: str, vocab_size: int | None = None
 ) -> list[list[int]]:
-    """Token ids of each prompt by itself; `origin` names the prompts in messages.
+    """Encodes each prompt. `origin` names the prompts in errors.
 
-    Messages go through the tokenizer's chat template; without one, their contents are joined by
-    newlines.
+    Messages go through the tokenizer's chat template. Without a template, their contents are joined
+    by newlines.
+
+    Args:
+        context: the most tokens of a prompt.
+        vocab_size: rows of the embedding. None: not checked.
+
+    Returns:
+        The token ids of each prompt.
 
     Raises:
-        FiddlerError: a prompt is longer than `context` tokens, has none, or one beyond the
-            `vocab_size` rows of the embedding; the checkpoint's chat template or tokenizer fails.
+        FiddlerError: a prompt is longer than `context`, has no tokens, or has a token outside the
+            embedding; or the tokenizer or its chat template fails.
     """
     from fiddler_run.generation.text import chat_text, token_ids
 
@@ -107,7 +112,7 @@ def encode_prompts(
             )
         else:
             text = "\n".join(message["content"] for message in prompt)
-        # A template writes special tokens itself.
+        # Chat templates write the special tokens themselves.
         special_tokens = not templated
         ids = token_ids(tokenizer, text, context, vocab_size, where, special_tokens=special_tokens)
         if len(ids) > context:
@@ -119,7 +124,7 @@ def encode_prompts(
 
 
 def _prompt(entry: Any, where: str) -> Prompt:
-    """The prompt of one JSON value or dataset row."""
+    """The prompt in a JSON value or a dataset row."""
     if isinstance(entry, dict):
         if isinstance(entry.get("body"), dict):
             return _prompt(entry["body"], where)
@@ -137,7 +142,7 @@ def _prompt(entry: Any, where: str) -> Prompt:
 
 
 def _message(message: Any, where: str) -> dict[str, str]:
-    """An OpenAI or ShareGPT ("from", "value") message as "role" and "content".
+    """Converts an OpenAI or ShareGPT message ("from", "value") to "role" and "content".
 
     Parts of the content are joined by newlines.
     """
@@ -171,7 +176,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
 def _utf8(text: str, where: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a character, such as "\ud83d"
+    except UnicodeEncodeError as error:  # JSON can contain half of a character, such as "\ud83d"
         half = ascii(text[error.start]).strip("'")
         raise FiddlerError(
             f"{where}: not UTF-8 text: {half} is half of a character; remove it"
@@ -180,9 +185,9 @@ def _utf8(text: str, where: str) -> str:
 
 
 def _rows(folder: Path) -> list[tuple[str, dict]]:
-    """Rows of a folder's dataset, each with its place for error messages.
+    """The rows of a folder's dataset, each with its place for errors.
 
-    They have only the columns that can hold a prompt.
+    Rows hold only the columns that can contain a prompt.
     """
     saved = any(is_file(folder / name) for name in SAVED_DATASET)
     try:
@@ -215,7 +220,7 @@ def _rows(folder: Path) -> list[tuple[str, dict]]:
             tables[file] = parquet.read_table(file, columns=columns, partitioning=None).to_pylist()
     except FiddlerError:
         raise
-    # a damaged folder surfaces as any of KeyError, ValueError, OSError, ArrowException ...
+    # a damaged folder raises KeyError, ValueError, OSError, ArrowException and others
     except Exception as error:
         raise FiddlerError(
             f"{folder}: cannot read the dataset: {reason(error)}; write or download it again"

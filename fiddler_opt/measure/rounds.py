@@ -1,13 +1,13 @@
-"""Merges rounds of timing: what slows a machine for a while affects only one of them."""
+"""Merges rounds of timing, so that a temporary slowdown affects only one of them."""
 
 from statistics import median
 
-Us = float | dict[float, float]  # microseconds, or microseconds by share sent over the link
-TimedParts = dict[str, tuple[str, int]]  # by part: the kind of figure, and the number of tokens
+Us = float | dict[float, float]  # microseconds, or microseconds by stream share
+TimedParts = dict[str, tuple[str, int]]  # by part: the kind of figure and the number of tokens
 
 
 def merged_rounds(parts: dict[str, dict[str, Us]], timed: TimedParts) -> dict[str, dict[int, Us]]:
-    """Median over the rounds, by table and number of tokens."""
+    """The median over the rounds, by table and number of tokens."""
     rounds: dict[str, dict[int, list[Us]]] = {}
     for part, (_, tokens) in timed.items():
         for table, us in parts[part].items():
@@ -19,7 +19,7 @@ def merged_rounds(parts: dict[str, dict[str, Us]], timed: TimedParts) -> dict[st
 
 
 def drift_between_rounds(parts: dict[str, dict[str, Us]], timed: TimedParts) -> dict[int, float]:
-    """By tokens: time of an expert in host memory in the slowest round over the fastest, less 1.
+    """By tokens, the time of a host expert in the slowest round over the fastest, minus 1.
 
     Empty if there was one round.
     """

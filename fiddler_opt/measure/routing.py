@@ -1,7 +1,7 @@
 """Records which experts a model's router chooses for prompts, and counts the choices.
 
-Rule: every token once a layer. Prompts are run one by one, so that there is no padding, and a
-recording that was cut between two prompts goes on to the same trace.
+Every token counts once per layer. Prompts run one at a time: this avoids padding, and a recording
+that is interrupted between two prompts resumes with an identical trace.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ from fiddler_run.plan.shape import ModelShape
 
 @dataclass(frozen=True)
 class RoutingJob:
-    """Prompts to record: token ids by set, and the most tokens to generate after each, greedily.
+    """The prompts to record, as token ids by set, and the most tokens to generate after each.
 
-    `max_seq_len`: the context that model and plan have room for. No prompt is longer, and
-    generation ends there.
+    Generation is greedy. `max_seq_len` is the context that the model and the plan have room for. No
+    prompt is longer, and generation stops there.
     """
 
     shape: ModelShape
@@ -45,7 +45,7 @@ class RoutingJob:
     max_seq_len: int
 
     def prompts(self) -> list[tuple[int, list[int]]]:
-        """Index of each prompt's set, and its token ids, in the order of recording."""
+        """The index of each prompt's set and its token ids, in recording order."""
         return [
             (number, ids) for number, prompts in enumerate(self.sets.values()) for ids in prompts
         ]
@@ -54,7 +54,7 @@ class RoutingJob:
         return max(1, min(self.output_tokens, self.max_seq_len - prompt_tokens))
 
     def fingerprint(self) -> str:
-        """Hash of everything that determines the trace, except the plan's rounding."""
+        """A hash of everything that determines the trace, except rounding by the plan's split."""
         values = [
             self.shape.model_dump(),
             list(self.sets.items()),
@@ -64,7 +64,7 @@ class RoutingJob:
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def resume(self, path: Path) -> RoutingTrace | None:
-        """The part of this job's trace in `path`; None if there is none, or another job's.
+        """Loads the part of this job's trace in `path`. None if it is missing or another job's.
 
         Raises:
             FiddlerError: the file cannot be read, or is not a routing trace.
@@ -74,10 +74,14 @@ class RoutingJob:
 
 
 class RoutingRecorder:
-    """Records a job's trace. `done` of `total` prompts are recorded."""
+    """Records a job's trace. `done` of `total` prompts have been recorded."""
 
     def __init__(self, job: RoutingJob, already: RoutingTrace | None = None):
-        """`already`: the part of the trace that was recorded before."""
+        """Prepares a recording.
+
+        Args:
+            already: the part of the trace that has been recorded before.
+        """
         self.job = job
         self._prompts = job.prompts()
         self._fingerprint = job.fingerprint()
@@ -98,9 +102,9 @@ class RoutingRecorder:
             self._parts = [(already.experts, already.prompt, already.decode)]
 
     def run(self, model: PlannedModel) -> Iterator[int]:
-        """Runs the prompts that are still missing; yields `done` after each.
+        """Runs the missing prompts. Yields `done` after each.
 
-        A caller may stop after any of them and go on later.
+        A caller may stop after any prompt and continue later.
         """
         while self.done < self.total:
             _, ids = self._prompts[self.done]
@@ -110,7 +114,7 @@ class RoutingRecorder:
             yield self.done
 
     def trace(self) -> RoutingTrace:
-        """The trace so far. This copies all of it, so do not ask after each prompt."""
+        """The trace so far. This is a copy, so do not call it after each prompt."""
         experts, prompt, decode = (
             np.concatenate(arrays) for arrays in zip(*self._parts, strict=True)
         )
@@ -120,14 +124,14 @@ class RoutingRecorder:
         )
 
     def _route(self, model: PlannedModel, ids: list[int]) -> np.ndarray:
-        """Experts [tokens, layers, k] chosen by each token of a prompt and of its continuation."""
+        """Experts [tokens, layers, k] chosen by each token of a prompt and its continuation."""
         modules = model.experts_modules()
         calls: list[list[np.ndarray]] = [[] for _ in modules]
         with ExitStack() as hooks:
             for module, of_layer in zip(modules, calls, strict=True):
                 hooks.enter_context(module.register_forward_pre_hook(self._hook(of_layer)))
             options = Options(max_new_tokens=self.job.new_tokens(len(ids)))
-            # One sequence needs no padding.
+            # A single sequence needs no padding.
             output, _ = generate_ids(model, torch.tensor([ids]), options, pad_token_id=0)
         experts = np.stack([np.concatenate(of_layer) for of_layer in calls], axis=1)
         assert len(experts) == output.shape[1] - 1, (
@@ -136,20 +140,20 @@ class RoutingRecorder:
         return experts
 
     def _hook(self, calls: list[np.ndarray]):
-        """A hook before an experts module that copies `top_k_index`, its second argument."""
+        """A hook before an experts module that copies its second argument, `top_k_index`."""
         return lambda _, arguments: calls.append(arguments[1].cpu().numpy().astype(self._dtype))
 
 
 def _rows(number: int, prompt_tokens: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """The trace's `prompt` and `decode` for one prompt's tokens."""
+    """The trace's `prompt` and `decode` rows for the tokens of one prompt."""
     return np.full(tokens, number, dtype=np.int32), np.arange(tokens) >= prompt_tokens
 
 
 def routing_profile(
     trace: RoutingTrace, shape: ModelShape, command: str, output_tokens: int
 ) -> RoutingProfile:
-    """Counts a whole trace of a model of `shape`, prefill and decode of each set apart."""
-    # [tokens]: 2 s is the prefill of set s, 2 s + 1 its decode
+    """Counts a complete trace of a model of `shape`, with prefill and decode of each set apart."""
+    # [tokens]: 2 s for prefill of set s, 2 s + 1 for its decode
     groups = 2 * trace.prompt_sets[trace.prompt] + trace.decode
     follows = np.diff(trace.prompt, prepend=-1) == 0
     num_groups = 2 * len(trace.set_names)
@@ -191,10 +195,12 @@ def routing_profile(
 def _count(
     chosen: np.ndarray, groups: np.ndarray, follows: np.ndarray, num_groups: int, shape: ModelShape
 ) -> dict[str, np.ndarray]:
-    """One layer's counts by group: [groups, experts], and for top-2 `pairs` [groups, pairs].
+    """Counts of one layer by group: [groups, experts] and, for top-2, `pairs` [groups, pairs].
 
-    `chosen` int64 [tokens, k], `groups` [tokens], `follows` bool [tokens]: True if the token before
-    is of the same sequence.
+    Args:
+        chosen: int64 [tokens, k], the chosen experts.
+        groups: [tokens], the group of each token.
+        follows: bool [tokens], True if the previous token belongs to the same sequence.
     """
     experts = shape.num_experts
     cells = groups[:, None] * experts + chosen
@@ -208,7 +214,7 @@ def _count(
         "activations": by_group(cells, experts),
         "reuse": by_group(cells[1:][again], experts),
     }
-    if shape.num_experts_per_tok == 2:  # the cost model uses pairs of these only
+    if shape.num_experts_per_tok == 2:  # the cost model uses pairs only for top-2
         first, second = np.sort(chosen, axis=1).T
         couples = (groups * experts + first) * experts + second
         low, high = np.triu_indices(experts, 1)

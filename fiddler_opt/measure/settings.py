@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """Token counts to time, and how often and how long.
+    """The token counts to time, how often and for how long.
 
     Attributes:
         tokens: of an expert.
         dense_tokens: of a layer without experts.
-        rounds: passes over all figures. A minute apart, they give a median that does not depend
-            on the machine's speed in one of them (one round alone predicts decode 5 % wrong).
-        seconds: about, for the figures that are timed together.
-        memory_fraction: of the available host memory, that the timed experts fill.
-        max_host_bytes: limit of the same.
+        rounds: passes over all figures, about a minute apart. Their median is robust against a
+            temporary slowdown; a single round mispredicts decode by 5 %.
+        seconds: approximate time for the figures that are timed together.
+        memory_fraction: fraction of the available host memory that the timed experts fill.
+        max_host_bytes: upper limit of that memory.
     """
 
     tokens: tuple[int, ...]

@@ -1,23 +1,23 @@
-"""The stream shares to time: around the one that keeps CPU and link equally busy."""
+"""Chooses the stream shares to time, around the share that keeps CPU and link equally busy."""
 
 from collections.abc import Callable
 
 NEIGHBOURS = 3  # shares on either side of the best
-STEP = 1 / 32  # between shares, about: in fact whole blocks
-BALANCE_OF_MANY = 0.96  # assumed where the CPU alone is not timed
+STEP = 1 / 32  # approximate distance between shares, rounded to whole blocks
+BALANCE_OF_MANY = 0.96  # assumed if the CPU alone is not timed
 
 Measure = Callable[[list[float]], dict[float, float]]
 
 
 def sweep_shares(measure: Measure, ends: list[float], block: float) -> dict[float, float]:
-    """Microseconds by share: the ends, and the best share with its neighbours on either side.
+    """Microseconds by share, for the end points and the best share with its neighbours.
 
-    The ends predict the best share if CPU and link do not slow each other down. Where they do, the
-    sweep goes on towards it.
+    The end points predict the best share, assuming that CPU and link do not slow each other down.
+    If they do, the sweep continues towards the best share.
 
     Args:
         measure: times a list of shares together.
-        ends: 0.0, the CPU alone, and 1.0, the link alone; for many tokens only the latter.
+        ends: 0.0, the CPU alone, and 1.0, the link alone; for many tokens only 1.0.
         block: the share of one block in a call.
     """
     times = measure(ends)

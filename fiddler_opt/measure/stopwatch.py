@@ -1,4 +1,4 @@
-"""Times calls on a device: warmed up, in turn with each other, as the median of many samples."""
+"""Times calls on a device, in turn with each other, as the median of many samples."""
 
 import statistics
 import time
@@ -10,18 +10,19 @@ from fiddler_opt.inputs.machine import MIN_US
 
 WARM_UP = 1
 MIN_SAMPLES = 3
-# Mean of this many calls: memory is faster in some places than in others, and a run pays for all.
+# A sample is the mean of this many calls, because some memory is faster than other, and a run pays
+# for both.
 CALLS_PER_SAMPLE = 4
-# Before each call, as in a run: between two calls lies other work, and threads may fall asleep.
+# Before each call, as in a run: other work lies between two calls, and threads may fall asleep.
 PAUSE_S = 3e-4
-BUSY_CYCLES = 4_500_000  # of a GPU's clock, 2 or 3 ms: longer than Python needs to queue a layer
+BUSY_CYCLES = 4_500_000  # GPU clock cycles, 2 or 3 ms: longer than Python needs to queue a layer
 
 
 class Stopwatch:
-    """Times calls on a device, the device's work included.
+    """Times calls on a device, including the device's work.
 
-    Calls that are timed together take about `seconds`, but at least MIN_SAMPLES samples each. They
-    take turns, so that a drift of the machine's speed affects all of them and their differences
+    Calls that are timed together take about `seconds`, with at least MIN_SAMPLES samples each. They
+    take turns, so that a drift in the machine's speed affects all of them and their differences
     hold.
     """
 
@@ -32,7 +33,7 @@ class Stopwatch:
     def time(
         self, *calls: Callable[[], object], calls_per_sample: int = CALLS_PER_SAMPLE
     ) -> list[float]:
-        """Microseconds of each call, until the device has finished its work."""
+        """Microseconds of each call, until the device has finished."""
         return self.gather(
             *(
                 lambda call=call: [self._once(call) for _ in range(calls_per_sample)]
@@ -42,7 +43,7 @@ class Stopwatch:
 
     @torch.inference_mode()
     def gather(self, *samplers: Callable[[], list[float]]) -> list[float]:
-        """Median of each sampler's samples; one sample is the mean of the microseconds returned."""
+        """The median of each sampler's samples. A sample is the mean of returned microseconds."""
         samples = [[] for _ in samplers]
         started_s = time.perf_counter()
         while (
@@ -67,5 +68,5 @@ class Stopwatch:
 
 
 def difference(us: float, part_us: float) -> float:
-    """Microseconds without a part timed in turn with the whole; noise must not make it negative."""
+    """Microseconds of a whole without one of its parts, both timed in turn. Never negative."""
     return max(MIN_US, us - part_us)

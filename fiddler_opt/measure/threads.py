@@ -1,17 +1,19 @@
-"""Chooses the number of CPU threads that compute experts, and whether to pin them to cores."""
+"""Chooses the number of CPU threads for experts, and whether to pin them to cores."""
 
 from fiddler_opt.measure.experts import MANY_TOKENS, ExpertBench
 from fiddler_run.system.host import num_cores, num_physical_cores
 
-TIE_TOLERANCE = 1.05  # among times this close, fewer threads are better
-# A pinned thread stops where another program takes its core, so it must be faster by this.
+TIE_TOLERANCE = 1.05  # times within this ratio are equal, and fewer threads win
+# A pinned thread stops while another program uses its core, so pinning must win by this ratio.
 PINNING_PENALTY = 1.15
 
 
 def choose_threads(bench: ExpertBench) -> dict:
-    """The best number of threads, by an expert's time for one token and for many, in equal parts.
+    """The best number of threads, by the time of an expert for one token and for many, equally
+    weighted.
 
-    Tried are all physical cores, one less, half of them, and all logical cores; each pinned or not.
+    Candidates are all physical cores, one fewer, half of them, and all logical cores, each pinned
+    and not pinned.
     """
     logical = num_cores()
     physical = min(num_physical_cores(), logical)

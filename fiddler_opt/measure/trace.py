@@ -13,16 +13,16 @@ from fiddler_run.system.files import write_whole
 
 @dataclass(frozen=True, eq=False)
 class RoutingTrace:
-    """Choices of experts, in the order in which the tokens were routed, prompt after prompt.
+    """Choices of experts in the order in which tokens were routed, prompt after prompt.
 
     The trace of an unfinished job lacks the last prompts.
 
     Attributes:
         experts: uint8 [tokens, layers, k], in the router's order; uint16 above 256 experts.
-        prompt: int32 [tokens], the token's prompt, counted over all sets.
+        prompt: int32 [tokens], the token's prompt, numbered over all sets.
         decode: bool [tokens], True for generated tokens.
         prompt_sets: int32 [prompts], the index of each prompt's set in `set_names`.
-        fingerprint: that of the job.
+        fingerprint: of the job.
     """
 
     experts: np.ndarray
@@ -62,7 +62,7 @@ class RoutingTrace:
             fingerprint = arrays.pop("fingerprint").item()
             trace = cls(**arrays, set_names=names, fingerprint=fingerprint)
             trace._check()
-        # damage surfaces as any of BadZipFile, zlib.error, KeyError, ValueError, TypeError ...
+        # damage raises BadZipFile, zlib.error, KeyError, ValueError, TypeError and others
         except Exception as error:
             raise FiddlerError(
                 f"{path}: not a routing trace: {' '.join(str(error).split())}; remove it, and"
@@ -71,7 +71,7 @@ class RoutingTrace:
         return trace
 
     def _check(self) -> None:
-        """Compares the arrays' types and lengths.
+        """Checks the arrays' types and lengths.
 
         Raises:
             ValueError: the arrays do not fit together.

@@ -1,6 +1,6 @@
 """Checkpoints of a long-running command, so that a second call resumes.
 
-They lie in a file beside the one that the command will write.
+They are stored in a file beside the one that the command will write.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from fiddler_run.system.parsing import parse_yaml
 
 
 def unfinished_path(target: Path) -> Path:
-    """Where the parts of `target` are kept until it is written."""
+    """The file that holds the parts of `target` until `target` is written."""
     return target.with_name(f".{target.name}.unfinished")
 
 
@@ -41,17 +41,19 @@ def forget_unfinished(target: Path) -> None:
 
 
 class Unfinished:
-    """Finished parts by name, of plain numbers, strings, lists and dicts; saved after each."""
+    """Finished parts by name, made of plain numbers, strings, lists and dicts. Saved after each
+    part.
+    """
 
     def __init__(self, target: Path, made_with: dict):
         """Reads the parts that were finished before.
 
         Args:
-            made_with: everything that the parts depend on. Parts made with anything else are
+            made_with: everything that the parts depend on. Parts made with other values are
                 discarded.
 
         Raises:
-            FiddlerError: there are parts, but they may not be read.
+            FiddlerError: there are parts, but they cannot be read.
         """
         self._path = unfinished_path(target)
         self._made_with = made_with
@@ -71,7 +73,7 @@ class Unfinished:
         return parts if isinstance(parts, dict) else {}
 
     def part(self, name: str, make: Callable[[], object]) -> object:
-        """The part of that name: read from the file, or made now and saved."""
+        """The part `name`, read from the file or made and saved now."""
         if name not in self.parts:
             self.parts[name] = make()
             content = {"made_with": self._made_with, "parts": self.parts}
@@ -80,7 +82,7 @@ class Unfinished:
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """Writes an object that occurs twice in full, as the reader accepts no aliases."""
+    """Writes an object that occurs twice in full, because the reader accepts no aliases."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True

@@ -1,6 +1,6 @@
-"""Baselines: other systems' placements, on the same cost model.
+"""Baselines: the placement rules of other systems, evaluated by the same cost model.
 
-Each places blocks by a rule of thumb, and serves host blocks by its own policy.
+Each places blocks by a simple rule and serves host blocks by its own policy.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from fiddler_opt.solve.times import Policy
 
 @dataclass(frozen=True)
 class Baseline:
-    """`fill`: the resident blocks of each expert, for a number of blocks that fit.
+    """A simple rule. `fill` places a number of blocks: the resident blocks of each expert.
 
-    `words` describe the rule to a reader.
+    `words` describes the rule in tables.
     """
 
     words: str
@@ -24,7 +24,7 @@ class Baseline:
 
 
 def place_by_rule(baseline: Baseline, cost: CostModel, limits: MemoryLimits) -> Placement:
-    """The rule's placement. Blocks that exceed host memory go to disk, the least used first."""
+    """The rule's placement. Blocks that exceed host memory go to disk, least used first."""
     blocks = cost.blocks_per_expert
     resident = baseline.fill(cost, max(0, limits.gpu_blocks))
     on_disk = [[0] * len(row) for row in cost.called]

@@ -1,4 +1,4 @@
-"""The number of a prompt's tokens that pass the layers at once."""
+"""Chooses the prefill chunk: how many tokens of a prompt pass the layers at once."""
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
@@ -9,19 +9,19 @@ from fiddler_opt.solve.problem import Problem
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Budget, Workload
 
-# Of chunks whose plans take times as close as this, the largest serves longer prompts best.
+# Among chunks whose plans are this close in time, the largest serves longer prompts best.
 EQUAL_TIMES = 1.01
 
 
 def choose_chunk(
     model: ModelSpec, machine: MachineProfile, routing: Routing, workload: Workload, budget: Budget
 ) -> Problem:
-    """The problem with the best chunk, judged by the relaxation of each.
+    """The problem with the best chunk, judged by the relaxation of each candidate.
 
-    A larger chunk takes memory from experts, a smaller one streams the experts more often.
+    A larger chunk takes memory from experts. A smaller one streams the experts more often.
 
     Raises:
-        FiddlerError: the budget does not even hold the smallest chunk.
+        FiddlerError: the budget does not hold even the smallest chunk.
     """
     found = {}
     refusal = None
@@ -32,7 +32,7 @@ def choose_chunk(
             steps = {phase: phase.steps for phase in cost.phases}
             found[chunk] = problem, relaxed_s([cost], problem.memory_limits(), steps)
         except FiddlerError as error:
-            refusal = refusal or error  # the smallest chunk's: it needs least
+            refusal = refusal or error  # of the smallest chunk, which needs the least memory
     if not found:
         raise refusal
     least_s = min(seconds for _, seconds in found.values())

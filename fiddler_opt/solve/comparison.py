@@ -1,4 +1,4 @@
-"""What a plan is compared with: the rules of thumb, and plans made for one set of prompts."""
+"""Compares a plan with simple rules and with plans made for a single set of prompts."""
 
 from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.solve.baselines import BASELINES, place_by_rule
@@ -15,7 +15,8 @@ from fiddler_run.plan.schema import Plan
 def compared(plan: Plan, problem: Problem, routing: Routing) -> Plan:
     """The plan with `predicted.regret` and `predicted.alternatives`.
 
-    Both take as long as the plan itself, so only a plan that is written is compared.
+    Each of the two takes as long as solving the plan, so they are computed only for a plan that is
+    written.
     """
     with naming_absurd_numbers():
         predicted = plan.predicted.model_copy(
@@ -28,7 +29,7 @@ def compared(plan: Plan, problem: Problem, routing: Routing) -> Plan:
 
 
 def alternatives(problem: Problem, routing: Routing) -> dict[str, Alternative]:
-    """The predictions for the rules of thumb."""
+    """The predictions of the simple rules."""
     found = {}
     for name, rule in BASELINES.items():
         if rule.policy in ("link", "better") and not problem.has_link:
@@ -44,7 +45,7 @@ def alternatives(problem: Problem, routing: Routing) -> dict[str, Alternative]:
 
 
 def regret(plan: Plan, problem: Problem, routing: Routing) -> dict[str, float]:
-    """By set of prompts, the relative extra time over a plan made for that set alone."""
+    """By set of prompts, the relative extra time compared with a plan made for that set alone."""
     found = {}
     for name, observed in routing.sets.items():
         own_s = place([problem.cost(observed)], problem.memory_limits()).objective_s
@@ -54,6 +55,6 @@ def regret(plan: Plan, problem: Problem, routing: Routing) -> dict[str, float]:
 
 
 def policy_of(plan: Plan) -> Policy:
-    """How a plan's host blocks are served."""
+    """How the plan's host blocks are served."""
     name = plan.provenance.status.removeprefix(NOT_SOLVED)
     return BASELINES[name].policy if name in BASELINES else "together"

@@ -1,4 +1,4 @@
-"""The whole planner: model, machine, routing, workload and budget in, plan out."""
+"""The planner as one pipeline: model, machine, routing, workload and budget in, plan out."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +19,10 @@ from fiddler_opt.solve.program import Program
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Budget, Plan, Workload
 
-MAX_EXPERTS = 50_000  # in all layers together; the largest models known have half as many
-NOT_SOLVED = "not solved: "  # begins the status of a baseline's plan; its name follows
+MAX_EXPERTS = 50_000  # in all layers together; twice as many as the largest known models have
+NOT_SOLVED = "not solved: "  # starts the status of a baseline's plan, before the baseline's name
 
-# Chooses a placement for a problem under a routing; given further routings, for the worst of them.
+# Chooses a placement for a problem under a routing. Given further routings, for the worst of them.
 Placer = Callable[[Problem, Routing, Sequence[Routing]], Solution]
 
 
@@ -36,15 +36,15 @@ def compile_plan(
     worst_of: Sequence[Routing] = (),
     placer: Placer | None = None,
 ) -> Plan:
-    """The best plan for a workload within a budget; `compared` adds to its predictions.
+    """The best plan for a workload within a budget. `compared` completes its predictions.
 
     Args:
-        provenance: all of its keys but the solver's.
-        worst_of: plan for the one of these routings for which the plan is worst.
+        provenance: all keys but the solver's.
+        worst_of: if given, optimise for the worst of these routings.
         placer: chooses the placement; `solve` by default.
 
     Raises:
-        FiddlerError: the budget is too small, or larger than the machine; or its profile is absurd.
+        FiddlerError: the budget is too small or exceeds the machine, or profile values are absurd.
     """
     require_plannable(model)
     with naming_absurd_numbers():
@@ -55,9 +55,10 @@ def compile_plan(
 
 
 def require_plannable(model: ModelSpec) -> None:
-    """
+    """Checks that the planner can handle the model.
+
     Raises:
-        FiddlerError: the model has more experts than the solver can handle.
+        FiddlerError: the model has too many experts.
     """
     experts = model.shape.num_layers * model.shape.num_experts
     if experts > MAX_EXPERTS:
@@ -69,14 +70,17 @@ def require_plannable(model: ModelSpec) -> None:
 
 @contextmanager
 def naming_absurd_numbers() -> Iterator[None]:
-    """Raises a FiddlerError if numbers that are in bounds lead to some that no plan can hold."""
+    """Converts a validation error of computed values into a FiddlerError.
+
+    Values within their bounds can still lead to numbers that no plan can hold.
+    """
     try:
         yield
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the plan"
         raise FiddlerError(
-            f"no plan can hold the numbers that follow: {where}: {first['msg']}; look for absurd"
+            f"no plan can hold the resulting numbers: {where}: {first['msg']}; look for absurd"
             " values in the machine profile and the workload"
         ) from None
 
@@ -84,7 +88,7 @@ def naming_absurd_numbers() -> Iterator[None]:
 def solve(problem: Problem, routing: Routing, worst_of: Sequence[Routing] = ()) -> Solution:
     """The best placement, by the integer program.
 
-    With `worst_of` it is judged by the worst of those, but its decode bound is the whole routing's.
+    With `worst_of`, it is judged by the worst of these routings; the decode bound is for `routing`.
     """
     cost = problem.cost(routing)
     limits = problem.memory_limits()
@@ -98,13 +102,13 @@ def solve(problem: Problem, routing: Routing, worst_of: Sequence[Routing] = ()) 
 def integer_program(
     problem: Problem, routing: Routing, worst_of: Sequence[Routing] = ()
 ) -> Program:
-    """The program that `solve` solves."""
+    """The integer program that `solve` solves."""
     costs = [problem.cost(each) for each in worst_of or (routing,)]
     return workload_program(costs, problem.memory_limits())
 
 
 def by_rule(name: str) -> Placer:
-    """The placement of one of BASELINES, with the bounds that the integer program knows."""
+    """A placer by one of BASELINES, with the bounds of the integer program."""
 
     def place_it(problem: Problem, routing: Routing, worst_of: Sequence[Routing]) -> Solution:
         rule = BASELINES[name]

@@ -1,19 +1,19 @@
-"""CostModel: the seconds a workload takes, as a function of the placement. No I/O, no solver.
+"""CostModel: the seconds of a workload as a function of the placement. No I/O, no solver.
 
 For one layer and a number of tokens
 
     time = dense + E[ max( resident, host + disk, launch_overhead ) ]
 
-    dense            attention, router and dispatch, which experts wait for
-    resident         the GPU, for blocks in its memory
+    dense            attention, router and dispatch; experts wait for it
+    resident         the GPU, for blocks in GPU memory
     host             CPU and link together, for blocks in host memory
-    disk             reading blocks on disk, for the CPU
-    launch_overhead  the time by which launching a layer takes longer than `dense`
+    disk             reading blocks from disk, for the CPU
+    launch_overhead  how much longer launching a layer takes than `dense`
 
-All but dense go on at once, and all but launch_overhead are linear in blocks. Where the CPU stands
-in for the GPU nothing overlaps: max becomes a sum. The expectation runs over the router's choices:
-exactly, if one token chooses one expert, or two whose pairs are known; otherwise each expert's
-expected time stands in for its distribution, which is optimistic. A step adds the head.
+All terms but `dense` overlap, and all but `launch_overhead` are linear in blocks. Where the CPU
+takes the GPU's part, nothing overlaps and max becomes a sum. The expectation is over the router's
+choices. It is exact if one token chooses one expert, or two whose pairs are known. Otherwise each
+expert's expected time replaces its distribution, which is optimistic. A step adds the head.
 """
 
 from dataclasses import dataclass
@@ -33,9 +33,9 @@ from fiddler_run.plan.schema import Workload
 class CostModel:
     """Expected seconds of a workload's phases.
 
-    `fixed_s`: by phase and part, seconds of a step that no placement changes. `launch_overhead_s`:
-    by phase, the lower bound of a layer's expert time. `scenarios`: by phase and layer. `called`:
-    by layer and expert, the probability that a decode step calls it.
+    `fixed_s`: by phase and part, seconds of a step that do not depend on the placement.
+    `launch_overhead_s`: by phase, a lower bound on a layer's expert time. `scenarios`: by phase and
+    layer. `called`: by layer and expert, the probability that a decode step calls the expert.
     """
 
     blocks_per_expert: int
@@ -58,7 +58,7 @@ class CostModel:
         policy: Policy = "together",
         cpu_alone: bool = False,
     ) -> "CostModel":
-        """The costs on a machine, or, for `cpu_alone`, on its CPU without its GPU.
+        """The costs on a machine or, with `cpu_alone`, on its CPU without its GPU.
 
         Prompts pass in chunks of `chunk_tokens`.
         """
@@ -96,7 +96,9 @@ class CostModel:
     def scenario_parts(
         self, phase: str, scenario: Scenario, resident: list[int], on_disk: list[int]
     ) -> dict[str, float]:
-        """Seconds of one layer's experts in a scenario, by part: the longest if they overlap."""
+        """Seconds of one layer's experts in a scenario, by part. If parts overlap, only the
+        longest.
+        """
         blocks = self.blocks_per_expert
         device = sum(seconds * resident[e] / blocks for e, seconds in scenario.resident_s.items())
         host = sum(
@@ -124,7 +126,7 @@ class CostModel:
         return parts
 
     def step_parts(self, phase: Phase, placement: Placement) -> dict[str, float]:
-        """Expected seconds of one step of a phase by part; their sum is the step's."""
+        """Expected seconds of one step of a phase by part. They add up to the step."""
         parts = {**dict.fromkeys(PARTS, 0.0), **self.fixed_s[phase.name]}
         rows = zip(placement.resident, placement.on_disk, strict=True)
         for layer, (resident, on_disk) in enumerate(rows):
@@ -136,7 +138,7 @@ class CostModel:
         return sum(self.step_parts(phase, placement).values())
 
     def layer_s(self, layer: int, resident: list[int], on_disk: list[int]) -> float:
-        """Expected seconds that one layer's experts take of the whole workload."""
+        """Expected seconds of one layer's experts over the whole workload."""
         return sum(
             phase.steps * sum(self.layer_parts(phase.name, layer, resident, on_disk).values())
             for phase in self.phases
@@ -162,7 +164,9 @@ class CostModel:
         return self.step_s(self.decode, placement)
 
     def decode_tokens_per_s(self, step_s: float) -> float:
-        """The rate of all sequences of the batch at steps of `step_s`; beams share one sequence."""
+        """Tokens/s of all sequences of the batch if a step takes `step_s`. Beams share one
+        sequence.
+        """
         return self.batch_size / step_s
 
     @property
@@ -170,13 +174,13 @@ class CostModel:
         return self.phases[-1]
 
     def hit_rate(self, placement: Placement) -> float:
-        """The resident part of the expert blocks that decode needs."""
+        """The resident fraction of the expert blocks that decode needs."""
         needed = self.blocks_per_expert * sum(map(sum, self.called))
         rows = zip(self.called, placement.resident, strict=True)
         return sum(c * r for calls, row in rows for c, r in zip(calls, row, strict=True)) / needed
 
     def by_popularity(self) -> list[tuple[int, int]]:
-        """(layer, expert), those that decode calls most first."""
+        """(layer, expert) pairs, the ones that decode calls most first."""
         order = sorted(
             (-chance, layer, expert)
             for layer, row in enumerate(self.called)

@@ -1,4 +1,4 @@
-"""Solving the integer program: the best placement, and bounds on what any placement reaches."""
+"""Solves the integer program: the best placement, and bounds for any placement."""
 
 import time
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from fiddler_opt.solve.times import Policy
 from fiddler_run.errors import FiddlerError
 
 SOLVED = ("optimal", "stopped early", "time limit")
-EQUAL = 1 + 1e-9  # times whose ratio is closer to 1 are equal
+EQUAL = 1 + 1e-9  # times within this ratio are equal
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A placement, and how good it is.
+    """A placement and its quality.
 
-    `objective_s` and `bound_s`: seconds of the whole workload, for this placement and at best for
-    any within the limits. `decode_bound_s`: seconds of one decode step at best, for a placement
-    within the limits made for decode alone.
+    `objective_s` is the workload's time for this placement, `bound_s` a lower bound for any
+    placement within the limits. `decode_bound_s` is a lower bound on a decode step for a placement
+    made for decode alone. All in seconds.
     """
 
     placement: Placement
@@ -43,10 +43,10 @@ def place(
     time_limit_s: float = 60.0,
     known: Sequence[Placement] = (),
 ) -> Solution:
-    """The placement whose longest workload time over `costs` is least.
+    """The placement that minimises the longest workload time over `costs`.
 
     Args:
-        known: placements within the limits, than which the solution is not worse.
+        known: placements within the limits. The solution is at least as good as each of them.
 
     Raises:
         FiddlerError: the solver ended without a placement.
@@ -87,9 +87,9 @@ def workload_program(costs: Sequence[CostModel], limits: MemoryLimits) -> Progra
 
 
 def uniform(cost: CostModel, num_blocks: int) -> Placement:
-    """The placement with as many resident blocks of every expert, to within one.
+    """The placement with equally many resident blocks of every expert, to within one.
 
-    Of placements that are equally good, it suffers least from other routing.
+    Among equally good placements, it is the most robust to other routing.
     """
     order = cost.by_popularity()
     each, more = divmod(num_blocks, len(order))
@@ -100,15 +100,15 @@ def uniform(cost: CostModel, num_blocks: int) -> Placement:
 
 
 def decode_bound_s(cost: CostModel, limits: MemoryLimits) -> float:
-    """Seconds below which no placement within the limits brings a decode step."""
+    """A lower bound on the seconds of a decode step for any placement within the limits."""
     return relaxed_s([cost], limits, {cost.decode: 1})
 
 
 def relaxed_s(costs: Sequence[CostModel], limits: MemoryLimits, steps: dict[Phase, int]) -> float:
-    """Seconds of those steps at best if blocks could be divided: the program's relaxation.
+    """A lower bound on the seconds of `steps`, from the program's linear relaxation.
 
     Raises:
-        FiddlerError: there is no placement within the limits, or the solver fails.
+        FiddlerError: no placement is within the limits, or the solver fails.
     """
     program = Program(costs, limits, steps, relaxed=True)
     status = program.solve()

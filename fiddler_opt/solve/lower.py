@@ -1,4 +1,4 @@
-"""Lowering: turns a solution into the plain numbers that the runtime executes."""
+"""Lowers a solution to the plain numbers that the runtime executes."""
 
 from fiddler_opt.inputs.machine import MachineProfile, Times, seconds_at
 from fiddler_opt.solve.ilp import Solution
@@ -13,7 +13,11 @@ from fiddler_run.plan.schema import Plan
 def lower(
     problem: Problem, solution: Solution, predicted: Predicted, provenance: dict[str, str]
 ) -> Plan:
-    """The plan of a solution. `provenance`: all of its keys but the solver's."""
+    """The plan of a solution.
+
+    Args:
+        provenance: all keys but the solver's.
+    """
     return Plan(
         version=3,
         model=problem.model.shape,
@@ -35,7 +39,7 @@ def lower(
 
 
 def rank_of(problem: Problem, solution: Solution) -> Rank:
-    """The only rank: it holds every block."""
+    """The only rank, which holds every block."""
     model = problem.model
     machine = problem.machine
     placement = solution.placement
@@ -75,7 +79,7 @@ def stream_share(machine: MachineProfile, policy: Policy) -> dict[int, float]:
 
 
 def without_repetition(share: dict[int, float]) -> dict[int, float]:
-    """Drops redundant points of a piecewise linear table: those inside its level stretches."""
+    """Drops redundant points of a piecewise-linear table, inside its level stretches."""
     points = sorted(share)
     inside = [
         b

@@ -1,4 +1,4 @@
-"""GPU memory by purpose: all that is not experts is counted here before anything is placed."""
+"""GPU memory by purpose. Everything but experts is counted here before anything is placed."""
 
 from fiddler_opt.inputs.machine import KernelLimits, MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
@@ -8,27 +8,27 @@ from fiddler_run.plan.rank import GpuMemory
 from fiddler_run.plan.schema import Workload
 from fiddler_run.plan.shape import DTYPE_BYTES
 
-# Allowances: cuBLAS keeps up to 32 MiB for each of two streams, CUDA graphs keep their intermediate
-# results in memory of their own, and PyTorch's allocator rounds and splits. Half of it was too
+# An allowance. cuBLAS keeps up to 32 MiB for each of two streams, CUDA graphs keep their
+# intermediate results in a pool, and PyTorch's allocator rounds and splits. Half of this was too
 # little for the graphs of 16 beams.
 LIBRARY_WORKSPACE_BYTES = 2**28
 ALLOCATOR_SLACK = 1.1
-# the GPU maps page-locked host memory with 8 bytes for each 4 KiB; measured: 140.5 MB for 72 GB
+# the GPU maps page-locked memory with 8 bytes per 4 KiB; measured: 140.5 MB for 72 GB
 PINNED_BYTES_PER_GPU_BYTE = 512
-STAGED_BLOCKS = 8  # the GPU reads one half while the other arrives
+STAGED_BLOCKS = 8  # the GPU reads one half while the other half arrives
 PREFILL_CHUNKS = (256, 512, 1024, 2048, 4096)
 
 
 def chunk_candidates(workload: Workload) -> list[int]:
-    """Tokens of a prompt that could pass the layers at once."""
+    """The candidate numbers of prompt tokens that pass the layers at once."""
     return sorted({min(chunk, workload.max_seq_len) for chunk in PREFILL_CHUNKS})
 
 
 def host_embedding_bytes(model: ModelSpec, machine: MachineProfile, gpu_bytes: int) -> int:
-    """Bytes of the embedding table if it lies in host memory beside a GPU, else 0.
+    """Bytes of the embedding table if it is kept in host memory beside a GPU, else 0.
 
-    A step reads only a few of its rows. Tied to the output head, which reads all, it stays on the
-    GPU.
+    A step reads only a few of its rows. If it is tied to the output head, which reads all rows, it
+    stays on the GPU.
     """
     on_gpu = machine.device.kind == "cuda" and gpu_bytes > 0
     return model.embedding_bytes if on_gpu and not model.tie_word_embeddings else 0
@@ -37,13 +37,13 @@ def host_embedding_bytes(model: ModelSpec, machine: MachineProfile, gpu_bytes: i
 def fixed_memory(
     model: ModelSpec, machine: MachineProfile, workload: Workload, total: int, chunk_tokens: int
 ) -> GpuMemory:
-    """The GPU bytes of a plan with no expert resident yet.
+    """The GPU bytes of a plan without resident experts.
 
-    A total of zero is a plan without a GPU. Reserve and staging are zero on a machine without CUDA;
-    where nothing is streamed, so is staging.
+    A total of zero is a plan without a GPU. Reserve and staging are zero on a machine without CUDA,
+    and staging is zero where nothing is streamed.
 
     Raises:
-        FiddlerError: the total exceeds the device, or does not even hold what is not experts.
+        FiddlerError: the total exceeds the device, or is too small even without experts.
     """
     if total == 0:
         return GpuMemory(**dict.fromkeys(GpuMemory.model_fields, 0))
@@ -85,17 +85,17 @@ def fixed_memory(
 def activation_bytes(
     model: ModelSpec, limits: KernelLimits, workload: Workload, chunk_tokens: int
 ) -> int:
-    """Upper estimate of one forward pass's memory besides weights and cache.
+    """An upper estimate of the memory of a forward pass, besides weights and cache.
 
-    A pass is a chunk of each prompt, or a token of each sequence.
+    A pass takes a chunk of each prompt, or one token of each sequence.
 
-    Per token: about ten vectors of hidden size in the model's dtype (residual, norm, q, k, v,
-    attention's output) and six in float32 (norm, sums of the dispatch), and for each expert it
-    chose its input and the sum of that expert's blocks. Per token and block that the GPU computes
-    at once: gate and up, their product, and the result, in float32. Or, of a few tokens, the
-    product for each token and block of the experts that they may call, and each choice's result in
-    float32. Per prompt: the attention mask of the chunk. Per sequence: keys and values expanded to
-    all heads, and the logits in float32 thrice.
+    Per token: about ten vectors of the hidden size in the model's dtype (residual, norm, q, k, v,
+    attention output) and six in float32 (norm, dispatch sums), and for each chosen expert its input
+    and the sum of its blocks. Per token and block computed at once on the GPU: gate, up, their
+    product and the result, in float32. For few tokens instead: the product for each token and block
+    of the experts they may call, and the result of each choice, in float32. Per prompt: the
+    attention mask of the chunk. Per sequence: keys and values expanded to all heads, and three
+    copies of the logits in float32.
     """
     shape = model.shape
     width = DTYPE_BYTES[model.shape.dtype]

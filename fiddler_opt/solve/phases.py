@@ -1,4 +1,4 @@
-"""The phases of a workload: passes through the model with the same number of tokens."""
+"""The phases of a workload. A phase is a series of passes with the same number of tokens."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from fiddler_run.plan.schema import Workload
 class Phase:
     """`steps` passes through the model with `tokens` tokens each.
 
-    Tokens come in groups of `copies` equal ones, as the beams of one prompt do at first.
+    Tokens come in groups of `copies` equal ones, like the beams of a prompt at first.
     """
 
     name: str
@@ -19,10 +19,9 @@ class Phase:
 
 
 def workload_phases(workload: Workload, chunk_tokens: int) -> list[Phase]:
-    """The phases in their order; decode is always the last.
+    """The phases in order. Decode is always the last.
 
-    Each prompt passes once, in chunks. With beams, its last token passes by itself, once for each
-    beam.
+    A prompt passes once, in chunks. With beams, its last token passes separately, once per beam.
     """
     beams = workload.num_beams > 1
     whole, rest = divmod(workload.prompt_tokens - beams, chunk_tokens)

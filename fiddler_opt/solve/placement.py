@@ -1,15 +1,15 @@
-"""A placement: where the blocks of every expert lie, and the memory that limits it."""
+"""A placement says where the blocks of every expert are kept, within memory limits."""
 
 from dataclasses import dataclass
 
 from fiddler_run.plan.schema import Plan
 
-Rows = list[list[int]]  # blocks by layer and expert
+Rows = list[list[int]]  # number of blocks by layer and expert
 
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """Bytes for the experts' blocks. `host_bytes` None: no limit."""
+    """Bytes available for blocks. `host_bytes` None: unlimited."""
 
     block_bytes: int
     gpu_bytes: int
@@ -22,10 +22,10 @@ class MemoryLimits:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the blocks of each expert lie.
+    """Where the blocks of each expert are kept.
 
-    The first `resident` ones lie in GPU memory, the last `on_disk` ones on disk, and the others in
-    host memory.
+    The first `resident` blocks are in GPU memory, the last `on_disk` on disk, the others in host
+    memory.
     """
 
     resident: Rows
@@ -33,7 +33,7 @@ class Placement:
 
     @classmethod
     def of(cls, resident: Rows) -> "Placement":
-        """The placement with nothing on disk."""
+        """A placement with nothing on disk."""
         return cls(resident, [[0] * len(row) for row in resident])
 
     @property
@@ -46,7 +46,7 @@ class Placement:
 
 
 def placement_of(plan: Plan) -> Placement:
-    """The placement that a plan holds."""
+    """The placement in a plan."""
     rank = plan.rank
     nothing = [0] * plan.model.num_experts
     layers = range(plan.model.num_layers)

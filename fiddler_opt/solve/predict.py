@@ -1,4 +1,4 @@
-"""Predicting: what a solution's speed will be, and what limits it."""
+"""Predicts the speed of a solution and what limits it."""
 
 from dataclasses import replace
 from typing import Literal
@@ -12,7 +12,7 @@ GB = 10**9
 
 
 def predict(problem: Problem, routing: Routing, solution: Solution) -> Predicted:
-    """Predicts a solution's speed under `routing`. Regret and alternatives are left empty."""
+    """Predicts a solution's speed under `routing`. Leaves regret and alternatives empty."""
     cost = problem.cost(routing, solution.policy)
     placement = solution.placement
     limits = problem.memory_limits()
@@ -26,7 +26,7 @@ def predict(problem: Problem, routing: Routing, solution: Solution) -> Predicted
         decode_tokens_per_s=rate,
         ttft_s=to_tenths_of_a_millisecond(cost.ttft_s(placement)),
         gpu_hit_rate=round(cost.hit_rate(placement), 4),
-        bound_tokens_per_s=max(bound, rate),  # equal up to the solver's tolerance
+        bound_tokens_per_s=max(bound, rate),  # equal within the solver's tolerance
         gap=round(solution.gap, 6),
         decode_ms=milliseconds(cost.step_parts(cost.decode, placement)),
         ttft_ms=milliseconds(cost.ttft_parts(placement)),
@@ -38,12 +38,12 @@ def predict(problem: Problem, routing: Routing, solution: Solution) -> Predicted
 
 
 def rounded(value: float, digits: int) -> float:
-    """The value rounded, unless that would make it 0."""
+    """The rounded value, or the value itself if it would round to 0."""
     return round(value, digits) or value
 
 
 def to_tenths_of_a_millisecond(seconds: float) -> float:
-    """Seconds rounded to 0.1 ms, and at least that: nothing takes no time."""
+    """Seconds rounded to 0.1 ms, but at least 0.1 ms."""
     return max(round(seconds, 4), 1e-4)
 
 
@@ -54,9 +54,9 @@ def milliseconds(parts: dict[str, float]) -> dict[str, float]:
 def binding(
     problem: Problem, solution: Solution
 ) -> Literal["GPU memory", "GPU and host memory", "host memory", "nothing"]:
-    """The budgets of which more would be used.
+    """The budgets that limit the speed.
 
-    "nothing" if all blocks are resident, or the solver left memory free.
+    "nothing" if all blocks are resident or the solver left memory unused.
     """
     placement = solution.placement
     limits = problem.memory_limits()

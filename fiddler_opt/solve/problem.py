@@ -1,4 +1,4 @@
-"""Problem: all that a plan follows from, and its form for the solver."""
+"""Problem: the complete input of the solver, apart from the routing."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from fiddler_run.plan.schema import Budget, Plan, Workload
 
 @dataclass(frozen=True)
 class Problem:
-    """All that a plan follows from, except the routing.
+    """Everything a plan depends on, except the routing.
 
     `chunk_tokens`: tokens of a prompt that pass the layers at once.
     """
@@ -35,7 +35,7 @@ class Problem:
 
     @property
     def has_link(self) -> bool:
-        """True if experts can be copied to the GPU, and the profile timed a whole one."""
+        """True if experts can be copied to the GPU and the profile timed a whole copy."""
         timed = bool(self.machine.link_expert_us) and self.machine.streams
         return timed and self.budget.gpu_bytes > 0
 
@@ -44,21 +44,21 @@ class Problem:
         return host_embedding_bytes(self.model, self.machine, self.budget.gpu_bytes)
 
     def memory(self) -> GpuMemory:
-        """GPU bytes by purpose, with no expert resident yet.
+        """GPU bytes by purpose, without resident experts.
 
         Raises:
-            FiddlerError: the budget is too small, or larger than the machine.
+            FiddlerError: the budget is too small, or exceeds the machine.
         """
         return fixed_memory(
             self.model, self.machine, self.workload, self.budget.gpu_bytes, self.chunk_tokens
         )
 
     def memory_limits(self) -> MemoryLimits:
-        """What is left of the budget for experts.
+        """The budget that remains for experts.
 
         Raises:
-            FiddlerError: as `memory`; or the host budget does not hold the embedding; or experts
-                may have to lie on disk, but the disk was not timed.
+            FiddlerError: as `memory`; or the host budget does not hold the embedding table; or
+                blocks would have to be on disk, but the disk was not timed.
         """
         memory = self.memory()
         host_bytes = self.budget.host_bytes
@@ -77,7 +77,8 @@ class Problem:
         return MemoryLimits(self.model.block_bytes, memory.total - memory.used, host_bytes)
 
     def cost(self, routing: Routing, policy: Policy = "together") -> CostModel:
-        """
+        """The cost model under `routing`.
+
         Raises:
             FiddlerError: the policy needs a link, and there is none.
         """

@@ -15,9 +15,9 @@ subject to  t[p,l,s] >= sum over e called in s of  resident_s(e) * r / blocks   
             r[l,e] + d[l,e] <= blocks                                                            (F)
 
 Where nothing overlaps, t is the sum of the right sides of (A) and (B). Without a limit on host
-memory d = 0, and (E), (F) fall away. For several routings at once the longest of their objectives
-is minimised. A small reward for resident blocks of popular experts, POPULARITY_WEIGHT, makes use of
-memory where the objective is flat; the relaxation goes without.
+memory, d = 0 and (E), (F) are left out. For several routings, the longest of their objectives is
+minimised. A small reward for resident blocks of popular experts, POPULARITY_WEIGHT, fills memory
+where the objective is flat; the relaxation omits it.
 """
 
 import tempfile
@@ -36,17 +36,17 @@ from fiddler_opt.solve.time_unit import RELATIVE_GAP, time_unit
 from fiddler_run.errors import FiddlerError
 from fiddler_run.system.files import reason
 
-# Where experts are alike, exchanging them gives many solutions that are equally good, and the
-# bound's last steps take minutes. So the accepted gap grows with the cube of the seconds spent:
-# 0.01 % after one, 0.27 % after three.
+# Equal experts can be exchanged, which gives many equally good solutions, and the last steps of the
+# bound take minutes. So the accepted gap grows with the cube of the elapsed seconds: 0.01 % after
+# one, 0.27 % after three.
 MAX_GAP = 0.004
-# Relative to the workload's time. Less falls below the solver's tolerance of 1e-7 for a variable's
-# reduced cost; more loosens the bound.
+# Relative to the workload's time. A smaller reward falls below the solver's tolerance of 1e-7 for
+# reduced costs; a larger one loosens the bound.
 POPULARITY_WEIGHT = 1e-6
 
 
 class Program:
-    """The program for the given steps of each phase, as an integer program or relaxed."""
+    """The program for the given steps of each phase, with integer or continuous variables."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Program:
     ):
         self.lp = pulp.LpProblem("placement", pulp.LpMinimize)
         self._cost = costs[0]
-        self._unit = time_unit(costs, steps)  # times are multiples of it, per second
+        self._unit = time_unit(costs, steps)  # times are expressed in this unit, per second
         self._relaxed = relaxed
         blocks = self._cost.blocks_per_expert
         sizes = [len(row) for row in self._cost.called]
@@ -76,10 +76,10 @@ class Program:
                     self.lp += r + d <= blocks  # (F)
 
     def solve(self, time_limit_s: float | None = None) -> str:
-        """Solves the program and returns how that ended, in words.
+        """Solves the program. Returns the status in words.
 
         Raises:
-            FiddlerError: the solver broke down.
+            FiddlerError: the solver failed.
         """
         interrupt = highspy.cb.HighsCallbackType.kCallbackMipInterrupt
         solver = _Solver(
@@ -91,7 +91,7 @@ class Program:
         )
         try:
             self.lp.solve(solver)
-        except Exception as error:  # HiGHS and PuLP raise many types on numbers out of their range
+        except Exception as error:  # HiGHS and PuLP raise many types for numbers out of range
             raise FiddlerError(
                 f"the solver failed ({reason(error)}); look for absurd times in the machine profile"
             ) from None
@@ -112,18 +112,18 @@ class Program:
 
     @property
     def bound_s(self) -> float:
-        """Seconds below which no placement brings the steps."""
+        """A lower bound on the seconds of `steps` for any placement."""
         return (self.lp.solverModel.getInfo().mip_dual_bound + self._constant) / self._unit
 
     def placement(self) -> Placement:
-        """The solution's placement."""
+        """The placement in the solution."""
         resident = [[round(variable.varValue) for variable in row] for row in self.r]
         on_disk = [[round(pulp.value(variable)) for variable in row] for row in self.d]
         return Placement(resident, on_disk)
 
     def text(self) -> str:
-        """The program in the LP format."""
-        with tempfile.TemporaryDirectory() as folder:  # PuLP writes to files only
+        """The program in LP format."""
+        with tempfile.TemporaryDirectory() as folder:  # PuLP only writes to files
             path = Path(folder) / "program.lp"
             self.lp.writeLP(str(path))
             return path.read_text()
@@ -144,8 +144,9 @@ class Program:
     ) -> None:
         """Sets the objective.
 
-        One routing: without constants, which would loosen the solver's relative gap. Several: the
-        longest, with the constants in which they differ.
+        For one routing, constants are left out, because they would loosen the solver's relative
+        gap. For several, the objective is the longest, including the constants in which they
+        differ.
         """
         objectives = [self._objective(number, cost, steps) for number, cost in enumerate(costs)]
         constants = [
@@ -165,10 +166,10 @@ class Program:
         self._constant = 0.0
 
     def _popularity_reward(self, limits: MemoryLimits) -> pulp.LpAffineExpression:
-        """A reward for each resident block that grows with its expert's chance to be called.
+        """A reward for each resident block that grows with its expert's probability to be called.
 
-        The mean chance is added, so that experts that are never called get one too. The rewards add
-        up to POPULARITY_WEIGHT of the time of simple placements.
+        The mean probability is added, so that experts that are never called get a reward too. The
+        rewards add up to POPULARITY_WEIGHT of the time of simple placements.
         """
         cost = self._cost
         chances = [chance for row in cost.called for chance in row]
@@ -188,7 +189,7 @@ class Program:
     def _objective(
         self, number: int, cost: CostModel, steps: dict[Phase, int]
     ) -> pulp.LpAffineExpression:
-        """The objective for one routing; adds its constraints (A), (B) and (C)."""
+        """The objective for one routing. Adds its constraints (A), (B) and (C)."""
         objective = pulp.LpAffineExpression()
         for p, (phase, count) in enumerate(steps.items()):
             overhead = self._unit * cost.launch_overhead_s[phase.name]
@@ -209,7 +210,7 @@ class Program:
     def _right_sides(
         self, cost: CostModel, scenario: Scenario, layer: int
     ) -> tuple[pulp.LpAffineExpression, pulp.LpAffineExpression]:
-        """The right sides of (A) and (B) in the program's unit."""
+        """The right sides of (A) and (B), in the program's unit."""
         per_block = self._unit / cost.blocks_per_expert
         r = self.r[layer]
         d = self.d[layer]
@@ -223,7 +224,7 @@ class Program:
         return pulp.LpAffineExpression(resident), pulp.LpAffineExpression(host, all_in_host)
 
     def _stop_when_close(self, kind, message, found, answer, _) -> None:
-        """HiGHS's callback: ends a long search early if the solution is good enough."""
+        """A HiGHS callback that ends a long search once the solution is good enough."""
         if not isfinite(found.mip_primal_bound) or found.running_time <= 1:
             return
         accepted = min(RELATIVE_GAP * found.running_time**3, MAX_GAP)
@@ -233,7 +234,7 @@ class Program:
 
 
 class _Solver(pulp.HiGHS):
-    """HiGHS with the objective's constant, which PuLP keeps to itself: gaps are of the whole."""
+    """HiGHS with the objective's constant, which PuLP drops, so that gaps refer to the whole."""
 
     def callSolver(self, lp: pulp.LpProblem) -> None:
         lp.solverModel.changeObjectiveOffset(lp.objective.constant)

@@ -1,4 +1,4 @@
-"""Scenarios: which experts a layer may call, how likely that is, and how long each expert takes."""
+"""Scenarios: sets of experts a layer may call, their probabilities, and each expert's time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +21,13 @@ class Scenario:
 
 
 def chance_called(probability: float, tokens: int) -> float:
-    """Probability that any of `tokens` independent tokens chooses an expert.
+    """The probability that any of `tokens` independent tokens chooses an expert.
 
-    `probability`: that one token chooses it.
+    Args:
+        probability: that one token chooses it.
     """
     difference = 1 - (1 - probability) ** tokens
-    return difference or tokens * probability  # the difference is 0 below 1e-16
+    return difference or tokens * probability  # the difference underflows to 0 below 1e-16
 
 
 def layer_scenarios(
@@ -38,12 +39,12 @@ def layer_scenarios(
 ) -> list[Scenario]:
     """The scenarios of one layer.
 
-    Exact for one token that chooses one expert, or two where pairs are known. Otherwise a single
+    Exact for one token that chooses one expert, or two whose pairs are known. Otherwise a single
     scenario holds each expert's expected time. Copies of a token choose the same experts.
 
     Args:
-        expert_times: for a number of tokens, seconds of an expert that is resident, in host memory,
-            and on disk.
+        expert_times: maps a number of tokens to the seconds of an expert that is resident, in host
+            memory, and on disk.
     """
     different = phase.tokens // phase.copies
     called = None

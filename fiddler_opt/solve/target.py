@@ -1,8 +1,8 @@
-"""The least GPU memory that reaches a speed, by bisection.
+"""Finds the least GPU memory that reaches a speed, by bisection.
 
-More memory predicts no slower decode, except for the solver's gap and the choice of the chunk,
-which may cost a percent or two. So the plan that is returned reaches the speed, and STEP_BYTES less
-does not. A much smaller budget that reaches it by such an accident is not searched for.
+More memory predicts a faster decode, except for the solver's gap and the choice of the chunk, which
+may cost 1 or 2 %. The returned plan reaches the speed, and STEP_BYTES less does not. A much smaller
+budget that happens to reach the speed is not searched for.
 """
 
 import re
@@ -13,17 +13,17 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 
 STEP_BYTES = 100_000_000
-NOISE = 0.02  # relative; more memory may predict slower by this much
+NOISE = 0.02  # relative; more memory may predict a slower decode by this much
 PROBES = 8
 MIN_RATE = 1e-6
 MAX_RATE = 1e12
 
 
 def parse_rate(text: str) -> float:
-    """Tokens per second of `6tok/s` or `6.5 tokens/s`.
+    """Parses tokens per second from `6tok/s` or `6.5 tokens/s`.
 
     Raises:
-        FiddlerError: it is something else.
+        FiddlerError: the text is not a rate.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*tok(?:ens)?/s\s*", text)
     if match is None or not MIN_RATE <= float(match[1]) <= MAX_RATE:
@@ -36,18 +36,18 @@ def least_memory(solve: Callable[[int], Plan], tokens_per_s: float, device_bytes
     """The plan with the least GPU memory, in steps of STEP_BYTES, that reaches a decode speed.
 
     Args:
-        solve: GPU bytes -> their best plan.
+        solve: maps GPU bytes to the best plan.
         device_bytes: the GPU's memory.
 
     Raises:
-        FiddlerError: not even all of the GPU's memory suffices.
+        FiddlerError: all of the GPU's memory is not enough.
     """
 
     def attempt(steps: int) -> tuple[Plan | None, float, str]:
-        """The plan if it reaches the speed, its speed, and the words for an error."""
+        """The plan if it reaches the speed, its speed, and a description for errors."""
         try:
             plan = solve(steps * STEP_BYTES)
-        except FiddlerError as error:  # less than what is not experts needs
+        except FiddlerError as error:  # the budget is too small even without experts
             return None, 0.0, str(error)
         rate = plan.predicted.decode_tokens_per_s
         reached = plan if rate >= tokens_per_s else None

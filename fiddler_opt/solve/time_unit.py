@@ -1,4 +1,4 @@
-"""The unit of time in the integer program."""
+"""Chooses the unit of time in the integer program."""
 
 from collections.abc import Sequence
 from math import floor, log10
@@ -6,16 +6,16 @@ from math import floor, log10
 from fiddler_opt.solve.cost import CostModel
 from fiddler_opt.solve.phases import Phase
 
-RELATIVE_GAP = 1e-4  # at which the solver stops
-FEASIBILITY_TOLERANCE = 1e-6  # HiGHS's, absolute
+RELATIVE_GAP = 1e-4  # the solver stops at this gap
+FEASIBILITY_TOLERANCE = 1e-6  # of HiGHS, absolute
 MS_PER_S = 1e3
 
 
 def time_unit(costs: Sequence[CostModel], steps: dict[Phase, int]) -> float:
     """The factor from seconds to the program's times.
 
-    Milliseconds, unless the solver's absolute tolerance would then be too coarse for a layer's
-    time, or the numbers too large for it: then a power of ten that makes that time 1 to 10.
+    Milliseconds, unless the solver's absolute tolerance would be too coarse for a layer's time, or
+    the numbers too large for it. Then it is the power of ten that makes that time 1 to 10.
     """
 
     def layer_s(cost: CostModel, phase: Phase) -> float:

@@ -1,4 +1,4 @@
-"""A machine's times for one model: those of its profile, scaled by bytes."""
+"""The times of a machine profile for one model, scaled by bytes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,13 +6,13 @@ from typing import Literal
 from fiddler_opt.inputs.machine import MachineProfile, Times, seconds_at
 from fiddler_opt.inputs.model import ModelSpec
 
-# What serves host blocks. `better`: for each number of tokens the faster of `cpu` and `link`.
+# What serves host blocks. `better`: the faster of `cpu` and `link` for each number of tokens.
 Policy = Literal["together", "cpu", "link", "better"]
 
 
 @dataclass(frozen=True)
 class ModelTimes:
-    """Seconds on a machine, or, for `cpu_alone`, on its CPU without its GPU."""
+    """Seconds on a machine or, with `cpu_alone`, on its CPU without its GPU."""
 
     model: ModelSpec
     machine: MachineProfile
@@ -25,7 +25,7 @@ class ModelTimes:
         return self.machine.device.kind == "cuda" and not self.cpu_alone
 
     def expert_s(self, tokens: float) -> tuple[float, float, float]:
-        """One expert that is resident, in host memory, and on disk."""
+        """Seconds of one expert that is resident, in host memory, and on disk."""
         machine = self.machine
         scale = self.model.expert_bytes / machine.shape.expert_bytes
         host_us = machine.cpu_expert_us if self.cpu_alone else host_times(machine, self.policy)
@@ -36,9 +36,9 @@ class ModelTimes:
         return resident_s * scale, seconds_at(host_us, tokens) * scale, disk_s
 
     def dense_s(self, tokens: int) -> tuple[float, float]:
-        """One layer without its experts: the time that experts wait for, and the launch overhead.
+        """Seconds of one layer without its experts, and its launch overhead.
 
-        The latter is the lower bound of the experts' own time.
+        The launch overhead is a lower bound on the time of the experts.
         """
         scale = self.model.dense_layer_bytes / self.machine.shape.dense_layer_bytes
         launched = seconds_at(self.machine.dense_layer_us, tokens) * scale
@@ -49,16 +49,16 @@ class ModelTimes:
         return dense, max(0.0, launched - dense)
 
     def head_s(self, tokens: int, sequences: int) -> float:
-        """A step besides its layers. The output head sees only the last token of each sequence."""
+        """Seconds of a step besides its layers. The output head sees one token of each sequence."""
         model = self.model
         seconds = seconds_at(self.machine.head_us, tokens)
         scaled = seconds * model.head_bytes / self.machine.shape.head_bytes
         return scaled + self._without_gpu_s(model.head_bytes, sequences)
 
     def _without_gpu_s(self, size_bytes: int, tokens: float) -> float:
-        """Extra time of dense weights on the CPU, if they were timed on a GPU.
+        """Extra seconds of dense weights on the CPU, if they were timed on a GPU.
 
-        Assumes that they take as long as the same number of bytes of an expert.
+        Assumes the same time per byte as for experts.
         """
         if not self.cpu_alone or self.machine.device.kind != "cuda":
             return 0.0
@@ -67,9 +67,9 @@ class ModelTimes:
 
 
 def host_times(machine: MachineProfile, policy: Policy) -> Times:
-    """Microseconds of one host expert, by tokens, served by that policy.
+    """Microseconds of one host expert, by tokens, if the policy serves it.
 
-    The machine must have timed the link alone for `link`, and a link for `better`.
+    `link` and `better` need a profile that timed the link alone.
     """
     if policy == "cpu":
         return machine.cpu_expert_us

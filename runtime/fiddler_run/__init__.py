@@ -1,4 +1,4 @@
-"""fiddler_run: executes a plan. It never imports the planner."""
+"""fiddler_run: executes a plan. Never imports the planner."""
 
 from fiddler_run.errors import FiddlerError
 
@@ -6,7 +6,8 @@ __all__ = ["FiddlerError", "load_model"]
 
 
 def __getattr__(name: str):
-    # imported on demand: torch and transformers take seconds, which plan files do not need
+    # imported on demand: importing torch and transformers takes seconds and is not needed for plan
+    # files
     if name == "load_model":
         from fiddler_run.loading.load import load_model
 

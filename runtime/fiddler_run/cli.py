@@ -49,9 +49,9 @@ def run(flags: argparse.Namespace) -> None:
         from fiddler_run.loading.load import ModelLoader
 
     loader = ModelLoader(plan, flags.model, flags.load_format, flags.disk_folder, plan_path)
-    options = checked_options(flags, loader, prompt)  # better refused now than after loading
+    options = checked_options(flags, loader, prompt)  # fails before the long load
     if flags.load_format == "dummy" and not flags.bench:
-        stderr.print("random weights: the text will mean nothing")
+        stderr.print("random weights: the text will be meaningless")
     for note in loader.notes:
         stderr.print(note)
     started = time.perf_counter()
@@ -78,7 +78,7 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def dry_run(path: Path, flags: argparse.Namespace, stderr: Console) -> None:
-    """Prints everything that would stop a plan from running here.
+    """Prints everything that would stop the plan from running on this machine.
 
     Raises:
         FiddlerError: something would.
@@ -101,10 +101,10 @@ def dry_run(path: Path, flags: argparse.Namespace, stderr: Console) -> None:
 
 
 def checked_options(flags: argparse.Namespace, loader, prompt: str | None):
-    """How to generate, with what a flag leaves open from the plan.
+    """The generation options. Those without a flag come from the plan.
 
     Raises:
-        FiddlerError: the prompt cannot be encoded, or the plan has no room for it and its answer.
+        FiddlerError: the prompt cannot be encoded, or the plan has no room for prompt and answer.
     """
     from fiddler_run.generation.generate import check_length, encode_prompt, room_for_answer
     from fiddler_run.generation.sampling import Options
@@ -142,14 +142,12 @@ def checked_options(flags: argparse.Namespace, loader, prompt: str | None):
 
 
 def busy_note(others: float | None, cores: int, threads: int) -> str | None:
-    """What to say if other programs took so much of the cores' time that the plan's threads had to
-    wait for them.
-    """
+    """A note if other programs used so many cores that the plan's threads had to wait."""
     if others is None or others < 0.25 or others + threads <= cores + 0.25:
         return None
     return (
-        f"note: other programs took {others:.1f} of {cores} cores, the plan counts on {threads}: "
-        "each layer waits for its slowest thread; close them for the plan's speed"
+        f"note: other programs used {others:.1f} of {cores} cores, and the plan needs {threads}:"
+        " each layer waits for its slowest thread; close them to reach the plan's speed"
     )
 
 
@@ -181,10 +179,10 @@ def read_stdin() -> str:
     """All of stdin, without the newline that ends its last line.
 
     Raises:
-        FiddlerError: stdin is closed, no UTF-8 text, or larger than any prompt.
+        FiddlerError: stdin is closed, is not UTF-8 text, or is too large for a prompt.
     """
     if sys.stdin is None:
-        raise FiddlerError("the prompt is to come from stdin, which is closed")
+        raise FiddlerError("the prompt should come from stdin, but stdin is closed")
     content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
     if len(content) > MAX_TEXT_BYTES:
         raise FiddlerError(
@@ -197,7 +195,7 @@ def read_stdin() -> str:
 
 
 def byte_progress(console: Console) -> Progress:
-    """A bar of bytes with their rate and the time left."""
+    """A progress bar of bytes, with their rate and the remaining time."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

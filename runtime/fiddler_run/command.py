@@ -1,6 +1,4 @@
-"""How a command starts and ends: signals, output that cannot be written, exit status. Imports
-nothing that takes time.
-"""
+"""Starts and ends a command: signals, output errors, exit status. Imports nothing slow."""
 
 import errno
 import importlib
@@ -16,14 +14,14 @@ from fiddler_run.errors import FiddlerError
 SHOW_CURSOR = "\x1b[?25h"
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-# How often a thread of PyTorch's libgomp looks for work before it sleeps: about as long as waking
-# it takes. By default it looks a hundred times as long, and while another program has one of the
-# cores, each operation takes a time slice of the scheduler.
+# How often a thread of PyTorch's libgomp polls for work before it sleeps, about as long as a
+# wake-up takes. The default is a hundred times longer; while another program uses one of the cores,
+# every operation then costs a time slice of the scheduler.
 GOMP_SPINCOUNT = "2000"
 
 
 class Terminated(BaseException):
-    """The process has been asked to end; what it holds is put in order first."""
+    """Raised by SIGTERM and SIGHUP, so that the process cleans up before it ends."""
 
     def __init__(self, signal_number: int):
         self.signal_number = signal_number
@@ -34,24 +32,25 @@ def fiddler_run() -> int:
 
 
 def start(name: str, module: str) -> int:
-    """Runs `main()` of a module, whose import takes a while; its exit status."""
+    """Runs `main()` of a module whose import is slow. Returns the exit status."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
     with quitting_at_once(name):
         main = importlib.import_module(module).main
     status = main()
-    # nothing is left but Python's own end, which would print a traceback
+    # only Python's shutdown remains, which would print a traceback
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return status
 
 
 def exit_status(command: Callable[[], None], name: str) -> int:
-    """Runs a command: 0 done, 1 a FiddlerError said in one line, 130 interrupted; anything else
-    keeps its traceback.
+    """Runs a command. Returns 0 if done, 1 for a FiddlerError, 130 if interrupted.
+
+    A FiddlerError is printed in one line. Any other exception keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # what a terminal cannot show
+            stream.reconfigure(errors="replace")  # for characters that the terminal cannot show
     try:
         with _terminable():
             command()
@@ -66,7 +65,7 @@ def exit_status(command: Callable[[], None], name: str) -> int:
     except Terminated as ended:
         signal.signal(ended.signal_number, signal.SIG_DFL)
         os.kill(os.getpid(), ended.signal_number)
-    except BrokenPipeError:  # the reader of stdout went away, as in `fiddler-run ... | head -1`
+    except BrokenPipeError:  # the reader of stdout has closed it, as in `fiddler-run ... | head -1`
         _drop_stdout()
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
@@ -79,8 +78,9 @@ def exit_status(command: Callable[[], None], name: str) -> int:
 
 @contextmanager
 def quitting_at_once(name: str) -> Iterator[None]:
-    """Ctrl-C ends the process as it is, for imports: a library may swallow the exception, and
-    nothing needs to be put in order.
+    """Makes Ctrl-C end the process at once, during imports.
+
+    A library may swallow the exception, and there is nothing to clean up.
     """
 
     def quit(signal_number: int, _) -> None:
@@ -104,7 +104,7 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def _handling(handlers: dict[int, Callable]) -> Iterator[None]:
-    """Handles signals, but those that the process was started to ignore, as by `nohup`."""
+    """Installs signal handlers, except for signals that were ignored at start, as by `nohup`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -120,6 +120,6 @@ def _handling(handlers: dict[int, Callable]) -> Iterator[None]:
 
 
 def _drop_stdout() -> None:
-    """Whatever is still in its buffer goes nowhere."""
+    """Discards buffered output."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

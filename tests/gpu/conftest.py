@@ -1,6 +1,6 @@
-"""Shared by the tests that need a CUDA device: models, plans and inputs for it.
+"""Models, plans and inputs for the tests that need a CUDA device.
 
-The other tests run there too: the GPU part of their plans is then in GPU memory.
+The other tests use a CUDA device too if there is one: it then holds the GPU part of their plans.
 """
 
 import random
@@ -51,7 +51,7 @@ PROVENANCE = dict.fromkeys(
 
 @pytest.fixture(scope="session")
 def wide(random_checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Wide:
-    """A wider model (0.85 GB of experts in float32) and this machine's profile of it."""
+    """A wider model (0.85 GB of experts in float32), and this machine's profile for it."""
     folder, _ = random_checkpoint(**WIDE)
     spec = ModelSpec.load(str(folder))
     bench = MachineBench(spec, HASTY, folder)
@@ -63,7 +63,7 @@ def wide(random_checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Wide:
 
 @pytest.fixture(scope="module")
 def wide_bfloat16(random_checkpoint) -> Iterator[PlannedModel]:
-    """Random weights in bfloat16, the kernels' own dtype, placed at random."""
+    """A model of random weights in bfloat16, the GPU kernels' dtype, with a random placement."""
     folder, shape = random_checkpoint(**WIDE)
     shape = shape.model_copy(update={"dtype": "bfloat16"})
     plan = random_plan(shape, random.Random(3), block_neurons=224)
@@ -76,7 +76,7 @@ def wide_bfloat16(random_checkpoint) -> Iterator[PlannedModel]:
 
 
 def profile_of(bench: MachineBench, folder: Path) -> MachineProfile:
-    """The profile of a bench; its unfinished parts lie in `folder`."""
+    """The profile that a bench measures; its checkpoint lies in `folder`."""
     unfinished = Unfinished(folder / "wide.machine.yaml", bench.identity)
     return measure_machine(bench, unfinished, "test", True, lambda name, finished: None)
 
@@ -94,7 +94,7 @@ def random_ids(sequences: int, tokens: int, seed: int) -> torch.Tensor:
 
 
 def exactly(ids: torch.Tensor, new_tokens: int) -> dict:
-    """Arguments of `generate()`: greedy, for this many tokens after `ids`."""
+    """Arguments of `generate()` for exactly this many greedy tokens after `ids`."""
     return {
         "attention_mask": torch.ones_like(ids),
         "max_new_tokens": new_tokens,

@@ -1,4 +1,4 @@
-"""GPU memory: a plan's total is never exceeded, and it is the limit of PyTorch's allocator."""
+"""The GPU memory budget: a plan's total is never exceeded, and it caps PyTorch's allocator."""
 
 import gc
 
@@ -33,7 +33,7 @@ def nothing_resident(spec: ModelSpec) -> Plan:
 
 @pytest.mark.parametrize(("beams", "batch"), [(1, 1), (4, 1), (1, 4)])
 @pytest.mark.parametrize("extra_mb", [100, 400])
-def test_peak_memory_stays_under_the_plans_total(wide: Wide, beams: int, batch: int, extra_mb: int):
+def test_peak_memory_stays_under_the_plan_total(wide: Wide, beams: int, batch: int, extra_mb: int):
     folder, spec, machine = wide
     workload = Workload(
         prompt_tokens=512, output_tokens=16, num_beams=beams, batch_size=batch, max_seq_len=1024
@@ -53,17 +53,17 @@ def test_peak_memory_stays_under_the_plans_total(wide: Wide, beams: int, batch: 
     assert measured.peak_gpu_bytes - fixed <= gpu.kv_cache + gpu.activations
 
 
-def test_the_cap_is_real(wide: Wide):
+def test_allocation_beyond_the_cap_fails(wide: Wide):
     folder, spec, _ = wide
     plan = nothing_resident(spec)
     model, _ = load_model(plan, folder)
-    allowed = allowed_gpu_bytes(model.device)  # this plan's, and that of models of other tests
+    allowed = allowed_gpu_bytes(model.device)  # of this plan and of other tests' models
     assert allowed >= plan.rank.gpu_memory_bytes.total
     with pytest.raises(torch.cuda.OutOfMemoryError):
         torch.empty(allowed, dtype=torch.uint8, device=CUDA)
 
 
-def test_the_cap_is_the_sum_of_what_loaded_models_may_take(wide: Wide):
+def test_cap_is_the_sum_of_loaded_plans(wide: Wide):
     folder, spec, _ = wide
     plan = nothing_resident(spec)
     gc.collect()
@@ -75,7 +75,7 @@ def test_the_cap_is_the_sum_of_what_loaded_models_may_take(wide: Wide):
     assert (allowed_gpu_bytes(CUDA) or 0) == before
 
 
-def test_a_plan_larger_than_the_free_memory(wide: Wide):
+def test_plan_larger_than_free_memory_is_refused(wide: Wide):
     folder, spec, _ = wide
     plan = nothing_resident(spec)
     memory = plan.rank.gpu_memory_bytes.model_copy(update={"total": 10**13})

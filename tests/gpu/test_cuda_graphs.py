@@ -1,4 +1,4 @@
-"""CUDA graphs: recordings of tensors' work, and of a model's decode step."""
+"""CUDA graphs of single functions and of a model's decode step."""
 
 import pytest
 import torch
@@ -12,17 +12,15 @@ from fiddler_run.generation.model import PlannedModel
 from gpu.conftest import CUDA, exactly, random_ids
 
 
-def whole_model(model: PlannedModel, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Generates by transformers' own forward pass, which alone calls hooks."""
+def eager_tokens(model: PlannedModel, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Generates by transformers' own forward pass: a hook rules out CUDA graphs."""
     with model.model.layers[0].register_forward_hook(lambda *_: None):
         return model.generate(ids, **exactly(ids, new_tokens))
 
 
 @torch.inference_mode()
-def test_recordings_give_what_they_record():
-    """With new inputs each time, for each shape; results that are the next segment's inputs are not
-    copied.
-    """
+def test_replayed_graphs_match_eager_results():
+    """Inputs change with each replay, and one segment's outputs are the next one's inputs."""
     torch.manual_seed(0)
     first, second = (torch.randn(64, 64, device=CUDA) for _ in range(2))
     recorder = Recorder(CUDA)
@@ -36,7 +34,7 @@ def test_recordings_give_what_they_record():
     assert recorder.active
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture):
+def test_unrecordable_function_runs_eagerly(caplog: pytest.LogCaptureFixture):
     recorder = Recorder(CUDA)
     fine = recorder.segment(lambda x: x + 1)
     waits = recorder.segment(lambda x: x * x.sum().item())
@@ -50,7 +48,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture)
     assert waits(states * 2).tolist() == [72.0, 72.0]
 
 
-def test_a_failed_recording_leaves_cached_memory_to_be_freed():
+def test_cached_memory_can_be_freed_after_a_failed_recording():
     recorder = Recorder(CUDA)
     waits = recorder.segment(lambda x: x * x.sum().item())
     waits(torch.full((2,), 3.0, device=CUDA))
@@ -67,21 +65,23 @@ def test_a_failed_recording_leaves_cached_memory_to_be_freed():
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_decode_is_recorded(wide_bfloat16: PlannedModel, caplog: pytest.LogCaptureFixture):
-    """And gives the same tokens as the whole model does, step by step, however many sequences."""
+def test_recorded_decode_matches_eager_decode(
+    wide_bfloat16: PlannedModel, caplog: pytest.LogCaptureFixture
+):
+    """For one sequence and for three; the layers' segments are recorded for both shapes."""
     model = wide_bfloat16
     for sequences in (1, 3):
         ids = random_ids(sequences, 20, seed=1)
         recorded = model.generate(ids, **exactly(ids, 24))
-        assert torch.equal(recorded, whole_model(model, ids, 24))
+        assert torch.equal(recorded, eager_tokens(model, ids, 24))
     segments = model.session.decode._layers[0]
     assert len(segments.before._recordings) >= 2
     assert len(segments.after._recordings) >= 2
     assert not caplog.text
 
 
-def test_weights_replaced_after_a_recording_are_used(wide_bfloat16: PlannedModel):
-    """Graphs read weights by address; a router that is replaced lies elsewhere."""
+def test_weights_replaced_after_recording_are_used(wide_bfloat16: PlannedModel):
+    """Graphs read weights by address, and a replaced router has another address."""
     model = wide_bfloat16
     ids = random_ids(1, 12, seed=5)
     before = model.generate(ids, **exactly(ids, 12))
@@ -91,7 +91,7 @@ def test_weights_replaced_after_a_recording_are_used(wide_bfloat16: PlannedModel
         for router in routers:
             router.weight = torch.nn.Parameter(router.weight.flip(0).clone(), requires_grad=False)
         after = model.generate(ids, **exactly(ids, 12))
-        expected = whole_model(model, ids, 12)
+        expected = eager_tokens(model, ids, 12)
     finally:
         for router, weight in zip(routers, kept, strict=True):
             router.weight = weight

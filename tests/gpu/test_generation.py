@@ -13,14 +13,14 @@ from fiddler_run.generation.model import PlannedModel
 from gpu.conftest import CUDA, exactly, random_ids
 
 
-def test_a_whole_model_gives_the_same_tokens_twice(wide_bfloat16: PlannedModel):
+def test_generation_is_deterministic(wide_bfloat16: PlannedModel):
     ids = random_ids(2, 30, seed=1)
     first, second = (wide_bfloat16.generate(ids, **exactly(ids, 30)) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_threads_on_streams_of_their_own(wide_bfloat16: PlannedModel):
-    """Each answer is as alone, streamed or not."""
+def test_concurrent_generations_match_sequential_ones(wide_bfloat16: PlannedModel):
+    """On the default CUDA stream, and with one stream per thread."""
     prompts = [random_ids(1, 9 + number, seed=number) for number in range(3)]
 
     def generated(ids: torch.Tensor) -> torch.Tensor:
@@ -40,8 +40,8 @@ def test_threads_on_streams_of_their_own(wide_bfloat16: PlannedModel):
             assert all(torch.equal(*pair) for pair in zip(found, alone * 4, strict=True))
 
 
-def test_a_cache_that_the_plan_has_not_counted(wide_bfloat16: PlannedModel):
-    """Refused in words before it runs out of memory half-way."""
+def test_kv_cache_beyond_the_plan_is_refused(wide_bfloat16: PlannedModel):
+    """The request is refused up front: it would run out of memory half-way."""
     ids = torch.randint(3, 700, (1, 8), device=CUDA)
     few = wide_bfloat16.generate(
         ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, pad_token_id=0

@@ -19,7 +19,7 @@ def new_flag() -> torch.Tensor:
     return torch.zeros(1, dtype=torch.int64, pin_memory=True)
 
 
-def test_the_gpu_waits_for_the_cpu():
+def test_gpu_waits_for_cpu_output():
     kernels = gpu.DecodeKernels(Bf16(256, 32))
     output_ready = new_flag()
     gave_up = new_flag()
@@ -31,7 +31,7 @@ def test_the_gpu_waits_for_the_cpu():
     def combined(job: int) -> torch.Tensor:
         return kernels.combine(results, index, 1, cpu_output, output_ready, gave_up, job, states)
 
-    combined(0)  # compiled before
+    combined(0)  # compiles the kernel
     torch.cuda.synchronize()
     output = combined(5)
     done = torch.cuda.current_stream().record_event()
@@ -46,16 +46,14 @@ def test_the_gpu_waits_for_the_cpu():
     assert gave_up.item() == 0
 
 
-def test_a_gpu_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch):
-    """For a process that is stopped: the kernels end, what follows reads no table that was never
-    written, and no second wait takes as long.
-    """
+def test_gpu_stops_waiting_for_a_stopped_process(monkeypatch: pytest.MonkeyPatch):
+    """The kernels end without reading the unwritten table, and later waits end at once."""
     kernels = gpu.DecodeKernels(Bf16(256, 32))
     table_ready = new_flag()
     gave_up = new_flag()
-    # As memory that holds anything.
+    # Garbage, as in memory that was never written.
     table = torch.full((40,), 2**60, dtype=torch.int64).pin_memory()
-    kernels.wait_for_table(table, table_ready, gave_up, 0, CUDA)  # compiled before
+    kernels.wait_for_table(table, table_ready, gave_up, 0, CUDA)  # compiles the kernel
     torch.cuda.synchronize()
     monkeypatch.setattr(gpu, "GPU_TIMEOUT_S", 0.3)
     started = time.monotonic()
@@ -70,10 +68,10 @@ def test_a_gpu_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch):
     assert time.monotonic() - started < 10
 
 
-def test_a_model_says_that_the_gpu_gave_up(
+def test_gpu_timeout_is_reported_and_next_generation_is_correct(
     wide_bfloat16: PlannedModel, monkeypatch: pytest.MonkeyPatch
 ):
-    """Where its CPU's threads never begin; afterwards it is right again."""
+    """The CPU's threads never receive one of the jobs."""
     model = wide_bfloat16
     ids = random_ids(1, 8, seed=2)
     expected = model.generate(ids, **exactly(ids, 6))
@@ -81,14 +79,14 @@ def test_a_model_says_that_the_gpu_gave_up(
     submit = cpu.submit_routed
     calls = []
 
-    def forget_the_third(*given) -> None:
+    def lose_third_job(*arguments) -> None:
         calls.append(1)
         if len(calls) != 3:
-            submit(*given)
+            submit(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(gpu, "GPU_TIMEOUT_S", 0.2)
-        patch.setattr(cpu, "submit_routed", forget_the_third)
+        patch.setattr(cpu, "submit_routed", lose_third_job)
         message = "the GPU waited .* s for this process, which was stopped"
         with pytest.raises(FiddlerError, match=message):
             model.generate(ids, **exactly(ids, 6))
@@ -96,7 +94,7 @@ def test_a_model_says_that_the_gpu_gave_up(
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 64])
-def test_inputs_marked_as_ready_are_there(tokens: int):
+def test_inputs_marked_ready_are_complete(tokens: int):
     kernels = gpu.DecodeKernels(Bf16(4096, 32))
     host = [
         torch.zeros((tokens, 4096), dtype=torch.bfloat16, pin_memory=True),
@@ -121,9 +119,7 @@ def test_inputs_marked_as_ready_are_there(tokens: int):
 
 
 def test_no_kernel_is_compiled_during_decode(wide_bfloat16: PlannedModel):
-    """Numbers of blocks, calls and jobs are no reason to compile another variant, which would take
-    a second.
-    """
+    """New numbers of blocks, calls or jobs must not compile a variant, which takes a second."""
     kernels = (
         triton_kernels.publish_inputs,
         triton_kernels.wait,

@@ -19,12 +19,12 @@ from gpu.conftest import CUDA, page_locked
 
 BLOCKS = Bf16(hidden_size=256, block_neurons=96)
 EXPERTS = 3
-BLOCKS_OF_EXPERT = 4
+BLOCKS_PER_EXPERT = 4
 SLOTS = 3
 
 
 def engines() -> Iterator[ExpertEngine]:
-    """One whose small batches take the decode path, and one without that path."""
+    """Yields an engine with the decode path, then one without it."""
     kernels = kernels_for(BLOCKS, CUDA, threads=2)
     assert kernels.decode is not None
     for each in (kernels, replace(kernels, decode=None)):
@@ -37,7 +37,10 @@ def exact_sums(
     index: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The weighted sums of experts, each uint8 [count, block_bytes]: [tokens, hidden] float64."""
+    """The experts' weighted sums, float64 [tokens, hidden].
+
+    `experts`: the blocks of each expert, uint8 [count, block_bytes].
+    """
     sums = torch.zeros(states.shape, dtype=torch.float64)
     for token, chosen in enumerate(index.tolist()):
         state = states[token].double()
@@ -50,12 +53,12 @@ def exact_sums(
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 64, 130])
-def test_blocks_read_in_place_and_staged_ones_agree(tokens: int):
-    """Both paths, for every processor's share, against float64; the same bits twice."""
+def test_both_paths_match_float64(tokens: int):
+    """For several splits; a second call gives the same bits."""
     torch.manual_seed(tokens)
-    count = EXPERTS * BLOCKS_OF_EXPERT
+    count = EXPERTS * BLOCKS_PER_EXPERT
     stored = torch.randn(count, BLOCKS.block_bytes // 2).mul_(0.05).bfloat16()
-    experts = page_locked(stored.view(torch.uint8)).split(BLOCKS_OF_EXPERT)
+    experts = page_locked(stored.view(torch.uint8)).split(BLOCKS_PER_EXPERT)
     states = torch.randn(tokens, BLOCKS.hidden_size).bfloat16()
     index = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(tokens)])
     weights = torch.rand(tokens, 2).softmax(dim=1)
@@ -77,10 +80,8 @@ def test_blocks_read_in_place_and_staged_ones_agree(tokens: int):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 300])
-def test_choices_of_experts_that_do_not_exist(wide_bfloat16: PlannedModel, tokens: int):
-    """As transformers marks those that another process computes: they add nothing, in decode and in
-    prompts.
-    """
+def test_unknown_experts_add_nothing(wide_bfloat16: PlannedModel, tokens: int):
+    """transformers marks experts of other processes by such indices, in prefill and decode."""
     layer = wide_bfloat16.layers[1]
     generator = torch.Generator(CUDA).manual_seed(tokens)
     states = torch.randn(tokens, 1024, generator=generator, device=CUDA).bfloat16()
@@ -97,7 +98,7 @@ def test_choices_of_experts_that_do_not_exist(wide_bfloat16: PlannedModel, token
     wide_bfloat16.engine.resources.settle()
 
 
-def test_long_prompts_are_computed_alike_however_divided(wide_bfloat16: PlannedModel):
+def test_prefill_result_does_not_depend_on_the_split(wide_bfloat16: PlannedModel):
     layers = wide_bfloat16.layers
     router = Router(num_experts=8, top_k=2, hidden_size=1024)
     times = measure_prompt(layers, wide_bfloat16.engine.resources, router, 400)

@@ -1,4 +1,4 @@
-"""Page-locked host memory: experts lie in it, and it stays locked as long as it is in use."""
+"""Page-locked host memory: host blocks lie in it, and it stays locked while it is in use."""
 
 import gc
 import random
@@ -19,11 +19,11 @@ CPU = torch.device("cpu")
 BLOCK_BYTES = 4 * 10**6
 
 
-def test_a_refused_page_lock_leaves_no_error_behind():
+def test_refused_page_lock_leaves_no_cuda_error():
     arena = Arena(2, BLOCK_BYTES, CPU)
     arena.pin()
     with pytest.raises(FiddlerError, match="cannot page-lock"):
-        arena.pin()  # it is already
+        arena.pin()  # already locked
     assert torch.ones(3, device=CUDA).sum().item() == 3
 
 

@@ -19,8 +19,8 @@ from fiddler_run.weights.arena import Arena
 from gpu.conftest import HASTY, Wide, profile_of, solved
 
 
-def test_a_profile_of_the_decode_path(wide: Wide, tmp_path: Path):
-    """In bfloat16, which takes the decode path; `wide` is in float32."""
+def test_profile_times_the_decode_path(wide: Wide, tmp_path: Path):
+    """In bfloat16, because float32, the dtype of `wide`, has no decode path."""
     _, spec, _ = wide
     spec = replace(spec, shape=spec.shape.model_copy(update={"dtype": "bfloat16"}))
     bench = MachineBench(spec, HASTY, None)
@@ -32,10 +32,10 @@ def test_a_profile_of_the_decode_path(wide: Wide, tmp_path: Path):
     assert min(machine.host_expert_us[1].values()) > machine.resident_expert_us[1]
 
 
-def test_where_little_memory_can_be_page_locked(
+def test_profile_and_plan_work_without_page_locking(
     wide: Wide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The profile finds out, and its plans run without."""
+    """The profile records that nothing can be streamed, and its plans stream nothing."""
     folder, spec, _ = wide
 
     def refuse(arena: Arena) -> None:

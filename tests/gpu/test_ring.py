@@ -1,4 +1,4 @@
-"""The staging ring, whose copies run on a stream of their own."""
+"""The staging ring on a GPU, where copies run on their own CUDA stream."""
 
 import random
 
@@ -16,14 +16,12 @@ from gpu.conftest import CUDA, page_locked
 
 BLOCKS = Bf16(hidden_size=512, block_neurons=256)
 PIECES = 1000
-PIECES_OF_A_STREAM = 50
+PIECES_PER_STREAM = 50
 
 
 @pytest.mark.parametrize("slots", [3, 6])
-def test_streamed_blocks_are_the_resident_ones_bit_for_bit(slots: int):
-    """A ring of few places reused a thousand times: no copy overtakes the computation that still
-    reads its place.
-    """
+def test_streamed_blocks_match_resident_blocks(slots: int):
+    """A few places are reused a thousand times: no copy may overwrite one that is still read."""
     torch.manual_seed(0)
     weights = torch.randn(40, BLOCKS.block_bytes // 2).mul_(0.05).bfloat16()
     blocks = page_locked(weights.view(torch.uint8))
@@ -35,12 +33,13 @@ def test_streamed_blocks_are_the_resident_ones_bit_for_bit(slots: int):
     firsts = [rng.randrange(38) for _ in range(PIECES)]
     where = [(first, first + rng.randint(1, ring.at_once)) for first in firsts]
     pieces = [blocks[first:stop] for first, stop in where]
-    torch.cuda._sleep(int(2e8))  # a tenth of a second for the host to queue ahead of the device
+    torch.cuda._sleep(int(2e8))  # about 0.1 s, in which the host queues work ahead of the device
     results = []
-    for start in range(0, PIECES, PIECES_OF_A_STREAM):
-        ring.prefetch(pieces[start + rng.randint(0, 1) :], timeline)  # right ones or wrong ones
-        stream = ring.stream(pieces[start : start + PIECES_OF_A_STREAM], timeline)
-        for _ in range(PIECES_OF_A_STREAM):
+    for start in range(0, PIECES, PIECES_PER_STREAM):
+        # The right pieces or wrong ones.
+        ring.prefetch(pieces[start + rng.randint(0, 1) :], timeline)
+        stream = ring.stream(pieces[start : start + PIECES_PER_STREAM], timeline)
+        for _ in range(PIECES_PER_STREAM):
             with stream.next() as staged:
                 results.append(apply_blocks(BLOCKS, staged, states))
     for (first, stop), result in zip(where, results, strict=True):

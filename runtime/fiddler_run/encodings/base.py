@@ -1,8 +1,8 @@
-"""What every encoding provides. It works on tensors that it is given, and imports no torch.
+"""The interface of an encoding. It operates on tensors but does not import torch.
 
-An expert's neurons are cut into blocks of `block_neurons` consecutive ones. A block holds their
-gate rows, up rows and down columns, so it is a small dense expert of its own, and one contiguous
-copy over the link. Only an encoding knows what a block's bytes mean.
+An expert's neurons are cut into blocks of `block_neurons` consecutive neurons. A block holds their
+gate rows, up rows and down columns, so it is a small dense expert and one contiguous copy over the
+link. Only an encoding knows what the bytes of a block mean.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class Encoding(ABC):
-    """The stored form of blocks for experts of `hidden_size`.
+    """How blocks of experts of `hidden_size` are stored.
 
-    Class attributes: `name` in plans; `dtype`, of the weights that it represents exactly.
+    Class attributes: `name` identifies the encoding in plans. `dtype` is the dtype of the weights
+    that it represents exactly.
     """
 
     name: ClassVar[str]
@@ -30,34 +31,34 @@ class Encoding(ABC):
     @property
     @abstractmethod
     def block_bytes(self) -> int:
-        """Bytes of one block; all blocks of an encoding have the same size."""
+        """Bytes of one block. All blocks of an encoding have the same size."""
 
     @abstractmethod
     def encode(
         self, blocks: Tensor, gate: Tensor, up: Tensor, down: Tensor, first_neuron: int
     ) -> None:
-        """Stores an expert's neurons from `first_neuron` on.
+        """Encodes the expert's neurons from `first_neuron` on into `blocks`.
 
-        Neurons past the expert's last one are zeros, which add nothing to its output.
+        Neurons past the last one are stored as zeros, which add nothing to the output.
 
         Args:
-            blocks: uint8 [count, block_bytes] in host memory, to be written.
-            gate, up: [intermediate, hidden], of a dtype that the encoding's holds without loss.
+            blocks: uint8 [count, block_bytes] in host memory, overwritten.
+            gate, up: [intermediate, hidden], of a dtype that converts to `dtype` without loss.
             down: [hidden, intermediate].
         """
 
     @abstractmethod
     def decode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights of `blocks`, uint8 [count, block_bytes], on their device.
+        """Decodes `blocks`, uint8 [count, block_bytes], on their device.
 
         Returns:
             Gate rows above up rows [count, 2 * block_neurons, hidden], and down columns [count,
-            hidden, block_neurons]; views of `blocks` where the encoding allows that.
+            hidden, block_neurons]. Views of `blocks` if the encoding allows it.
         """
 
     def blocks_per_expert(self, intermediate_size: int) -> int:
         return -(-intermediate_size // self.block_neurons)
 
     def expert_bytes(self, intermediate_size: int) -> int:
-        """Bytes of one expert. Its last block is padded where the block does not divide it."""
+        """Bytes of one expert. The last block is padded if the expert does not fill it."""
         return self.blocks_per_expert(intermediate_size) * self.block_bytes

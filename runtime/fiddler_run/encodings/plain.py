@@ -1,4 +1,4 @@
-"""Weights as they are: gate rows, up rows, down columns, row-major, one after the other."""
+"""Plain weights: gate rows, up rows and down columns, row-major, one after the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Plain(Encoding):
-    """The base of the encodings that store each weight in its own dtype."""
+    """Base of the encodings that store each weight in its own dtype."""
 
     weight_bytes: ClassVar[int]
 

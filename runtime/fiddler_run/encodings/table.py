@@ -1,4 +1,4 @@
-"""The encodings by name. A new one is a file in this folder and a line here."""
+"""The encodings by name. To add one, add a file to this folder and a line here."""
 
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.encodings.plain import Bf16, Fp16, Fp32
@@ -7,5 +7,5 @@ ENCODINGS: dict[str, type[Encoding]] = {each.name: each for each in (Bf16, Fp16,
 
 
 def plain_encoding(dtype: str) -> str:
-    """The encoding that stores weights of `dtype` as they are."""
+    """The encoding that stores weights of `dtype` unchanged."""
     return next(each.name for each in (Bf16, Fp16, Fp32) if each.dtype == dtype)

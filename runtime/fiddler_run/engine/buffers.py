@@ -1,4 +1,4 @@
-"""Page-locked host memory through which activations go to the CPU and its results come back."""
+"""Page-locked host memory that carries activations to the CPU and results back."""
 
 from collections.abc import Callable
 
@@ -9,11 +9,10 @@ from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
 
 
 class PinnedBuffers:
-    """Buffers that every layer of a model uses in turn, and flags between GPU and CPU.
+    """Buffers that the layers of a model use in turn, and flags between GPU and CPU.
 
-    A flag holds the number of a CPU job. Each single flag has a cache line to itself.
-    `output_ready`: the last finished job. `gave_up`: the last job that the GPU gave up waiting
-    for, or 0.
+    A flag holds the number of a CPU job. Each scalar flag has its own cache line. `output_ready` is
+    the last finished job. `gave_up` is the last job that the GPU stopped waiting for, or 0.
     """
 
     def __init__(self, device: torch.device):
@@ -36,9 +35,9 @@ class PinnedBuffers:
         weights: torch.Tensor,
         meanwhile: Callable[[], None],
     ) -> list[torch.Tensor]:
-        """The device's tensors in host memory, until the next call.
+        """Copies the device's tensors to host memory. The copies are valid until the next call.
 
-        Calls `meanwhile` before it waits for the device.
+        Calls `meanwhile` before waiting for the device.
         """
         tensors = [states, index, weights]
         if not self._on_gpu:
@@ -53,9 +52,9 @@ class PinnedBuffers:
         return received
 
     def output(self, shape: torch.Size) -> torch.Tensor:
-        """Float32 buffer for the CPU's result.
+        """A float32 buffer for the CPU's result.
 
-        Reused by the next layer, whose inputs come after the GPU has read it.
+        The next layer reuses it: its inputs arrive only after the GPU has read the result.
         """
         return self._buffer("output", shape, torch.float32)
 
@@ -67,9 +66,9 @@ class PinnedBuffers:
         num_experts: int,
         max_blocks: int,
     ) -> DecodeInputs:
-        """Buffers for a job's inputs and table, until the next call of this.
+        """Buffers for a job's inputs and table, valid until the next call.
 
-        The GPU sends nothing before the last job is done.
+        The GPU sends nothing before the previous job is done.
         """
         size = table_size(max_blocks, num_experts, index.numel())
         return DecodeInputs(
@@ -90,9 +89,9 @@ class PinnedBuffers:
         elements = shape.numel()
         if buffer is None or len(buffer) < elements or buffer.dtype != dtype:
             if buffer is not None and self._on_gpu:
-                # Kernels may still read the old one, which PyTorch does not know.
+                # Kernels that PyTorch does not track may still read the old buffer.
                 torch.cuda.synchronize(self._device)
-            # A tensor made in inference mode could not be written to outside of it.
+            # Tensors made in inference mode cannot be written to outside it.
             with torch.inference_mode(False):
                 buffer = torch.empty(elements, dtype=dtype, pin_memory=self._on_gpu)
             self._buffers[name] = buffer

@@ -1,4 +1,4 @@
-"""What a layer's experts have to do for the tokens at hand: data that all paths share."""
+"""The work of a layer's experts for the current tokens, as plain data for both paths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Traffic:
-    """Expert blocks that calls needed, by where they were computed."""
+    """Number of expert blocks that calls needed, by where they were computed."""
 
     resident_blocks: int = 0
     streamed_blocks: int = 0
@@ -33,9 +33,10 @@ class Traffic:
 
 
 class Expert:
-    """One expert's blocks, uint8 [count, block_bytes], by place.
+    """The blocks of one expert, uint8 [count, block_bytes], by place.
 
-    `resident` in device memory, `host` in host memory, `on_disk` mapped from a file.
+    `resident` blocks are in device memory, `host` blocks in host memory, `on_disk` blocks in a
+    mapped file.
     """
 
     def __init__(self, resident: torch.Tensor, host: torch.Tensor, on_disk: torch.Tensor):
@@ -50,11 +51,11 @@ class Expert:
 
 @dataclass(frozen=True)
 class ExpertCall:
-    """The tokens that chose one expert, and the number of its host blocks to stream.
+    """The tokens that chose one expert, and how many of its host blocks to stream.
 
-    Its tokens are choices `start` to `start + len(rows)` of the layer's choices sorted by expert:
-    `rows` [n] int64 into the layer's tokens, the router's `weights` [n] float32. The CPU computes
-    the blocks that are neither resident nor streamed.
+    If the layer's choices are sorted by expert, the call holds choices `start` to `start +
+    len(rows)`: `rows` [n] int64 index the layer's tokens, `weights` [n] float32 are the router's.
+    The CPU computes the blocks that are neither resident nor streamed.
     """
 
     expert: Expert
@@ -74,7 +75,7 @@ class ExpertCall:
 
 @dataclass(frozen=True)
 class Group:
-    """The choices of one expert: `rows` [n] int64 into the tokens, `weights` [n] float32."""
+    """The choices of one expert: `rows` [n] int64 index the tokens, `weights` [n] float32."""
 
     expert: int
     rows: np.ndarray
@@ -84,10 +85,10 @@ class Group:
 def expert_groups(
     top_k_index: np.ndarray, top_k_weights: np.ndarray, num_experts: int
 ) -> list[Group]:
-    """Groups the router's choices [tokens, k] by expert, leaving out experts without a token.
+    """Groups the router's choices [tokens, k] by expert. Leaves out experts without a token.
 
-    Choices of experts that do not exist are left out; transformers marks by `num_experts` those
-    that other processes compute.
+    Choices of nonexistent experts are ignored: transformers uses the index `num_experts` for
+    experts that other processes compute.
     """
     chosen = top_k_index.ravel()
     chosen = np.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts)

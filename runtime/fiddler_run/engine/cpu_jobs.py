@@ -1,4 +1,4 @@
-"""The CPU's jobs under way: who waits for them, and where they appear on the timeline."""
+"""Tracks the CPU's unfinished jobs: who waits for them, and their place on the timeline."""
 
 import os
 import time
@@ -14,7 +14,7 @@ from fiddler_run.kernels.decode_layer import DecodeInputs, DecodeLayer
 
 
 class CpuJobs:
-    """Jobs of one model, numbered from 1; a finished one sets `flag` to its number."""
+    """The jobs of one model, numbered from 1. A finished job sets `flag` to its number."""
 
     def __init__(self, cpu: CpuExperts, flag: torch.Tensor, timeline: Timeline):
         self.last = 0  # number of the last job
@@ -22,11 +22,11 @@ class CpuJobs:
         self._flag = flag
         self._timeline = timeline
         self._pid = os.getpid()
-        # Of each job: its layer, and since when it has been waiting for the router.
+        # For each job, its layer and the time since when it has waited for the router.
         self._under_way: deque[tuple[Place, float | None]] = deque()
 
     def __len__(self) -> int:
-        """Jobs under way."""
+        """Number of unfinished jobs."""
         return len(self._under_way)
 
     def submit(self, calls: Sequence[CpuCall], states: torch.Tensor, output: torch.Tensor) -> None:
@@ -35,12 +35,12 @@ class CpuJobs:
         self._cpu.submit(calls, states, output, self._flag, self.last)
 
     def begin(self, waits_since_s: float | None) -> None:
-        """Numbers a job that is about to be submitted."""
+        """Assigns a number to a job that is about to be submitted."""
         self.last += 1
         self._under_way.append((self._timeline.place, waits_since_s))
 
     def begin_decode(self) -> None:
-        """Numbers a job of the decode path, which begins with waiting for the router."""
+        """Assigns a number to a job of the decode path, which starts by waiting for the router."""
         self.begin(time.perf_counter())
 
     def submit_decode(
@@ -50,13 +50,13 @@ class CpuJobs:
         self._cpu.submit_routed(layer, inputs, traffic, output, self._flag, self.last)
 
     def finish(self, max_pending: int = 0) -> None:
-        """Takes part in the jobs until at most `max_pending`, 0 or 1, are unfinished."""
+        """Helps with the jobs until at most `max_pending`, 0 or 1, are unfinished."""
         timeline = self._timeline
         while len(self._under_way) > max_pending:
             timeline.begin(Lane.PYTHON, Work.HELP)
             self._cpu.wait(len(self._under_way) - 1, self._flag)
             timeline.end(Lane.PYTHON, Work.HELP)
-            # Now: an interrupted wait leaves the job to `abandon`.
+            # Before the wait: an interrupted wait leaves the job to `abandon`.
             place, waits_since_s = self._under_way.popleft()
             if not timeline.on:
                 continue
@@ -66,7 +66,7 @@ class CpuJobs:
             timeline.add(Lane.CPU, Work.BLOCKS, place, started_s, finished_s)
 
     def abandon(self) -> None:
-        """Ends the jobs under way, without results. The device goes on without them."""
+        """Ends the unfinished jobs without results. The device continues without them."""
         if self._under_way:
             self._under_way.clear()
             self._cpu.abandon(self._flag)

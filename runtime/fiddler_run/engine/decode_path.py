@@ -1,9 +1,9 @@
-"""The decode path: a small batch through one layer's experts, without waiting for Python.
+"""The decode path: runs a small batch through one layer's experts without waiting for Python.
 
-A prompt of up to MAX_DECODE_TOKENS takes it, too.
+A prompt of up to MAX_DECODE_TOKENS tokens takes it too.
 
-Python submits the CPU's job and queues the GPU's work while the layer before is computed; then GPU
-and CPU tell each other when to go on, by flags in page-locked memory:
+Python submits the CPU's job and queues the GPU's work while the previous layer is computed. GPU and
+CPU then signal each other through flags in page-locked memory:
 
     GPU      publish inputs ... wait for table | resident and streamed blocks, in place | combine
     CPU      wait for inputs, split, write table | its blocks                           | done
@@ -34,9 +34,9 @@ class DecodePath:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The experts' weighted sums [tokens, hidden], queued on the GPU, in the states' dtype.
+        """Queues the experts' weighted sums [tokens, hidden] on the GPU, in the states' dtype.
 
-        The GPU is never made to wait for a job that has not been submitted.
+        The GPU never waits for a job that has not been submitted.
         """
         resources = self._resources
         resources.check_dtype(hidden_states)
@@ -92,5 +92,5 @@ class DecodePath:
             hidden_states,
         )
         timeline.end(Lane.PYTHON, Work.QUEUE)
-        jobs.finish(max_pending=1)  # this layer's job has just begun
+        jobs.finish(max_pending=1)  # this layer's job has just been submitted
         return total

@@ -1,4 +1,4 @@
-"""The engine of a model's experts: the shared resources and the two paths through them."""
+"""The expert engine of a model: the shared resources and the two paths that use them."""
 
 import torch
 
@@ -10,9 +10,9 @@ from fiddler_run.kernels.table import Kernels, kernels_for
 
 
 class ExpertEngine:
-    """CPU, link and device of one model, at work on each layer at once.
+    """Runs each layer's experts on CPU, link and device at the same time.
 
-    `decode` takes small batches on a GPU, `prefill` all others.
+    `decode` serves small batches on a GPU, `prefill` all others.
     """
 
     def __init__(self, block_format: Encoding, kernels: Kernels, device: torch.device, slots: int):
@@ -25,12 +25,13 @@ class ExpertEngine:
 def make_engine(
     block_format: Encoding, device: torch.device, threads: int, slots: int, pinned: bool = False
 ) -> ExpertEngine:
-    """The engine with the fastest kernels for such blocks.
+    """The engine with the fastest kernels for these blocks.
 
     Args:
-        device: where resident blocks are.
-        threads: of the CPU; `pinned`: each stays on its own core.
-        slots: blocks of device memory to stream through; 0 if nothing is ever streamed.
+        device: holds the resident blocks.
+        threads: of the CPU.
+        slots: blocks of device memory to stream through. 0 if nothing is streamed.
+        pinned: keep each thread on its own core.
     """
     return ExpertEngine(
         block_format, kernels_for(block_format, device, threads, pinned), device, slots

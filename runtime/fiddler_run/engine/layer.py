@@ -1,14 +1,15 @@
-"""One layer's experts: every called expert's blocks split over device, link and CPU.
+"""One layer's experts: splits the blocks of every called expert over device, link and CPU.
 
     [0 ... resident)          [resident ... streamed)      [streamed ... end)
     device, in place          over the link, then device   CPU, in place
 
-Any split gives the same result up to the order of addition, because an expert is a sum over its
-neurons. The sums are float32. Blocks on disk are mapped and come last: the CPU reads them as if
+An expert is a sum over its neurons, so every split gives the same result up to the order of
+addition. The sums are float32. Blocks on disk are mapped and come last; the CPU reads them as if
 they were in host memory.
 
-On the decode path the CPU's threads apply the split once the GPU has sent them the router's choice,
-so that Python is always a layer ahead. On the prefill path Python does, after waiting for it.
+On the decode path, the CPU's threads apply the split as soon as the GPU has sent the router's
+choice, so that Python stays a layer ahead. On the prefill path, Python waits for the choice and
+applies the split.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from fiddler_run.plan.split import scale_odds, split
 
 
 class ExpertsLayer:
-    """Serves one layer's experts module.
+    """Serves the experts module of one layer.
 
-    `prefill_odds` scales the plan's odds, streamed : CPU, of long prompts. `next` is the layer that
-    follows, whose first blocks are prefetched.
+    `prefill_odds` scales the plan's odds, streamed : CPU, during prefill. `next` is the following
+    layer, whose first blocks are prefetched.
     """
 
     def __init__(
@@ -45,14 +46,16 @@ class ExpertsLayer:
         engine: ExpertEngine,
         on_disk: list[torch.Tensor] | None = None,
     ):
-        """
+        """Prepares one layer.
+
         Args:
             number: of the layer.
             resident: for each expert, its blocks in device memory, uint8 [count, block_bytes].
             host: for each expert, its blocks in host memory.
-            stream_share: tokens of a call -> the share of its expert's host blocks to stream.
-            engine: computes them; shared by all layers.
-            on_disk: for each expert, its blocks that are mapped from disk; None: there are none.
+            stream_share: maps the tokens of a call to the share of its expert's host blocks to
+                stream.
+            engine: computes the blocks; shared by all layers.
+            on_disk: for each expert, its blocks mapped from disk. None: there are none.
         """
         on_disk = on_disk or [blocks[:0] for blocks in host]
         self.number = number
@@ -64,7 +67,7 @@ class ExpertsLayer:
 
     @cached_property
     def decode(self) -> DecodeLayer | None:
-        """The layer on the decode path; None with blocks on disk, which only prefill reads."""
+        """The layer on the decode path. None with blocks on disk, which only prefill can read."""
         if any(expert.num_on_disk for expert in self.experts):
             return None
         resident = [expert.resident for expert in self.experts]
@@ -85,14 +88,14 @@ class ExpertsLayer:
         wants_gradients = hidden_states.requires_grad or top_k_weights.requires_grad
         if torch.is_grad_enabled() and wants_gradients:
             raise FiddlerError(
-                "experts in blocks compute no gradients; call the model inside torch.no_grad(), or"
-                " train the stock one"
+                "the experts do not support gradients; call the model inside torch.no_grad(), or"
+                " train the stock model"
             )
         on_gpu = hidden_states.is_cuda
         current = torch.cuda.device(hidden_states.device) if on_gpu else nullcontext()
         with current, self._engine.resources.lock:
             timeline = self._engine.resources.timeline
-            timeline.end(Lane.GPU, Work.DENSE)  # what lies between two layers' experts
+            timeline.end(Lane.GPU, Work.DENSE)  # ends the time between the experts of two layers
             timeline.enter(self.number)
             output = self._run(
                 hidden_states.contiguous(),
@@ -122,7 +125,7 @@ class ExpertsLayer:
         return output
 
     def split(self, groups: list[Group], odds: float = 1.0) -> list[ExpertCall]:
-        """Divides the blocks of each called expert, with the plan's odds scaled by `odds`."""
+        """Splits the blocks of each called expert, with the plan's odds scaled by `odds`."""
         experts = [self.experts[group.expert] for group in groups]
         streamed = split(
             (scale_odds(self.stream_share(len(group.rows)), odds), expert.num_host)
@@ -136,7 +139,7 @@ class ExpertsLayer:
         return calls
 
     def expected_calls(self, choices: int) -> list[ExpertCall]:
-        """The calls of a long prompt that chooses every expert equally often."""
+        """The calls of a long prompt, if every expert is chosen equally often."""
         each = np.zeros(max(1, choices // len(self.experts)), dtype=np.int64)
         groups = [Group(number, each, each) for number in range(len(self.experts))]
         return self.split(groups, self.prefill_odds)

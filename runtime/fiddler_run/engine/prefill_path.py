@@ -1,8 +1,8 @@
-"""The prefill path: a large batch through one layer's experts.
+"""The prefill path: runs a large batch through one layer's experts.
 
-Python waits for the router's choice and splits the blocks. Resident blocks are computed where they
-lie, streamed ones in the staging ring as they arrive, the others by the CPU, all at the same time.
-Without a GPU this path takes batches of any size, and layers with blocks on disk always do.
+Python waits for the router's choice and splits the blocks. Resident blocks are computed in place,
+streamed blocks in the staging ring as they arrive, and the others by the CPU, all at the same time.
+Without a GPU, this path serves batches of any size, as it does for layers with blocks on disk.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from fiddler_run.engine.timeline import Lane, Work
 from fiddler_run.kernels.cpu import CpuCall
 from fiddler_run.weights.arena import will_need
 
-# Tokens times experts on the CPU beyond which the host waits for them instead of the GPU: a kernel
-# that spins for long trips the watchdog of a display.
+# Tokens times experts on the CPU beyond which the host waits instead of the GPU: a long-spinning
+# kernel trips the display watchdog.
 MAX_GPU_WAIT = 512
 
 
@@ -27,14 +27,14 @@ class PrefillPath:
 
     def __init__(self, resources: Resources):
         self._resources = resources
-        # Without a GPU the CPU stands in for it, one after the other. Where nothing is ever
-        # streamed, one job does it all.
+        # Without a GPU, the CPU computes both parts in turn. If nothing is streamed, one job
+        # computes them.
         self._cpu_does_all = resources.device.type == "cpu" and resources.ring is None
 
     def receive(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """The device's tensors in host memory, until the next call.
+        """Copies the device's tensors to host memory. The copies are valid until the next call.
 
-        Meanwhile the last layer's CPU job is finished.
+        Meanwhile, finishes the previous layer's CPU job.
         """
         return self._resources.buffers.receive(*tensors, meanwhile=self._resources.jobs.finish)
 
@@ -46,7 +46,7 @@ class PrefillPath:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The calls' weighted sums [tokens, hidden], queued on the device, in the states' dtype.
+        """Queues the calls' weighted sums [tokens, hidden] on the device, in the states' dtype.
 
         Args:
             calls: of one layer.
@@ -60,7 +60,7 @@ class PrefillPath:
         if resources.device.type == "cpu":
             resources.jobs.finish()
             if self._cpu_does_all and cpu_output is not None:
-                # A copy: the next layer's result takes the buffer.
+                # a copy, because the next layer reuses the buffer
                 return cpu_output.to(hidden_states.dtype, copy=True)
         resources.timeline.begin(Lane.PYTHON, Work.QUEUE)
         output = DevicePart(resources, hidden_states, top_k_index, top_k_weights).compute(calls)
@@ -71,14 +71,14 @@ class PrefillPath:
         return output.to(hidden_states.dtype)
 
     def prefetch(self, calls: list[ExpertCall]) -> None:
-        """Starts to copy what the next layer will probably need first, while its router decides."""
+        """Starts to copy the blocks that the next layer will probably need first."""
         ring = self._resources.ring
         if ring is not None and ring.copy_stream is not None:
             pieces = chain(*(pieces_of(call, ring.at_once) for call in calls))
             ring.prefetch(list(pieces), self._resources.timeline)
 
     def _start_cpu(self, calls: list[ExpertCall], host_states: torch.Tensor) -> torch.Tensor | None:
-        """Starts the CPU on its blocks of all calls. None if there are none, else its result."""
+        """Starts the CPU's part of all calls. Returns its result, or None if it has no part."""
         for_cpu = []
         for call in calls:
             expert = call.expert
@@ -87,7 +87,7 @@ class PrefillPath:
             if call.num_streamed < expert.num_host:
                 rest = expert.host[call.num_streamed :]
                 for_cpu.append(CpuCall(rest, call.rows, call.weights))
-        for call in calls:  # last: they are on their way from the disk meanwhile
+        for call in calls:  # last, because the disk reads them in the meantime
             if call.expert.num_on_disk:
                 will_need(call.expert.on_disk)
                 for_cpu.append(CpuCall(call.expert.on_disk, call.rows, call.weights))
@@ -110,9 +110,9 @@ class PrefillPath:
 class DevicePart:
     """The device's part of one layer.
 
-    The link should never wait: streamed blocks are computed as they arrive, which makes room in the
-    ring, and resident ones between two arrivals. What was prefetched fills the ring until the first
-    piece is computed, so nothing else is done before.
+    To keep the link busy, streamed blocks are computed as they arrive, which frees their place in
+    the ring, and resident blocks between two arrivals. Prefetched blocks fill the ring until the
+    first piece has been computed, so nothing else comes before that.
     """
 
     def __init__(
@@ -127,7 +127,8 @@ class DevicePart:
         self._index = top_k_index
         self._weights = top_k_weights
         self._rows: torch.Tensor | None = None
-        self._states: dict[int, torch.Tensor] = {}  # of each call's tokens, by its first choice
+        # the states of each call's tokens, by the call's first choice
+        self._states: dict[int, torch.Tensor] = {}
         self._sums: dict[int, torch.Tensor] = {}
 
     def compute(self, calls: list[ExpertCall]) -> torch.Tensor:
@@ -139,7 +140,7 @@ class DevicePart:
         ring = self._resources.ring
         pieces = [pieces_of(call, ring.at_once) if ring else () for call in calls]
         stream = ring.stream(list(chain(*pieces)), self._resources.timeline) if ring else None
-        # The order of `expert_groups`: choices of experts that do not exist come last.
+        # The order of `expert_groups`. Choices of nonexistent experts come last.
         chosen = self._index.flatten()
         last = torch.iinfo(chosen.dtype).max
         order = chosen.where(chosen >= 0, last).argsort(stable=True)
@@ -155,7 +156,7 @@ class DevicePart:
     def _add_blocks(
         self, arriving: list[ExpertCall], calls: Iterator[ExpertCall], stream: Stream | None
     ) -> None:
-        """Computes each arriving piece, then one call's resident blocks; at last all others'."""
+        """Computes each arriving piece and, after it, one call's resident blocks; then the rest."""
         resident = (call for call in calls if call.expert.num_resident)
         for call in arriving:
             with stream.next() as blocks:
@@ -179,11 +180,11 @@ class DevicePart:
 
 
 def pieces_of(call: ExpertCall, at_once: int) -> tuple[torch.Tensor, ...]:
-    """The pieces that the link carries for a call, in order, each of up to `at_once` blocks."""
+    """The pieces of up to `at_once` blocks that the link carries for a call, in order."""
     return call.expert.host[: call.num_streamed].split(at_once) if call.num_streamed else ()
 
 
 def _takes_long(calls: list[ExpertCall]) -> bool:
-    """True if a GPU should not wait for the CPU's part of the calls."""
+    """True if the CPU's part of the calls takes too long for a GPU to wait for."""
     whole_experts = sum(len(call.rows) * call.num_on_cpu / call.expert.num_blocks for call in calls)
     return whole_experts > MAX_GPU_WAIT or any(call.expert.num_on_disk for call in calls)

@@ -1,4 +1,4 @@
-"""What all layers of a model share: CPU threads, link, buffers. It takes no decisions."""
+"""The resources that all layers of a model share: CPU threads, link, buffers. No decisions."""
 
 import threading
 
@@ -17,17 +17,18 @@ from fiddler_run.kernels.table import Kernels
 
 
 class Resources:
-    """The shared parts of one model's engine.
+    """The shared resources of one model's engine.
 
-    `kernels` compute blocks. `jobs`: the CPU's. `ring`: None if nothing is ever streamed. `counted`
-    [3] int64: blocks that calls needed so far, resident, streamed, on the CPU. `lock` is held for a
-    layer's call: buffers and jobs are of one at a time.
+    `kernels` compute blocks. `jobs` are the CPU's. `ring` is None if nothing is streamed. `counted`
+    [3] int64 counts the blocks that calls needed so far: resident, streamed, on the CPU. A layer's
+    call holds `lock`, because buffers and jobs serve one call at a time.
     """
 
     def __init__(self, block_format: Encoding, kernels: Kernels, device: torch.device, slots: int):
-        """
+        """Allocates the shared resources.
+
         Args:
-            device: where resident blocks are.
+            device: holds the resident blocks.
             slots: blocks of device memory to stream through.
         """
         self.kernels = kernels
@@ -42,28 +43,29 @@ class Resources:
 
     @property
     def traffic(self) -> Traffic:
-        """Blocks of all calls so far, if the device has finished its work."""
+        """The blocks of all calls so far, complete once the device has finished."""
         return Traffic(*self.counted.tolist())
 
     def forget_traffic(self) -> None:
         self.counted[:] = 0
 
     def check_dtype(self, hidden_states: torch.Tensor) -> None:
-        """
+        """Checks the dtype of the hidden states.
+
         Raises:
-            FiddlerError: the states are not of the experts' dtype.
+            FiddlerError: it is not the experts' dtype.
         """
         if hidden_states.dtype != self.dtype:
             raise FiddlerError(
                 f"the model computes in {hidden_states.dtype}, but its experts are {self.dtype};"
-                " leave a loaded model's dtype"
+                " do not convert a loaded model"
             )
 
     def settle(self) -> None:
-        """Returns when CPU and device have done what was queued.
+        """Waits until CPU and device have finished all queued work.
 
         Raises:
-            FiddlerError: one of them gave up waiting for the other: the result is wrong.
+            FiddlerError: one of them timed out waiting for the other, so the result is wrong.
         """
         with self.lock:
             self.jobs.finish()
@@ -72,20 +74,21 @@ class Resources:
             self.check_hand_over()
 
     def abandon(self) -> None:
-        """Ends the CPU's jobs under way, without results. The device goes on without them."""
+        """Ends the CPU's unfinished jobs without results. The device continues without them."""
         with self.lock:
             self.jobs.abandon()
 
     def check_hand_over(self) -> None:
-        """
+        """Checks that no hand-over has failed.
+
         Raises:
-            FiddlerError: the GPU gave up waiting for the CPU's threads.
+            FiddlerError: the GPU timed out waiting for the CPU's threads.
         """
         gave_up = self.buffers.gave_up
         if gave_up.item():
             torch.cuda.synchronize(self.device)
             gave_up.zero_()
             raise FiddlerError(
-                f"the GPU waited {GPU_TIMEOUT_S:g} s for this process, which was stopped or had no"
-                " CPU time, and gave up; start again"
+                f"the GPU timed out after {GPU_TIMEOUT_S:g} s waiting for this process, which was"
+                " stopped or had no CPU time; start again"
             )

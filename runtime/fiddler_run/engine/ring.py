@@ -8,32 +8,33 @@ import torch
 
 from fiddler_run.engine.timeline import Lane, Timeline, Work
 
-Staged = tuple[torch.Tensor, "torch.cuda.Event | None"]  # blocks on the device; when they are there
+# blocks on the device, and the event after which they are there
+Staged = tuple[torch.Tensor, "torch.cuda.Event | None"]
 
 
 class StagingRing:
-    """Places for `at_once` blocks each, reused in turn; copies run on their own stream.
+    """Slots of `at_once` blocks, reused in turn. Copies run on their own stream.
 
-    On a machine without CUDA the ring lies in host memory and the copies are plain ones.
+    On a machine without CUDA, the ring is in host memory and copies are synchronous.
     """
 
     def __init__(self, num_slots: int, block_bytes: int, device: torch.device):
-        """`num_slots`: blocks that there is room for."""
+        """Allocates room for `num_slots` blocks."""
         self.slots = torch.empty((num_slots, block_bytes), dtype=torch.uint8, device=device)
         self.copy_stream = None
         if device.type == "cuda":
             self.copy_stream = torch.cuda.Stream(device)
-            # Earlier users of the slots' memory.
+            # the memory may have earlier users
             self.copy_stream.wait_stream(torch.cuda.current_stream(device))
-        self.at_once = max(1, num_slots // 2)  # the device reads some while the next ones arrive
+        self.at_once = max(1, num_slots // 2)  # the device reads one half while the other arrives
         self._places = deque(self.slots.split(self.at_once)[: num_slots // self.at_once])
-        self._free: dict[int, torch.cuda.Event] = {}  # by address: the last reader is done
+        self._free: dict[int, torch.cuda.Event] = {}  # by address: done when the last reader is
         self._prefetched: deque[tuple[torch.Tensor, Staged]] = deque()
 
     def prefetch(self, pieces: list[torch.Tensor], timeline: Timeline) -> None:
-        """Starts to copy the first pieces of what the next `stream` will probably begin with.
+        """Starts to copy the first pieces that the next `stream` will probably need.
 
-        The last stream must have ended.
+        The previous stream must have ended.
         """
         self._places.rotate(len(self._take_prefetched()))
         self._prefetched = deque(
@@ -41,9 +42,9 @@ class StagingRing:
         )
 
     def stream(self, pieces: list[torch.Tensor], timeline: Timeline) -> "Stream":
-        """Starts to copy `pieces`, each [1 to at_once, block_bytes].
+        """Starts to copy `pieces`, each uint8 [1 to at_once, block_bytes].
 
-        As many copies as there are places are under way at once.
+        There are as many copies in flight as slots.
         """
         rest = deque(pieces)
         under_way: deque[Staged] = deque()
@@ -51,14 +52,14 @@ class StagingRing:
         while prefetched and rest and _begins_with(prefetched[0][0], rest[0]):
             _, (place, copied) = prefetched.popleft()
             under_way.append((place[: len(rest.popleft())], copied))
-        self._places.rotate(len(prefetched))  # what else was prefetched is not what comes next
+        self._places.rotate(len(prefetched))  # the other prefetched pieces are not needed next
         stream = Stream(self, under_way, rest, timeline)
         for _ in range(len(self._places) - len(under_way)):
             stream.start_next()
         return stream
 
     def copy(self, piece: torch.Tensor, timeline: Timeline) -> Staged:
-        """Queues the copy of a piece into the next place."""
+        """Queues the copy of a piece into the next slot."""
         place = self._places[0][: len(piece)]
         self._places.rotate(-1)
         if self.copy_stream is None:
@@ -75,7 +76,7 @@ class StagingRing:
             return place, self.copy_stream.record_event()
 
     def release(self, place: torch.Tensor) -> None:
-        """A place may be written again after the work queued so far."""
+        """Lets the slot be overwritten once the work queued so far has finished."""
         if self.copy_stream is not None:
             reader = torch.cuda.current_stream(self.slots.device)
             self._free[place.data_ptr()] = reader.record_event()
@@ -103,9 +104,9 @@ class Stream:
 
     @contextmanager
     def next(self) -> Iterator[torch.Tensor]:
-        """The next piece on the device, inside the context; its place is then filled again.
+        """Yields the next piece on the device. Leaving the context frees its slot for a new copy.
 
-        Work queued after the context delays no copy.
+        Work queued after the context does not delay copies.
         """
         place, copied = self._under_way.popleft()
         if copied is not None:

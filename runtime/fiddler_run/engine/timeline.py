@@ -1,4 +1,4 @@
-"""What happened when, by lane. Off unless recording: marking the GPU's work costs time."""
+"""Records what happened when, by lane. Off by default, because marking GPU work costs time."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from fiddler_run.system.files import write_whole
 
 
 class Lane(StrEnum):
-    """Where work is done, and the rows of a trace. `PYTHON` is the thread that queues the work."""
+    """Where work is done; a row of the trace. `PYTHON` is the thread that queues the work."""
 
     PYTHON = "Python"
     CPU = "CPU"
@@ -26,13 +26,13 @@ ON_DEVICE = (Lane.LINK, Lane.GPU)
 
 
 class Work(StrEnum):
-    """What the spans of a timeline are called."""
+    """The names of spans."""
 
-    DENSE = "dense"  # GPU: all between two layers' experts
-    RESIDENT = "resident"  # GPU: blocks in its memory
+    DENSE = "dense"  # GPU: everything between two layers' experts
+    RESIDENT = "resident"  # GPU: resident blocks
     STREAMED = "streamed"  # GPU: blocks that have arrived
     COPY = "copy"  # link: blocks to the staging ring
-    IN_PLACE = "in place"  # link: a kernel reads blocks in host memory, then resident ones
+    IN_PLACE = "in place"  # link: a kernel reads host blocks, then resident blocks
     BLOCKS = "blocks"  # CPU: its blocks
     ROUTER = "wait for the router"  # Python or CPU
     QUEUE = "queue device work"  # Python
@@ -41,9 +41,7 @@ class Work(StrEnum):
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took from `start_s` to `stop_s`, seconds since the timeline's start; `call`
-    numbers the calls of layers.
-    """
+    """A span of time, in seconds since the timeline's start. `call` numbers the calls of layers."""
 
     lane: str
     name: str
@@ -53,11 +51,11 @@ class Span:
     stop_s: float
 
 
-Place = tuple[int, int]  # a layer, and which call of layers
+Place = tuple[int, int]  # a layer, and the number of the call
 
 
 class Timeline:
-    """Spans of the work of one model's layers, while they are recorded."""
+    """The spans of one model's layers, if recorded."""
 
     def __init__(self, device: torch.device):
         self._layer = 0
@@ -68,8 +66,9 @@ class Timeline:
 
     @contextmanager
     def recording(self) -> Iterator[list[Span]]:
-        """Records spans inside the context; the list that it yields holds them once the context is
-        left. Off again in any case.
+        """Records spans inside the context. The yielded list is filled when the context is left.
+
+        Recording always ends with the context.
         """
         spans: list[Span] = []
         self._start()
@@ -90,7 +89,7 @@ class Timeline:
 
     def _stop(self) -> list[Span]:
         marks = self._marks
-        self._marks = None  # first: what follows can fail
+        self._marks = None  # first, because the rest can fail
         if self._events:
             torch.cuda.synchronize()
         return [
@@ -99,7 +98,7 @@ class Timeline:
         ]
 
     def enter(self, layer: int) -> None:
-        """What begins from now on belongs to a call of this layer."""
+        """Assigns the following spans to a call of this layer."""
         self._layer = layer
         self._call = self._call + 1
 
@@ -108,7 +107,7 @@ class Timeline:
             self._begun[lane, name] = self._layer, self._call, self._now(lane)
 
     def end(self, lane: str, name: str) -> None:
-        """Ends what was begun. What never began is left out."""
+        """Ends the current span. Without a current span, does nothing."""
         if self._marks is not None and (lane, name) in self._begun:
             ended = self._now(lane)
             layer, call, begun = self._begun.pop((lane, name))
@@ -120,11 +119,11 @@ class Timeline:
 
     @property
     def place(self) -> Place:
-        """The call that is under way."""
+        """The current call."""
         return self._layer, self._call
 
     def add(self, lane: str, name: str, place: Place, begun_s: float, ended_s: float) -> None:
-        """Something off the device that is over; times on the clock of `time.perf_counter`."""
+        """Adds a finished span of work outside the device. Times are from `time.perf_counter`."""
         if self._marks is not None:
             self._marks.append((lane, name, *place, begun_s, ended_s))
 
@@ -145,14 +144,14 @@ class Timeline:
 
 
 def whole_s(spans: list[Span]) -> float:
-    """Seconds from when the first of them begins to when the last ends; 0 if there are none."""
+    """Seconds from the first start to the last end. 0 without spans."""
     return (
         max(span.stop_s for span in spans) - min(span.start_s for span in spans) if spans else 0.0
     )
 
 
 def write_trace(spans: list[Span], path: Path) -> None:
-    """A trace that chrome://tracing and ui.perfetto.dev show, one row for each lane.
+    """Writes a trace for chrome://tracing and ui.perfetto.dev, with one row per lane.
 
     Raises:
         FiddlerError: the file cannot be written.

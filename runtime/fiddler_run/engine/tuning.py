@@ -1,12 +1,11 @@
 """Re-tunes the CPU/link split once the weights are loaded, from measured times.
 
-Per layer for decode, one factor for all layers for prefill. The plan's split is right where memory
-and CPU are as fast as they were, on average, when the machine was profiled. But a layer's experts
-lie where the system put them, which differs from one start to the next: on another NUMA node, or,
-in a virtual machine, in memory that others use; and a prompt does not call experts by whole tiles
-of tokens. The split stays as it was found: the same input gives the same bits as long as the model
-is loaded, but not when it is loaded again. Another model that runs meanwhile in the same process
-would disturb what is measured.
+Decode gets a factor per layer, prefill one factor for all layers. The plan's split is right for the
+average speed of memory and CPU at the time of profiling. But the system places a layer's experts
+differently at each start, for example on another NUMA node or, in a virtual machine, in memory that
+others use. Also, a prompt does not call experts by whole tiles of tokens. The split then stays
+fixed: the same input gives the same bits as long as the model is loaded, but not after it is loaded
+again. Another model that runs in the same process meanwhile would disturb the measurement.
 """
 
 from collections.abc import Sequence
@@ -23,23 +22,23 @@ from fiddler_run.plan.split import split
 
 ROUNDS = 2
 TOKENS = 4  # measured in each round
-PROMPT_TOKENS = 128  # of an expert: neither CPU nor link then has nearly all of the work
-MAX_CHANGE = 3.0  # of the odds in one round
+PROMPT_TOKENS = 128  # tokens of an expert: both CPU and link have a substantial part of the work
+MAX_CHANGE = 3.0  # limit on the change of the odds in one round
 
 
 @dataclass(frozen=True)
 class Tuning:
     """Factors on the plan's odds, streamed : CPU.
 
-    `decode`: by layer, for one token; layers that use only one of CPU and link are left out.
-    `prefill`: for long prompts, in all layers.
+    `decode`: by layer, for one token; layers that use only CPU or only link are left out.
+    `prefill`: one factor for long prompts in all layers.
     """
 
     decode: dict[int, float] = field(default_factory=dict)
     prefill: float = 1.0
 
     def apply(self, layers: Sequence[ExpertsLayer]) -> None:
-        """Makes these layers use the factors."""
+        """Applies the factors to the layers."""
         for layer in layers:
             layer.prefill_odds = self.prefill
             if layer.decode is not None:
@@ -48,7 +47,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Router:
-    """The sizes of a model's router: its experts, and how many a token chooses."""
+    """The sizes of a model's router: the number of experts, and of experts per token."""
 
     num_experts: int
     top_k: int
@@ -57,7 +56,9 @@ class Router:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """One layer's host blocks for one token: counts by link and CPU, their seconds, and both's."""
+    """One layer's host blocks for one token: the numbers on link and CPU, their times, and the
+    total.
+    """
 
     streamed: int
     on_cpu: int
@@ -71,7 +72,7 @@ def tune(
 ) -> Tuning:
     """Finds the factors with which CPU and link finish at the same time.
 
-    The layers are left with them.
+    The layers keep them.
 
     Args:
         prompt_tokens: the largest batch of prefill.
@@ -81,7 +82,7 @@ def tune(
 
 
 def decode_shares(layers: Sequence[ExpertsLayer]) -> dict[int, float]:
-    """By layer, the streamed share for one token, where both CPU and link are used."""
+    """By layer, the stream share for one token, where both CPU and link are used."""
     with_host = [
         layer
         for layer in layers
@@ -102,7 +103,7 @@ def _tune_decode(
         odds = dict(tuning.decode)
         for layer, times in zip(tuned, zip(*tokens, strict=True), strict=True):
             share = layer.decode.shares[1]
-            # How much longer the CPU takes than the link, by the block: whole blocks do not meet a
+            # Ratio of the CPU's time to the link's, per block, because whole blocks do not match a
             # share exactly.
             factors = [
                 (each.cpu_s / each.on_cpu * (1 - share)) / (each.link_s / each.streamed * share)
@@ -143,11 +144,10 @@ def _limited(factor: float) -> float:
 def measure_prompt(
     layers: Sequence[ExpertsLayer], resources: Resources, router: Router, tokens: int
 ) -> list[tuple[float, float]]:
-    """Computes every layer's experts for a batch of random states that choose experts at random.
+    """Computes every layer's experts for a batch of random states with random choices.
 
     Returns:
-        For each layer, the seconds that the CPU and the link were at work, prefetched blocks of the
-        next layer included.
+        For each layer, the busy seconds of CPU and link, including the prefetch for the next layer.
     """
     device = resources.device
     generator = torch.Generator(device).manual_seed(0)
@@ -164,7 +164,7 @@ def measure_token(
 ) -> list[LayerTimes]:
     """Computes every layer's experts for one token, one layer after the other.
 
-    The experts that it calls lie all over a layer's memory; another `number` calls others.
+    The called experts are spread over a layer's memory. Another `number` calls others.
     """
     device = resources.device
     states = torch.zeros(1, router.hidden_size, dtype=resources.dtype, device=device)
@@ -188,7 +188,7 @@ def _spans(
     weights: torch.Tensor,
 ) -> list[list[Span]]:
     """The timeline's spans of each layer's experts, computed one layer after the other."""
-    resources.jobs.finish()  # or its last job would appear on the timeline
+    resources.jobs.finish()  # otherwise its last job would appear on the timeline
     with resources.timeline.recording() as spans:
         for layer in layers:
             layer(states, index, weights)

@@ -1,4 +1,4 @@
-"""What the machine's memory gives to bare loops over a model's experts."""
+"""Measures the memory rates that plain loops reach over a model's experts."""
 
 import time
 from itertools import cycle
@@ -9,14 +9,14 @@ from fiddler_run.engine.resources import Resources
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.kernels.cpu import CompiledExperts
 
-MIN_EXPERTS = 48  # visited, if available
+MIN_EXPERTS = 48  # visited experts, if available
 
 
 def bare_rates(model: PlannedModel) -> dict[str, float]:
     """Bytes per second of loops that only read with the CPU, only copy to the GPU, and do both.
 
-    The loops visit experts from all over host memory, one after the other, as decode does; both at
-    once with the best of four shares.
+    Like decode, the loops visit experts from all over host memory, one after the other. The
+    combined loop uses the best of four shares.
     """
     resources = model.engine.resources
     share = model.plan.rank.stream_share_at(1)

@@ -1,6 +1,4 @@
-"""How fast a loaded model runs: speeds of whole generations, and in a further one what the time
-goes into.
-"""
+"""Benchmarks a loaded model: the speed of whole generations, and the parts of their time."""
 
 import json
 import resource
@@ -24,14 +22,13 @@ TRACED_TOKENS = 16
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What three generations measured.
+    """The measurements of three generations.
 
-    `first` is the first one after loading, `measured` the one after it, whose speeds count;
-    `prefill` and `decode` are of a third one, with the timeline on. `bare_bytes_per_s`: see
-    `bare_rates`. `stream_share`: by layer, the streamed share for one token, as tuned after
-    loading; `prefill_odds`: the factor on the plan's odds, streamed : CPU, for long prompts. Peaks:
-    what PyTorch's allocator held, what the whole GPU held at the end, and what this process held in
-    RAM.
+    `first` is the first one after loading. `measured` follows it; its speeds are the reported ones.
+    `prefill` and `decode` come from a third one, with the timeline on. `bare_bytes_per_s`: see
+    `bare_rates`. `stream_share` is by layer, for one token, as tuned after loading. `prefill_odds`
+    is the factor on the plan's odds, streamed : CPU, for long prompts. Peaks are what PyTorch's
+    allocator held, what the whole GPU held at the end, and what this process held in RAM.
     """
 
     num_beams: int
@@ -55,7 +52,7 @@ def bench(
     num_beams: int = 1,
     batch_size: int = 1,
 ) -> tuple[BenchResult, list[Span]]:
-    """Generates greedily after random tokens, three times, the last time under the timeline."""
+    """Generates greedily from random tokens, three times, the last time under the timeline."""
     timeline = model.engine.resources.timeline
     jobs = model.engine.resources.jobs
     kernels = model.engine.resources.kernels
@@ -71,10 +68,10 @@ def bench(
 
     first = run(traced)
     measured = run(output_tokens)
-    jobs.finish()  # or its last job would appear on the timeline
+    jobs.finish()  # otherwise its last job would appear on the timeline
     with timeline.recording() as spans:
         observed = run(traced)
-        jobs.finish()  # or its last job would be missing
+        jobs.finish()  # otherwise its last job would be missing
     prefill, decode = _phases(model.plan, spans, observed, traced, num_beams, batch_size)
     result = BenchResult(
         num_beams=num_beams,
@@ -104,8 +101,9 @@ def _phases(
     """The times of prefill and of decode, from the spans of one generation."""
     layers = plan.model.num_layers
     sequences = num_beams * batch_size
-    passes = (1 + max(span.call for span in spans)) // layers - (output_tokens - 1)  # of the prompt
-    # Each beam has the prompt's last token for itself.
+    # passes of the prompt
+    passes = (1 + max(span.call for span in spans)) // layers - (output_tokens - 1)
+    # Each beam passes the prompt's last token separately.
     prompts = batch_size * observed.prompt_tokens + sequences - batch_size
     of_prefill = [span for span in spans if span.call < passes * layers]
     of_decode = [span for span in spans if span.call >= passes * layers]

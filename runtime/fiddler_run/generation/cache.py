@@ -1,7 +1,6 @@
-"""The KV cache: memory for the plan's context, taken once and used by every generation.
+"""The KV cache: allocated once for the plan's context, and reused by every generation.
 
-transformers' own default grows by copying everything at each token, and needs room for both copies
-meanwhile.
+transformers' default cache copies everything for each token, and needs memory for both copies.
 """
 
 import torch
@@ -10,9 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class KeyValueCache(DynamicCache):
-    """A DynamicCache whose keys and values stay where they are. `reset()` it before each
-    generation.
-    """
+    """A DynamicCache whose keys and values stay in place. Call `reset()` before each generation."""
 
     def __init__(
         self,
@@ -24,11 +21,11 @@ class KeyValueCache(DynamicCache):
         dtype: torch.dtype,
         device: torch.device,
     ):
-        """There is room for so many `sequences` of `max_tokens`; more are kept as transformers
-        does.
+        """Allocates room for `sequences` of `max_tokens`. Beyond that, the cache grows like
+        DynamicCache.
         """
-        # One tensor: of many, PyTorch's allocator would leave gaps between. In inference mode it
-        # could not be written to outside.
+        # One tensor, because PyTorch's allocator would leave gaps between many. Made outside
+        # inference mode, because it could otherwise not be written to outside of it.
         with torch.inference_mode(False):
             memory = torch.empty(
                 (num_layers, 2, sequences, num_heads, max_tokens, head_dim),
@@ -41,15 +38,15 @@ class KeyValueCache(DynamicCache):
         Cache.__init__(self, layers=[_Layer(*of_layer) for of_layer in memory])
 
     def has_room(self, sequences: int, tokens: int) -> bool:
-        """True if its memory holds so many sequences of so many tokens."""
+        """True if the memory holds `sequences` of `tokens`."""
         return sequences <= self._sequences and tokens <= self._max_tokens
 
     def bytes_for(self, sequences: int, tokens: int) -> int:
-        """What the keys and values of so many sequences of so many tokens take."""
+        """Bytes of the keys and values of `sequences` of `tokens`."""
         return sequences * tokens * self._token_bytes
 
     def copy_sequences(self, copies: int) -> None:
-        """Puts so many copies of each sequence in its place."""
+        """Replaces each sequence by `copies` copies of it."""
         for layer in self.layers:
             states = (
                 layer.keys.repeat_interleave(copies, dim=0),
@@ -60,8 +57,9 @@ class KeyValueCache(DynamicCache):
 
 
 class _Layer(DynamicLayer):
-    """`keys` and `values` [sequences, heads, tokens so far, head_dim] are views of the memory, as
-    long as that has room.
+    """`keys` and `values` [sequences, heads, tokens so far, head_dim] are views of the memory.
+
+    If that has no room, they are separate tensors.
     """
 
     def __init__(self, *memory: torch.Tensor):
@@ -71,11 +69,11 @@ class _Layer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [sequences, heads, new tokens, head_dim]; all that there is so far."""
+        """Appends [sequences, heads, new tokens, head_dim]. Returns all keys and values so far."""
         sequences, _, tokens, _ = key_states.shape
         start = self.get_seq_length()
         room, _, stop_at, _ = self._memory[0].shape
-        # since there was no room for some
+        # because there was no room before
         elsewhere = start > 0 and self.keys.data_ptr() != self._memory[0].data_ptr()
         if elsewhere or sequences > room or start + tokens > stop_at:
             return super().update(key_states, value_states, *args, **kwargs)
@@ -89,7 +87,7 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Gives each sequence what the sequence of that index has."""
+        """Replaces each sequence by the one with the given index."""
         for states in (self.keys, self.values):
             states.copy_(states.index_select(0, beam_idx.to(states.device)))
 

@@ -1,6 +1,4 @@
-"""Work of a GPU that is the same each time, recorded as CUDA graphs: replaying one costs the host a
-single launch.
-"""
+"""Records repeated GPU work as CUDA graphs, which the host replays with a single launch."""
 
 import logging
 import threading
@@ -13,18 +11,19 @@ from torch import Tensor
 
 from fiddler_run.system.files import reason
 
-TOLERANCE = 1e-2  # of a replay, relative: another algorithm may round otherwise
-WARM_UP_CALLS = 2  # libraries set themselves up in the first
-MOST_SHAPES = 4  # recordings take memory, partly from the driver
-RECORDING = threading.Lock()  # what other threads do on the same stream would be recorded too
+TOLERANCE = 1e-2  # of a replay, relative; other algorithms round differently
+WARM_UP_CALLS = 2  # libraries initialise themselves in the first
+MOST_SHAPES = 4  # recordings take memory, some of it from the driver
+# otherwise other threads' work on the same stream would be recorded too
+RECORDING = threading.Lock()
 
 
 class Recorder:
-    """Makes segments: callables on tensors that on a GPU are recorded at their first call with each
-    of the first few shapes.
+    """Makes segments: callables on tensors that are recorded at their first call with a shape.
 
-    A segment's results are overwritten by its next call. If anything cannot be recorded, or replays
-    something else, then nothing is: one warning, and segments run as they are.
+    Only a GPU records, and only the first few shapes. A segment's next call overwrites its results.
+    If any recording fails or replays something else, all segments run unrecorded, after one
+    warning.
     """
 
     def __init__(self, device: torch.device):
@@ -42,7 +41,7 @@ class Recorder:
     def give_up(self, error: Exception) -> None:
         self.active = False
         logging.getLogger("fiddler_run").warning(
-            "no CUDA graphs, decode will be slower (%s)", reason(error)
+            "no CUDA graphs; decode will be slower (%s)", reason(error)
         )
 
 
@@ -69,7 +68,7 @@ class _Segment:
 
 class _Recording:
     def __init__(self, run: Callable, inputs: tuple[Tensor, ...], recorder: Recorder):
-        # Tensors made in inference mode could not be written to outside of it.
+        # Tensors made in inference mode cannot be written to outside it.
         with RECORDING, torch.inference_mode(False), torch.no_grad():
             self._inputs = [
                 tensor if tensor.data_ptr() in recorder.kept else tensor.clone()
@@ -89,7 +88,7 @@ class _Recording:
             torch.cuda.current_stream().wait_stream(recorder.stream)
         for got, want in zip(_tensors(self(*inputs)), _tensors(expected), strict=True):
             if got.is_floating_point() and not (got - want).norm() <= TOLERANCE * want.norm():
-                raise RuntimeError("a replay differs from what was recorded")
+                raise RuntimeError("a replay differs from its recording")
         recorder.kept.update(
             tensor.data_ptr() for tensor in (*self._inputs, *_tensors(self._outputs))
         )
@@ -103,9 +102,9 @@ class _Recording:
 
 
 def _end_capture(graph: torch.cuda.CUDAGraph, recorder: Recorder) -> None:
-    """Ends a capture, and the allocator's part of it even where the capture has failed.
+    """Ends a capture, including the allocator's part if the capture failed.
 
-    PyTorch leaves the latter out; the allocator would not free cached memory ever after.
+    PyTorch omits the latter, after which the allocator would never free cached memory again.
     """
     try:
         graph.capture_end()
@@ -117,9 +116,7 @@ def _end_capture(graph: torch.cuda.CUDAGraph, recorder: Recorder) -> None:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all models of a process: cuBLAS keeps up to 32 MiB for each stream that it was ever
-    used on.
-    """
+    """One stream for all models: cuBLAS keeps up to 32 MiB for each stream it was used on."""
     return torch.cuda.Stream(device)
 
 

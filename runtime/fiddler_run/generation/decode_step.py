@@ -1,8 +1,8 @@
-"""One token of each sequence through a model, with less Python than its stock forward pass.
+"""Runs one token of each sequence through a model, with less Python than the stock forward.
 
-The step is cut where something comes in whose shape or work differs each time: attention over the
-cache, and the experts. Between them lie segments of transformers' own modules, on a GPU recorded
-once as CUDA graphs and replayed:
+The step is split at what cannot be captured: attention over a growing cache, and the experts.
+Between them are segments of transformers' own modules. On a GPU, each is recorded once as a CUDA
+graph and then replayed:
 
     [norm, q k v, rotary]  attention  [o, norm, router]  experts  ...  norm, output head
 """
@@ -30,7 +30,7 @@ MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logi
 
 
 class DecodeStep:
-    """The step of one model."""
+    """The decode step of one model."""
 
     def __init__(self, model: PreTrainedModel, family: Family):
         self._model = model.model
@@ -38,7 +38,7 @@ class DecodeStep:
         self._config = model.config
         recorder = Recorder(model.device)
         layers = model.model.layers
-        # Nothing is known of a layer of another class; transformers' own forward pass runs it.
+        # A layer of an unknown class is run by transformers' own forward.
         segments = [family.segments(layer) for layer in layers]
         self._is_stock = None not in segments
         self._layers = [
@@ -46,17 +46,17 @@ class DecodeStep:
             for each in segments
             if self._is_stock
         ]
-        fixed = self._model.rotary_emb.rope_type == "default"  # others look at the positions
+        fixed = self._model.rotary_emb.rope_type == "default"  # others depend on the positions
         self._rotary = recorder.segment(self._model.rotary_emb) if fixed else self._model.rotary_emb
-        # Hooks that someone has put on these would not be called, by the step or by a recording.
+        # Neither the step nor a recording would call hooks that were put on these.
         self._hookable = [self._model, *(part for layer in layers for part in layer.modules())]
         self._weights = _weights(model)
 
     def is_current(self, model: PreTrainedModel) -> bool:
-        """False if a module or a parameter of the model has been replaced, or was moved, since the
-        step was made from it.
+        """False if a module or parameter of the model was replaced or moved since the step was
+        made.
 
-        Looks at every module: 0.05 ms a layer, once a generation.
+        Checks every module: 0.05 ms a layer, once per generation.
         """
         now = _weights(model)
         return len(now) == len(self._weights) and all(
@@ -65,9 +65,7 @@ class DecodeStep:
         )
 
     def serves(self, arguments: dict) -> bool:
-        """True if a call of `forward` with these keyword arguments asks for such a step, and for
-        its logits alone.
-        """
+        """True if these arguments of `forward` ask for a decode step and for its logits alone."""
         ids = arguments.get("input_ids")
         return (
             self._is_stock
@@ -93,8 +91,9 @@ class DecodeStep:
         position_ids: Tensor | None = None,
         **_,
     ) -> MoeCausalLMOutputWithPast:
-        """The next token's logits [sequences, 1, vocabulary], after input_ids [sequences, 1], which
-        the cache takes in.
+        """The next token's logits [sequences, 1, vocabulary] for input_ids [sequences, 1].
+
+        The cache takes in the tokens.
         """
         config = self._config
         cache = past_key_values
@@ -114,7 +113,7 @@ class DecodeStep:
             position_ids=position_ids,
         )
         rotary = self._rotary(states, position_ids)
-        parts = (states,)  # of the residual stream, to be added
+        parts = (states,)  # addends of the residual stream
         for layer in self._layers[: config.num_hidden_layers]:  # fewer if transformers exits early
             attention = layer.attention
             residual, query, key, value = layer.before(*rotary, *parts)
@@ -140,7 +139,7 @@ class DecodeStep:
 
 
 def _weights(model: nn.Module) -> list[tuple[nn.Module, type, list[int]]]:
-    """Every module inside a model, its class, and where its parameters and buffers lie.
+    """Every module inside a model, its class, and the addresses of its parameters and buffers.
 
     The model itself is left out: it owns the decode step, so a reference would form a cycle.
     """

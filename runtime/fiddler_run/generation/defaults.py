@@ -1,5 +1,6 @@
-"""generation_config.json of a checkpoint. Only end tokens and refinements of sampling count; flags
-and plan decide the rest.
+"""Reads a checkpoint's generation_config.json.
+
+Only end tokens and refinements of sampling are used. Flags and plan decide everything else.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ SAMPLING = {
     "typical_p",
     "repetition_penalty",
 }
-TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}  # -1, in old files, is none
+TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}  # old files use -1 for none
 NO_EFFECT = {
     "transformers_version",
     "_from_model_config",
@@ -34,8 +35,9 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 
 
 class GenerationDefaults(BaseModel):
-    """What a checkpoint recommends, in transformers' words; None where it says nothing. All other
-    keys are left out.
+    """A checkpoint's recommendations, by transformers' names. None if it has none.
+
+    Other keys are left out.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
@@ -50,15 +52,16 @@ class GenerationDefaults(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Probability | None = None
     repetition_penalty: Annotated[float, Field(ge=1e-4, le=1e4)] | None = None
-    unused: list[str] = []  # other keys, which would matter but do not count
+    unused: list[str] = []  # other keys that would matter but are not used
 
     @classmethod
     def read(cls, folder: Path, config: dict) -> Self:
-        """What the checkpoint in `folder` says; without such a file, the token ids of its
-        config.json.
+        """Reads the recommendations of the checkpoint in `folder`.
+
+        Without a generation_config.json, only the token ids of config.json.
 
         Raises:
-            FiddlerError: the file cannot be read, or a value is of the wrong kind.
+            FiddlerError: the file cannot be read, or a value has the wrong type.
         """
         path = folder / FILE
         if not is_file(path):
@@ -67,7 +70,7 @@ class GenerationDefaults(BaseModel):
 
     @classmethod
     def of_config(cls, config: dict, path: Path) -> Self:
-        """The token ids that a config.json at `path` names. Raises as `read`."""
+        """The token ids in a config.json at `path`. Raises as `read`."""
         return cls._of(
             {key: value for key, value in config.items() if key.endswith("_token_id")}, path
         )
@@ -81,7 +84,7 @@ class GenerationDefaults(BaseModel):
         said = {key for key, value in data.items() if value is not None}
         known["unused"] = sorted(said - NO_EFFECT - TOKENS - SAMPLING)
         if not data.get("do_sample"):
-            known.pop("temperature", None)  # the flag decides; some files say 0.0
+            known.pop("temperature", None)  # the flag decides; some files set 0.0
         try:
             return cls.model_validate(known)
         except ValidationError as error:
@@ -91,8 +94,9 @@ class GenerationDefaults(BaseModel):
             ) from None
 
     def for_transformers(self, tokenizer) -> dict:
-        """The arguments of a GenerationConfig. Without `do_sample`, transformers would warn of
-        values that have no effect.
+        """The arguments of a GenerationConfig.
+
+        Without `do_sample`, transformers would warn about values that have no effect.
         """
         sampling = SAMPLING if self.do_sample else {"repetition_penalty"}
         values = self.model_dump(
@@ -102,7 +106,7 @@ class GenerationDefaults(BaseModel):
         return {**values, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
 
     def end_tokens(self, tokenizer) -> list[int]:
-        """The tokens that end an answer: those named here, and the tokenizer's own."""
+        """The tokens that end an answer: those given here and the tokenizer's own."""
         named = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         own = None if tokenizer is None else tokenizer.eos_token_id
         return sorted({token for token in (*named, own) if token is not None})

@@ -1,4 +1,4 @@
-"""One generation and what was measured during it."""
+"""Runs one generation and measures it."""
 
 import time
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from fiddler_run.plan.schema import Plan
 class Measured:
     """Speeds, expert traffic and memory of one generation.
 
-    `ttft_s` runs from the call to the first token. Tokens/s, of all sequences together, and
-    `traffic` are those of decode, after the first token; `prefill_traffic` is of before.
-    `prompt_tokens` and `output_tokens` are one sequence's.
+    `ttft_s` runs from the call to the first token. Tokens/s are those of all sequences together
+    during decode, after the first token. `traffic` is that of decode, `prefill_traffic` that of
+    prefill. `prompt_tokens` and `output_tokens` are those of one sequence.
 
-    `peak_gpu_bytes` is what PyTorch's allocator held at most; driver and libraries hold the plan's
-    reserve besides.
+    `peak_gpu_bytes` is the most that PyTorch's allocator held. The driver and libraries hold the
+    plan's reserve in addition.
     """
 
     prompt_tokens: int
@@ -39,8 +39,9 @@ class Measured:
 
 
 class StepClock(StoppingCriteria):
-    """Never stops; notes the time and the expert traffic after each step of any of transformers'
-    decoding methods.
+    """Records the time and the expert traffic after each step. Never stops a generation.
+
+    It works with all of transformers' decoding methods.
     """
 
     def __init__(self, resources: Resources):
@@ -55,7 +56,7 @@ class StepClock(StoppingCriteria):
 
 
 class _CallbackStreamer(BaseStreamer):
-    """Hands the text of an answer to a function as it comes."""
+    """Passes the text of an answer to a function as it is generated."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], on_text: Callable[[str], None]
@@ -65,7 +66,7 @@ class _CallbackStreamer(BaseStreamer):
         self._prompt_comes = True
 
     def put(self, value: torch.Tensor) -> None:
-        if self._prompt_comes:  # transformers begins with it
+        if self._prompt_comes:  # transformers puts the prompt first
             self._prompt_comes = False
             return
         for token in value.flatten().tolist():
@@ -80,17 +81,18 @@ class _CallbackStreamer(BaseStreamer):
 
 
 def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: int = 1) -> None:
-    """Whether the plan has room for such a generation of so many sequences.
+    """Checks that the plan has room for a generation of `batch_size` sequences.
 
     Raises:
-        FiddlerError: it has not.
+        FiddlerError: it has no room.
     """
     beams = options.num_beams
     workload = plan.workload
     if prompt_tokens >= workload.max_seq_len:
         raise FiddlerError(
-            f"the prompt has {prompt_tokens} tokens, with an answer more than the plan's context of"
-            f" {workload.max_seq_len}; shorten it, or plan again with a larger --max-seq-len"
+            f"the prompt has {prompt_tokens} tokens and leaves no room for an answer in the"
+            f" plan's context of {workload.max_seq_len}; shorten it, or plan again with a larger"
+            " --max-seq-len"
         )
     too_many = {
         "num-beams": beams * batch_size > workload.sequences,
@@ -102,8 +104,8 @@ def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: i
     ):
         if too_many[name] and plan.rank.device == "cuda" and plan.rank.gpu_memory_bytes.total > 0:
             raise FiddlerError(
-                f"--{name} {asked} needs more GPU memory than the plan gives to {planned}; plan"
-                f" again with --{name} {asked}"
+                f"--{name} {asked} needs more GPU memory than the plan reserves for {planned};"
+                f" plan again with --{name} {asked}"
             )
     if prompt_tokens + options.max_new_tokens > plan.workload.max_seq_len:
         raise FiddlerError(
@@ -114,20 +116,18 @@ def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: i
 
 
 def room_for_answer(prompt_tokens: int, plan: Plan) -> int:
-    """How many tokens to generate if nobody says: the plan's number, or what its context has room
-    for after the prompt.
-    """
+    """The default number of new tokens: the plan's number, or what fits its context."""
     return max(1, min(plan.workload.output_tokens, plan.workload.max_seq_len - prompt_tokens))
 
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, plan: Plan, vocab_size: int
 ) -> torch.Tensor:
-    """Token ids [1, n] of a prompt.
+    """Encodes a prompt as token ids [1, n].
 
     Raises:
-        FiddlerError: the prompt is empty, no text, or has tokens that the model does not know;
-            `chat` without a chat template.
+        FiddlerError: the prompt is empty, is not text, or has tokens that the model does not know;
+            or `chat` is set without a chat template.
     """
     if not prompt.strip():
         raise FiddlerError("the prompt is empty")
@@ -146,7 +146,8 @@ def generate(
     options: Options,
     on_text: Callable[[str], None],
 ) -> Measured:
-    """Generates from a prompt; hands the text to `on_text` as it comes (with beams: at the end).
+    """Generates from a prompt. Passes the text to `on_text` as it is generated, with beams at the
+    end.
 
     Raises:
         FiddlerError: the prompt cannot be encoded, see `encode_prompt`, or does not fit, see
@@ -168,13 +169,14 @@ def generate(
 def generate_ids(
     model: PlannedModel, ids: torch.Tensor, options: Options, **arguments
 ) -> tuple[torch.Tensor, Measured]:
-    """Continues token ids [sequences, n]: ids [sequences, n + new], and what was measured.
-    `arguments` go to transformers' `generate()`; the sequences are not padded, unless they hold an
-    `attention_mask`.
+    """Continues token ids [sequences, n]. Returns ids [sequences, n + new] and measurements.
+
+    `arguments` go to transformers' `generate()`. The sequences are not padded unless an
+    `attention_mask` is given.
     """
     ids = ids.to(model.device)
     arguments.setdefault("attention_mask", torch.ones_like(ids))
-    with model.session.turn():  # the whole of it: what is measured is of this generation alone
+    with model.session.turn():  # during all of it, so that only this generation is measured
         clock = StepClock(model.engine.resources)
         before = model.engine.resources.traffic
         started = time.perf_counter()
@@ -191,8 +193,9 @@ def generate_ids(
 
 
 def never_stopping(model: PlannedModel) -> dict[str, int]:
-    """Arguments for `generate()` with which no token ends a sequence. (`min_new_tokens` would do
-    more at each step.)
+    """Arguments for `generate()` with which no token ends a sequence.
+
+    `min_new_tokens` would do more work in each step.
     """
     return {"eos_token_id": model.config.vocab_size, "pad_token_id": 0}
 

@@ -1,12 +1,12 @@
-"""An embedding table that stays in host memory."""
+"""An embedding table in host memory."""
 
 import torch
 
 
 class HostEmbedding(torch.nn.Module):
-    """Only the looked-up rows are copied, to the device of `weight` [vocabulary, hidden].
+    """Copies only the looked-up rows, to the device of `weight` [vocabulary, hidden].
 
-    The table is no parameter: transformers takes a model's first one for the place of all.
+    The table is not a parameter, because transformers derives a model's device from its first one.
     """
 
     def __init__(self, weight: torch.Tensor):

@@ -1,4 +1,4 @@
-"""Stretches of time, in seconds, and how they overlap."""
+"""Time intervals, in seconds, and their overlap."""
 
 from fiddler_run.engine.timeline import Span
 
@@ -6,7 +6,7 @@ Interval = tuple[float, float]
 
 
 def union(spans: list[Span]) -> list[Interval]:
-    """When at least one of the spans was under way: apart from each other, in order."""
+    """The union of the spans, as disjoint intervals in order."""
     merged: list[Interval] = []
     for span in sorted(spans, key=lambda span: span.start_s):
         if merged and span.start_s <= merged[-1][1]:
@@ -17,7 +17,7 @@ def union(spans: list[Span]) -> list[Interval]:
 
 
 def intersection(some: list[Interval], others: list[Interval]) -> list[Interval]:
-    """When both are under way; each is apart and in order."""
+    """The intersection of two lists of disjoint intervals in order."""
     common = []
     i = 0
     j = 0

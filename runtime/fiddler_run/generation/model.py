@@ -1,7 +1,7 @@
 """A transformers model whose experts are run by a plan.
 
-transformers stays in charge of attention, cache, router, sampling and `generate()`; only the
-experts are ours: the stock experts modules lose their parameters and hand each call to an
+transformers remains in charge of attention, cache, router, sampling and `generate()`. Only the
+experts are ours: the stock experts modules lose their parameters and pass each call to an
 `ExpertsLayer`.
 """
 
@@ -43,20 +43,20 @@ ExpertsInterface.register(EXPERTS_IMPLEMENTATION, _run_experts)
 
 
 def _canonical_strides(_, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Copies the output head's input, to drop the strides of the prompt that it is a view of.
+    """Copies the output head's input, to drop the strides of the prompt it is a view of.
 
-    With them, PyTorch's CPU linear copies its weight first: 0.7 to 1.1 s for a head of 262 MB.
-    `contiguous()` sees nothing to do.
+    With these strides, PyTorch's CPU linear first copies its weight: 0.7 to 1.1 s for a head of 262
+    MB. `contiguous()` does not notice them.
     """
     return (arguments[0].clone(memory_format=torch.contiguous_format),)
 
 
 class PlannedModel(PreTrainedModel):
-    """What the runtime adds to a causal language model of transformers; see `planned_class`.
+    """What the runtime adds to a transformers causal language model; see `planned_class`.
 
-    `plan` is the plan it runs, `defaults` what its checkpoint recommends for sampling. `engine`
-    computes its experts as `layers` say, with the split that `tuning` found. `session` lets one
-    generation run at a time. Those of the experts are None until `attach_experts`.
+    `plan` is the plan it runs and `defaults` the checkpoint's recommendations for sampling.
+    `engine` computes the experts, served by `layers` with the split that `tuning` found. `session`
+    runs one generation at a time. All that concerns experts is None until `attach_experts`.
     """
 
     _can_compile_fullgraph = False
@@ -86,9 +86,10 @@ class PlannedModel(PreTrainedModel):
             return super().forward(*arguments, **named)
 
     def generate(self, inputs=None, generation_config=None, *more, **arguments):
-        """As transformers', in the plan's chunks and KV cache, unless the arguments say otherwise.
+        """Like transformers', but in the plan's chunks and KV cache unless the arguments say
+        otherwise.
 
-        One generation runs at a time; a call from another thread waits for the one under way.
+        One generation runs at a time. A call from another thread waits for the current one.
         """
         if self.session is None:
             return super().generate(inputs, generation_config, *more, **arguments)
@@ -97,11 +98,11 @@ class PlannedModel(PreTrainedModel):
 
     @property
     def cache(self) -> KeyValueCache:
-        """The KV cache that generations use in turn."""
+        """The KV cache, used by one generation at a time."""
         return self.session.cache
 
     def attach_experts(self, plan: Plan, store: ExpertStore) -> None:
-        """Serves every layer's experts from `store`, on whose device the model must be."""
+        """Serves every layer's experts from `store`. The model must be on the store's device."""
         rank = plan.rank
         slots = rank.gpu_memory_bytes.staging // plan.block_bytes
         engine = make_engine(
@@ -124,7 +125,7 @@ class PlannedModel(PreTrainedModel):
         self.session.make_cache(plan.workload.sequences, plan.workload.max_seq_len)
 
     def set_layers(self, layers: list[ExpertsLayer]) -> None:
-        """Makes these serve the experts modules, in order."""
+        """Lets these layers serve the experts modules, in order."""
         self.layers = layers
         for layer, following in zip(layers, layers[1:], strict=False):
             layer.next = following
@@ -135,7 +136,7 @@ class PlannedModel(PreTrainedModel):
         return self.family.experts_modules(self)
 
     def move_embedding_to_host(self) -> None:
-        """Leaves the embedding table in host memory, from which each step copies its rows."""
+        """Keeps the embedding table in host memory. Each step copies the rows it needs."""
         self.model.embed_tokens = HostEmbedding(self.model.embed_tokens.weight)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -143,41 +144,41 @@ class PlannedModel(PreTrainedModel):
     def _apply(self, function, *arguments, **named):
         if self.session is not None:
             self._refuse_conversion(function)
-            self.session.forget_decode()  # it may hold on to weights that now move
+            self.session.forget_decode()  # it may hold weights that move now
         return super()._apply(function, *arguments, **named)
 
     def _refuse_conversion(self, function) -> None:
-        """
+        """Refuses a conversion to another dtype or device.
+
         Raises:
-            FiddlerError: `function` would give the model another dtype or device.
+            FiddlerError: `function` would convert or move the model.
         """
         converted = function(torch.zeros(1, dtype=self.dtype, device=self.device))
         if converted.dtype != self.dtype:
             raise FiddlerError(
-                f"the experts are {self.plan.model.dtype} and stay so; for {converted.dtype}, make"
-                " a plan of a model of that dtype"
+                f"the experts are {self.plan.model.dtype} and cannot be converted; for"
+                f" {converted.dtype}, plan for a model of that dtype"
             )
         if converted.device != self.device:
             raise FiddlerError(
-                "a loaded model stays where its plan has put it; make another plan with"
-                " `fiddler-opt plan`"
+                "a loaded model cannot be moved; make another plan with `fiddler-opt plan`"
             )
 
     def resize_token_embeddings(self, *arguments, **named):
         if isinstance(self.model.embed_tokens, HostEmbedding):
             raise FiddlerError(
                 "the plan keeps the embedding in host memory, where it cannot be resized; resize"
-                " the checkpoint's"
+                " it in the checkpoint"
             )
         return super().resize_token_embeddings(*arguments, **named)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers' own check reads this file's source for a decorator of its modules.
+        # transformers' own check looks for a decorator in this file's source
         return True
 
     def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
-        # The prefill path reads the router's choice on the host, which cannot be captured.
+        # the prefill path reads the router's choice on the host, which cannot be captured
         return False
 
     def save_pretrained(self, *args, **kwargs):
@@ -188,11 +189,11 @@ class PlannedModel(PreTrainedModel):
 
 @cache
 def planned_class(model_type: str) -> type[PlannedModel]:
-    """The stock class of a family, with experts run by a plan."""
+    """A subclass of a family's stock class whose experts are run by a plan."""
     family = FAMILIES[model_type]
     stock = family.stock_class()
 
-    @wraps(stock.forward)  # its signature tells `generate()` what to pass
+    @wraps(stock.forward)  # `generate()` reads its signature
     def forward(self, *arguments, **named):
         return PlannedModel.forward(self, *arguments, **named)
 
@@ -204,18 +205,18 @@ def skeleton(config: ModelConfig, config_file: Path) -> PlannedModel:
     """The model of a config.json, without data.
 
     Raises:
-        FiddlerError: transformers finds something wrong with it.
+        FiddlerError: transformers rejects the config.
     """
     try:
         with torch.device("meta"), _quiet_transformers():
             stock_config = FAMILIES[config.family].stock_config(config)
             return planned_class(config.family)(stock_config)
-    except Exception as error:  # whatever transformers finds wrong with a config.json, in any type
+    except Exception as error:  # transformers raises many types for a wrong config.json
         raise FiddlerError(f"{config_file}: transformers cannot use it: {reason(error)}") from None
 
 
 def dense_tensors(model: PlannedModel) -> dict[str, list[int]]:
-    """The names in a checkpoint of all weights outside the experts, and their shapes."""
+    """The checkpoint names and shapes of all weights outside the experts."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     shapes = {
         name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied
@@ -225,7 +226,7 @@ def dense_tensors(model: PlannedModel) -> dict[str, list[int]]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' warnings: what can go wrong is checked."""
+    """Silences transformers' warnings. Our own checks cover what can go wrong."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

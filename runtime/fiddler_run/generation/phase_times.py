@@ -1,4 +1,4 @@
-"""Where the time of a phase goes, from the spans of a timeline."""
+"""Breaks the time of a phase into parts, from the spans of a timeline."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,18 +11,21 @@ from fiddler_run.plan.schema import Plan
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """What a decode step, or a whole prompt, spends its time on. Of a single layer, nothing is
-    told.
+    """The parts of a decode step's time or of a prompt's time, over all layers.
 
-    `ms`: milliseconds, together the whole time. `host`: blocks in host memory or on disk were at
-    work, on the CPU, over the link or, having arrived, on the device; `resident`: none of those,
-    but resident ones; `dense`: the rest of the layers; `head`: the rest of the step. `at_work_ms`:
-    how long each part was at work, at the same time as others; `idle`: none was, in the layers:
-    something was handed over, or all waited for Python. `bytes_per_s`: expert bytes that a part
-    handled while at work (the link's time includes resident blocks that the same GPU kernel
-    computes), and, as `host`, that CPU and link together handled while those of `ms["host"]`
-    were. `passes`: through all layers, of `tokens_per_pass` each, on average; of these,
-    `tokens_per_expert` called an expert at once.
+    `ms`: milliseconds by part, which add up to the whole. `host`: blocks in host memory or on disk
+    are being computed, by the CPU, over the link or on the device after arrival. `resident`: only
+    resident blocks are being computed. `dense`: the rest of the layers. `head`: the rest of the
+    step.
+
+    `at_work_ms`: how long each resource was busy, at the same time as others; `idle`: none was
+    within the layers, during a hand-over or while all waited for Python. `bytes_per_s`: the expert
+    bytes that a resource handled per busy second; the link's time includes resident blocks computed
+    by the same GPU kernel. Its `host` entry is the rate of CPU and link together during
+    `ms["host"]`.
+
+    `passes`: through all layers, with `tokens_per_pass` tokens each, of which `tokens_per_expert`
+    called an expert at once, on average.
     """
 
     passes: int
@@ -41,7 +44,8 @@ def phase_times(
     passes: int,
     tokens_per_pass: float,
 ) -> PhaseTimes:
-    """
+    """The parts of a phase's time.
+
     Args:
         spans, traffic: of the phase, or of several equal ones.
         seconds, passes: of one.
@@ -64,8 +68,9 @@ def phase_times(
 
 
 def _at_work(spans: list[Span], layers: float) -> dict[str, float]:
-    """Milliseconds that so many layers took, and in which each part of them was at work, from what
-    is seen between the routers' results of one layer and the next.
+    """Milliseconds of `layers` layers, and how long each resource was busy in them.
+
+    A layer lasts from its router's result to that of the next layer.
     """
     results = sorted(
         (span for span in spans if span.name == Work.ROUTER), key=lambda span: span.stop_s
@@ -101,7 +106,7 @@ def _rates(spans: list[Span], traffic: Traffic, block_bytes: int) -> dict[str, f
     in_place = any(span.name == Work.IN_PLACE for span in spans)
     alone = [span for span in spans if span.name == Work.RESIDENT]
     cpu_blocks = traffic.cpu_blocks
-    if not in_place and not alone:  # without a GPU, the CPU does all
+    if not in_place and not alone:  # without a GPU, the CPU does everything
         cpu_blocks += traffic.resident_blocks
     handled = {
         "resident": (traffic.resident_blocks, [] if in_place else alone),

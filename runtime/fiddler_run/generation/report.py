@@ -1,4 +1,4 @@
-"""Tables of what was measured, beside what the plan predicts."""
+"""Tables of measurements beside the plan's predictions."""
 
 from rich.table import Table
 
@@ -7,7 +7,7 @@ from fiddler_run.plan.schema import Plan
 
 
 def figures(plan: Plan, measured) -> Table:
-    """What was measured beside what the plan predicts for its own workload."""
+    """The measurements beside the plan's predictions for its own workload."""
     predicted = plan.predicted
     workload = plan.workload
     table = Table(
@@ -33,7 +33,7 @@ def figures(plan: Plan, measured) -> Table:
 
 
 def parts(plan: Plan, result) -> Table:
-    """Where a decode step's time goes, and the time to the first token, beside the plan's."""
+    """The parts of a decode step's time and of the time to first token, beside the plan's."""
     predicted = plan.predicted
     device = plan.rank.device
     columns = (
@@ -61,9 +61,9 @@ def parts(plan: Plan, result) -> Table:
 
 
 def seen(predicted_ms: dict[str, float], device: str) -> dict[str, float]:
-    """The plan's parts of a time as a timeline tells them apart.
+    """The plan's parts of a time, merged into those that a timeline distinguishes.
 
-    Without a GPU, all blocks are computed as in host memory.
+    Without a GPU, all blocks count as host blocks.
     """
     host = ("host", "disk") if device == "cuda" else ("host", "disk", "resident")
     groups = {
@@ -76,9 +76,7 @@ def seen(predicted_ms: dict[str, float], device: str) -> dict[str, float]:
 
 
 def rates(plan: Plan, result) -> Table:
-    """How fast each part was at work in decode, beside the profile's rate and what plain loops
-    reach here.
-    """
+    """The rate of each resource during decode, beside the profile's and that of plain loops."""
     profile = plan.bytes_per_s
     profiled = {
         "resident": profile.resident,
@@ -100,22 +98,22 @@ def rates(plan: Plan, result) -> Table:
             "" if at_work is None else f"{at_work:.2f}",
             *(rate(of, name) for of in ({name: measured}, profiled, result.bare_bytes_per_s)),
         )
-    memory = f"{result.peak_host_bytes / 1e9:.2f} GB of RAM at most"
+    memory = f"peak RAM: {result.peak_host_bytes / 1e9:.2f} GB"
     if result.used_gpu_bytes:
-        memory += f"; {result.used_gpu_bytes / 1e9:.2f} GB of GPU memory in use by all processes"
+        memory += f"; GPU memory used by all processes: {result.used_gpu_bytes / 1e9:.2f} GB"
     lines = [memory]
     if result.stream_share:
         found = result.stream_share.values()
         mean = sum(found) / len(found)
         planned = plan.rank.stream_share_at(1)
         lines.append(
-            f"for one token the link has {mean:.0%}, by layer {min(found):.0%} to {max(found):.0%}"
-            f" (plan: {planned:.0%})"
+            f"tuned stream share for one token: {mean:.0%}, by layer {min(found):.0%} to"
+            f" {max(found):.0%} (plan: {planned:.0%})"
         )
     if result.prefill_odds != 1:
         lines.append(
-            f"with long prompts the link has {result.prefill_odds:.2f} times the plan's"
-            " blocks for each of the CPU's"
+            f"tuned odds, streamed : CPU, for long prompts: {result.prefill_odds:.2f} times the"
+            " plan's"
         )
     table.caption = "\n".join(lines)
     return table

@@ -1,4 +1,4 @@
-"""How tokens are chosen: greedily, by beams, or drawn with a random generator of one's own."""
+"""Chooses tokens: greedily, by beam search, or by sampling with a private random generator."""
 
 from dataclasses import dataclass
 
@@ -17,14 +17,15 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.model import PlannedModel
 
 NO_NUMBERS = (
-    "the model's logits are no numbers; check its weights, and rms_norm_eps and RoPE in config.json"
+    "the model's logits are NaN; check its weights, and rms_norm_eps and RoPE in config.json"
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate. `temperature` 0 is greedy; `top_p` None takes the checkpoint's, which also
-    refines sampling otherwise.
+    """How to generate. `temperature` 0 is greedy.
+
+    `top_p` None takes the checkpoint's value, along with its other refinements of sampling.
     """
 
     max_new_tokens: int
@@ -42,7 +43,7 @@ def sampling_arguments(model: PlannedModel, options: Options) -> dict:
         return {"do_sample": False, **neutral, "logits_processor": LogitsProcessorList([_Finite()])}
     defaults = model.defaults
     top_p = defaults.top_p if options.top_p is None else options.top_p
-    if options.num_beams > 1:  # transformers draws beams by PyTorch's own random numbers
+    if options.num_beams > 1:  # transformers samples beams with PyTorch's global generator
         if options.seed is not None:
             torch.manual_seed(options.seed)
         return {
@@ -67,7 +68,7 @@ def sampling_arguments(model: PlannedModel, options: Options) -> dict:
 
 
 class _Finite(LogitsProcessor):
-    """Refuses a model whose first logits are NaN; the likeliest of those is any token."""
+    """Rejects a model whose first logits are NaN, of which any token could be the likeliest."""
 
     def __init__(self):
         self._is_first = True
@@ -80,8 +81,9 @@ class _Finite(LogitsProcessor):
 
 
 class _Draw(LogitsProcessor):
-    """Draws each token with a random generator of its own; greedy decoding then takes it. Other
-    generations draw with theirs.
+    """Samples each token with a private generator. Greedy decoding then takes it.
+
+    Other generations sample with their own.
     """
 
     def __init__(self, seed: int | None, device: torch.device):

@@ -1,4 +1,4 @@
-"""A session owns what the generations of one model change, and lets one of them run at a time."""
+"""A session owns the state that generations of one model change, and runs one at a time."""
 
 from __future__ import annotations
 
@@ -20,35 +20,36 @@ from fiddler_run.system.process_settings import allowed_gpu_bytes, while_running
 class Session:
     """The KV cache and decode step of one model, and the turn to use them and its engine.
 
-    `turn()` is held by whoever uses them; other threads wait.
+    Whoever uses them holds `turn()`; other threads wait.
     """
 
     def __init__(
         self, model: PreTrainedModel, resources: Resources, cpu_threads: int | None = None
     ):
-        """`make_cache` comes next.
+        """Prepares the session. Call `make_cache` next.
 
         Args:
             model: an instance of `PlannedModel`.
-            cpu_threads: of PyTorch's operations; None leaves their number as it is.
+            cpu_threads: for PyTorch's operations. None: unchanged.
         """
-        # A reference would form a cycle: 90 GB would wait for the garbage collector.
+        # A strong reference would form a cycle: 90 GB would wait for the garbage collector.
         self._to_model = weakref.ref(model)
         self._resources = resources
         self._cpu_threads = cpu_threads
         self.cache: KeyValueCache | None = None
         self._decode: DecodeStep | None = None
-        self._lock = resources.lock  # layers that are called past the model wait for the turn, too
-        self._depth = 0  # a generation calls the model, and may be called from within another one
+        # layers that are called outside the model also wait for the turn
+        self._lock = resources.lock
+        self._depth = 0  # a generation calls the model, and may itself run inside another one
         self._cache_is_taken = False
         self._pid = os.getpid()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Waits until no other thread has its turn, then keeps others out.
+        """Waits until no other thread has the turn, then holds it.
 
         Raises:
-            FiddlerError: this is a forked process, or CPU and GPU lost each other during the turn.
+            FiddlerError: this is a forked process, or CPU and GPU timed out waiting for each other.
         """
         if os.getpid() != self._pid:
             raise FiddlerError(
@@ -68,7 +69,7 @@ class Session:
 
     @contextmanager
     def _outermost_turn(self) -> Iterator[None]:
-        # a job of a layer that was called past the model; later ones are of this turn
+        # a job of a layer that was called outside the model; later jobs belong to this turn
         self._resources.jobs.finish()
         if self._decode is not None and not self._decode.is_current(self._model):
             self._decode = None
@@ -86,13 +87,13 @@ class Session:
 
     @property
     def decode(self) -> DecodeStep:
-        """The model's decode step, made when it is first needed."""
+        """The model's decode step, made on first use."""
         if self._decode is None:
             self._decode = DecodeStep(self._model, self._model.family)
         return self._decode
 
     def make_cache(self, sequences: int, max_tokens: int) -> None:
-        """Takes memory for the keys and values of so many sequences of so many tokens."""
+        """Allocates keys and values for `sequences` of `max_tokens`."""
         config = self._model.config
         head_dim = (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -104,17 +105,18 @@ class Session:
         )
 
     def forget_decode(self) -> None:
-        """Something that the decode step holds on to has changed."""
+        """Drops the decode step, because something that it holds has changed."""
         self._decode = None
 
     @contextmanager
     def generation(self, arguments: dict, inputs: torch.Tensor | None, config) -> Iterator[None]:
-        """A call of `generate()`: adds to its arguments what makes it use the plan's cache and its
-        chunks of a prompt.
+        """A call of `generate()`: makes it use the plan's cache and prefill chunks.
+
+        Changes `arguments` in place.
 
         Raises:
-            FiddlerError: a cache that the plan has not counted is asked for, and GPU memory has no
-                room for it.
+            FiddlerError: it needs a cache that the plan has not counted, and GPU memory has no room
+                for it.
         """
         taken = self._cache_is_taken
         try:
@@ -167,8 +169,9 @@ class Session:
             arguments["prefill_chunk_size"] = chunk
 
     def _may_use_own_cache(self, arguments: dict, asked) -> bool:
-        """False if the caller brings or keeps the cache, a generation is using it, or the model has
-        a sliding window, of which transformers keeps no more than the window.
+        """False if the caller provides or keeps the cache, or a generation is using it.
+
+        Also False for a model with a sliding window, of which transformers keeps only the window.
         """
         other = arguments.get("past_key_values") is not None or asked("cache_implementation")
         handed_out = asked("return_dict_in_generate")
@@ -189,15 +192,17 @@ class Session:
         if needed > free:
             raise FiddlerError(
                 f"a KV cache for {sequences} x {tokens} tokens besides the plan's needs"
-                f" {needed / 1e9:.2f} GB of GPU memory, {max(0, free) / 1e9:.2f} GB are free; plan"
-                " with a larger --max-seq-len, --num-beams or --batch-size, and do without"
+                f" {needed / 1e9:.2f} GB of GPU memory, but {max(0, free) / 1e9:.2f} GB are free;"
+                " plan with a larger --max-seq-len, --num-beams or --batch-size, and avoid"
                 " return_dict_in_generate and cache_implementation"
             )
 
     @torch.no_grad()
     def _prefill_once(self, ids: torch.Tensor, mask: torch.Tensor, copies: int, chunk: int) -> None:
-        """Takes all but the last token of each prompt [sequences, tokens] into the cache, for
-        several continuations of each. transformers would run the same prompt for every one of them.
+        """Takes all but the last token of each prompt [sequences, tokens] into the cache once.
+
+        The `copies` continuations of a prompt share the result. transformers would run the same
+        prompt once for each of them.
         """
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         for start in range(0, ids.shape[1] - 1, chunk):

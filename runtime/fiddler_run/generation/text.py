@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: prompts to token ids, and token ids to text as they come."""
+"""Encodes prompts with a checkpoint's tokenizer, and decodes answers token by token."""
 
 import os
 import re
@@ -28,11 +28,12 @@ SAMPLE = "Once upon a time,\n  3 + 4 = 7."
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, padding on the left as generation needs. It has encoded and
-    decoded each of its tokens once.
+    """Loads the checkpoint's tokenizer, with padding on the left as generation needs.
+
+    Checks it by encoding and decoding a text, and by decoding each of its tokens.
 
     Raises:
-        FiddlerError: the folder has none that transformers can load and use.
+        FiddlerError: the folder has no tokenizer that transformers can load and use.
     """
     for name in JSON_FILES:
         if is_file(folder / name):
@@ -73,16 +74,14 @@ def chat_text(
     where: str,
     answer_follows: bool = True,
 ) -> str:
-    """Messages as the tokenizer's chat template writes them; `where` names them in errors.
+    """Formats messages with the tokenizer's chat template. `where` names them in errors.
 
     Raises:
         FiddlerError: there is no template for a chat, or it fails.
     """
     template = tokenizer.chat_template
     if template is None:
-        raise FiddlerError(
-            f"{where}: this model's tokenizer has no chat template; leave the flag out"
-        )
+        raise FiddlerError(f"{where}: this model's tokenizer has no chat template; remove the flag")
     if isinstance(template, dict) and "default" not in template:
         raise FiddlerError(
             f"{where}: the model's chat templates ({', '.join(map(str, template))}) have no"
@@ -95,7 +94,7 @@ def chat_text(
         )
     if not isinstance(text, str):
         raise FiddlerError(
-            f"{where}: the model's chat template makes no text; mend chat_template in"
+            f"{where}: the model's chat template produces no text; fix chat_template in"
             " tokenizer_config.json"
         )
     return text
@@ -109,23 +108,23 @@ def token_ids(
     where: str = "the prompt",
     special_tokens: bool = True,
 ) -> list[int]:
-    """The ids of a prompt's tokens.
+    """The token ids of a prompt.
 
     Args:
-        context: tokens that there is room for.
-        vocab_size: rows of the model's embedding; None: not known.
+        context: the most tokens.
+        vocab_size: rows of the model's embedding. None: not checked.
         where: names the prompt in errors.
-        special_tokens: add those that the tokenizer begins a text with.
+        special_tokens: add the tokenizer's initial tokens.
 
     Raises:
-        FiddlerError: the prompt is no text, far longer than the context, has no tokens, or one that
-            the model does not know.
+        FiddlerError: the prompt is not text, is far longer than the context, has no tokens, or has
+            a token outside the embedding.
     """
     try:
         text.encode()
-    except UnicodeEncodeError:  # bytes of another encoding, which Python carries as lone surrogates
+    except UnicodeEncodeError:  # bytes of another encoding, which Python decodes as lone surrogates
         raise FiddlerError(f"{where} is not UTF-8 text") from None
-    # it would take gigabytes
+    # encoding it would take gigabytes
     if len(text) > context and len(text) > context * max(
         map(len, tokenizer.get_vocab()), default=1
     ):
@@ -142,15 +141,16 @@ def token_ids(
     )
     if unknown is not None:
         raise FiddlerError(
-            f"{where} holds the token {tokenizer.convert_ids_to_tokens(unknown)!r}, number"
-            f" {unknown}, but the model's embedding has {vocab_size} rows; leave it out"
+            f"{where} contains the token {tokenizer.convert_ids_to_tokens(unknown)!r}, number"
+            f" {unknown}, but the model's embedding has {vocab_size} rows; remove it"
         )
     return ids
 
 
 class TextStream:
-    """Turns the tokens of an answer into text as they come. The pieces joined are the answer
-    decoded at once, after its prompt.
+    """Decodes the tokens of an answer as they are generated.
+
+    The pieces join to the text of the answer decoded at once, after its prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]):
@@ -160,25 +160,24 @@ class TextStream:
         self._held: list[int] = []
         self._sent = ""
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        # The stream begins with the prompt, because a token's text can depend on whether something
-        # stands before it. It would take a prompt that ends in a replacement character for an
-        # incomplete one.
+        # The stream starts with the prompt, because a token's text can depend on whether something
+        # precedes it. A prompt that ends in a replacement character would look like an incomplete
+        # character.
         streams = self._backend is not None and not _decoded(tokenizer, prompt).endswith("\ufffd")
         self._stream = DecodeStream(ids=prompt, skip_special_tokens=True) if streams else None
 
     def put(self, token: int) -> str:
-        """The text that is certain now; empty while a character is incomplete."""
+        """The text that is now certain. Empty while a character is incomplete."""
         self._answer.append(token)
         self._held.append(token)
         if self._stream is None or BYTE_TOKEN.fullmatch(
             self._tokenizer.convert_ids_to_tokens(token) or ""
         ):
-            return (  # a run of byte tokens is decoded as one: one invalid byte invalidates the run
-                ""
-            )
+            # a run of byte tokens is decoded as a whole: one invalid byte invalidates the run
+            return ""
         try:
             piece = self._stream.step(self._backend, self._held) or ""
-        except Exception:  # a decoder that changes what it has said: the rest comes at the end
+        except Exception:  # the decoder changed earlier text: the rest follows at the end
             self._stream = None
             return ""
         self._held = []
@@ -186,7 +185,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """The rest of the text."""
+        """The remaining text."""
         whole = answer_text(self._tokenizer, self._prompt, self._answer)
         return whole[len(os.path.commonprefix([whole, self._sent])) :]
 
@@ -203,8 +202,9 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 @contextmanager
 def library_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turns whatever a library raises on a file of the checkpoint into a FiddlerError. The
-    tokenizers library panics, too, by exceptions that are no `Exception`.
+    """Converts any exception of a library on a checkpoint's file to a FiddlerError.
+
+    The tokenizers library also panics, with exceptions that are not `Exception`.
     """
     try:
         yield

@@ -1,23 +1,22 @@
-// Experts' blocks on the CPU: bfloat16 weights, float32 sums, any number of tokens; a pool of
-// threads that outlives the calls.
+// Computes experts' blocks on the CPU, with a persistent pool of threads: bfloat16 weights, float32
+// sums, any number of tokens.
 //
-// A block of b neurons is gate [b, hidden], up [b, hidden] and down [hidden, b], row-major, one
-// after the other. A job computes
+// A block of b neurons is gate [b, hidden], up [b, hidden] and down [hidden, b], row-major and
+// consecutive. A job computes
 //     output[row] = sum over its calls that hold `row` of weight * sum over the call's blocks of
 //     down (silu(gate x) * (up x))
-// in phases, each cut into units that the threads claim from a counter, so that a thread that is
-// slowed takes fewer:
-//   prepare: wait for a GPU and split the blocks (route.h), for jobs that a GPU describes
-//   pack:    activations into the order that the instructions want
+// in phases. Each phase is cut into units that the threads claim from a counter, so that a slower
+// thread takes fewer:
+//   prepare: wait for the GPU and split the blocks (route.h), in jobs that a GPU describes
+//   pack:    reorder activations for the instructions
 //   gate/up: UNIT_NEURONS neurons of one block -> their products silu(gate x) * (up x)
 //   down:    UNIT_ROWS rows of every block's down matrix -> these elements of the output
-// Each element is summed by one thread in one order: the same input gives the same bits, whatever
-// the threads do.
+// Each element is summed by one thread in one order, so the same input gives the same bits.
 //
-// layout.h says where weights lie, job.h what a job is, units.h how it is cut. rows.h and tiles.h
-// compute it, included by variants.h once for each instruction set. route.h lets a GPU say what
-// there is to compute. pool.h has the threads. Plain C interface, used through ctypes by library.py
-// and pool.py. Build: g++ -O3 -std=c++20 -shared -fPIC -pthread cpu.cpp
+// layout.h defines the layout of weights, job.h a job, units.h its units. rows.h and tiles.h
+// compute them; variants.h includes both once for each instruction set. route.h handles jobs that a
+// GPU describes. pool.h holds the threads. library.py and pool.py use the plain C interface through
+// ctypes. Build: g++ -O3 -std=c++20 -shared -fPIC -pthread cpu.cpp
 
 #include <algorithm>
 #include <array>
@@ -60,8 +59,8 @@ extern "C" {
 
 int fiddler_supports(const char* variant) { return find_variant(variant) != nullptr; }
 
-// `threads` counts the one that calls `fiddler_wait`, which takes part; the others sleep after
-// `spin_us` without work.
+// `threads` includes the caller of `fiddler_wait`, which helps. The others sleep after `spin_us`
+// without work.
 void* fiddler_pool_create(const char* variant, int threads, int spin_us, const int* cpus) {
     return new Pool(*find_variant(variant), threads, int64_t{1000} * spin_us, cpus);
 }
@@ -82,7 +81,7 @@ void fiddler_submit_routed(void* pool, int hidden, int block_neurons, const uint
                                             output_ready, number);
 }
 
-// Helps until all jobs but the last `but` are finished, for about `most_ns`. 0: they are not yet.
+// Helps until at most `but` jobs are unfinished, for about `most_ns`. 0: not finished yet.
 int fiddler_wait(void* pool, int but, int64_t most_ns) {
     return static_cast<Pool*>(pool)->wait(but, most_ns);
 }
@@ -91,7 +90,7 @@ void fiddler_abandon(void* pool, const int64_t* output_ready) {
     static_cast<Pool*>(pool)->abandon(output_ready);
 }
 
-// When the last job that was waited for began and was finished, on the monotonic clock.
+// When the last job that was waited for started and finished, on the monotonic clock.
 int64_t fiddler_started_ns(void* pool) { return static_cast<Pool*>(pool)->started_ns(); }
 int64_t fiddler_finished_ns(void* pool) { return static_cast<Pool*>(pool)->finished_ns(); }
 

@@ -1,7 +1,7 @@
-"""Experts' blocks on the CPU: the compiled kernel of cpu.cpp, or PyTorch where that cannot serve.
+"""Computes experts' blocks on the CPU: by cpu.cpp, or by PyTorch where cpu.cpp cannot serve.
 
-Both take a job (`submit`), let Python go on, and finish it in `wait`, where the calling thread
-takes part. The compiled kernel also takes jobs whose tokens and experts a GPU will name later.
+Both start a job in `submit` and finish it in `wait`, where the calling thread helps; Python is free
+in between. The compiled kernel also accepts jobs whose tokens and experts a GPU names later.
 """
 
 import threading
@@ -22,7 +22,7 @@ from fiddler_run.kernels.pytorch import apply_blocks
 class CpuCall:
     """Some blocks of one expert, uint8 [count, block_bytes], and the tokens that call it.
 
-    `rows` [n] int64 into the layer's tokens and the router's `weights` [n] float32, contiguous.
+    `rows` [n] int64 index the layer's tokens. `weights` [n] float32 are the router's, contiguous.
     """
 
     blocks: torch.Tensor
@@ -31,10 +31,10 @@ class CpuCall:
 
 
 class CpuExperts:
-    """Computes blocks in host memory, stored as `block_format` says."""
+    """Computes blocks in host memory, stored as `block_format`."""
 
     variant = "PyTorch"
-    finishes_alone = False  # True if a job is finished without `wait`
+    finishes_alone = False  # True if a job finishes without `wait`
 
     def __init__(self, block_format: Encoding):
         self.block_format = block_format
@@ -50,9 +50,9 @@ class CpuExperts:
     ) -> None:
         """Starts a job: output [tokens, hidden] float32 = the calls' weighted sums over the states.
 
-        `states` [tokens, hidden] and `output` lie in host memory, contiguous, and must stay
-        untouched until the job is finished; then `flag` [1] int64 is set to `job`. The one before
-        the job under way is finished first.
+        `states` [tokens, hidden] and `output` are contiguous in host memory and must stay untouched
+        until the job is finished. Then `flag` [1] int64 is set to `job`. At most one unfinished job
+        may precede it; older ones are finished first.
         """
         raise NotImplementedError
 
@@ -65,15 +65,15 @@ class CpuExperts:
         flag: torch.Tensor,
         job: int,
     ) -> None:
-        """Starts a job that begins with waiting for the GPU. `finishes_alone` must hold.
+        """Starts a job that first waits for the GPU. Requires `finishes_alone`.
 
         Args:
-            traffic: [3] int64, to which the calls' blocks are added: resident, streamed, CPU.
+            traffic: [3] int64, incremented by the calls' blocks: resident, streamed, CPU.
         """
         raise NotImplementedError
 
     def wait(self, max_pending: int = 0, flag: torch.Tensor | None = None) -> None:
-        """Returns when at most `max_pending` (0 or 1) jobs are unfinished. Ctrl-C is heard.
+        """Waits until at most `max_pending` (0 or 1) jobs are unfinished. Ctrl-C interrupts it.
 
         Raises:
             FiddlerError: a job that sets `flag` (None: any job) timed out waiting for the GPU.
@@ -85,7 +85,7 @@ class CpuExperts:
         raise NotImplementedError
 
     def times_s(self) -> tuple[float, float]:
-        """When the last job that was waited for began to compute, and when it was finished.
+        """When the last job that was waited for started to compute, and when it was finished.
 
         On the clock of `time.perf_counter`.
         """
@@ -108,7 +108,7 @@ class CompiledExperts(CpuExperts):
     def __init__(self, block_format: Encoding, pool: Pool):
         super().__init__(block_format)
         self.pool = pool
-        self.lock = pool.lock  # several models, each in its own thread, may share one pool
+        self.lock = pool.lock  # several models, each in its own thread, may share a pool
         self.variant = pool.variant
         self.finishes_alone = pool.finishes_alone
         self._layout = (block_format.hidden_size, block_format.block_neurons)
@@ -133,7 +133,7 @@ class CompiledExperts(CpuExperts):
 
 
 class PyTorchExperts(CpuExperts):
-    """PyTorch's own operations, for any encoding, dtype and size; the job runs in `wait`."""
+    """PyTorch's own operations, for any encoding, dtype and size. A job runs inside `wait`."""
 
     def __init__(self, block_format: Encoding):
         super().__init__(block_format)

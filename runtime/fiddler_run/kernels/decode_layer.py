@@ -1,5 +1,4 @@
-"""A layer of the decode path as the CPU's threads see it, who take the router's choice from the
-GPU.
+"""A layer of the decode path as seen by the CPU's threads, which get the choice from the GPU.
 
 The structures mirror those of route.h.
 """
@@ -18,7 +17,7 @@ GPU_TIMEOUT_S = 30.0  # after which the CPU gives up on the GPU, and the GPU on 
 
 
 class DecodeLayer:
-    """A layer's experts: where their blocks lie, and the share of host blocks that is streamed."""
+    """A layer's experts: where their blocks are, and the share of host blocks to stream."""
 
     def __init__(
         self,
@@ -26,12 +25,14 @@ class DecodeLayer:
         host: Sequence[torch.Tensor],
         stream_share: Callable[[int], float],
     ):
-        """
+        """Prepares a layer.
+
         Args:
             resident, host: for each expert, its blocks, uint8 [count, block_bytes].
-            stream_share: tokens of a call -> the share of its expert's host blocks to stream.
+            stream_share: maps the tokens of a call to the share of its expert's host blocks to
+                stream.
         """
-        self._blocks = (resident, host)  # in use as long as this is
+        self._blocks = (resident, host)  # kept alive as long as this object
         self._planned = [stream_share(tokens) for tokens in range(1, MAX_DECODE_TOKENS + 1)]
         self.num_experts = len(resident)
         self.places = (_Places * self.num_experts)(
@@ -57,23 +58,23 @@ class DecodeLayer:
             self.shares[tokens] = scale_odds(self._planned[tokens - 1], faded)
 
     def streams(self, tokens: int) -> bool:
-        """True if a batch of `tokens` tokens may have the GPU read blocks in host memory."""
+        """True if the GPU may read host blocks for a batch of `tokens` tokens."""
         return tokens >= self._streams_from
 
     def max_blocks(self, choices: int) -> int:
-        """Upper bound on the GPU's blocks for this many (token, expert) pairs; at least 1."""
+        """Upper bound on the GPU's blocks for this many (token, expert) pairs. At least 1."""
         return max(1, sum(self._num_blocks[:choices]))
 
 
 @dataclass(frozen=True)
 class DecodeInputs:
-    """A job's inputs from the GPU and the table for it, in page-locked host memory.
+    """A job's inputs from the GPU, and the table that answers them, in page-locked host memory.
 
-    Flags hold numbers of jobs and only grow. `states` [tokens, hidden], `index` [tokens, k] int64
-    and `weights` [tokens, k] float32 of the router are complete when each of `inputs_ready`
-    [tokens] int64 is at least the job's number. `table` [table_size()] int64 has room for
-    `max_blocks` blocks and is complete when `table_ready` [1] int64 is the job's number.
-    `timed_out` [1] int64 becomes the number of a job whose inputs have not come in time.
+    Flags hold job numbers and only grow. The router's `states` [tokens, hidden], `index` [tokens,
+    k] int64 and `weights` [tokens, k] float32 are complete when each of `inputs_ready` [tokens]
+    int64 is at least the job's number. `table` [table_size()] int64 has room for `max_blocks`
+    blocks and is complete when `table_ready` [1] int64 is the job's number. `timed_out` [1] int64
+    is set to the number of a job whose inputs did not arrive in time.
     """
 
     states: torch.Tensor
@@ -99,7 +100,7 @@ def table_size(max_blocks: int, num_experts: int, choices: int) -> int:
 def route_arguments(
     layer: DecodeLayer, inputs: DecodeInputs, traffic: np.ndarray
 ) -> ctypes.Structure:
-    """RouteArguments of route.h, which point to all of these."""
+    """RouteArguments of route.h, pointing to the given objects."""
     return _Route(
         ctypes.addressof(layer.places),
         ctypes.addressof(layer.shares),

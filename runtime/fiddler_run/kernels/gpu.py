@@ -1,13 +1,13 @@
-"""The decode path's GPU kernels for blocks in bf16, which take their orders from the CPU's threads.
+"""The decode path's GPU kernels for blocks in bf16. The CPU's threads tell them what to do.
 
-`publish_inputs` gives those threads the tokens and the router's choices. They answer with a table
-(`wait_for_table`; decode_layer.py says what is in it), on which the GPU works (`expert_gemv`) while
-they compute the other blocks; `combine` waits for their result. The GPU waits for flags in
-page-locked memory, so that all of this, and the next layer's work, can be queued long before.
+`publish_inputs` gives these threads the tokens and the router's choices. They answer with a table;
+decode_layer.py describes it. After `wait_for_table`, the GPU works on the table (`expert_gemv`)
+while the CPU computes the other blocks, and `combine` waits for the CPU's result. The GPU waits for
+flags in page-locked memory, so all of this can be queued long before, along with the next layer.
 
-A block in page-locked host memory is read by the kernel itself, over the link, just as one in GPU
-memory is: no copy, no staging, no wait between the two. Every weight is read once for each tile of
-an expert's tokens: usually there is one.
+The kernels read a block in page-locked host memory directly over the link, like one in GPU memory:
+no copy, no staging, no wait between the two. Each weight is read once for each tile of an expert's
+tokens, and usually there is one tile.
 """
 
 import torch
@@ -20,13 +20,13 @@ from fiddler_run.kernels.decode_layer import GPU_TIMEOUT_S
 TILE_NEURONS = 32
 TILE_ROWS = 16
 TILE_WIDTH = 128
-# Loads under way, by tokens of a tile; these fit 99 KB of shared memory.
+# Loads in flight by tokens of a tile; these fit 99 KB of shared memory.
 STAGES = {16: 4, 32: 3, 64: 2}
-PIECE = 512  # of a table
+PIECE = 512  # table entries copied by one program
 
 
 def supports(block_format: Encoding) -> bool:
-    """True if the kernels take blocks of these sizes."""
+    """True if the kernels support blocks of these sizes."""
     return block_format.hidden_size % 64 == 0 and block_format.block_neurons % TILE_NEURONS == 0
 
 
@@ -37,12 +37,12 @@ class DecodeKernels:
         self.block_format = block_format
 
     def compile(self) -> None:
-        """Compiles the variants for small batches; takes seconds the first time.
+        """Compiles the variants for small batches, which takes seconds the first time.
 
-        Later it would interrupt decode.
+        Otherwise, compilation would interrupt decode.
 
         Raises:
-            Exception: of many types, where Triton does not work.
+            Exception: of many types, if Triton does not work.
         """
         hidden = self.block_format.hidden_size
         flag = torch.zeros(max(STAGES), dtype=torch.int64, pin_memory=True)
@@ -93,10 +93,10 @@ class DecodeKernels:
         )
 
     def wait(self, flag: torch.Tensor, gave_up: torch.Tensor, job: int) -> None:
-        """Lets the GPU wait until `flag` holds the job's number, for at most `GPU_TIMEOUT_S`.
+        """Makes the GPU wait until `flag` holds the job's number, for at most `GPU_TIMEOUT_S`.
 
-        Then it sets `gave_up` to the job's number: a process may be stopped, and a waiting kernel
-        blocks the display.
+        After that, it sets `gave_up` to the job's number: the process may have been stopped, and a
+        waiting kernel blocks the display.
         """
         kernels.wait[1,](flag, gave_up, job, int(GPU_TIMEOUT_S * 1e9))
 
@@ -108,9 +108,9 @@ class DecodeKernels:
         job: int,
         device: torch.device,
     ) -> torch.Tensor:
-        """A copy of the page-locked table on the GPU, once it is complete.
+        """A copy of the page-locked table on the GPU, once the table is complete.
 
-        If the GPU gave up waiting, it is a table of no blocks.
+        If the GPU timed out, it is a table of no blocks.
         """
         copied = torch.empty(table.shape, dtype=table.dtype, device=device)
         self.wait(table_ready, gave_up, job)
@@ -126,7 +126,7 @@ class DecodeKernels:
         hidden_states: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The blocks of a table applied: each choice's weighted result, [tokens, k, hidden]
+        """Applies the blocks of a table: each choice's weighted result, [tokens, k, hidden]
         float32.
 
         Args:
@@ -181,13 +181,14 @@ class DecodeKernels:
         job: int,
         like: torch.Tensor,
     ) -> torch.Tensor:
-        """The layer's output, of shape [tokens, hidden], dtype and device of `like`.
+        """The layer's output, with the shape [tokens, hidden], dtype and device of `like`.
 
         Args:
-            results: [tokens, k, hidden] float32 of the GPU's blocks.
-            index: the router's choices [tokens, k] int64; those of no expert are left out.
-            cpu_output: [tokens, hidden] float32, page-locked; complete when `output_ready` holds
-                the job's number. The GPU waits for that, not Python.
+            results: [tokens, k, hidden] float32, of the GPU's blocks.
+            index: the router's choices [tokens, k] int64; choices of nonexistent experts are
+                ignored.
+            cpu_output: [tokens, hidden] float32, page-locked. Complete when `output_ready` holds
+                the job's number; the GPU waits for that, not Python.
         """
         output = torch.empty_like(like)
         tokens, hidden = like.shape
@@ -207,5 +208,5 @@ class DecodeKernels:
 
 
 def _width(length: int, most: int = TILE_WIDTH) -> int:
-    """The largest power of two up to `most`, one itself, that divides `length`."""
+    """The largest power of two up to `most` that divides `length`."""
     return min(most, length & -length)

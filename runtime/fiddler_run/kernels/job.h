@@ -1,14 +1,14 @@
-// Included by cpu.cpp: a job and its parts, and what an instruction set must provide.
+// Included by cpu.cpp: a job, its parts, and the interface of an instruction set.
 
 constexpr int UNIT_NEURONS = 16,
-              UNIT_ROWS = 16;    // hidden and block_neurons must be multiples of twice that
-constexpr int TILE_TOKENS = 16;  // that tiles.h computes at once
+              UNIT_ROWS = 16;    // hidden and block_neurons are multiples of twice this
+constexpr int TILE_TOKENS = 16;  // computed at once by tiles.h
 
 float float_of(uint16_t bfloat16) {
     return std::bit_cast<float>(static_cast<uint32_t>(bfloat16) << 16);
 }
 
-uint16_t bfloat16_of(float value) {  // to the nearest, ties to even; NaN stays NaN
+uint16_t bfloat16_of(float value) {  // rounds to nearest, ties to even; NaN stays NaN
     uint32_t bits = std::bit_cast<uint32_t>(value);
     if (value != value) return 0x7fc0;
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
@@ -20,8 +20,8 @@ struct Job;
 
 struct CallArguments {
     const uint16_t* blocks;  // [num_blocks], one after the other
-    const int64_t* rows;     // [tokens] into the states
-    const float* weights;    // [tokens] of the router
+    const int64_t* rows;     // [tokens], indices of states
+    const float* weights;    // [tokens], the router's
     int num_blocks, tokens;
 };
 
@@ -32,12 +32,12 @@ struct Call : CallArguments {
     inline size_t neurons(const Job& job) const;
     int groups() const {
         return (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
-    }  // of TILE_TOKENS tokens, the last one padded
+    }  // groups of TILE_TOKENS tokens, the last one padded
 };
 
 struct PackUnit {
     int call,
-        index;  // a group of the tokens of a tiled call, or, with no call, one token for all others
+        index;  // of a token group in a tiled call or, without a call, of a token
 };
 
 struct GateUpUnit {
@@ -62,7 +62,7 @@ struct Job {
     std::vector<Call> calls;
     std::vector<PackUnit> pack_units;
     std::vector<GateUpUnit> gate_up_units;
-    std::vector<DownPiece> down_pieces;  // of every down unit: block after block, call after call
+    std::vector<DownPiece> down_pieces;  // of each down unit, by call and block
     std::vector<DownUnit> down_units;
     void *packed_states, *products;
     std::vector<char> state_buffer, product_buffer;
@@ -79,8 +79,8 @@ size_t Call::neurons(const Job& job) const {
 }
 
 struct Variant {
-    size_t packed_bytes;    // of one activation
-    int tiled_from_tokens;  // of a call; 0: never
+    size_t packed_bytes;    // per activation
+    int tiled_from_tokens;  // tokens of a call; 0: never
     void (*pack)(const Job&, const PackUnit&);
     void (*run_gate_up)(const Job&, const GateUpUnit&, const GateUpUnit* next);
     void (*run_down)(const Job&, const DownUnit&, const DownUnit* next);

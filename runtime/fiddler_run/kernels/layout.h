@@ -1,7 +1,6 @@
-// Included by cpu.cpp: where a block's weights lie, in the encoding bf16.
+// Included by cpu.cpp: the layout of a block's weights in the encoding bf16.
 
-// Row-major, one after the other: gate [neurons, hidden], up [neurons, hidden], down [hidden,
-// neurons].
+// Row-major and consecutive: gate [neurons, hidden], up [neurons, hidden], down [hidden, neurons].
 struct BlockLayout {
     int hidden, neurons;
 

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel of cpu.cpp, as a library of C functions."""
+"""Loads the compiled CPU kernel of cpu.cpp as a library of C functions."""
 
 import ctypes
 import logging
@@ -12,7 +12,7 @@ VARIANTS = ("amx", "avx512bf16", "avx512", "avx2", "portable")  # best first
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, which the installation builds where it finds a compiler; None without one."""
+    """The library, built during installation if there is a compiler. None otherwise."""
     names = (Path(__file__).with_name("_cpu" + suffix) for suffix in EXTENSION_SUFFIXES)
     found = next((path for path in names if path.exists()), None)
     if found is None:
@@ -51,16 +51,16 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def compiled() -> bool:
-    """True if the kernel was built; if not, says so once."""
+    """True if the kernel was built. Otherwise warns, once."""
     if library() is None:
         logging.getLogger("fiddler_run").warning(
-            "the CPU kernel is not built, PyTorch computes experts at about half the speed; "
-            "install a C++20 compiler such as g++, then install fiddler-opt again"
+            "the CPU kernel is not built; PyTorch computes experts at about half the speed;"
+            " install a C++20 compiler such as g++, then install fiddler-opt again"
         )
     return library() is not None
 
 
 @cache
 def supported_variants() -> list[str]:
-    """The instruction sets that both this build of the kernel and this CPU have, best first."""
+    """The instruction sets supported by both the kernel and this CPU, best first."""
     return [name for name in VARIANTS if library().fiddler_supports(name.encode())]

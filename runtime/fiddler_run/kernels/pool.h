@@ -1,6 +1,6 @@
-// Included by cpu.cpp: threads that outlive the jobs, and how they share one.
+// Included by cpu.cpp: a persistent pool of threads, which share each job.
 
-// Where the system knows no such thing, the thread stays free.
+// Does nothing on systems without thread affinity.
 inline void pin([[maybe_unused]] std::thread& thread, [[maybe_unused]] int cpu) {
 #if defined(__linux__)
     cpu_set_t set;
@@ -12,8 +12,8 @@ inline void pin([[maybe_unused]] std::thread& thread, [[maybe_unused]] int cpu) 
 
 class Pool {
    public:
-    // Worker i stays on CPU cpus[i - 1]; null: wherever the system puts it. The caller of `wait` is
-    // the first of the threads.
+    // Worker i is pinned to CPU cpus[i - 1]; null: not pinned. The caller of `wait` counts as the
+    // first thread.
     Pool(const Variant& variant, int threads, int64_t spin_ns, const int* cpus)
         : variant_(variant), spin_ns_(spin_ns) {
         for (int i = 1; i < threads; ++i) {
@@ -23,15 +23,15 @@ class Pool {
     }
 
     ~Pool() {
-        stop_ = true;        // no job waits for a GPU any more
-        finish(0, FOREVER);  // but a GPU may be waiting for a job
+        stop_ = true;        // jobs stop waiting for a GPU
+        finish(0, FOREVER);  // a GPU may still wait for a job
         submitted_signal_.notify();
         for (auto& worker : workers_) worker.join();
     }
 
-    // Starts a job, or puts it behind the one under way; the one before that is finished first. Its
-    // arguments must stay until it is finished, when `*output_ready`, if there is one, becomes
-    // `number`.
+    // Starts a job, or queues it behind an unfinished one; at most one may precede it, so older
+    // ones are finished first. Arguments must stay valid until the job is finished. Then
+    // `*output_ready`, if not null, becomes `number`.
     void submit(const BlockLayout& layout, const uint16_t* states, int tokens,
                 const CallArguments* calls, int num_calls, float* output, int64_t* output_ready,
                 int64_t number) {
@@ -41,7 +41,7 @@ class Pool {
         open(slot);
     }
 
-    // The same with calls that are known once the GPU has sent what `route` says.
+    // Like `submit`, for calls that the GPU will name; see `route`.
     void submit_routed(const BlockLayout& layout, const uint16_t* states, int tokens,
                        const RouteArguments& route, float* output, int64_t* output_ready,
                        int64_t number) {
@@ -51,8 +51,8 @@ class Pool {
         open(slot);
     }
 
-    // Reads `bytes` bytes with all threads, as fast as plain loads go: what the memory gives.
-    // Returns a checksum.
+    // Reads `bytes` bytes with all threads and plain loads, to measure memory bandwidth. Returns a
+    // checksum.
     uint64_t read(const char* data, size_t bytes) {
         finish(0, FOREVER);
         Slot& slot = next_slot();
@@ -64,19 +64,18 @@ class Pool {
         return checksum_;
     }
 
-    // Helps with the jobs under way until no more than `but` of them are unfinished. False if that
-    // takes longer than about `most_ns`.
+    // Helps until at most `but` jobs are unfinished. False if that takes longer than about
+    // `most_ns`.
     bool wait(uint64_t but, int64_t most_ns) { return finish(but, now_ns() + most_ns); }
 
-    // The jobs under way that would set this flag end at once, without a result; they set it
-    // nevertheless.
+    // Ends the unfinished jobs that would set this flag, without a result. They still set the flag.
     void abandon(const int64_t* output_ready) {
         for (uint64_t job = waited_ + 1; job <= submitted_; ++job)
             if (slots_[job % SLOTS].output_ready == output_ready)
                 slots_[job % SLOTS].abandoned = true;
     }
 
-    // Of the last job that was waited for.
+    // Start of the last job that was waited for.
     int64_t started_ns() const { return started_ns_; }
     int64_t finished_ns() const { return finished_ns_; }
 
@@ -84,14 +83,13 @@ class Pool {
     static constexpr size_t READ_UNIT = 1 << 18;
     static constexpr uint64_t SLOTS = 2;
 
-    // False if a time has come before that.
+    // As `wait`, until a point in time.
     bool finish(uint64_t but, int64_t until_ns) {
         while (waited_ + but < submitted_) {
             Slot& slot = slots_[(waited_ + 1) % SLOTS];
             if (!run(slot, until_ns)) return false;
             ++waited_;
-            // Closed: a worker that wakes late finds nothing to enter, and those inside only look
-            // for units that are gone.
+            // A worker that wakes late cannot enter a closed slot; those inside find no units left.
             slot.state.fetch_add(CLOSED);
             slot.left.wait([&] { return slot.state.load() % CLOSED == 0; }, BARRIER_SPIN_NS);
             started_ns_ = slot.started_ns, finished_ns_ = slot.finished_ns;
@@ -157,20 +155,19 @@ class Pool {
         }
     }
 
-    // Until the job is submitted; false: there will be none any more.
+    // Waits until the job is submitted. False if the pool stops.
     bool await(uint64_t job) {
         submitted_signal_.wait([&] { return stop_ || submitted_.load() >= job; }, spin_ns_);
         return !stop_;
     }
 
-    // Takes part in a job until it is finished. False if a time has come before that; it can then
-    // be called again.
+    // Helps with a job until it is finished. False on timeout, after which it can be called again.
     bool run(Slot& slot, int64_t until_ns) {
         Job& job = slot.job;
         const auto& first = job.gate_up_units;
         const auto& second = job.down_units;
-        // One thread waits for the GPU: a worker, where there is one, so that the caller can return
-        // in time.
+        // One thread waits for the GPU. It is a worker if there is one, so that the caller can
+        // return in time.
         bool prepares = until_ns == FOREVER || workers_.empty();
         return (prepares ? run_phase(slot, PREPARE, until_ns, [&](int, int) { prepare(slot); })
                          : complete(slot.phases[PREPARE], spin_ns_, until_ns)) &&
@@ -187,9 +184,8 @@ class Pool {
                });
     }
 
-    // Runs units until all are done. A thread claims its next one early, to ask for its weights in
-    // time; not near the end, where a claimed unit would wait while other threads have nothing to
-    // do.
+    // Runs units until all are done. A thread claims its next unit early, to prefetch its weights,
+    // except near the end, where a claimed unit would wait while other threads are idle.
     template <class F>
     bool run_phase(Slot& slot, int number, int64_t until_ns, F&& run_unit) {
         Phase& phase = slot.phases[number];
@@ -208,7 +204,7 @@ class Pool {
                 phase.complete.notify();
             }
             late = now >= until_ns;
-            if (late && !early) return false;  // nothing is claimed
+            if (late && !early) return false;  // no unit is claimed
             unit = early ? next : phase.next.fetch_add(1);
         }
         return complete(phase, number == PREPARE ? spin_ns_ : BARRIER_SPIN_NS, until_ns);
@@ -237,10 +233,10 @@ class Pool {
     const int64_t spin_ns_;
     Slot slots_[SLOTS];
     std::atomic<uint64_t> submitted_{0};  // jobs so far
-    uint64_t waited_ = 0;                 // of these, those that were waited for
+    uint64_t waited_ = 0;                 // of these, jobs that were waited for
     int64_t started_ns_ = 0, finished_ns_ = 0;
     Signal submitted_signal_;
     std::atomic<uint64_t> checksum_{0};
     std::atomic<bool> stop_{false};
-    std::vector<std::thread> workers_;  // last: they use all of the above
+    std::vector<std::thread> workers_;  // last, because they use all of the above
 };

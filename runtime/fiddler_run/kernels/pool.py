@@ -1,4 +1,4 @@
-"""A pool of CPU threads that compute jobs one after the other; models of one process share it."""
+"""A pool of CPU threads that run jobs one after the other, shared by the models of a process."""
 
 import ctypes
 import os
@@ -12,14 +12,14 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.kernels.library import library, supported_variants
 from fiddler_run.system.host import core_order
 
-WAIT_NS = 50_000_000  # at once in the kernel, where Python hears no signal
+WAIT_NS = 50_000_000  # per call into the kernel, during which Python cannot handle signals
 
 
 class Pool:
     """The threads of cpu.cpp. `submit*`, `wait`, `abandon` and `read` hold its lock.
 
-    The threads wait for the next job in a loop for `spin_us` before they sleep: waking all takes as
-    long as a small job. `pinned`: each stays on its own CPU, except the caller of `wait`.
+    Idle threads spin for `spin_us` before they sleep, because waking them takes as long as a small
+    job. `pinned`: each thread stays on its own CPU, except the caller of `wait`.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class Pool:
         self.lock = threading.RLock()
         self.finishes_alone = threads > 1
         self._pid = os.getpid()
-        self._timed_out: set[int] = set()  # flags of jobs that gave up waiting for a GPU
-        self._in_use = deque(maxlen=3)  # what the jobs under way, and a new one, work on
+        self._timed_out: set[int] = set()  # flags of jobs that timed out waiting for a GPU
+        self._in_use = deque(maxlen=3)  # keeps alive what the unfinished jobs and a new one use
 
     def submit(self, layout, states, calls, output, flag, job: int) -> None:
         """Starts a job, see `CpuExperts.submit`. `layout`: hidden size, neurons of a block."""
         described = (_Call * len(calls))(*map(_describe, calls))
         with self.lock:
-            self._finish(max_pending=1)  # here, where signals are handled
+            self._finish(max_pending=1)  # here, because signals are handled here
             self._in_use.append((flag, None, (calls, states, output)))
             self._library.fiddler_submit(
                 self._pool,
@@ -61,7 +61,7 @@ class Pool:
             )
 
     def submit_routed(self, layout, route, inputs, output, flag, job: int, used) -> None:
-        """Starts a job that first waits for the GPU. `used` is kept until it is finished."""
+        """Starts a job that first waits for the GPU. `used` is kept alive until it is finished."""
         with self.lock:
             self._finish(max_pending=1)
             self._in_use.append((flag, inputs, (used, output)))
@@ -77,7 +77,7 @@ class Pool:
             )
 
     def wait(self, max_pending: int, flag: torch.Tensor | None) -> None:
-        """Returns when at most `max_pending` jobs are unfinished.
+        """Waits until at most `max_pending` jobs are unfinished.
 
         Raises:
             FiddlerError: a job that sets `flag` (None: any job) timed out waiting for the GPU.
@@ -87,10 +87,10 @@ class Pool:
             ours = self._timed_out if flag is None else self._timed_out & {flag.data_ptr()}
             self._timed_out = self._timed_out - ours
         if ours:
-            torch.cuda.synchronize()  # raises what the GPU failed with
+            torch.cuda.synchronize()  # raises the GPU's error, if it failed
             raise FiddlerError(
-                "the GPU does not answer; see whether other programs keep it busy, and load the"
-                " model again"
+                "timed out waiting for the GPU; check what else is running on it, then reload"
+                " the model"
             )
 
     def abandon(self, flag: torch.Tensor) -> None:
@@ -110,7 +110,7 @@ class Pool:
                 self._timed_out.add(flag.data_ptr())
 
     def times_s(self) -> tuple[float, float]:
-        """When the last job that was waited for began to compute, and when it was finished."""
+        """When the last job that was waited for started to compute, and when it was finished."""
         started_ns = self._library.fiddler_started_ns(self._pool)
         finished_ns = self._library.fiddler_finished_ns(self._pool)
         return started_ns * 1e-9, finished_ns * 1e-9
@@ -121,12 +121,12 @@ class Pool:
             self._library.fiddler_read(self._pool, tensor.data_ptr(), tensor.nbytes)
 
     def __del__(self):
-        forked = os.getpid() != getattr(self, "_pid", None)  # such a process has no threads
+        forked = os.getpid() != getattr(self, "_pid", None)  # a forked process has no such threads
         if getattr(self, "_pool", None) and not forked:
             self._library.fiddler_pool_destroy(self._pool)
 
 
-shared_pool = cache(Pool)  # of the models of a process that use as many threads
+shared_pool = cache(Pool)  # one pool per number of threads and process
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=shared_pool.cache_clear)
 

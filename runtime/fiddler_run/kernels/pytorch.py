@@ -1,4 +1,4 @@
-"""Blocks applied to tokens by PyTorch's own operations: any encoding, device and dtype."""
+"""Applies blocks to tokens with PyTorch's own operations: any encoding, device and dtype."""
 
 from functools import reduce
 
@@ -8,7 +8,7 @@ from torch.nn.functional import linear, silu
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.kernels.limits import MAX_TOKEN_BLOCKS
 
-DECODED_AT_ONCE = 8  # blocks on a CPU: an encoding may have to copy them
+DECODED_AT_ONCE = 8  # blocks on a CPU, because decoding may copy them
 
 
 def apply_blocks(
@@ -16,14 +16,14 @@ def apply_blocks(
 ) -> torch.Tensor:
     """The sum of `blocks` [count, block_bytes] applied to `hidden_states` [n, hidden], float32.
 
-    Each block is silu(x gate^T) * (x up^T) times down^T. On a GPU the product is rounded to the
-    weights' dtype; on a CPU the result of every matrix product is, too.
+    Each block computes silu(x gate^T) * (x up^T) times down^T. On a GPU, the product is rounded to
+    the weights' dtype. On a CPU, the result of every matrix product is rounded.
     """
     if blocks.is_cuda:
         at_once = max(1, MAX_TOKEN_BLOCKS // max(1, len(hidden_states)))
         batches = (encoding.decode(some) for some in blocks.split(at_once))
         return reduce(torch.Tensor.add_, (_batched(*batch, hidden_states) for batch in batches))
-    # One by one: the batched product of bfloat16 matrices is 40 times slower on the CPU than
+    # One by one: on the CPU, the batched product of bfloat16 matrices is 40 times slower than
     # linear.
     output = torch.zeros_like(hidden_states, dtype=torch.float32)
     for some in blocks.split(DECODED_AT_ONCE):
@@ -36,7 +36,7 @@ def apply_blocks(
 def _batched(
     gate_up_rows: torch.Tensor, down: torch.Tensor, hidden_states: torch.Tensor
 ) -> torch.Tensor:
-    """[count, 2 * b, hidden] and [count, hidden, b], over [n, hidden]: [n, hidden] float32."""
+    """[count, 2 * b, hidden] and [count, hidden, b] applied to [n, hidden]: [n, hidden] float32."""
     states = hidden_states.expand(len(down), -1, -1)
     gate, up = torch.bmm(states, gate_up_rows.mT, out_dtype=torch.float32).chunk(2, dim=-1)
     products = silu(gate).mul_(up).to(hidden_states.dtype)

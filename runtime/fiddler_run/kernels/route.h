@@ -1,27 +1,27 @@
-// Included by cpu.cpp: jobs that are submitted before the router has chosen. A GPU sends each
-// token's state and choices to the CPU, whose threads wait for them; the first one groups the
-// choices by expert, divides the experts' blocks, and tells the GPU its part. So nothing between
-// two layers waits for Python.
+// Included by cpu.cpp: jobs that are submitted before the router has chosen. The GPU sends each
+// token's state and choices to the waiting CPU threads. One thread groups the choices by expert,
+// splits the experts' blocks, and writes the GPU's part to a table. So nothing between two layers
+// waits for Python.
 
 struct ExpertPlaces {
     const uint16_t* host;  // [num_host, block]: blocks in host memory
-    int64_t resident;      // address on the GPU of its other blocks
+    int64_t resident;      // GPU address of its other blocks
     int num_host, num_resident;
 };
 
-// Flags are numbers of jobs. They only grow: what waits for one is served by any later one, too.
+// Flags hold job numbers and only grow, so waiting for a job also accepts any later one.
 struct RouteArguments {
     const ExpertPlaces* experts;
-    const double* shares;  // [tokens + 1], by tokens of a call: of an expert's host blocks, those
-                           // that the GPU reads
+    const double* shares;  // [tokens + 1], by tokens of a call: the share of host
+                           // blocks that the GPU reads
     const int64_t* index;  // [tokens, top_k] experts, from the GPU
     const float* weights;  // [tokens, top_k] of the router, from the GPU
-    const int64_t* inputs_ready;  // [tokens] flags of the GPU: the token's inputs are there
-    int64_t* table;               // for the GPU; `table_size` in decode_layer.py says what is in it
+    const int64_t* inputs_ready;  // [tokens] flags of the GPU: the token's inputs are complete
+    int64_t* table;               // for the GPU; see `table_size` in decode_layer.py
     int64_t* table_ready;         // flag for the GPU: the table is complete
-    int64_t* timed_out;           // flag for Python: the GPU has not sent the job's tokens in time
-    int64_t* traffic;             // blocks so far: resident, streamed, on the CPU
-    int64_t patience_ns;          // a GPU that sends nothing for so long has failed
+    int64_t* timed_out;           // flag for Python: the job's inputs did not arrive in time
+    int64_t* traffic;             // running counts of blocks: resident, streamed, on the CPU
+    int64_t patience_ns;          // timeout for the GPU's inputs
     int num_experts, top_k, max_blocks;
 };
 
@@ -29,7 +29,7 @@ class Route {
    public:
     RouteArguments arguments;
 
-    // Blocks until the inputs of every token are ready. False after `patience_ns`, or once
+    // Waits until the inputs of every token are ready. False after `patience_ns` or once
     // `given_up()`.
     template <class F>
     bool wait(int tokens, int64_t number, int64_t spin_ns, F&& given_up) const {
@@ -38,8 +38,8 @@ class Route {
             std::atomic_ref ready(const_cast<int64_t&>(arguments.inputs_ready[token]));
             auto here = [&] { return ready.load(std::memory_order_acquire) >= number; };
             while (!spin_until([&] { return here() || given_up(); }, started + spin_ns)) {
-                bool late = now_ns() > until;  // read first: after SIGSTOP the time is over, though
-                                               // the inputs are ready
+                bool late = now_ns() > until;  // read first: after SIGSTOP, the timeout has
+                                               // passed although the inputs are ready
                 if (here()) break;
                 if (late) return false;
                 std::this_thread::sleep_for(NAP);  // no GPU can wake a thread
@@ -49,8 +49,8 @@ class Route {
         return true;
     }
 
-    // The calls for the CPU, by expert. What rounding to whole blocks gives the GPU too much or too
-    // little with one expert is made up for with the next. The rule of plan/split.py.
+    // Splits the calls and appends the CPU's, by expert. Carries the rounding remainder from expert
+    // to expert. The same rule as plan/split.py.
     void divide(int tokens, const BlockLayout& layout, std::vector<Call>& calls) {
         const RouteArguments& a = arguments;
         group(tokens);
@@ -93,7 +93,7 @@ class Route {
         a.table[0] = num_blocks;
     }
 
-    // In place of `divide`, if nothing has come.
+    // Replaces `divide` after a timeout.
     void divide_nothing() const {
         const RouteArguments& a = arguments;
         std::fill_n(a.table, 1 + 2 * a.max_blocks + 2 * (a.num_experts + 1), 0);
@@ -108,9 +108,9 @@ class Route {
     }
 
    private:
-    // Sorts the choices by expert: those of expert e are `first_[e]` to `first_[e + 1]`. Choices of
-    // experts that do not exist are left out; transformers marks by `num_experts` those that other
-    // processes compute.
+    // Sorts the choices by expert: those of expert e are `first_[e]` to `first_[e + 1]`. Ignores
+    // choices of nonexistent experts: transformers uses the index `num_experts` for experts that
+    // other processes compute.
     void group(int tokens) {
         const RouteArguments& a = arguments;
         int num_choices = tokens * a.top_k;

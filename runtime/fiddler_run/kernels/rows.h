@@ -1,22 +1,20 @@
 // Included by cpu.cpp once for each instruction set, inside a namespace that defines
-//   Packed        what activations are stored as
-//   GROUP         weights that one step consumes from a row
-//   MAX_TOKENS    tokens whose sums fit the registers together with those of ROWS rows
+//   Packed        the type of stored activations
+//   GROUP         weights of a row consumed by one step
+//   MAX_TOKENS    tokens whose sums for ROWS rows fit the registers
 //   Sum           partial sums of one row and token: zero(), total()
-//   Weights       GROUP weights: load(), and dot(sum, packed activations) which adds their products
-//   to a Sum
+//   Weights       GROUP weights: load(), and dot(sum, packed activations), which adds to a Sum
 
 constexpr int ROWS = 4;             // rows of weights that share each load of an activation
-constexpr int AHEAD_BYTES = 32768;  // how far ahead of their use weights are asked from memory
+constexpr int AHEAD_BYTES = 32768;  // distance of the prefetch ahead of its use
 
-// Weights to ask from memory while others are multiplied, in the order of their addresses: asked
-// for row beside row, memory is slower by a fifth and more.
+// Prefetch window, in address order: prefetching rows side by side costs 20 % of the bandwidth or
+// more.
 struct Ahead {
     const uint16_t* from = nullptr;
     int weights = 0;
 
-    // The share of one of several parts of a computation, so that the memory is busy during all of
-    // them.
+    // One part of the window for each part of a computation, to keep the memory busy throughout.
     Ahead part(int number, int parts) const {
         int start = static_cast<int64_t>(weights) * number / parts,
             stop = static_cast<int64_t>(weights) * (number + 1) / parts;
@@ -24,8 +22,8 @@ struct Ahead {
     }
 };
 
-// Group `g` of the `groups` of a unit's rows, or of the next unit's if the unit has no more.
-// `rows(unit, g)`: where a group begins.
+// Address of group `g` of the `groups` of a unit's rows, continuing into the next unit.
+// `rows(unit, g)` is the address of a group.
 template <class Unit, class Rows>
 inline Ahead ahead_of(int g, int groups, const Unit& unit, const Unit* next, Rows&& rows,
                       int weights) {
@@ -61,8 +59,8 @@ inline void multiply(int tokens, const uint16_t* weights, int width, const Packe
     multiply_rows<TOKENS>(weights, width, x, ahead, result);
 }
 
-// Tokens of a call in even parts of at most MAX_TOKENS: 8 are 4 + 4 rather than 6 + 2. f(part,
-// parts, first token, count).
+// Splits the tokens of a call evenly into parts of at most MAX_TOKENS: 8 are 4 + 4 rather than
+// 6 + 2. Calls f(part, parts, first token, count).
 template <class F>
 inline void each_part(int tokens, F&& f) {
     int parts = (tokens + MAX_TOKENS - 1) / MAX_TOKENS;
@@ -73,8 +71,8 @@ inline void each_part(int tokens, F&& f) {
     }
 }
 
-// Stores activation `i` of a row where dot() expects it. As floats, in each GROUP those of even
-// index come first, because a pair of bfloat16 weights becomes two floats by a shift and a mask.
+// Stores activation `i` of a row where dot() expects it. Floats of even index come first in each
+// GROUP, because a shift and a mask turn a pair of bfloat16 weights into two floats.
 inline void pack(float value, int i, Packed* to) {
     if constexpr (std::is_same_v<Packed, uint16_t>) to[i] = bfloat16_of(value);
     else to[i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2] = value;
@@ -127,8 +125,8 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     }
 }
 
-// `piece`: of job.down_pieces, the unit's rows of one block. `beyond(g)`: weights that come after
-// group g of its rows.
+// `piece` is an element of job.down_pieces: the unit's rows of one block. `beyond(g)` is the
+// address of the weights after group g of these rows.
 template <class F>
 void run_down(const Job& job, const DownUnit& unit, const DownPiece& piece, F&& beyond) {
     const Call& call = job.calls[piece.call];

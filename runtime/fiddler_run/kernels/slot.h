@@ -1,8 +1,8 @@
-// Included by cpu.cpp: a job under way, and its phases.
+// Included by cpu.cpp: an unfinished job and its phases.
 
 enum { PREPARE, READ, PACK, GATE_UP, DOWN, PHASES };
 
-// A slot's state: job number, closed or not, threads inside.
+// The bits of a slot's state: job number, closed, number of threads inside.
 constexpr uint64_t CLOSED = 1 << 16;
 constexpr uint64_t JOB = 2 * CLOSED;
 

@@ -1,7 +1,6 @@
-"""The kernels by encoding: the only place that chooses. A new set is a line in each table.
+"""Chooses the kernels by encoding. To add a set of kernels, add a line to each table.
 
-An encoding without kernels of its own is decoded by itself and computed by PyTorch: slow, and
-right.
+An encoding without kernels of its own is decoded and computed by PyTorch: slow but correct.
 """
 
 import logging
@@ -19,17 +18,18 @@ from fiddler_run.kernels.pool import shared_pool
 from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.system.files import reason
 
-ALIGNMENT = 32  # of hidden size and block_neurons, for cpu.cpp
+ALIGNMENT = 32  # of hidden size and block_neurons, required by cpu.cpp
 SPIN_US = 1000  # longer than a GPU takes for the dense part of a layer
 SPIN_BESIDE_PYTORCH_US = 20  # where PyTorch needs the same cores for the dense part
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What computes blocks of one encoding.
+    """The kernels for blocks of one encoding.
 
-    `cpu`: blocks in host memory. `decode`: small batches on a GPU, with the CPU's threads; None:
-    the prefill path takes them too. `apply(blocks, states)`: large batches on the device.
+    `cpu` serves blocks in host memory. `decode` serves small batches on a GPU, together with the
+    CPU's threads; None: the prefill path takes small batches too. `apply(blocks, states)` serves
+    large batches on the device.
     """
 
     cpu: CpuExperts
@@ -40,11 +40,12 @@ class Kernels:
 def kernels_for(
     block_format: Encoding, device: torch.device, threads: int, pinned: bool = False
 ) -> Kernels:
-    """The fastest kernels for such blocks. Without a GPU, the CPU's stand in for the device's.
+    """The fastest kernels for such blocks. Without a GPU, the CPU's kernels serve both parts.
 
     Args:
-        device: where resident blocks are.
-        threads: of the CPU; `pinned`: each stays on its own core.
+        device: holds the resident blocks.
+        threads: of the CPU.
+        pinned: keep each thread on its own core.
     """
     on_gpu = device.type == "cuda"
     spin_us = SPIN_US if on_gpu else SPIN_BESIDE_PYTORCH_US
@@ -53,11 +54,12 @@ def kernels_for(
     if not on_gpu:
         return Kernels(cpu, None, cpu.apply)
     decode = None
-    if cpu.finishes_alone:  # while the GPU waits for the CPU's threads, they must not need Python's
+    # while the GPU waits for the CPU's threads, they must not depend on Python's
+    if cpu.finishes_alone:
         decode = DECODE.get(block_format.name, lambda _: None)(block_format)
     else:
         _say_once(
-            "decode will be slower: it needs the CPU kernel, at least two of its threads, and"
+            "decode will be slower: it needs the CPU kernel with at least two threads, and"
             " experts in bfloat16"
         )
     return Kernels(cpu, decode, partial(apply_blocks, block_format))
@@ -75,7 +77,7 @@ def _compiled(
 
 
 def _triton(block_format: Encoding) -> object | None:
-    if not find_spec("triton"):  # comes with PyTorch for CUDA on Linux
+    if not find_spec("triton"):  # included in PyTorch for CUDA on Linux
         return None
     from fiddler_run.kernels.gpu import DecodeKernels, supports
 
@@ -84,9 +86,10 @@ def _triton(block_format: Encoding) -> object | None:
     kernels = DecodeKernels(block_format)
     try:
         kernels.compile()
-    except Exception as error:  # Triton needs a C compiler and Python's headers; it raises anything
+    # Triton needs a C compiler and Python's headers, and raises any type
+    except Exception as error:
         logging.getLogger("fiddler_run").warning(
-            "the GPU kernels cannot be compiled, decode will be slower (%s)", reason(error)
+            "the GPU kernels cannot be compiled; decode will be slower (%s)", reason(error)
         )
         return None
     return kernels

@@ -1,12 +1,12 @@
-// Included by cpu.cpp inside a namespace with AMX: calls of many tokens, 16 rows of weights by 16
-// or 32 tokens at a time.
+// Included by cpu.cpp inside a namespace with AMX: computes calls of many tokens, 16 rows of
+// weights by 16 or 32 tokens at a time.
 //
-// The weights are a product's left matrix, read as they lie. The right one must hold pairs of
-// consecutive values of each token side by side: states and products are kept as groups of 16
-// tokens, [width / 2][16 tokens][2].
+// The weights are the left matrix of a product, in their stored order. The right matrix must hold
+// pairs of consecutive values of each token, so states and products are stored in groups of 16
+// tokens: [width / 2][16 tokens][2].
 
 constexpr int TOKENS = TILE_TOKENS,
-              STEP = 32;  // of one group; weights of a row that one instruction consumes
+              STEP = 32;  // of one group; weights of a row per instruction
 static_assert(UNIT_NEURONS == 16 && UNIT_ROWS == 16 && TOKENS == 16, "a unit is one tile");
 
 struct alignas(64) TileShapes {
@@ -20,7 +20,7 @@ inline void configure() {
     _tile_loadconfig(&shapes);
 }
 
-// Asks for two stretches of `bytes` each, in `steps` equal parts.
+// Prefetches part `step` of `steps` equal parts of two ranges of `bytes` each.
 inline void ask(const void* first, const void* second, size_t bytes, int step, int steps) {
     for (size_t at = bytes * step / steps & ~size_t{63}; at < bytes * (step + 1) / steps;
          at += 64) {
@@ -104,7 +104,7 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     _tile_release();
 }
 
-// The unit's rows of all blocks of one call, whose pieces begin at `first`.
+// The unit's rows of all blocks of one call, whose pieces start at `first`.
 template <int GROUPS>
 void down_groups(const Job& job, const DownUnit& unit, const Call& call, int first, int group) {
     const size_t width = job.layout.neurons, half = UNIT_ROWS / 2 * width;

@@ -1,4 +1,4 @@
-"""The GPU kernels of the decode path, for blocks in bf16; gpu.py launches them."""
+"""The GPU kernels of the decode path, for blocks in bf16. gpu.py launches them."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ def publish_inputs(
     states, index, weights, host_states, host_index, host_weights, inputs_ready, job,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """One token's row of everything; then its flag."""
+    """Copies one token's inputs, then sets its flag."""
     token = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     for start in range(0, HIDDEN, WIDTH):
@@ -26,7 +26,7 @@ def publish_inputs(
 
 @triton.jit
 def _mark(flag, job):
-    """Sets a flag in host memory for the CPU: whoever sees it sees also what was written before."""
+    """Sets a flag in host memory. Whoever sees it also sees everything written before."""
     tl.inline_asm_elementwise(
         "fence.acq_rel.sys; st.relaxed.sys.global.s64 [$1], $2; mov.b32 $0, 0;",
         "=r,l,l", [flag.to(tl.int64), job.to(tl.int64)],
@@ -36,7 +36,7 @@ def _mark(flag, job):
 
 @triton.jit(do_not_specialize=["size"])
 def read_table(table, fetched, gave_up, size, PIECE: tl.constexpr):
-    """Copies PIECE entries of the table to the GPU; zeros if the GPU gave up."""
+    """Copies PIECE entries of the table to the GPU, or zeros if the GPU gave up."""
     at = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
     complete = tl.load(gave_up, volatile=True) == 0
     content = tl.load(table + at, mask=(at < size) & complete, other=0, volatile=True)
@@ -45,7 +45,9 @@ def read_table(table, fetched, gave_up, size, PIECE: tl.constexpr):
 
 @triton.jit
 def _tile(table, max_blocks, num_experts, expert, tile, TOKENS: tl.constexpr):
-    """A tile of an expert's choices [TOKENS], which of them exist, and whether any does."""
+    """One tile of an expert's choices [TOKENS], a mask of those that exist, and whether any
+    exists.
+    """
     first_choice = table + 1 + 2 * max_blocks + num_experts + 1
     start = tl.load(first_choice + expert) + tile * TOKENS
     stop = tl.load(first_choice + expert + 1)
@@ -64,8 +66,8 @@ def gate_up(
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
     TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """products[block, token, neuron] = silu(gate x) * (up x), for TILE neurons of one block and
-    TOKENS tokens.
+    """products[block, token, neuron] = silu(gate x) * (up x), for TILE neurons and TOKENS
+    tokens.
     """
     block = tl.program_id(0) // (NEURONS // TILE)
     tile = tl.program_id(1)
@@ -100,8 +102,9 @@ def down(
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
     TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """results[choice, row] = router weight * sum over the expert's blocks of down * products, for
-    TILE rows of one expert and TOKENS tokens.
+    """results[choice, row] = router weight * sum over the expert's blocks of down * products.
+
+    For TILE rows of one expert and TOKENS tokens.
     """
     expert = tl.program_id(1)
     tile = tl.program_id(2)
@@ -128,17 +131,17 @@ def down(
 
 @triton.jit(do_not_specialize=["job", "patience_ns"])
 def wait(flag, gave_up, job, patience_ns):
-    """Waits until `flag` is at least `job`; after `patience_ns` sets `gave_up` instead.
+    """Waits until `flag` is at least `job`, or sets `gave_up` after `patience_ns`.
 
-    A kernel of its own: one program polls, and the kernel boundary makes later loads see fresh
+    A separate kernel: one program polls, and the kernel boundary makes later loads see fresh
     memory.
     """
     last = tl.load(flag, volatile=True)
-    # once is enough: nothing that follows can be right
+    # one timeout is enough: nothing after it can be correct
     waiting = (last < job) & (tl.load(gave_up, volatile=True) == 0)
     until = _now_ns() + patience_ns
     while waiting:
-        # before the look: after a time in which nothing ran, the flag may be there
+        # read before the flag: after a time in which nothing ran, the flag may already be set
         late = _now_ns() > until
         last = tl.load(flag, volatile=True)
         waiting = (last < job) & (late == 0)
@@ -148,7 +151,7 @@ def wait(flag, gave_up, job, patience_ns):
 
 @triton.jit
 def _now_ns():
-    """The GPU's clock, after a nap that leaves the others of its multiprocessor more of it."""
+    """The GPU's clock, after a short sleep that leaves the multiprocessor to others."""
     return tl.inline_asm_elementwise(
         "nanosleep.u32 100; mov.u64 $0, %globaltimer;",
         "=l",
@@ -164,9 +167,7 @@ def combine(
     results, index, num_experts, cpu_output, output,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """output[token, column] = sum of its choices' results and of the CPU's, for WIDTH columns of
-    one token.
-    """
+    """output[token, column] = sum of its choices' results and the CPU's, for WIDTH columns."""
     token = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.load(cpu_output + token * HIDDEN + column, volatile=True)

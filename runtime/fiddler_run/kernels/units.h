@@ -10,8 +10,8 @@ inline void* room(std::vector<char>& buffer, size_t elements, const Variant& var
     return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) % 64;
 }
 
-// Where packed activations go: in front those of all tokens, for calls that are not tiled, unless
-// they serve as they are.
+// Assigns places to packed activations. First come all tokens, for calls that are not tiled, unless
+// their activations need no packing.
 inline void plan_states(Job& job, const Variant& variant) {
     job.pack_units.clear();
     size_t elements = 0;

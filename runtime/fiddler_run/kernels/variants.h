@@ -1,6 +1,6 @@
-// Included by cpu.cpp: the instruction sets, and which of them this CPU has.
+// Included by cpu.cpp: the instruction sets, and whether this CPU has them.
 
-// The compiler vectorises this one for whatever it builds for.
+// The compiler vectorises this variant for its target.
 namespace portable {
 using Packed = float;
 constexpr int GROUP = 16, MAX_TOKENS = 2;
@@ -136,7 +136,7 @@ void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
 
 constexpr Variant variant{sizeof(uint16_t), 5, pack, run_gate_up, run_down};
 
-bool permitted() {  // the kernel gives a process the tiles' registers on demand
+bool permitted() {  // Linux grants a process the tile registers on request
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }

@@ -1,11 +1,11 @@
-// Included by cpu.cpp: time, and waiting for what another thread or a GPU writes.
+// Included by cpu.cpp: the clock, and waiting for writes of another thread or a GPU.
 //
-// Waiters spin briefly, then sleep. Spinning avoids a wake-up, which costs as much as a small unit
-// of work. Sleeping frees the core for the thread that is waited for.
+// Waiters spin briefly, then sleep. Spinning avoids a wake-up, which takes as long as a small unit
+// of work. Sleeping frees the core for the awaited thread.
 
-constexpr int64_t FOREVER = std::numeric_limits<int64_t>::max();  // a time that never comes
-constexpr int64_t BARRIER_SPIN_NS = 100'000;  // as long as waking a thread may take
-constexpr int LOOKS = 32;                     // at memory, between two at the clock
+constexpr int64_t FOREVER = std::numeric_limits<int64_t>::max();  // never reached
+constexpr int64_t BARRIER_SPIN_NS = 100'000;  // about the time to wake a thread
+constexpr int LOOKS = 32;                     // polls of memory between two readings of the clock
 constexpr auto NAP = std::chrono::microseconds(50);
 
 int64_t now_ns() {
@@ -20,7 +20,7 @@ inline void relax() {
 #endif
 }
 
-// Looks until `ready()` or until a time has come. True if it was ready.
+// Polls until `ready()` or a point in time. True if it was ready.
 template <class F>
 bool spin_until(F&& ready, int64_t until_ns) {
     while (true) {
@@ -32,17 +32,16 @@ bool spin_until(F&& ready, int64_t until_ns) {
     }
 }
 
-// Something to sleep on that costs nothing to signal while nobody sleeps.
+// A condition to sleep on. Signalling it is free while nobody sleeps.
 class Signal {
    public:
-    // After what `ready` reads has changed.
+    // Call after changing what `ready` reads.
     void notify() {
         changes_.fetch_add(1);
         if (sleepers_.load()) wake();
     }
 
-    // Spins for `spin_ns`, then sleeps, until `ready()` or until a time has come. True if it was
-    // ready.
+    // Spins for `spin_ns`, then sleeps, until `ready()` or a point in time. True if it was ready.
     template <class F>
     bool wait(F&& ready, int64_t spin_ns, int64_t until_ns = FOREVER) {
         if (spin_until(ready, std::min(until_ns, now_ns() + spin_ns))) return true;

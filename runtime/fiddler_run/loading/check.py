@@ -1,7 +1,7 @@
-"""What keeps a plan from running with its model on this machine. Each condition is stated once.
+"""Checks whether a plan can run with its model on this machine. Each rule is stated once.
 
-`fiddler-run` refuses by the first problem that a `PlanCheck` finds; with `--dry-run` it prints all.
-PyTorch is imported when it is needed.
+`fiddler-run` fails with the first problem of a `PlanCheck`; `--dry-run` prints all of them. PyTorch
+is imported on demand.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from fiddler_run.system.locate import shipped_file
 
 
 class PlanCheck(ModelCheck):
-    """Holds a plan against its model's files and this machine. `gpu` is the GPU that it will use,
-    or None.
+    """Checks a plan against its model's files and this machine.
+
+    `gpu` is the GPU that the plan will use, or None.
     """
 
     def __init__(
@@ -35,13 +36,14 @@ class PlanCheck(ModelCheck):
         disk_folder: str | Path | None = None,
         fetch: bool = False,
     ):
-        """
+        """Runs the checks.
+
         Args:
-            plan_file: where the plan comes from; None: it is no file.
-            model: the checkpoint's folder or Hugging Face id; None takes the plan's, relative to
+            plan_file: where the plan comes from. None: not from a file.
+            model: the checkpoint's folder or Hugging Face id. None: the plan's model, relative to
                 the plan's file.
-            disk_folder: where experts lie that the plan leaves on disk; None: beside the
-                checkpoint, or for random weights here.
+            disk_folder: holds the experts that the plan leaves on disk. None: the checkpoint's
+                folder or, for random weights, the working directory.
             load_format, fetch: as for a `ModelCheck`.
         """
         origin = "plan" if plan_file is None else str(plan_file)
@@ -67,15 +69,14 @@ def check_plan(
 ) -> tuple[list[str], list[str]]:
     """Checks the plan in a file against everything that running it needs.
 
-    Takes little memory and fetches no weights.
+    Takes little memory and does not download weights.
 
     Args:
-        path: the plan's file; `plans/demo.yaml` is found wherever the package is installed.
+        path: the plan's file. `plans/demo.yaml` is found wherever the package is installed.
         model, load_format, disk_folder: as for a `PlanCheck`.
 
     Returns:
-        Everything that is wrong, a line each, and notes on what could not be checked or is good to
-        know.
+        All problems, one per line, and notes on what could not be checked or is worth knowing.
     """
     try:
         path = shipped_file(path)
@@ -85,7 +86,7 @@ def check_plan(
         problems = [str(error)]
     if plan is None:
         return problems, [
-            "the model and this machine were not looked at: that needs a plan that can be read"
+            "the model and this machine were not checked, because the plan cannot be read"
         ]
     checked = PlanCheck(plan, path, model, load_format, disk_folder)
     return [*problems, *checked.problems], checked.notes
@@ -94,11 +95,11 @@ def check_plan(
 def machine_problems(
     plan: Plan, gpu: Gpu | None, origin: str, config: ModelConfig | None = None
 ) -> list[str]:
-    """What this machine lacks of what a plan needs.
+    """The requirements of a plan that this machine does not meet.
 
     Args:
-        gpu: None: the plan's GPU part is to lie in host memory.
-        config: the model's sizes; None leaves out what follows from them.
+        gpu: None: the plan's GPU part is kept in host memory.
+        config: the model's sizes. None: checks that need them are left out.
     """
     host = plan.rank.host_memory_bytes
     besides = 0 if config is None else besides_experts_bytes(plan, config)
@@ -123,25 +124,24 @@ def besides_experts_bytes(plan: Plan, config: ModelConfig) -> int:
 
 
 def disk_problems(plan: Plan, folder: Path) -> list[str]:
-    """Whether the folder has room for what the plan leaves on disk."""
+    """Problems with the folder for the experts that the plan leaves on disk."""
     if plan.rank.disk_bytes and not exists(folder):
         return [
-            f"{folder}: no such folder for the experts that are to lie on disk; name another one"
-            " with --disk-folder"
+            f"{folder}: no such folder for the experts on disk; name another one with --disk-folder"
         ]
     try:
         free = shutil.disk_usage(folder).free if plan.rank.disk_bytes and is_folder(folder) else 0
     except OSError as error:
         return [
-            f"{folder}: cannot look at the disk: {reason(error)}; name another folder with"
-            " --disk-folder"
+            f"{folder}: cannot determine the free space: {reason(error)}; name another folder"
+            " with --disk-folder"
         ]
     if plan.rank.disk_bytes <= free:
         return []
     return [
-        f"{folder}: {plan.rank.disk_bytes / 1e9:.2f} GB of experts are to lie on disk, but"
-        f" {free / 1e9:.2f} GB are free there; name another folder with --disk-folder, or plan with"
-        " more --host-mem"
+        f"{folder}: the plan keeps {plan.rank.disk_bytes / 1e9:.2f} GB of experts on disk, but"
+        f" {free / 1e9:.2f} GB are free there; name another folder with --disk-folder, or plan"
+        " with more --host-mem"
     ]
 
 
@@ -149,32 +149,32 @@ def core_problem(threads: int, cores: int) -> str | None:
     if threads <= cores:
         return None
     return (
-        f"cpu_threads is {threads}, but {cores} cores are available here; "
-        "profile this machine with `fiddler-opt profile` and plan again"
+        f"cpu_threads is {threads}, but {cores} cores are available here; profile this machine"
+        " with `fiddler-opt profile` and plan again"
     )
 
 
 def host_memory_problem(
     what: str, held_bytes: int, loading_bytes: int, available_bytes: int, besides_bytes: int = 0
 ) -> str | None:
-    """The problem if host memory does not hold a plan's host part, and its loading.
+    """The problem if host memory cannot hold a plan's host part while it is loaded.
 
-    Without this check the kernel's OOM killer would end the load.
+    Without this check, the kernel's OOM killer would end the load.
     """
     if held_bytes + loading_bytes + besides_bytes <= available_bytes:
         return None
-    besides = f", all else {besides_bytes / 1e9:.2f}" if besides_bytes else ""
+    besides = f", and {besides_bytes / 1e9:.2f} for the rest" if besides_bytes else ""
     return (
-        f"its {what} need {held_bytes / 1e9:.2f} GB of host memory, and loading them"
-        f" {loading_bytes / 1e9:.2f}{besides}, but {available_bytes / 1e9:.2f} GB are available;"
-        " close other programs, add memory, or plan with more --gpu-mem"
+        f"its {what} need {held_bytes / 1e9:.2f} GB of host memory, plus"
+        f" {loading_bytes / 1e9:.2f} while loading{besides}, but {available_bytes / 1e9:.2f} GB"
+        " are available; close other programs, add memory, or plan with more --gpu-mem"
     )
 
 
 def gpu_memory_problem(memory: GpuMemory, gpu: Gpu) -> str | None:
-    """The problem if the GPU has less free than a plan takes beside its reserve.
+    """The problem if less GPU memory is free than the plan needs besides its reserve.
 
-    Driver and libraries have taken the reserve already.
+    The driver and libraries have already taken the reserve.
     """
     needed = memory.total - memory.reserve
     if needed <= gpu.free_bytes:
@@ -187,7 +187,10 @@ def gpu_memory_problem(memory: GpuMemory, gpu: Gpu) -> str | None:
 
 
 def gpu_part_problem(memory: GpuMemory, besides_bytes: int) -> str | None:
-    """Whether there is room beside the experts, whatever the plan says of it."""
+    """The problem if a plan leaves too little GPU memory beside the experts.
+
+    It is computed from the model, whatever the plan states.
+    """
     room = memory.total - memory.reserve - memory.experts
     if besides_bytes <= room:
         return None
@@ -198,16 +201,17 @@ def gpu_part_problem(memory: GpuMemory, besides_bytes: int) -> str | None:
 
 
 def plan_gpu(plan: Plan) -> Gpu | None:
-    """The GPU for a plan's GPU part. None where it lies in host memory, in which it runs likewise.
+    """The GPU for a plan's GPU part. None if that part is kept in host memory.
 
-    That is so for plans without a GPU part, plans for a machine without CUDA, and without a GPU.
+    That is the case for plans without a GPU part, plans for a machine without CUDA, and on a
+    machine without a GPU.
     """
     rank = plan.rank
     return current_gpu() if rank.device == "cuda" and rank.gpu_memory_bytes.total else None
 
 
 def device_note(plan: Plan, on_gpu: bool) -> str | None:
-    """Why a plan's GPU part does not lie in GPU memory, where it does not."""
+    """Why a plan's GPU part is not in GPU memory. None if it is, or if there is none."""
     if on_gpu or plan.rank.gpu_memory_bytes.total == 0:
         return None
     reason = (
@@ -215,12 +219,13 @@ def device_note(plan: Plan, on_gpu: bool) -> str | None:
         if plan.rank.device == "cpu"
         else "no CUDA device here"
     )
-    return f"{reason}: its GPU part is held in host memory and computed by the CPU"
+    return f"{reason}: the GPU part is kept in host memory and computed by the CPU"
 
 
 def prediction_note(plan: Plan, origin: str) -> str | None:
-    """Which of a plan's predicted figures contradict each other: what was measured is shown beside
-    them.
+    """A note on predicted figures that contradict each other. None if they are consistent.
+
+    Such figures would mislead, because measurements are shown beside them.
     """
     predicted = plan.predicted
     batch_size = plan.workload.batch_size
@@ -231,8 +236,8 @@ def prediction_note(plan: Plan, origin: str) -> str | None:
     wrong = [
         f"{key} adds up to {sum(parts.values()):g}, not {whole:g}"
         for key, (parts, whole) in stated_ms.items()
-        if abs(sum(parts.values()) - whole) > 0.02 * whole + 0.1  # they are rounded
+        if abs(sum(parts.values()) - whole) > 0.02 * whole + 0.1  # the parts are rounded
     ]
     if predicted.decode_tokens_per_s > 1.001 * predicted.bound_tokens_per_s:
-        wrong.append("decode_tokens_per_s is more than its bound")
-    return f"{origin}: predicted: {'; '.join(wrong)}; its figures were edited" if wrong else None
+        wrong.append("decode_tokens_per_s exceeds its bound")
+    return f"{origin}: predicted: {'; '.join(wrong)}; the figures were edited" if wrong else None

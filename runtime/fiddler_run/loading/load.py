@@ -1,6 +1,4 @@
-"""From a plan and a checkpoint to a model that runs: what can be found wrong is found before the
-long work begins.
-"""
+"""Loads a model from a plan and a checkpoint. All checks precede the long work."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,7 @@ from fiddler_run.system.process_settings import allow_gpu_memory
 from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
 from fiddler_run.weights.store import ExpertStore
 
-# One tile of 32 tokens, one of 64 (decoding takes 16), and a prompt on the prefill path.
+# One tile of 32 tokens, one of 64 (decode uses 16), and a prompt on the prefill path.
 WARM_UP_TOKENS = (20, 40, MAX_DECODE_TOKENS + 1)
 
 
@@ -34,17 +32,17 @@ def load_model(
 ) -> tuple[PlannedModel, PreTrainedTokenizerBase | None]:
     """Loads a model and its tokenizer as a plan says.
 
-    The plan's GPU memory has room for prompts of `plan.prefill_chunk_tokens` at once; `generate()`
-    cuts longer ones.
+    The plan's GPU memory has room for `plan.prefill_chunk_tokens` of a prompt at once. `generate()`
+    splits longer prompts.
 
     Args:
-        plan: a plan, or its file; `plans/demo.yaml` is found wherever the package is installed.
-        model: the checkpoint's folder or Hugging Face id; None takes the plan's, relative to the
+        plan: a plan, or its file. `plans/demo.yaml` is found wherever the package is installed.
+        model: the checkpoint's folder or Hugging Face id. None: the plan's model, relative to the
             plan's file.
-        load_format: `dummy` takes random weights for those of a checkpoint; nothing but the model's
-            config.json is read, and there may be no tokenizer.
-        disk_folder: where experts lie that the plan leaves on disk; None: beside the checkpoint, or
-            for random weights here.
+        load_format: `dummy` uses random weights. Only config.json is read, and the tokenizer may be
+            None.
+        disk_folder: holds the experts that the plan leaves on disk. None: the checkpoint's folder
+            or, for random weights, the working directory.
 
     Raises:
         FiddlerError: the plan does not fit this model or this machine, or the checkpoint is
@@ -55,11 +53,10 @@ def load_model(
 
 
 class ModelLoader:
-    """A plan and a checkpoint that were found to fit each other and this machine; `load()` does the
-    long work.
+    """A plan and a checkpoint that passed all checks. `load()` does the long work.
 
-    Takes the arguments of `load_model` and raises what it raises; `plan_file` is where a plan that
-    is given as such came from.
+    Takes the arguments of `load_model` and raises the same errors. `plan_file` is the file of a
+    plan that is passed as an object.
     """
 
     def __init__(
@@ -97,17 +94,18 @@ class ModelLoader:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of experts to place."""
+        """Bytes of experts to load."""
         rank = self.plan.rank
         return rank.gpu_memory_bytes.experts + rank.host_memory_bytes.experts + rank.disk_bytes
 
-    @torch.inference_mode(False)  # what is made in that mode cannot be written to outside of it
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be written to outside it
     def load(self, on_bytes: Callable[[int], None] = lambda count: None) -> PlannedModel:
-        """Places every weight; calls `on_bytes` with the bytes of experts placed since its last
+        """Loads every weight. Calls `on_bytes` with the bytes of experts loaded since its last
         call.
         """
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # small tensors would split what is cached, for ever
+            # small tensors would otherwise split the cached memory for good
+            torch.cuda.empty_cache()
         model = place_dense_weights(self._checked.skeleton, self._dtype, self.device, self.weights)
         model.defaults = self._checked.defaults or GenerationDefaults()
         model.generation_config = GenerationConfig(
@@ -129,10 +127,9 @@ class ModelLoader:
 
 @torch.inference_mode()
 def _warm_up(model: PlannedModel) -> None:
-    """Loads and compiles the GPU's kernels, which would otherwise delay the first token by half a
-    second or more.
+    """Loads and compiles the GPU's kernels, which would delay the first token by 0.5 s or more.
 
-    Their variants depend on the number of tokens; a longer prompt takes a way of its own.
+    Their variants depend on the number of tokens, and a longer prompt takes another path.
     """
     for tokens in WARM_UP_TOKENS:
         count = max(1, min(tokens, model.plan.workload.max_seq_len - 2))
@@ -144,7 +141,7 @@ def _warm_up(model: PlannedModel) -> None:
 
 
 def _tune(model: PlannedModel) -> Tuning:
-    """Finds the split between CPU and link for this model, and leaves its layers with it."""
+    """Finds the split between CPU and link for this model and applies it to its layers."""
     plan = model.plan
     shape = plan.model
     chunk = min(plan.prefill_chunk_tokens, plan.workload.max_seq_len)
@@ -161,10 +158,10 @@ def place_dense_weights(
 ) -> PlannedModel:
     """Gives a model without data its weights outside the experts, on `device`.
 
-    They are the checkpoint's, or seeded random ones.
+    They come from the checkpoint, or are seeded random numbers.
     """
     model = model.to(dtype).to_empty(device=device)
-    model.tie_weights()  # before: a tied head has no tensor of its own in a checkpoint
+    model.tie_weights()  # first, because a tied head has no tensor in a checkpoint
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
         with torch.no_grad():

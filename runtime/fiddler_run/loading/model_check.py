@@ -1,6 +1,6 @@
-"""What keeps a model's files from being run. Rule: each condition is stated once.
+"""Checks whether a model's files can be run. Each rule is stated once.
 
-transformers is imported when it is needed.
+transformers is imported on demand.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 LoadFormat = Literal["safetensors", "dummy"]
 ADAPTER = "adapter_config.json"
-NOT_HERE = "are not here, or not all of them"
+NOT_HERE = "are missing or incomplete"
 
 
 class ModelCheck:
-    """Holds a model's files against what they are to be run with.
+    """Checks a model's files against what they are to be run with.
 
-    `problems`: what keeps the model from running, a line each. `notes`: what could not be checked,
-    or is good to know. For loading, what was read is kept, or None: `folder`, `files`, `skeleton`
+    `problems` prevent the model from running, one per line. `notes` say what could not be checked
+    or is worth knowing. What was read is kept for loading, or None: `folder`, `files`, `skeleton`
     (the model without data), `tokenizer`, `defaults`.
     """
 
@@ -46,12 +46,13 @@ class ModelCheck:
         load_format: LoadFormat = "safetensors",
         fetch: bool = False,
     ):
-        """
+        """Runs the checks.
+
         Args:
-            shape: what the model is to be; `origin` says where it comes from.
+            shape: the expected model. `origin` says where it comes from.
             name: the checkpoint's folder, relative to `relative_to`, or its Hugging Face id.
-            load_format: with `dummy`, only the model's config.json is looked at.
-            fetch: download what is missing of a model of the Hugging Face hub.
+            load_format: with `dummy`, only the model's config.json is checked.
+            fetch: download missing files of a model of the Hugging Face hub.
         """
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -70,16 +71,15 @@ class ModelCheck:
         self._try(self._look_at_model)
 
     def refuse(self) -> None:
-        """
+        """Fails with the first problem, if there is any.
+
         Raises:
-            FiddlerError: there is a problem; it says the first.
+            FiddlerError: there is a problem.
         """
         refuse(self.problems)
 
     def _try(self, look: Callable[[], None]) -> None:
-        """A file that cannot be read is a problem like others, after which the next file is looked
-        at.
-        """
+        """Runs a check. A file that cannot be read becomes a problem, and the checks go on."""
         try:
             look()
         except FiddlerError as error:
@@ -99,12 +99,12 @@ class ModelCheck:
             self._try(self._look_at_weights)
             self._try(lambda: self._look_at_defaults(config))
             has_tokenizer = self.folder is not None
-        # a tokenizer's class comes from the config, too
+        # the tokenizer's class depends on the config
         if has_tokenizer and (self.config is None or self.skeleton is not None):
             self._try(lambda: self._look_at_tokenizer(config_file.parent, config))
 
     def _find(self) -> Path:
-        """The config.json; sets `folder` if the weights are there."""
+        """Finds config.json. Sets `folder` if the weights are present."""
         if self._dummy:
             config_file = model_config_file(self._name, self._relative_to)
             self.folder = config_file.parent
@@ -121,7 +121,7 @@ class ModelCheck:
         return model_config_file(self._name, self._relative_to)
 
     def _weights_at_hand(self) -> Path | None:
-        """The folder of the model's weights; None if they are not here, or not all of them."""
+        """The folder of the model's weights. None if they are missing or incomplete."""
         folder = local_folder(self._name, self._relative_to)
         if folder is not None:
             return folder if _holds_weights(folder) or other_weights(folder) else None
@@ -141,13 +141,13 @@ class ModelCheck:
             return
         if exists(self.folder / ADAPTER):
             raise FiddlerError(
-                f"{self.folder / ADAPTER}: adapters are not applied; merge it into the weights, or"
-                " move the file"
+                f"{self.folder / ADAPTER}: adapters are not applied; merge the adapter into the"
+                " weights, or move the file"
             )
         self.files = TensorFiles(self.folder)
         single = self.folder / SINGLE_FILE
         if is_file(self.folder / INDEX) and is_file(single) and single not in self.files.paths:
-            self.notes.append(f"{single}: not read, since {INDEX} names other files")
+            self.notes.append(f"{single}: not read, because {INDEX} names other files")
         expected = {}
         if self.skeleton is not None:
             from fiddler_run.generation.model import dense_tensors
@@ -175,13 +175,13 @@ class ModelCheck:
             token_ids(tokenizer, SAMPLE, len(SAMPLE), config.vocab_size)
         except FiddlerError as error:
             raise FiddlerError(
-                f"{folder}: the tokenizer is not this model's: of a simple text, {error}"
+                f"{folder}: the tokenizer does not belong to this model: in a simple text, {error}"
             ) from None
         self.tokenizer = tokenizer
         if len(self.tokenizer) > config.vocab_size:
             self.notes.append(
-                f"{folder}: the tokenizer has {len(self.tokenizer)} tokens, the model"
-                f" {config.vocab_size}: prompts with one of the others are refused"
+                f"{folder}: the tokenizer has {len(self.tokenizer)} tokens, but the model"
+                f" {config.vocab_size}; prompts with the others are refused"
             )
         if self.tokenizer.chat_template is not None:
             try:
@@ -193,7 +193,7 @@ class ModelCheck:
 def shape_problems(
     shape: ModelShape, config: ModelConfig, origin: str, config_file: Path
 ) -> list[str]:
-    """One for each number in which a model differs from the one that a plan was made for."""
+    """The sizes in which a model differs from the one that a plan was made for."""
     remedy = "make a plan for this model with `fiddler-opt plan --model`"
     return [
         f"{origin}: model.{key} is {getattr(shape, key)}, but {config.keys[key]} is"
@@ -204,9 +204,10 @@ def shape_problems(
 
 
 def refuse(problems: list[str]) -> None:
-    """
+    """Fails with the first problem, if there is any.
+
     Raises:
-        FiddlerError: there is a problem; it says the first.
+        FiddlerError: there is a problem.
     """
     if problems:
         raise FiddlerError(problems[0])

@@ -1,11 +1,11 @@
-"""A model's sizes, as its config.json gives them. Imports no torch."""
+"""ModelConfig: a model's sizes from its config.json. Imports no torch."""
 
 from dataclasses import dataclass
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.shape import DTYPE_BYTES, Dtype, ModelShape
 
-# Where neither config.json nor the weights say; nearly every such checkpoint is in it.
+# If neither config.json nor the weights name one; nearly every such checkpoint uses it.
 ASSUMED_DTYPE = "bfloat16"
 SHAPE_KEYS = (
     "num_layers",
@@ -20,9 +20,9 @@ SHAPE_KEYS = (
 class ModelConfig:
     """The sizes of a model of any family.
 
-    `family` is its `model_type`. `dtype` is None where the file does not say. `keys`: the family's
-    own names of SHAPE_KEYS. `for_transformers`: what its class in transformers is
-    made from. `raw`: the file's keys, without nulls.
+    `family` is its `model_type`. `dtype` is None if the file does not name one. `keys` are the
+    family's own names of SHAPE_KEYS. `for_transformers` holds the arguments of the transformers
+    config class. `raw` holds the file's keys, without nulls.
     """
 
     family: str
@@ -44,13 +44,13 @@ class ModelConfig:
     raw: dict
 
     def shape(self, name: str, dtype: Dtype) -> ModelShape:
-        """The part of it that a plan holds."""
+        """The part of the sizes that a plan holds."""
         sizes = {key: getattr(self, key) for key in SHAPE_KEYS}
         return ModelShape(name=name, dtype=dtype, **sizes)
 
     @property
     def dense_layer_elements(self) -> int:
-        """Weights of attention, router and norms of one layer."""
+        """Number of weights in the attention, router and norms of one layer."""
         kv = self.num_key_value_heads * self.head_dim
         attention = 2 * self.hidden_size * (self.num_attention_heads * self.head_dim + kv)
         return attention + self.num_experts * self.hidden_size + 2 * self.hidden_size
@@ -61,26 +61,26 @@ class ModelConfig:
 
     @property
     def head_elements(self) -> int:
-        """Weights of the embedding table, the final norm and the output head."""
+        """Number of weights in the embedding table, the final norm and the output head."""
         tables = 1 if self.tie_word_embeddings else 2
         return tables * self.embedding_elements + self.hidden_size
 
     @property
     def dense_elements(self) -> int:
-        """All weights that belong to no expert."""
+        """Number of weights outside the experts."""
         return self.num_layers * self.dense_layer_elements + self.head_elements
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Keys and values of one token in all layers."""
+        """Number of elements of one token's keys and values in all layers."""
         return 2 * self.num_layers * self.num_key_value_heads * self.head_dim
 
 
 def positive(config: dict, key: str, limit: int, origin: str, default: int | None = None) -> int:
-    """The whole number from 1 to `limit` that a config.json holds for `key`.
+    """The whole number from 1 to `limit` in a config.json's `key`.
 
     Raises:
-        FiddlerError: it holds something else.
+        FiddlerError: the key holds something else.
     """
     value = config.get(key, default)
     if type(value) is not int or value < 1:
@@ -89,27 +89,29 @@ def positive(config: dict, key: str, limit: int, origin: str, default: int | Non
         )
     if value > limit:
         raise FiddlerError(
-            f"{origin}: key {key!r} is {short(value)}, more than any model's {limit}; correct it"
+            f"{origin}: key {key!r} is {short(value)}, above the limit of {limit}; correct it"
         )
     return value
 
 
 def dtype_of(config: dict, origin: str) -> Dtype | None:
-    """The dtype that a config.json names.
+    """The dtype named by a config.json.
 
     Raises:
-        FiddlerError: it is not supported.
+        FiddlerError: the dtype is not supported.
     """
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPE_BYTES):
         known = ", ".join(DTYPE_BYTES)
-        raise FiddlerError(f"{origin}: dtype {short(dtype)} is not supported; known are {known}")
+        raise FiddlerError(
+            f"{origin}: dtype {short(dtype)} is not supported; supported are {known}"
+        )
     return dtype
 
 
 def short(value: object) -> str:
-    """A value as an error shows it."""
+    """Formats a value for an error message."""
     if isinstance(value, int) and abs(value) > 10**30:
-        return "a number beyond reason"
+        return "a number out of range"
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + " ..."

@@ -1,4 +1,4 @@
-"""What the runtime asks of a family of models."""
+"""The interface of a family of models."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ExpertNames(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """A decoder layer for one token of each sequence: its parts, and what lies between them.
+    """A decoder layer for one token of each sequence, split into its parts.
 
-    `attention` and `experts` are its modules; `eager_attention` is the family's plain attention.
+    `attention` and `experts` are its modules. `eager_attention` is the family's plain attention.
     `before(cos, sin, *parts)` returns the residual [sequences, 1, hidden], and query, key and value
     [sequences, heads, 1, head_dim]; `parts` add up to the residual stream. `after(residual,
     attended)` returns the residual, the experts' input [tokens, hidden], and the router's choice
@@ -49,20 +49,20 @@ def sum_parts(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 class Family(ABC):
-    """One `model_type` of transformers: its config.json, its checkpoint, its classes.
+    """One `model_type` of transformers: its config.json, its checkpoint and its classes.
 
-    `config`, `expert_names`, `dense_name` and `expert_tensors` need no torch. The others import
-    transformers when they are called.
+    `config`, `expert_names`, `dense_name` and `expert_tensors` need no torch. The other methods
+    import transformers when called.
     """
 
     model_type: ClassVar[str]
 
     @abstractmethod
     def config(self, raw: dict, origin: str) -> ModelConfig:
-        """The model of a config.json's content, which came from `origin`.
+        """The model described by the content of a config.json that came from `origin`.
 
         Raises:
-            FiddlerError: it is no model that the runtime can run.
+            FiddlerError: the runtime cannot run such a model.
         """
 
     @abstractmethod
@@ -75,7 +75,7 @@ class Family(ABC):
 
     @abstractmethod
     def stock_class(self) -> type[PreTrainedModel]:
-        """transformers' class of a causal language model."""
+        """transformers' class for causal language modelling."""
 
     @abstractmethod
     def stock_config(self, config: ModelConfig) -> PreTrainedConfig:
@@ -87,10 +87,10 @@ class Family(ABC):
 
     @abstractmethod
     def segments(self, layer: nn.Module) -> Segments | None:
-        """The segments of a decoder layer. None if something in it is not of the stock class."""
+        """The segments of a decoder layer. None if a part is not of the stock class."""
 
     def expert_tensors(self, shape: ModelShape) -> dict[str, list[int]]:
-        """The names of all tensors of experts in a checkpoint, and their shapes."""
+        """The names and shapes of all expert tensors in a checkpoint."""
         row = [shape.intermediate_size, shape.hidden_size]
         column = [shape.hidden_size, shape.intermediate_size]
         return {

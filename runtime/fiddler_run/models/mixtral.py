@@ -1,4 +1,4 @@
-"""Mixtral: the keys of its config.json, its checkpoint's names, its classes in transformers."""
+"""Mixtral: the keys of its config.json, its checkpoint's names, and its transformers classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# The largest value that is taken for a model's, by key. These keys have no default.
+# Required keys and the largest accepted value of each. They have no default.
 REQUIRED = {
     "num_hidden_layers": 1_000,
     "num_local_experts": 4_096,
@@ -22,10 +22,10 @@ REQUIRED = {
     "num_attention_heads": 2**16,
     "vocab_size": 2**24,
 }
-# transformers' defaults, for keys that a config.json may leave out.
+# transformers' defaults, for optional keys
 DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131_072}
-ACTIVATION = "silu"  # transformers' default, too
-# Keys that go on to transformers. All others are left out: the plan and the flags decide.
+ACTIVATION = "silu"  # also transformers' default
+# Keys passed on to transformers. All others are ignored: the plan and the flags decide.
 PASSED_ON = (
     "model_type",
     "hidden_act",
@@ -50,8 +50,8 @@ KEYS = {
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
 }
-# These compute frequencies from the length of all that is passed at once, which depends on how a
-# prompt is cut into chunks.
+# These compute frequencies from the length of the input, which depends on how a prompt is split
+# into chunks.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 

@@ -1,4 +1,4 @@
-"""A Mixtral decoder layer in segments of transformers' own modules."""
+"""A Mixtral decoder layer, split into segments of transformers' own modules."""
 
 from torch import Tensor, nn
 from transformers.models.mixtral import modeling_mixtral as mixtral
@@ -7,7 +7,7 @@ from fiddler_run.models.family import Segments, sum_parts
 
 
 class Before:
-    """What comes before a layer's attention, see `Segments`."""
+    """The part before a layer's attention, see `Segments`."""
 
     def __init__(self, layer: mixtral.MixtralDecoderLayer):
         self._norm = layer.input_layernorm
@@ -26,7 +26,7 @@ class Before:
 
 
 class After:
-    """What comes after it, up to the router's choice, see `Segments`."""
+    """The part after it, up to the router's choice, see `Segments`."""
 
     def __init__(self, layer: mixtral.MixtralDecoderLayer):
         self._output = layer.self_attn.o_proj
@@ -41,7 +41,7 @@ class After:
 
 
 def segments(layer: nn.Module) -> Segments | None:
-    """The segments of a layer; None if something in it was replaced by another class."""
+    """The segments of a layer. None if a part was replaced by another class."""
     is_stock = (
         type(layer) is mixtral.MixtralDecoderLayer
         and type(layer.self_attn) is mixtral.MixtralAttention

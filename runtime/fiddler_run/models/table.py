@@ -1,4 +1,4 @@
-"""The families by `model_type`. A new one is a file in this folder and a line here."""
+"""The families by `model_type`. To add one, add a file to this folder and a line here."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from fiddler_run.models.mixtral import Mixtral
 from fiddler_run.system.parsing import read_json_object
 
 FAMILIES: dict[str, Family] = {each.model_type: each for each in (Mixtral(),)}
-# Models whose config.json ships with this package.
+# Models whose config.json is included in this package.
 BUNDLED_CONFIGS = {
     name: Path(__file__).parent / "configs" / "Mixtral-8x7B.json"
     for name in ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1")
@@ -17,17 +17,17 @@ BUNDLED_CONFIGS = {
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The model of a config.json.
+    """Reads a config.json.
 
     Raises:
-        FiddlerError: the file cannot be read, or describes no model that the runtime can run.
+        FiddlerError: the file cannot be read, or the runtime cannot run such a model.
     """
     advice = "--model names a checkpoint folder in Hugging Face format"
     return parse_config(read_json_object(path, advice), str(path))
 
 
 def parse_config(raw: dict, origin: str) -> ModelConfig:
-    """The same for the content of a config.json that came from `origin`."""
+    """Parses the content of a config.json that came from `origin`. Raises as `read_config`."""
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(map(repr, FAMILIES))

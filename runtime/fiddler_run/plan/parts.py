@@ -1,4 +1,4 @@
-"""The parts of a decode step's time and of the time to the first token, in words."""
+"""Names the parts of a decode step's time and of the time to first token."""
 
 PARTS = {
     "head": "embedding, output head, sampling",
@@ -6,5 +6,5 @@ PARTS = {
     "resident": "experts in GPU memory",
     "host": "experts in host memory",
     "disk": "experts on disk",
-    "launch_overhead": "kernel launches, experts done already",
+    "launch_overhead": "kernel launches, after the experts are done",
 }

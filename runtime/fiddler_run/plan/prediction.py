@@ -1,4 +1,4 @@
-"""What a plan says of itself: its predictions, and how it was made."""
+"""The sections of a plan that describe it: its predictions, and how it was made."""
 
 from typing import Annotated, Literal
 
@@ -15,7 +15,7 @@ from fiddler_run.plan.yaml_file import (
 
 
 class Rates(Section):
-    """Expert bytes per second that the profiled machine handles for one token.
+    """Expert bytes per second of the profiled machine, for one token.
 
     `host`: CPU and link together, from host memory.
     """
@@ -34,11 +34,11 @@ class Alternative(Section):
 class Predicted(Section):
     """What the planner expects of a plan on the profiled machine.
 
-    `gap` is relative: (found - bound) / found, in seconds. `decode_ms`, `ttft_ms`: milliseconds of
-    a decode step, and until the first token, by the parts of `plan.parts`. `binding`: the budget of
-    which more would be used. `next_gb_tokens_per_s`: what another GB of GPU memory would add.
-    `regret`: by set of prompts, how much longer the workload takes there than with a plan for that
-    set, as a part. `alternatives`: what rules of thumb give.
+    `gap` is relative: (found - bound) / found, in seconds. `decode_ms` and `ttft_ms` are the
+    milliseconds of a decode step and of the time to first token, by the parts of `plan.parts`.
+    `binding` is the budget that limits the speed. `next_gb_tokens_per_s` is the gain from another
+    GB of GPU memory. `regret` is, by set of prompts, the relative extra time compared with a plan
+    made for that set. `alternatives` are the predictions of simpler rules.
     """
 
     decode_tokens_per_s: Rate
@@ -55,7 +55,7 @@ class Predicted(Section):
 
 
 class Provenance(Section):
-    """How the file was made. `routing` is a file, or "uniform (assumed)"."""
+    """How the plan was made. `routing` is a file, or "uniform (assumed)"."""
 
     command: str
     machine: str

@@ -1,4 +1,4 @@
-"""A rank's part of a plan: one process, its device, and its share of every expert."""
+"""The part of a plan for one rank: a process, its device, and its share of every expert."""
 
 from typing import Literal
 
@@ -31,7 +31,7 @@ class GpuMemory(Section):
 
 
 class HostMemory(Section):
-    """Bytes of host memory: experts, and the embedding table if it lies there."""
+    """Bytes of host memory: experts, and the embedding table if it is kept there."""
 
     experts: BytesOrZero
     embedding: BytesOrZero
@@ -40,9 +40,9 @@ class HostMemory(Section):
 class Rank(Section):
     """One process with one GPU, or none.
 
-    For expert e of layer l the first `resident_blocks[l][e]` blocks lie in GPU memory, the last
+    For expert e of layer l, the first `resident_blocks[l][e]` blocks are in GPU memory, the last
     `disk_blocks[l][e]` on disk, and those between in host memory. `disk_blocks` may be empty.
-    `stream_share`: by tokens of an expert, the share of its host blocks that is streamed.
+    `stream_share` is, by tokens of an expert, the share of its host blocks that is streamed.
     """
 
     device: Literal["cuda", "cpu"]
@@ -65,20 +65,20 @@ class Rank(Section):
 
     @property
     def streams(self) -> bool:
-        """True if the GPU may take host blocks over the link; their memory is then page-locked."""
+        """True if the GPU may read host blocks over the link. Their memory is then page-locked."""
         return self.gpu_memory_bytes.staging > 0
 
     def stream_share_at(self, tokens: int) -> float:
         """The share of an expert's host blocks that is streamed when `tokens` tokens call it.
 
-        Linear between the entries, as the measured times are in the planner.
+        Linear between entries, like the measured times in the planner.
         """
         return interpolate(self.stream_share, tokens)
 
     def placement_problems(self, num_layers: int, num_experts: int, num_blocks: int) -> list[str]:
-        """What is wrong with the rows of blocks, for experts of `num_blocks` blocks each.
+        """The problems of the rows of blocks, for experts of `num_blocks` blocks each.
 
-        Blocks on disk are compared only where those in GPU memory are right.
+        Blocks on disk are only compared if the rows of resident blocks are right.
         """
         whole = [[num_blocks] * num_experts] * num_layers
         problems = row_problems("resident_blocks", self.resident_blocks, whole)
@@ -91,7 +91,7 @@ class Rank(Section):
         return row_problems("disk_blocks", self.disk_blocks, left, "that are not resident")
 
     def share_problems(self) -> list[str]:
-        """What is wrong with `stream_share`."""
+        """The problems of `stream_share`."""
         problems = [] if 1 in self.stream_share else ["stream_share: needs an entry for 1 token"]
         return problems + [
             f"stream_share[{tokens}]: {share} is not between 0 and 1"
@@ -100,7 +100,11 @@ class Rank(Section):
         ]
 
     def memory_problems(self, block_bytes: int, num_host_blocks: int | None) -> list[str]:
-        """What does not add up. `num_host_blocks` None: the rows of blocks are wrong already."""
+        """The sums of bytes that do not match.
+
+        Args:
+            num_host_blocks: None: the rows of blocks are wrong, and host blocks are not checked.
+        """
         gpu = self.gpu_memory_bytes
         host = self.host_memory_bytes
         problems = []
@@ -135,7 +139,7 @@ class Rank(Section):
 def row_problems(
     name: str, rows: Rows, limits: list[list[int]], of: str = "of an expert"
 ) -> list[str]:
-    """What keeps `rows` from holding a number for each layer and expert, within its limit."""
+    """The reasons why `rows` do not hold a number within its limit for each layer and expert."""
     if sorted(rows) != list(range(len(limits))):
         return [f"{name}: needs exactly the layers 0 to {len(limits) - 1}"]
     problems = []

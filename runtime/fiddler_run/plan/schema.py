@@ -1,8 +1,8 @@
 """The plan: the file that the planner writes and the runtime executes.
 
 Every decision is a plain number. An expert's neurons are cut into blocks of `block_neurons`, stored
-in one `encoding`; each rank says where its blocks lie and how those in host memory are served.
-Rule: a plan that loads can be executed.
+in one `encoding`. Each rank says where its blocks are and how its host blocks are served. Every
+plan that loads can be executed.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -18,9 +18,9 @@ from fiddler_run.plan.yaml_file import BytesOrZero, Count, Section, Width, YamlF
 
 
 class Workload(Section):
-    """What the plan was made for.
+    """The workload that the plan was made for.
 
-    `batch_size` sequences at once, each of `prompt_tokens` then `output_tokens`, searched with
+    `batch_size` sequences at once, each of `prompt_tokens` and then `output_tokens`, searched with
     `num_beams`.
     """
 
@@ -32,7 +32,7 @@ class Workload(Section):
 
     @property
     def sequences(self) -> int:
-        """Sequences that pass the model at once."""
+        """Number of sequences that pass the model at once."""
         return self.num_beams * self.batch_size
 
     def problems(self) -> list[str]:
@@ -45,7 +45,7 @@ class Workload(Section):
 
 
 class Budget(Section):
-    """Bytes that the planner was given. `host_bytes` null: as much as the experts need."""
+    """The bytes that the planner was given. `host_bytes` null: as much as the experts need."""
 
     gpu_bytes: BytesOrZero
     host_bytes: BytesOrZero | None = None
@@ -74,19 +74,21 @@ class Plan(YamlFile):
         "encoding": "how blocks are stored",
         "budget": "what the planner was given",
         "block_neurons": "an expert is cut into blocks of this many neurons",
-        "ranks": "the processes that share the experts",
-        "device": "cuda; or cpu: the GPU part lies in host memory, and the CPU computes it",
-        "cpu_pinned": "true if each of the CPU's threads stays on its own core",
-        "stream_share": "by tokens of an expert: share of its host blocks sent over the link",
-        "resident_blocks": "by layer, for each expert: how many of its blocks are in GPU memory",
-        "disk_blocks": "likewise on disk, the last ones of an expert; empty: none",
+        "ranks": "the processes that share every expert",
+        "device": "cuda, or cpu: the GPU part is kept in host memory and computed by the CPU",
+        "cpu_pinned": "true if each CPU thread stays on its own core",
+        "stream_share": (
+            "by tokens of an expert: the share of its host blocks that is streamed over the link"
+        ),
+        "resident_blocks": "by layer, for each expert: the number of its blocks in GPU memory",
+        "disk_blocks": "likewise on disk, the last blocks of an expert; empty: none",
         "bytes_per_s": "expert bytes for one token; host: by CPU and link together",
     }
 
     def problems(self) -> list[str]:
         encoding = ENCODINGS.get(self.encoding)
         if encoding is None:
-            return [f"encoding: {self.encoding} is not known; known are {', '.join(ENCODINGS)}"]
+            return [f"encoding: {self.encoding} is unknown; known are {', '.join(ENCODINGS)}"]
         problems = []
         if encoding.dtype != self.model.dtype:
             problems.append(
@@ -114,7 +116,7 @@ class Plan(YamlFile):
 
     @property
     def block_format(self) -> Encoding:
-        """The stored form of blocks."""
+        """The encoding of the plan's blocks, for its sizes."""
         return ENCODINGS[self.encoding](self.model.hidden_size, self.block_neurons)
 
     @property

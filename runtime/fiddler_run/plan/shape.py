@@ -1,4 +1,4 @@
-"""The sizes of a model that a plan follows from. Names are Hugging Face's."""
+"""ModelShape: the model sizes that a plan depends on, by Hugging Face's names."""
 
 from typing import Literal
 
@@ -6,11 +6,11 @@ from fiddler_run.plan.yaml_file import ExpertCount, LayerCount, Section, Width
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Dtype = Literal["bfloat16", "float16", "float32"]
-LOADING_THREADS = 8  # more hold more memory and read no faster
+LOADING_THREADS = 8  # more threads need more memory and do not read faster
 
 
 class ModelShape(Section):
-    """The part of a model that decides the geometry of its experts."""
+    """The sizes that determine the geometry of a model's experts."""
 
     name: str
     num_layers: LayerCount
@@ -30,10 +30,10 @@ class ModelShape(Section):
 
     @property
     def expert_elements(self) -> int:
-        """Weights of one expert."""
+        """Number of weights of one expert."""
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
     def loading_bytes(self) -> int:
-        """Host memory for the experts that are being read, besides those already placed."""
+        """Host memory for experts while they are read, besides those already placed."""
         return LOADING_THREADS * self.expert_elements * DTYPE_BYTES[self.dtype]

@@ -1,7 +1,7 @@
-"""The split: how many of a called expert's host blocks the link takes; the CPU computes the others.
+"""The split rule: how many host blocks of a called expert take the link. The CPU gets the rest.
 
-`kernels/route.h` applies the same rule where the GPU sends the router's choice to the CPU's
-threads.
+`kernels/route.h` applies the same rule on the decode path, where the GPU sends the router's choice
+to the CPU's threads.
 """
 
 from bisect import bisect_right
@@ -10,13 +10,13 @@ from math import log
 
 
 def split(calls: Iterable[tuple[float, int]]) -> Iterator[int]:
-    """The number of streamed blocks of each called expert, in the order of the calls.
+    """Yields the number of streamed blocks of each called expert, in the order of the calls.
 
     Carries the rounding remainder from expert to expert, so that a layer's total is exact to half a
     block.
 
     Args:
-        calls: for each called expert, the share of its host blocks to stream and their number.
+        calls: for each called expert, the share of its host blocks to stream, and their number.
     """
     remainder = 0.0
     for share, num_host in calls:
@@ -29,12 +29,12 @@ def split(calls: Iterable[tuple[float, int]]) -> Iterator[int]:
 def scale_odds(share: float, factor: float) -> float:
     """The share whose odds, streamed : CPU, are `factor` times those of `share`."""
     if factor == 1 or share in (0, 1):
-        return share  # exactly
+        return share  # avoids rounding
     return share * factor / (share * factor + 1 - share)
 
 
 def fading(factor: float, tokens: int, last: int) -> float:
-    """`factor` at one token, 1 from `last` tokens on, and log-linear in between."""
+    """`factor` at one token, 1 from `last` tokens on, log-linear in between."""
     return factor ** max(0.0, 1 - log(tokens, last))
 
 

@@ -1,7 +1,7 @@
-"""The base of the project's YAML files: strict when read, written whole or not at all.
+"""The base of the project's YAML files. Reading is strict; writing is atomic.
 
-Strict: unknown, missing and duplicate keys, wrong types, numbers beyond reason and other versions
-are errors that name file and key.
+Unknown, missing and duplicate keys, wrong types, values out of bounds and other versions are errors
+that name file and key.
 """
 
 import re
@@ -16,8 +16,8 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.system.files import read_text, write_whole
 from fiddler_run.system.parsing import parse_yaml
 
-# Bounds far beyond any machine or model, so that no arithmetic on what a file says overflows or
-# takes all memory.
+# These bounds are far beyond any machine or model. They keep arithmetic on a file's values from
+# overflowing or exhausting memory.
 LayerCount = Annotated[int, Field(gt=0, le=1_000)]
 ExpertCount = Annotated[int, Field(gt=0, le=4_096)]
 Width = Annotated[int, Field(gt=0, le=2**20)]  # of a vector: hidden_size, intermediate_size
@@ -32,7 +32,7 @@ Ratio = Annotated[float, Field(ge=0, le=1e6)]
 Microseconds = Annotated[float, Field(ge=1e-3, le=1e15)]
 Milliseconds = Annotated[float, Field(ge=0, le=1e12)]
 
-# The kinds of files by keys that only they have; the second one is of versions before 3.
+# The kinds of files, each with the keys that only it has. The second key is from versions before 3.
 KINDS = {
     "plan": ("ranks", "resident_blocks"),
     "machine profile": ("host_expert_us", "absent_expert_us"),
@@ -41,21 +41,21 @@ KINDS = {
 
 
 class Section(BaseModel):
-    """A mapping inside a file: immutable, no unknown keys, no conversions between types, no NaN, no
-    broken rule.
+    """A mapping inside a file. Immutable and strict: no unknown keys, no type conversion, no
+    NaN.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def problems(self) -> list[str]:
-        """The rules between its values that are broken, each naming its key and number; types have
-        been checked before.
+        """The broken rules between values, each naming its key and number. Types are already
+        checked.
         """
         return []
 
     @model_validator(mode="after")
     def _keep_rules(self, info: ValidationInfo) -> Self:
-        """The first broken rule is an error; where the context is a list, all are added to that
+        """Fails with the first broken rule. If the context is a list, adds all broken rules to it
         instead.
         """
         problems = self.problems()
@@ -67,12 +67,10 @@ class Section(BaseModel):
 
 
 class YamlFile(Section):
-    """A whole file. Subclasses declare `version: Literal[...]` and its keys in the order in which
-    they are written.
-    """
+    """A whole file. Subclasses declare `version: Literal[...]` and the keys in file order."""
 
     kind: ClassVar[str]  # one of KINDS
-    remake: ClassVar[str]  # what to do about a file of another version
+    remake: ClassVar[str]  # how to replace a file of another version
     header: ClassVar[str] = ""
     key_comments: ClassVar[dict[str, str]] = {}
 
@@ -81,14 +79,13 @@ class YamlFile(Section):
         """Reads and checks a file.
 
         Raises:
-            FiddlerError: the file cannot be read or breaks a rule; the message names the file and
-                the key.
+            FiddlerError: the file cannot be read or breaks a rule. The message names file and key.
         """
         return cls.parse(read_text(path), origin=str(path))
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Self:
-        """The same for text that came from `origin` (a name for messages)."""
+        """Parses a text that came from `origin`. Raises as `load`."""
         content, problems = cls.examine(text, origin)
         if problems:
             raise FiddlerError(problems[0])
@@ -96,11 +93,10 @@ class YamlFile(Section):
 
     @classmethod
     def examine(cls, text: str, origin: str) -> tuple[Self | None, list[str]]:
-        """The content of a file's text, and everything that is wrong with it, each naming file and
-        key.
+        """The content of a file's text, and all problems, each naming file and key.
 
-        There is no content where a key or a type is wrong; where only rules between values are
-        broken, there is.
+        The content is None if a key or a type is wrong. It is present if only rules between values
+        are broken.
         """
         try:
             data = parse_yaml(text, origin)
@@ -132,7 +128,7 @@ class YamlFile(Section):
         ]
 
     def dump(self) -> str:
-        """The file's text: one line for each value that holds no other mapping or list.
+        """The file's text, with one line for each innermost mapping or list.
 
         `parse(dump(x)) == x`.
         """
@@ -152,22 +148,22 @@ class YamlFile(Section):
         return "\n".join(lines) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Writes the file whole or not at all.
+        """Writes the file atomically.
 
         Raises:
-            FiddlerError: the place cannot be written.
+            FiddlerError: the file cannot be written.
         """
         write_whole(path, self.dump())
 
 
 def kind_of(data: dict) -> str | None:
-    """Which of KINDS a file's content is; None if it is none, or more than one."""
+    """The entry of KINDS for a file's content. None if no kind or several match."""
     found = [kind for kind, keys in KINDS.items() if any(key in data for key in keys)]
     return found[0] if len(found) == 1 else None
 
 
 def _problems(error: ValidationError) -> list[str]:
-    """Unknown keys first: a misspelt key is also a missing one."""
+    """Lists unknown keys first, because a misspelt key is also a missing one."""
     errors = error.errors(include_url=False)
     return [
         _problem(each)
@@ -176,7 +172,7 @@ def _problems(error: ValidationError) -> list[str]:
 
 
 def _problem(error: ErrorDetails) -> str:
-    if error["type"] == "value_error":  # raised by our own checks, which name the place themselves
+    if error["type"] == "value_error":  # raised by our own checks, which name the key themselves
         return str(error["ctx"]["error"])
     where = "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]

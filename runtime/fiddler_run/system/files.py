@@ -1,7 +1,6 @@
-"""Every text file that a user hands in is read here, and every file that they get is written.
+"""Reads every text file from users and writes every file for them.
 
-Whatever is wrong with a file is a FiddlerError that names it. A file is written whole or not at
-all.
+Every problem with a file is a FiddlerError that names it. Writing is atomic.
 """
 
 import os
@@ -14,23 +13,23 @@ from pathlib import Path
 
 from fiddler_run.errors import FiddlerError
 
-MAX_TEXT_BYTES = 64_000_000  # the routing profile of a model with 48 layers of 128 experts is 9 MB
+MAX_TEXT_BYTES = 64_000_000  # the routing profile of a model with 48 layers of 128 experts has 9 MB
 
 
 def read_text(path: str | Path) -> str:
-    """The UTF-8 text of a file or a pipe, without a byte-order mark.
+    """Reads the UTF-8 text of a file or a pipe, without a byte-order mark.
 
     Raises:
-        FiddlerError: the file cannot be read, is no UTF-8 text, or is larger than `MAX_TEXT_BYTES`.
+        FiddlerError: the file cannot be read, is not UTF-8 text, or exceeds `MAX_TEXT_BYTES`.
     """
     return decode_text(read_bytes(path, MAX_TEXT_BYTES), str(path))
 
 
 def read_bytes(path: str | Path, max_bytes: int) -> bytes:
-    """The content of a file or a pipe.
+    """Reads the content of a file or a pipe.
 
     Raises:
-        FiddlerError: the file cannot be read, or is larger than `max_bytes`.
+        FiddlerError: the file cannot be read, or exceeds `max_bytes`.
     """
     try:
         with Path(path).open("rb") as file:
@@ -39,14 +38,13 @@ def read_bytes(path: str | Path, max_bytes: int) -> bytes:
         raise cannot_read(path, error) from None
     if len(content) > max_bytes:
         raise FiddlerError(
-            f"{path}: larger than {max_bytes / 1e6:g} MB; this is not the kind of file that belongs"
-            " here"
+            f"{path}: larger than {max_bytes / 1e6:g} MB; this cannot be the expected kind of file"
         )
     return content
 
 
 def decode_text(content: bytes, origin: str) -> str:
-    """The text of UTF-8 bytes that came from `origin`, without a byte-order mark.
+    """Decodes UTF-8 bytes that came from `origin`, without a byte-order mark.
 
     Raises:
         FiddlerError: the bytes are not UTF-8.
@@ -60,10 +58,10 @@ def decode_text(content: bytes, origin: str) -> str:
 
 
 def exists(path: str | Path) -> bool:
-    """True if there is something at `path`.
+    """True if `path` exists.
 
     Raises:
-        FiddlerError: the system does not let us look.
+        FiddlerError: the system denies access.
     """
     return _look(path) is not None
 
@@ -81,14 +79,15 @@ def is_file(path: str | Path) -> bool:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Writes to a temporary file beside `path`, then renames it, so that `path` never holds half a
-    file. Text becomes UTF-8.
+    """Writes `path` atomically: to a temporary file beside it, which is then renamed.
+
+    Text is encoded as UTF-8.
 
     Raises:
-        FiddlerError: the place cannot be written.
+        FiddlerError: the file cannot be written.
     """
     require_writable(path)
-    target = Path(os.path.realpath(path))  # a link stays one, and what it points to is replaced
+    target = Path(os.path.realpath(path))  # a link stays a link; its target is replaced
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +104,7 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 
 def partial_files(path: Path) -> list[Path]:
-    """What processes that were killed inside `write_whole(path, ...)` left behind."""
+    """Temporary files left behind by processes that were killed inside `write_whole(path, ...)`."""
     pattern = re.compile(rf"\.{re.escape(path.name[:200])}\.[0-9a-f]{{16}}\.partial")
     try:
         return [found for found in path.parent.iterdir() if pattern.fullmatch(found.name)]
@@ -114,10 +113,10 @@ def partial_files(path: Path) -> list[Path]:
 
 
 def require_writable(path: str | Path) -> None:
-    """Finds out before long work if `write_whole(path, ...)` can succeed; leaves nothing behind.
+    """Checks before long work that `write_whole(path, ...)` can succeed. Leaves nothing behind.
 
     Raises:
-        FiddlerError: the place cannot be written.
+        FiddlerError: the file cannot be written.
     """
     try:
         target = Path(os.path.realpath(path))
@@ -142,7 +141,7 @@ def cannot_write(path: str | Path, error: Exception) -> FiddlerError:
 
 
 def reason(error: Exception) -> str:
-    """What another library's error says, in one line; the name of its type if it says nothing."""
+    """The message of another library's error in one line, or the name of its type."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     said = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -151,7 +150,7 @@ def reason(error: Exception) -> str:
 
 
 def _mode(path: Path) -> int | None:
-    """The mode of what is at `path`; None if there is nothing."""
+    """The mode of the file at `path`. None if there is none."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -161,8 +160,6 @@ def _mode(path: Path) -> int | None:
 def _look(path: str | Path) -> int | None:
     try:
         return _mode(Path(path))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a locked folder, a loop of links, a name too long; ValueError: a NUL in it
+    # OSError: an inaccessible folder, a loop of links, a name too long. ValueError: a NUL in it.
+    except (OSError, ValueError) as error:
         raise cannot_read(path, error) from None

@@ -1,4 +1,4 @@
-"""The GPU that this process uses. PyTorch is imported when it is asked."""
+"""Describes the GPU that this process uses. Imports PyTorch on demand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """`bus_id` is like `0000:01:00.0`; this process can still take `free_bytes` of its memory."""
+    """A GPU. `bus_id` is like `0000:01:00.0`; `free_bytes` is available to this process."""
 
     name: str
     bus_id: str
@@ -16,7 +16,7 @@ class Gpu:
 
 
 def current_gpu() -> Gpu | None:
-    """The current CUDA device; None without one."""
+    """The current CUDA device. None if there is none."""
     import torch
 
     if not torch.cuda.is_available():

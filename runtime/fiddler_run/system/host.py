@@ -1,8 +1,7 @@
-"""What this machine's host side offers this process: cores, memory, the CPU's name. Rule: a limit
-set from outside counts.
+"""The host resources available to this process: cores, memory, the CPU's name.
 
-Where a file of the system is missing (other systems, some containers) it sets no limit, and every
-CPU is a core of its own.
+CPU affinity and control-group limits are respected. A missing system file (other systems, some
+containers) means no limit, and every CPU counts as a core.
 """
 
 import os
@@ -12,43 +11,37 @@ import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-ROOT = Path("/")  # of proc and sys
+ROOT = Path("/")  # parent of proc and sys
 
 
 def num_cores() -> int:
-    """Cores that this process may use: its CPUs, or the whole cores of time that its control groups
-    grant, if those are fewer.
+    """The number of usable cores: allowed CPUs, or whole cores granted by control groups if
+    fewer.
     """
     return max(1, min([len(allowed_cpus()), *map(_quota_cores, _control_groups("cpu"))]))
 
 
 def num_physical_cores() -> int:
-    """Cores among the CPUs that this process may use, where `num_cores` counts each of a core's
-    threads.
-    """
+    """The number of physical cores among the allowed CPUs. `num_cores` also counts SMT siblings."""
     cpus = allowed_cpus()
     return sum(_place(cpu, cpus)[0] == 0 for cpu in cpus)
 
 
 def core_order() -> list[int]:
-    """The CPUs that this process may use: first one of each core, those of a NUMA node together,
-    then the cores' other threads.
-    """
+    """The allowed CPUs: one of each core first, ordered by NUMA node, then their SMT siblings."""
     cpus = allowed_cpus()
     return sorted(cpus, key=lambda cpu: _place(cpu, cpus))
 
 
 def allowed_cpus() -> set[int]:
-    """The numbers of the CPUs that this process may run on."""
+    """The numbers of the CPUs on which this process may run."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
 def available_memory_bytes() -> int:
-    """Host memory that can be taken without swapping and within the limits of this process's
-    control groups.
-    """
+    """Host memory that is available without swapping, within this process's control groups."""
     lines = read("proc/meminfo").splitlines()
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     if not available:
@@ -63,9 +56,7 @@ def cpu_name() -> str:
 
 
 def read(path: str | Path) -> str:
-    """The text of a file below ROOT, stripped; empty where there is none, or where it cannot be
-    read.
-    """
+    """The stripped text of a file below ROOT. Empty if the file is missing or unreadable."""
     try:
         return (ROOT / path).read_text(errors="replace").strip()
     except OSError:
@@ -73,32 +64,29 @@ def read(path: str | Path) -> str:
 
 
 def cpu_list(text: str) -> list[int]:
-    """The numbers in the kernel's form of a list: `0-3,8` is 0, 1, 2, 3, 8."""
+    """Parses the kernel's list format: `0-3,8` is 0, 1, 2, 3, 8."""
     bounds = (part.split("-") for part in text.split(",") if part)
     return [number for bound in bounds for number in range(int(bound[0]), int(bound[-1]) + 1)]
 
 
 def numa_node(cpu: int) -> int:
-    """The NUMA node of a CPU; 0 where the system knows none."""
+    """The NUMA node of a CPU. 0 if unknown."""
     nodes = (ROOT / f"sys/devices/system/cpu/cpu{cpu}").glob("node[0-9]*")
     return next((int(node.name.removeprefix("node")) for node in nodes), 0)
 
 
 class OtherProcesses:
-    """CPU time that others take, on the CPUs that this process may use, from the making of this
-    object on.
-    """
+    """CPU time of other processes on the allowed CPUs, from the creation of this object on."""
 
     def __init__(self):
         allowed = allowed_cpus()
-        # A control group that grants only some of their time leaves the rest to others, who disturb
-        # nobody.
+        # Under a control group's quota, the remaining time belongs to others, who disturb nobody.
         self._cpus = allowed if num_cores() >= len(allowed) else []
         self._start = self._now()
 
     def cores(self) -> float | None:
-        """Cores' worth of it until now: what was not idle, and what other virtual machines took,
-        less what this process and its finished children used.
+        """The number of cores that others used: all time that was not idle, including time stolen
+        by other virtual machines, minus the time of this process and its finished children.
         """
         (start_s, start_busy, start_own) = self._start
         (now_s, now_busy, now_own) = self._now()
@@ -107,11 +95,11 @@ class OtherProcesses:
         return max(0.0, (now_busy - start_busy - (now_own - start_own)) / (now_s - start_s))
 
     def _now(self) -> tuple[float, float | None, float]:
-        """Seconds on the clock, of these CPUs' work, and of our own."""
+        """Seconds of the clock, of these CPUs' work, and of this process's work."""
         ticks = 0
         for name, *counts in (line.split() for line in read("proc/stat").splitlines()):
             if re.fullmatch(r"cpu\d+", name) and int(name[3:]) in self._cpus:
-                # guests' time is in user
+                # guest time is included in user
                 user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, counts[:8])
                 ticks += user + nice + system + sum(interrupts_and_steal)
         return (
@@ -122,8 +110,8 @@ class OtherProcesses:
 
 
 def _place(cpu: int, cpus: set[int]) -> tuple[int, int, int]:
-    """Where a CPU comes in the order of cores: which thread of its core it is among `cpus`, the
-    node, the core's first thread.
+    """The sort key of a CPU: its rank among its core's siblings, its node, the core's first
+    sibling.
     """
     siblings = cpu_list(read(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
     threads = sorted({cpu, *siblings} & cpus)
@@ -131,15 +119,14 @@ def _place(cpu: int, cpus: set[int]) -> tuple[int, int, int]:
 
 
 def _control_groups(controller: str) -> Iterator[Path]:
-    """Folders of the control groups that limit this process, from its own to the outermost that can
-    be seen from here.
+    """The folders of the control groups that limit this process, from its own to the outermost.
 
-    The process's path may be one outside of a container, whose own group is then the root: groups
-    that do not exist limit nothing.
+    In a container, the process's path may be the one outside, and the container's own group is the
+    root. Groups that do not exist set no limit.
     """
     for line in read("proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2; beside version 1 it lies in a folder of its own
+        if controllers == "":  # version 2; beside version 1, it is in a separate folder
             mounts = ["", "unified"]
         elif controller in controllers.split(","):
             mounts = [controller]
@@ -154,15 +141,16 @@ def _control_groups(controller: str) -> Iterator[Path]:
 
 
 def _quota_cores(group: Path) -> float:
-    """Whole cores of time that a control group grants; infinite without a limit."""
+    """Whole cores of CPU time granted by a control group. Infinite without a limit."""
     version_1 = f"{read(group / 'cpu.cfs_quota_us')} {read(group / 'cpu.cfs_period_us')}"
     quota, _, period = (read(group / "cpu.max") or version_1).partition(" ")
     return int(quota) // int(period) if quota.isdigit() and period.isdigit() else float("inf")
 
 
 def _group_memory_bytes(group: Path) -> float:
-    """Memory that a control group still grants; infinite without a limit. Cached files not used
-    lately give way, so they count.
+    """Memory still available in a control group. Infinite without a limit.
+
+    Inactive cached files count as available, because the kernel reclaims them.
     """
     limit = read(group / "memory.max") or read(group / "memory.limit_in_bytes")
     used = read(group / "memory.current") or read(group / "memory.usage_in_bytes")

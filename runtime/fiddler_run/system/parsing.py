@@ -1,4 +1,4 @@
-"""JSON and YAML that users hand in. Whatever is wrong is a FiddlerError that names the file."""
+"""Parses JSON and YAML from users. Every problem is a FiddlerError that names the file."""
 
 import json
 import re
@@ -15,10 +15,10 @@ LONG_NUMBER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0b[01_]+|[0-9_]+(:[0-9_]+)*(\.[
 
 
 def parse_json(text: str, origin: str, remedy: str) -> Any:
-    """The value of a JSON text that came from `origin`.
+    """Parses a JSON text that came from `origin`.
 
     Raises:
-        FiddlerError: the text is no JSON; the message ends with `remedy`.
+        FiddlerError: the text is not valid JSON. The message ends with `remedy`.
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant)
@@ -29,10 +29,10 @@ def parse_json(text: str, origin: str, remedy: str) -> Any:
 
 
 def read_json_object(path: str | Path, remedy: str = "download the checkpoint again") -> dict:
-    """The JSON object in a file of a checkpoint.
+    """Reads the JSON object in a file of a checkpoint.
 
     Raises:
-        FiddlerError: the file cannot be read or holds no JSON object.
+        FiddlerError: the file cannot be read or does not hold a JSON object.
     """
     if not exists(path):
         raise FiddlerError(f"{path}: missing; {remedy}")
@@ -43,10 +43,10 @@ def read_json_object(path: str | Path, remedy: str = "download the checkpoint ag
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """The value of a YAML text that came from `origin`.
+    """Parses a YAML text that came from `origin`.
 
-    Only what the project's own files use is accepted: no anchors, aliases or tags, no key given
-    twice, no deep nesting.
+    Accepts only what the project's own files use: no anchors, aliases or tags, no duplicate keys,
+    no deep nesting.
 
     Raises:
         FiddlerError: the text is not such YAML.
@@ -56,17 +56,17 @@ def parse_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except (
         Exception
-    ) as error:  # a scalar such as 2026-13-45 or 1e999 raises nearly any type of error
+    ) as error:  # a scalar such as 2026-13-45 or 1e999 raises almost any type of error
         raise FiddlerError(f"{origin}: not valid YAML: {reason(error)}") from None
 
 
 def _refuse_constant(name: str) -> None:
-    """NaN and Infinity are no JSON, though Python reads them."""
-    raise ValueError(f"{name} is no number")
+    """Rejects NaN and Infinity, which Python reads although they are not JSON."""
+    raise ValueError(f"{name} is not a number")
 
 
 class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """A safe loader that refuses a key given twice; plain YAML would silently keep the last."""
+    """A safe loader that rejects duplicate keys. Plain YAML silently keeps the last one."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -85,10 +85,12 @@ class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
 
 
 def _refuse_unusual_yaml(text: str) -> None:
-    """
+    """Rejects YAML features that our files do not use.
+
+    Anchors and aliases can expand a small file to a huge value.
+
     Raises:
-        ValueError: the text uses anchors, aliases or tags, which can make a small file a huge
-            value, or nests deeply.
+        ValueError: the text uses anchors, aliases or tags, or nests deeply.
     """
     depth = 0
     for event in yaml.parse(text, Loader=_UniqueKeyLoader):

@@ -1,4 +1,4 @@
-"""What the runtime sets for the whole process: set while it is needed, and put back afterwards."""
+"""Settings that affect the whole process. They are set while needed and restored afterwards."""
 
 import os
 import threading
@@ -8,19 +8,19 @@ from contextlib import contextmanager
 
 import torch
 
-DIVIDED_BYTES = 1_000_000  # a tenth of a millisecond of one core's memory bandwidth
+DIVIDED_BYTES = 1_000_000  # 0.1 ms of one core's memory bandwidth
 _lock = threading.Lock()
-_turns = 0  # under way, of all models
-_before: tuple[int, bool] | None = None  # what was set before the first of them
-_caps: dict[int, dict[int, int]] = {}  # by GPU: bytes that each loaded model may take
+_turns = 0  # turns in progress, of all models
+_before: tuple[int, bool] | None = None  # the settings before the first of these turns
+_caps: dict[int, dict[int, int]] = {}  # by GPU: the bytes that each loaded model may allocate
 
 
 @contextmanager
 def while_running(cpu_threads: int | None) -> Iterator[None]:
-    """Sets PyTorch's number of threads, unless it is None, and switches cuDNN's attention off.
+    """Sets PyTorch's number of threads, unless None, and disables cuDNN attention.
 
-    cuDNN's attention, which PyTorch prefers on some GPUs, makes a new plan for each length of the
-    cache: 0.05 to 0.14 s a token on an H100.
+    cuDNN attention, which PyTorch prefers on some GPUs, makes a new plan for each length of the
+    cache. That takes 0.05 to 0.14 s per token on an H100.
     """
     global _turns, _before
     with _lock:
@@ -35,7 +35,7 @@ def while_running(cpu_threads: int | None) -> Iterator[None]:
         yield
     finally:
         if cpu_threads is not None:
-            # The number of the calling thread, as it was before the first of the turns under way.
+            # The calling thread's number, as it was before the first turn in progress.
             torch.set_num_threads(threads)
         with _lock:
             _turns -= 1
@@ -44,7 +44,7 @@ def while_running(cpu_threads: int | None) -> Iterator[None]:
 
 
 def _after_fork() -> None:
-    """A thread that held the lock, or had its turn, is not there any more."""
+    """Resets the state in a forked process, where the lock's holder no longer exists."""
     global _lock, _turns
     _lock = threading.Lock()
     _turns = 0
@@ -55,19 +55,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def dense_threads(cpu_threads: int, layer_bytes: int) -> int:
-    """PyTorch's threads for a model with `layer_bytes` of weights outside the experts in each
-    layer.
+    """The number of PyTorch's threads for `layer_bytes` of dense weights per layer.
 
-    Splitting little work over threads costs as much as it saves, and far more where other programs
+    Splitting little work over threads costs as much as it saves, and far more while other programs
     use the cores.
     """
     return cpu_threads if layer_bytes >= DIVIDED_BYTES else 1
 
 
 def allow_gpu_memory(owner: object, device: torch.device, num_bytes: int) -> None:
-    """Lets PyTorch's allocator take `num_bytes` for `owner` on `device`, as long as `owner` lives.
+    """Lets PyTorch allocate `num_bytes` for `owner` on `device`, as long as `owner` lives.
 
-    The allocator has one limit for a process: the sum for all owners; none once they are gone.
+    PyTorch has one limit per process: the sum over all owners, or none without owners.
     """
     _caps.setdefault(device.index, {})[id(owner)] = num_bytes
     _apply_cap(device)
@@ -75,7 +74,7 @@ def allow_gpu_memory(owner: object, device: torch.device, num_bytes: int) -> Non
 
 
 def allowed_gpu_bytes(device: torch.device) -> int | None:
-    """What PyTorch's allocator may take on `device`; None if nothing limits it."""
+    """The bytes that PyTorch may allocate on `device`. None: unlimited."""
     return sum(_caps.get(device.index, {}).values()) or None
 
 

@@ -1,4 +1,4 @@
-"""Where weights come from: a checkpoint in Hugging Face format, or random numbers."""
+"""The sources of weights: a checkpoint in Hugging Face format, or random numbers."""
 
 import random
 from typing import Protocol
@@ -12,20 +12,20 @@ from fiddler_run.weights.tensor_files import TensorFiles
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-# Gate [intermediate, hidden], up [intermediate, hidden], down [hidden, intermediate].
+# gate [intermediate, hidden], up [intermediate, hidden], down [hidden, intermediate]
 Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Weights(Protocol):
     def expert(self, layer: int, expert: int) -> Matrices:
-        """An expert's matrices in host memory, which the caller must not write to."""
+        """An expert's matrices in host memory. The caller must not write to them."""
 
 
 class DummyWeights:
-    """Experts of random numbers, the same for the same seed.
+    """Experts of random numbers, reproducible by seed.
 
-    Every matrix is another stretch of one pool of normal numbers: drawing 46 billion would take
-    longer than loading a file.
+    Each matrix is a different slice of one pool of normal numbers, because drawing 46 billion would
+    take longer than loading a file.
     """
 
     def __init__(self, shape: ModelShape, dtype: torch.dtype, std: float = 0.02, seed: int = 0):
@@ -48,12 +48,16 @@ class DummyWeights:
 class Checkpoint:
     """The tensors of a checkpoint.
 
-    They are read in large pieces rather than mapped: that is three times as fast where the files
-    are in the page cache already, and where they are not, several threads keep the disk busy.
+    They are read in large pieces rather than mapped. This is three times as fast if the files are
+    in the page cache; if not, several threads keep the disk busy.
     """
 
     def __init__(self, files: TensorFiles, family: Family):
-        """`files`: those of its folder, in which nothing was found wrong."""
+        """Opens a checkpoint.
+
+        Args:
+            files: the checkpoint's files, already checked.
+        """
         self.files = files
         self._family = family
 
@@ -62,7 +66,7 @@ class Checkpoint:
         return gate, up, down
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor by its name in the checkpoint, in its shape and dtype; the caller owns it."""
+        """Reads a tensor by its checkpoint name, in its shape and dtype. The caller owns it."""
         shard = self.files.shard(name)
         stored = shard.tensors[name]
         target = torch.empty(stored.num_bytes, dtype=torch.uint8)

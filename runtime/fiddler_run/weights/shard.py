@@ -1,4 +1,4 @@
-"""One safetensors file. Imports no torch."""
+"""Reads a safetensors file. Imports no torch."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.system.files import cannot_read, is_file, reason
 
 INDEX = "model.safetensors.index.json"
-READ_BYTES = 2**25  # at once
+READ_BYTES = 2**25  # per read
 AGAIN = "download the checkpoint again"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file. `dtype` is safetensors' name; `start` its first byte in the file."""
+    """A tensor in a file. `dtype` is safetensors' name; `start` is its first byte in the file."""
 
     dtype: str
     shape: list[int]
@@ -28,10 +28,10 @@ class StoredTensor:
 class Shard:
     """A safetensors file: 8 bytes of header length, the header in JSON, then the data.
 
-    `tensors`: those that it holds, by name.
+    `tensors` holds its tensors by name.
 
     Raises:
-        FiddlerError: the file is missing, damaged or cut off, or may not be read.
+        FiddlerError: the file is missing, damaged, truncated or unreadable.
     """
 
     def __init__(self, path: Path):
@@ -42,16 +42,16 @@ class Shard:
         except OSError as error:
             raise cannot_read(path, error) from None
         try:
-            # By a name that can always be opened: one that is no UTF-8 is refused.
+            # by a name that can always be opened: safetensors rejects names that are not UTF-8
             by_number = f"/proc/self/fd/{self._file.fileno()}"
             with safe_open(by_number, framework="numpy"):
-                pass  # it has checked the header against the file
+                pass  # this checks the header against the file
             length = int.from_bytes(self._file.read(8), "little")
             header = json.loads(self._file.read(length))
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             self._file.close()
             raise FiddlerError(
-                f"{path}: damaged or cut off ({reason(error)}); download it again"
+                f"{path}: damaged or truncated ({reason(error)}); download it again"
             ) from None
         header.pop("__metadata__", None)
         self.path = path
@@ -63,10 +63,10 @@ class Shard:
             )
 
     def read(self, name: str, target: memoryview) -> None:
-        """Fills `target`, whose size is the tensor's, with its bytes.
+        """Reads a tensor into `target`, which must have its size.
 
         Raises:
-            FiddlerError: the file cannot be read, or is shorter than it was.
+            FiddlerError: the file cannot be read, or has become shorter.
         """
         start = self.tensors[name].start
         done = 0
@@ -78,5 +78,5 @@ class Shard:
             except OSError as error:
                 raise cannot_read(self.path, error) from None
             if count == 0:
-                raise FiddlerError(f"{self.path}: cut off while it was read; download it again")
+                raise FiddlerError(f"{self.path}: truncated while it was read; download it again")
             done += count

@@ -1,4 +1,4 @@
-"""All experts of a model in their places: GPU memory, host memory, disk."""
+"""Holds all experts of a model in GPU memory, host memory and on disk."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -16,7 +16,7 @@ Places = list[list[torch.Tensor]]  # by layer and expert: uint8 [count, block_by
 
 
 class ExpertStore:
-    """The experts of a model, placed as the plan says.
+    """The experts of a model, placed by the plan.
 
     `resident`, `host` and `on_disk` are views of three arenas.
     """
@@ -47,9 +47,9 @@ class ExpertStore:
             )
 
     def load(self, weights: Weights, on_bytes: Callable[[int], None] = lambda _: None) -> None:
-        """Fills the arenas, several experts at once.
+        """Fills the arenas, several experts at a time.
 
-        Calls `on_bytes` with the bytes placed since the last call.
+        Calls `on_bytes` with the bytes loaded since its last call.
         """
         experts = [
             (layer, expert) for layer, row in enumerate(self.resident) for expert in range(len(row))
@@ -59,14 +59,14 @@ class ExpertStore:
                 placing = [threads.submit(self._place, weights, *each) for each in experts]
                 for placed in as_completed(placing):
                     on_bytes(placed.result())
-            except BaseException:  # an interrupt too must not wait until the rest is loaded
+            except BaseException:  # even an interrupt must not wait for the remaining experts
                 threads.shutdown(cancel_futures=True)
                 raise
         if self._device.type == "cuda" and self._streams:
             self._host_arena.pin()
 
     def _place(self, weights: Weights, layer: int, expert: int) -> int:
-        """Encodes one expert into its three places, and returns their bytes."""
+        """Encodes one expert into its three places. Returns its bytes."""
         resident = self.resident[layer][expert]
         host = self.host[layer][expert]
         on_disk = self.on_disk[layer][expert]
@@ -86,7 +86,7 @@ class ExpertStore:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """PyTorch's operations use the calling thread alone: several of those call at once."""
+    """Restricts PyTorch's operations to the calling thread, because several threads call them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

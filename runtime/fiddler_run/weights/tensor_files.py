@@ -1,6 +1,4 @@
-"""The safetensors files of a checkpoint: what they hold, where, and what is wrong with them.
-Imports no torch.
-"""
+"""The safetensors files of a checkpoint: their tensors and their problems. Imports no torch."""
 
 import re
 from pathlib import Path
@@ -11,10 +9,10 @@ from fiddler_run.system.parsing import read_json_object
 from fiddler_run.weights.shard import AGAIN, INDEX, Shard
 
 SINGLE_FILE = "model.safetensors"
-# The dtypes in the files that a dtype of a plan can hold without loss.
+# The stored dtypes that each plan dtype can hold without loss.
 LOSSLESS = {"bfloat16": {"BF16"}, "float16": {"F16"}, "float32": {"BF16", "F16", "F32"}}
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-# Names of tensors that only quantised checkpoints have: AWQ and GPTQ, bitsandbytes, fp8 and
+# Names of tensors that only quantised checkpoints have: AWQ and GPTQ, bitsandbytes, fp8,
 # compressed-tensors.
 QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_scale|weight_scale_inv|weight_packed)$"
@@ -25,11 +23,12 @@ MISTRAL = re.compile(r"^(tok_embeddings|layers\.\d+\.(attention|feed_forward|blo
 
 
 class TensorFiles:
-    """The safetensors files of the checkpoint in `folder`: those that the index names, or, without
-    one, model.safetensors.
+    """The safetensors files of the checkpoint in `folder`.
+
+    These are the files named by the index or, without an index, model.safetensors.
 
     Raises:
-        FiddlerError: there are none, or their index cannot be read.
+        FiddlerError: there are none, or the index cannot be read.
     """
 
     def __init__(self, folder: Path):
@@ -44,7 +43,7 @@ class TensorFiles:
                 self._damage[path] = str(error)
 
     def shard(self, name: str) -> "Shard":
-        """The file that holds tensor `name`."""
+        """The file that contains tensor `name`."""
         return self._shards[self._file_of[name]]
 
     @property
@@ -54,7 +53,7 @@ class TensorFiles:
 
     @property
     def missing(self) -> list[Path]:
-        """The files that the index names and that are not there."""
+        """The files that the index names but that do not exist."""
         return [path for path in self._damage if not is_file(path)]
 
     def dtype(self) -> str:
@@ -64,9 +63,7 @@ class TensorFiles:
         return next((name for name, held in LOSSLESS.items() if found <= held), "float32")
 
     def format_problem(self) -> str | None:
-        """Why these files are no unquantised checkpoint in Hugging Face format, with a tensor for
-        each expert's matrix.
-        """
+        """Why these files are not an unquantised checkpoint with one tensor per expert matrix."""
         names = {
             **self._file_of,
             **{name: path for path, shard in self._shards.items() for name in shard.tensors},
@@ -76,15 +73,15 @@ class TensorFiles:
             (
                 STACKED,
                 (
-                    "all experts of a layer lie in one tensor; name a checkpoint with a tensor for"
-                    " each expert, as published"
+                    "all experts of a layer are in one tensor; name a checkpoint with a tensor"
+                    " for each expert, as published"
                 ),
             ),
             (MISTRAL, "Mistral's own format; name the same model in Hugging Face format"),
         ):
             name = next(filter(pattern.search, names), None)
             if name is not None:
-                return f"{names[name]}: holds {name}: {what}"
+                return f"{names[name]}: contains {name}: {what}"
         for path, shard in self._shards.items():
             for name, tensor in shard.tensors.items():
                 if tensor.dtype not in DTYPE_NAMES and name.endswith(".weight"):
@@ -95,10 +92,10 @@ class TensorFiles:
         return None
 
     def problems(self, expected: dict[str, list[int]], dtype: str) -> list[str]:
-        """What is wrong with the files, at most a line for each.
+        """The problems of the files, at most one line each.
 
-        A file is missing, damaged or cut off; or of the tensors that are expected in it, by name,
-        one is missing, has another shape, or does not fit `dtype` without loss.
+        A file can be missing, damaged or truncated. A tensor of `expected`, shapes by name, can be
+        missing, have another shape, or not fit `dtype` without loss.
         """
         problem = self.format_problem()
         if problem is not None:
@@ -118,8 +115,7 @@ class TensorFiles:
         stored = self._shards[path].tensors[name]
         if stored.shape != shape:
             return (
-                f"{path}: tensor {name} has shape {stored.shape}, by config.json it would be"
-                f" {shape}"
+                f"{path}: tensor {name} has shape {stored.shape}, but config.json implies {shape}"
             )
         if stored.dtype not in LOSSLESS[dtype]:
             return (
@@ -131,18 +127,16 @@ class TensorFiles:
 
 
 def shard_names(folder: Path) -> list[str]:
-    """The files that the index in `folder` names.
+    """The files named by the index in `folder`.
 
     Raises:
-        FiddlerError: the index cannot be read, or names no plain files.
+        FiddlerError: the index cannot be read, or does not contain plain file names.
     """
     return sorted(set(_weight_map(folder / INDEX).values()))
 
 
 def other_weights(folder: Path) -> str | None:
-    """What kind of weights lies in a folder without the files that `TensorFiles` reads; None if
-    there are none.
-    """
+    """The kind of other weights in a folder that `TensorFiles` cannot read. None if none."""
     for pattern, what in (
         ("*.gguf", "a GGUF file"),
         ("consolidated*", "weights in Mistral's own format"),
@@ -163,7 +157,7 @@ def _file_of_tensors(folder: Path) -> dict[str, Path]:
     if is_file(single):
         return dict.fromkeys(Shard(single).tensors, single)
     found = other_weights(folder)
-    what = f"{folder}: holds neither {INDEX} nor {SINGLE_FILE}" + (
+    what = f"{folder}: contains neither {INDEX} nor {SINGLE_FILE}" + (
         f", but {found}" if found else ""
     )
     raise FiddlerError(
@@ -174,7 +168,7 @@ def _file_of_tensors(folder: Path) -> dict[str, Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FiddlerError(f"{index}: holds no weight_map; {AGAIN}")
+        raise FiddlerError(f"{index}: has no weight_map; {AGAIN}")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or "\0" in file or len(file) > 200:
             raise FiddlerError(
