@@ -9,11 +9,16 @@ from fiddler_opt.solve.baselines import BASELINES
 from fiddler_opt.units import format_bytes
 from fiddler_run.plan.schema import Plan
 
+MIN_NOTED_REGRET = 0.0005  # less is printed as 0.0 %
+PURPOSES = {"non_expert_weights": "non-expert weights", "kv_cache": "KV cache"}
+
 
 def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
     """Prints a plan's memory, its predictions and its notes."""
     predicted = plan.predicted
-    print_memory(console, plan)
+    if plan.rank.gpu_memory_bytes.total:
+        print_gpu_memory(console, plan)
+    print_host_memory(console, plan)
     print_alternatives(console, plan)
     console.print(
         f"predicted for {plan.workload.prompt_tokens} prompt + {plan.workload.output_tokens} output"
@@ -22,29 +27,35 @@ def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
     )
     console.print(
         f"solver: {plan.provenance.status} in {plan.provenance.solve_s:.1f} s, within"
-        f" {predicted.gap:.3%} of the best possible; by this profile no placement in this memory"
-        f" decodes faster than {predicted.bound_tokens_per_s:.2f} tokens/s; another GB of GPU"
-        f" memory would add {predicted.next_gb_tokens_per_s:.2f}"
+        f" {predicted.gap:.3%} of the best possible"
     )
-    if predicted.regret:
+    console.print(
+        f"bound: no placement in this memory decodes faster than {predicted.bound_tokens_per_s:.2f}"
+        " tokens/s by this profile; another GB of GPU memory would add"
+        f" {predicted.next_gb_tokens_per_s:.2f}"
+    )
+    if any(part >= MIN_NOTED_REGRET for part in predicted.regret.values()):
         sets = ", ".join(f"{name} {part:.1%}" for name, part in predicted.regret.items())
         console.print(f"slower than a plan made for one set of prompts alone: {sets}")
     for note in notes:
         console.print(f"note: {note}", style="yellow")
 
 
-def print_memory(console: Console, plan: Plan) -> None:
-    """Prints GPU memory by purpose and where the other experts are."""
+def print_gpu_memory(console: Console, plan: Plan) -> None:
+    """Prints GPU memory by purpose."""
     gpu = plan.rank.gpu_memory_bytes
-    host = plan.rank.host_memory_bytes
     memory = table("GPU memory", "bytes", "")
     for purpose, size in gpu.parts().items():
-        memory.add_row(purpose.replace("_", " "), f"{size:,}", format_bytes(size))
+        memory.add_row(PURPOSES.get(purpose, purpose), f"{size:,}", format_bytes(size))
     memory.add_row("free", f"{gpu.total - gpu.used:,}", format_bytes(gpu.total - gpu.used))
     memory.add_row("total", f"{gpu.total:,}", format_bytes(gpu.total), style="bold")
     console.print(memory)
 
+
+def print_host_memory(console: Console, plan: Plan) -> None:
+    """Prints how many experts are on the GPU and where the others are."""
     rank = plan.rank
+    host = rank.host_memory_bytes
     blocks = rank.num_resident_blocks + plan.num_host_blocks + rank.num_disk_blocks
     elsewhere = f"{format_bytes(host.experts)} in host memory"
     if host.embedding:
@@ -59,18 +70,19 @@ def print_memory(console: Console, plan: Plan) -> None:
 
 
 def print_alternatives(console: Console, plan: Plan) -> None:
-    """Prints the predictions of simpler rules in the same memory, by the same cost model."""
+    """Prints the predictions of simpler rules in the same memory, unless all are equal."""
     predicted = plan.predicted
-    others = table("compared with", "tokens/s", "first token")
+    rows = {}
     for name, other in predicted.alternatives.items():
         words = f"{name}: {BASELINES[name].words}" if name in BASELINES else name
-        others.add_row(words, f"{other.decode_tokens_per_s:.2f}", f"{other.ttft_s:.2f} s")
-    others.add_row(
-        "this plan",
-        f"{predicted.decode_tokens_per_s:.2f}",
-        f"{predicted.ttft_s:.2f} s",
-        style="bold",
-    )
+        rows[words] = (f"{other.decode_tokens_per_s:.2f}", f"{other.ttft_s:.2f} s")
+    own = (f"{predicted.decode_tokens_per_s:.2f}", f"{predicted.ttft_s:.2f} s")
+    if {*rows.values()} <= {own}:
+        return
+    others = table("compared with", "tokens/s", "first token")
+    for words, figures in rows.items():
+        others.add_row(words, *figures)
+    others.add_row("this plan", *own, style="bold")
     console.print(others)
 
 

@@ -85,7 +85,7 @@ def rates(plan: Plan, result) -> Table:
         "host": profile.host,
     }
     table = Table(title="expert bytes in decode", title_justify="left")
-    for column in ("", "at work, ms a step", "rate", "profile", "bare loop"):
+    for column in ("", "busy, ms per step", "rate", "profile", "bare loop"):
         table.add_column(column, justify="left" if not column else "right")
 
     def rate(of: dict, name: str) -> str:
