@@ -21,7 +21,7 @@ def test_why_explains_a_plan(tmp_path):
     result = run("fiddler-opt", "show", plan, "--why", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for words in (
-        "kv cache",
+        "KV cache",
         "where the time goes",
         "experts in host memory",
         "GPU memory is used up",
