@@ -1,0 +1,111 @@
+"""Writes a BF16 GGUF of a Mixtral model without a checkpoint, for llama.cpp.
+
+    pip install gguf
+    python benchmarks/random_gguf.py CONFIG mixtral.gguf
+
+Experts are zeros, stored as holes in the file, so that the file needs 3.3 GB of disk instead of 93.
+All other weights are random: routing is nearly uniform.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+NORMS = ("blk.{}.attn_norm.weight", "blk.{}.ffn_norm.weight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a config.json")
+    parser.add_argument("output", metavar="FILE")
+    flags = parser.parse_args()
+    config = json.loads(Path(flags.config).read_text())
+    writer = gguf.GGUFWriter(None, "llama")
+    add_keys(writer, config)
+    weights = matrices(config)
+    for name, shape in weights.items():
+        writer.add_tensor_info(
+            name, (*shape[:-1], 2 * shape[-1]), np.dtype(np.uint8), 2 * int(np.prod(shape)),
+            raw_dtype=gguf.GGMLQuantizationType.BF16,
+        )  # fmt: skip
+    vectors = {"output_norm.weight": (config["hidden_size"],)}
+    for layer in range(config["num_hidden_layers"]):
+        vectors |= {name.format(layer): (config["hidden_size"],) for name in NORMS}
+        router = (config["num_local_experts"], config["hidden_size"])
+        vectors[f"blk.{layer}.ffn_gate_inp.weight"] = router
+    for name, shape in vectors.items():
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
+    writer.write_header_to_file(Path(flags.output))
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    write_tensors(writer)
+
+
+def add_keys(writer: gguf.GGUFWriter, config: dict) -> None:
+    heads = config["num_attention_heads"]
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(config["vocab_size"])
+
+
+def matrices(config: dict) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that are stored in bfloat16, by name."""
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    experts, vocabulary = config["num_local_experts"], config["vocab_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {"token_embd.weight": (vocabulary, hidden), "output.weight": (vocabulary, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        block = f"blk.{layer}."
+        shapes |= {
+            block + "attn_q.weight": (hidden, hidden),
+            block + "attn_k.weight": (kv, hidden),
+            block + "attn_v.weight": (kv, hidden),
+            block + "attn_output.weight": (hidden, hidden),
+            block + "ffn_gate_exps.weight": (experts, width, hidden),
+            block + "ffn_up_exps.weight": (experts, width, hidden),
+            block + "ffn_down_exps.weight": (experts, hidden, width),
+        }
+    return shapes
+
+
+def write_tensors(writer: gguf.GGUFWriter) -> None:
+    """Writes random weights behind the header, and leaves holes for experts."""
+    file = writer.fout[0]
+    writer.write_padding(file, file.tell())
+    random = np.random.default_rng(0)
+    for name, tensor in writer.tensors[0].items():
+        end = file.tell() + gguf.GGUFWriter.ggml_pad(tensor.nbytes, writer.data_alignment)
+        if "norm" in name:
+            file.write(np.ones(tensor.nbytes // 4, np.float32).tobytes())
+        elif tensor.dtype == gguf.GGMLQuantizationType.F32:
+            file.write(noise(random, tensor.nbytes // 4).tobytes())
+        elif "exps" not in name:
+            # The upper half of a float32 is a bfloat16.
+            file.write((noise(random, tensor.nbytes // 2).view(np.uint32) >> 16).astype(np.uint16))
+        file.seek(end)
+    file.truncate()
+    writer.close()
+
+
+def noise(random: np.random.Generator, count: int) -> np.ndarray:
+    return random.standard_normal(count, np.float32) * np.float32(0.02)
+
+
+if __name__ == "__main__":
+    main()
