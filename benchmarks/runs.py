@@ -33,7 +33,10 @@ def arguments_parser(description: str) -> argparse.ArgumentParser:
 
 
 def load(plan: Plan, flags: argparse.Namespace) -> PlannedModel:
-    """Loads the model of `flags` with a plan. Call `forget` for the previous model first."""
+    """Loads the model of `flags` with a plan.
+
+    Frees the previous model's memory first; the caller must hold no reference to it.
+    """
     forget()
     model, _ = load_model(plan, flags.model, flags.load_format)
     return model

@@ -2,8 +2,8 @@
 
     python benchmarks/workloads.py --machine profiles/local.machine.yaml -o FOLDER
 
-For each GPU memory and number of beams, one plan is made and loaded, and runs all prompts. Writes
-workloads.json after each row, and workloads.md and workloads.png at the end.
+For each GPU memory size and number of beams, one plan is made and loaded, and runs all prompts.
+Writes workloads.json after each row, and workloads.md and workloads.png at the end.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from fiddler_opt.solve.placement import placement_of
 from fiddler_opt.solve.problem import Problem
 from fiddler_opt.units import parse_bytes
 from fiddler_run.command import exit_status
-from fiddler_run.engine.tuning import TOKENS, Router, measure_token
+from fiddler_run.engine.tuning import TOKENS, RouterSizes, measure_token
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.generate import Measured
 from fiddler_run.generation.model import PlannedModel
@@ -45,8 +45,8 @@ COLUMNS = (
 class Row:
     """One workload, measured and predicted.
 
-    `rate`: the rate of CPU and link for one token's host blocks just before the run, relative to
-    the profile. None without a decode path.
+    `rate`: how fast CPU and link together processed one token's host blocks just before the run,
+    as a fraction of the profile's rate. None without a decode path or host blocks.
     """
 
     gpu_mem: str
@@ -98,7 +98,7 @@ def main() -> None:
             print(f"{gpu_mem}, {beams} beams: {error}", file=sys.stderr)
         forget()
     if not rows:
-        raise FiddlerError("no plan fits; give more to --gpu-mem")
+        raise FiddlerError("no plan fits; give --gpu-mem larger sizes")
     write_whole(folder / "workloads.md", markdown(COLUMNS, [row.cells for row in rows]))
     figure(rows).savefig(folder / "workloads.png", dpi=130)
 
@@ -166,7 +166,7 @@ def joint_bytes_per_s(model: PlannedModel) -> float | None:
     if not model.engine.decode.takes(1):
         return None
     shape = model.plan.model
-    router = Router(shape.num_experts, shape.num_experts_per_tok, shape.hidden_size)
+    router = RouterSizes(shape.num_experts, shape.num_experts_per_tok, shape.hidden_size)
     times = [
         each
         for number in range(TOKENS)
@@ -191,7 +191,7 @@ def figure(rows: list[Row]):
 
 
 def draw(axes, title: str, points: list[tuple[float, float, int]]) -> None:
-    """Draws points of predicted value, measured value and beams, and the diagonal."""
+    """Draws the diagonal and `points` (predicted, measured, beams)."""
     values = [value for x, y, _ in points for value in (x, y)]
     ends = [min(values), max(values)]
     axes.plot(ends, ends, color="0.6", linewidth=1)
@@ -216,13 +216,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = arguments_parser(__doc__)
     add = parser.add_argument
     add("--routing", metavar="FILE", help="routing profile (default: uniform routing)")
-    add("--gpu-mem", type=words, default=["8GB", "16GB", "24GB"], metavar="SIZES")
-    add("--beams", type=numbers, default=[1, 4, 16], metavar="NUMBERS")
-    add("--prompts", type=numbers, default=[32, 128, 512, 2048], metavar="TOKENS")
-    add("--outputs", type=numbers, default=[32, 128], metavar="TOKENS")
+    add("--gpu-mem", type=words, default=["8GB", "16GB", "24GB"], metavar="SIZES", help="budgets")
+    add("--beams", type=numbers, default=[1, 4, 16], metavar="N,...", help="numbers of beams")
+    lengths = [32, 128, 512, 2048]
+    add("--prompts", type=numbers, default=lengths, metavar="N,...", help="tokens of the prompts")
+    add("--outputs", type=numbers, default=[32, 128], metavar="N,...", help="tokens to generate")
     flags = parser.parse_args()
     if min(flags.outputs) < 2:
-        parser.error("--outputs must be at least 2: a single token has no decode")
+        parser.error(
+            "--outputs must be at least 2: a single output token leaves no decode to measure"
+        )
     return flags
 
 

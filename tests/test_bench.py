@@ -134,4 +134,4 @@ def test_flags_of_prompt_and_bench_exclude_each_other(tmp_path, arguments):
     result = run("fiddler-run", "--plan", SHIPPED_PLAN, *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert "--bench" in result.stderr
-    assert "error: --" in result.stderr or "error: give one of" in result.stderr
+    assert "error: --" in result.stderr or "error: give exactly one of" in result.stderr

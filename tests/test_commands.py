@@ -141,7 +141,7 @@ def test_seeded_sampling_and_beam_search_run(demo):
             ["fiddler-opt", "plan"],
             ["512)", "128)", "4096)", "mistralai/Mixtral-8x7B-v0.1)", "(default: profiles)"],
         ),
-        (["fiddler-opt", "profile"], ["everything in the folder `prompts` beside the model)"]),
+        (["fiddler-opt", "profile"], ["everything in the folder `prompts` next to the model)"]),
     ],
 )
 def test_help_states_defaults(command, defaults):

@@ -124,7 +124,7 @@ X16 = PcieLink(4, 16, 4, 16)
         (
             host_checks.check_ram(MIXTRAL, 72 * 10**9, 74 * 10**9),
             "stops",
-            "74.00 GB are available; add memory",
+            "of the 74.00 GB available; add memory",
         ),
         (host_checks.check_cpu_kernel(None, "bfloat16"), "slow", "g++"),
         (host_checks.check_cpu_kernel(["amx", "avx2"], "bfloat16"), "ok", "amx"),

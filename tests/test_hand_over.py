@@ -14,7 +14,7 @@ from fiddler_run.engine.calls import Traffic
 from fiddler_run.engine.engine import ExpertEngine
 from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.engine.timeline import Span, Work
-from fiddler_run.engine.tuning import Router, measure_token
+from fiddler_run.engine.tuning import RouterSizes, measure_token
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.kernels.library import library
 from fiddler_run.kernels.table import Kernels
@@ -114,7 +114,7 @@ def test_measured_blocks_match_computed_blocks():
     for layer in layers:
         stream.by_address |= layer.by_address
     resources = engine.resources
-    router = Router(num_experts=6, top_k=2, hidden_size=HIDDEN)
+    router = RouterSizes(num_experts=6, top_k=2, hidden_size=HIDDEN)
     for number in range(3):
         resources.forget_traffic()
         measured = measure_token([layer.layer for layer in layers], resources, router, number)

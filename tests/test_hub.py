@@ -55,7 +55,7 @@ def test_hub_model_loads_without_files_that_it_does_not_need(tmp_path, monkeypat
     plan = write_plan(tmp_path, "someone/tiny")
     problems, notes = check_plan(plan)
     assert problems == []
-    assert not any("not here" in note for note in notes)
+    assert not any("missing or incomplete" in note for note in notes)
     assert load_model(plan)[1] is not None
     (folder / SHARDS[1]).resolve().write_bytes(b"x")
     problems, _ = check_plan(plan)
@@ -97,3 +97,10 @@ def test_weights_of_a_hub_model_are_checked_if_complete(tmp_path, monkeypatch):
     assert_listed(
         check_plan(plan, "someone/else")[0], [("someone/else", "neither a folder nor available")]
     )
+
+
+def test_machine_is_checked_before_a_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    plan = write_plan(tmp_path, "someone/not-in-the-cache", ranks__0__cpu_threads=4096)
+    with pytest.raises(FiddlerError, match="cpu_threads is 4096"):
+        load_model(plan)

@@ -47,8 +47,8 @@ def change(plan: Plan, path: str, value) -> str:
         ("ranks.0.cpu_threads", "four", r"ranks\[0\].cpu_threads: Input should be a valid integer"),
         ("ranks.0.cpu_threads", 0, r"ranks\[0\].cpu_threads: Input should be greater than 0"),
         ("ranks.0.cpu_threads", True, r"ranks\[0\].cpu_threads: Input should be a valid integer"),
-        ("version", 1, "version: this release reads version 3, the file says 1"),
-        ("version", ..., "version: this release reads version 3, the file says None"),
+        ("version", 1, "version: this release reads version 3, but the file says 1"),
+        ("version", ..., "version: this release reads version 3, but the file says None"),
         ("encoding", "int4", "encoding: int4 is unknown; known are bf16"),
         ("encoding", "bf16", "encoding: bf16 stores bfloat16, the model is float32"),
         ("budget.gpu_bytes", -1, "budget.gpu_bytes: Input should be greater than or equal to 0"),
@@ -130,7 +130,7 @@ def test_errors_of_version_2_files_name_the_command_that_remakes_them(plan):
         with pytest.raises(FiddlerError) as caught:
             kind.parse(text, "old.yaml")
         assert str(caught.value).startswith(
-            "old.yaml: version: this release reads version 3, the file says 2; "
+            "old.yaml: version: this release reads version 3, but the file says 2; "
         )
         assert str(caught.value).endswith(f"with `{command}`")
         assert "\n" not in str(caught.value)

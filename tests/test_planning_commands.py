@@ -96,7 +96,9 @@ def test_all_free_gpu_memory_is_the_default_budget(four_layers, tmp_path):
     result = run("fiddler-opt", "plan", "--machine", MACHINE, "--model", four_layers, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "plans/four-layers-25.7GB.yaml\n"
-    assert result.stderr.startswith("no --gpu-mem: planning for the 25.76 GB that are free on")
+    assert result.stderr.startswith(
+        "no --gpu-mem: planning for the 25.76 GB that, according to the machine profile, were"
+    )
     plan = Plan.load(tmp_path / result.stdout.strip())
     assert plan.budget == Budget(gpu_bytes=MachineProfile.load(MACHINE).device.free_bytes)
 

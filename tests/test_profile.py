@@ -54,7 +54,8 @@ def test_resuming_is_refused_if_page_locking_has_changed(demo):
     bench = MachineBench(demo, QUICK, None)
     bench.found["threads"] = {"threads": 1, "pinned": False, "page_locked": True}
     with pytest.raises(
-        FiddlerError, match="could be page-locked, but cannot be now: delete the .unfinished file"
+        FiddlerError,
+        match="could be page-locked before, but cannot be now: delete the",
     ):
         bench.parts["experts, 1 tokens, round 1"]()
 

@@ -78,7 +78,7 @@ def test_plan_without_a_machine_profile_asks_for_one(tmp_path):
         ("{0.0: ", "{0.0: -", ["host_expert_us[1].0.0"]),
         ("{0.0: ", "{0.0: .nan, 1.0: ", ["host_expert_us[1].0.0"]),
         ("{0.0: ", "{0.5: ", ["host_expert_us[1]: needs an entry for the share 0.0"]),
-        ("version: 3", "version: 7", ["reads version 3, the file says 7"]),
+        ("version: 3", "version: 7", ["reads version 3, but the file says 7"]),
     ],
 )
 def test_plan_refuses_damaged_machine_profiles(tmp_path, old, new, words):
@@ -119,7 +119,7 @@ def test_profile_refuses_bad_flags(tmp_path, flags, words):
     ("changes", "words"),
     [
         ({"colour": "red"}, ["edited.yaml: colour: unknown key"]),
-        ({"version": 9}, ["edited.yaml: version: ", "reads version 3, the file says 9"]),
+        ({"version": 9}, ["edited.yaml: version: ", "reads version 3, but the file says 9"]),
         ({"model__hidden_size": 64}, ["edited.yaml: "]),
         (
             {"model__name": "./none"},

@@ -48,7 +48,7 @@ def test_profile_round_trips(profile):
         (
             "version: 2",
             "version: 1",
-            "version: this release reads version 2, the file says 1; remake it with",
+            "version: this release reads version 2, but the file says 1; remake it with",
         ),
         ("prompts: 2", "prompts: x", "sets.stories.txt.prompts"),
         ("prompts: 2", "prompts: 3", "sets.stories.txt.prefill.followers: .* expected"),

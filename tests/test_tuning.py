@@ -9,7 +9,7 @@ from timed_layers import BLOCKS, EXPERTS, LONG, ROUTER, TOP_K, Layer, Resources
 from fiddler_run.engine.tuning import (
     TOKENS,
     LayerTimes,
-    Router,
+    RouterSizes,
     Tuning,
     decode_shares,
     measure_token,
@@ -144,7 +144,7 @@ def test_measured_experts_are_spread_over_the_layer(top_k, experts, monkeypatch)
     called = set()
     layer = Layer(resources, 0.25, 1.0, 2.0)
     layer.experts = layer.experts[:1] * experts
-    router = Router(experts, top_k, hidden_size=4)
+    router = RouterSizes(experts, top_k, hidden_size=4)
 
     def call(self, states, index, weights):
         assert index.unique().numel() == index.numel() == top_k

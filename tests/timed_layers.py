@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import torch
 
 from fiddler_run.engine.timeline import Lane, Span, Work
-from fiddler_run.engine.tuning import Router
+from fiddler_run.engine.tuning import RouterSizes
 from fiddler_run.kernels.decode_layer import DecodeLayer
 from fiddler_run.plan.split import scale_odds
 
 EXPERTS = 8
 BLOCKS = 16
 TOP_K = 2
-ROUTER = Router(EXPERTS, TOP_K, hidden_size=4)
+ROUTER = RouterSizes(EXPERTS, TOP_K, hidden_size=4)
 LONG = 4096  # tokens of a long prompt
 
 

@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         metavar="FILE",
-        help="profile to write (default: profiles/OLD-calibrated.machine.yaml)",
+        help="profile to write (default: the old one's name with -calibrated, in profiles/)",
     )
 
 

@@ -28,4 +28,6 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         findings = examine(model, machine)
     print_findings(tables(), findings)
     if stops(findings):
-        raise FiddlerError(f"{model.shape.name} cannot run here; the first lines name the reasons")
+        raise FiddlerError(
+            f"{model.shape.name} cannot run here; the lines marked `stops` name the reasons"
+        )

@@ -25,7 +25,7 @@ WORKLOAD_HELP = {
     "output_tokens": "plan for N generated tokens",
     "num_beams": "plan for N beams",
     "batch_size": "plan for N sequences at once",
-    "max_seq_len": "plan for up to N tokens of prompt and output",
+    "max_seq_len": "plan for up to N tokens, prompt and output together",
 }
 
 
@@ -48,7 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-mem",
         metavar="SIZE",
-        help="limit of host memory for experts; the rest is kept on disk (default: no limit)",
+        help="limit on host memory for experts; the rest is kept on disk (default: no limit)",
     )
     shared.add_profiles(parser)
     for key, words in WORKLOAD_HELP.items():
@@ -128,7 +128,7 @@ def free_gpu_memory(machine: MachineProfile, console: Console) -> tuple[int, str
         return 0, "0GB"
     free_bytes = machine.device.free_bytes
     console.print(
-        f"no --gpu-mem: planning for the {format_bytes(free_bytes)} that are free on"
-        f" {machine.device.name} by the machine profile"
+        f"no --gpu-mem: planning for the {format_bytes(free_bytes)} that, according to the machine"
+        f" profile, were free on {machine.device.name}"
     )
     return free_bytes, f"{free_bytes // 10**8 / 10:g}GB"

@@ -33,9 +33,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="FILE",
         help=(
-            "sets of prompts to record routing on: text files with one prompt a line, .jsonl or"
+            "sets of prompts to record routing on: text files with one prompt per line, .jsonl or"
             " .json files, folders of Hugging Face datasets (default: everything in the folder"
-            " `prompts` beside the model)"
+            " `prompts` next to the model)"
         ),
     )
     parser.add_argument(
@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         choices=["machine", "routing"],
-        help="do only one part; `routing` needs --plan or an existing machine profile",
+        help="profile only one part; `routing` needs --plan or an existing machine profile",
     )
     parser.add_argument(
         "--quick", action="store_true", help="take fewer and shorter measurements, in less memory"

@@ -11,7 +11,7 @@ from fiddler_opt.inputs.workload import plan_workload
 from fiddler_opt.insight.sweep_flags import add_whatif_flags, parse_whatif
 from fiddler_run.plan.schema import Budget, Plan, Workload
 
-HELP = "predict over a range of GPU memory, link or RAM speed, context or beams"
+HELP = "predict speed over a range of hardware or workloads"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """Reads facts about this machine from the system.
 
-A fact is None where the system does not provide it. Nothing is judged here.
+Unless stated otherwise, None means that the system does not tell. Nothing is judged here.
 """
 
 import os

@@ -1,4 +1,6 @@
-"""Calibration: corrects a machine profile from a run of a plan that was made from it.
+"""Calibration: corrects a machine profile by the measurements of a run.
+
+The run's plan must have been made from that profile.
 
 It also finds out whether another plan is now better. Calibration compares rates of blocks, not
 times, because a run need not choose the experts that the plan's routing expects.
@@ -30,8 +32,7 @@ from fiddler_run.plan.schema import Plan
 from fiddler_run.plan.split import interpolate
 
 MIN_GAIN = 0.02  # relative to the workload's time; a smaller difference counts as equal
-# Between measured and profiled time. Beyond it, one of them is not a measurement.
-MAX_FACTOR = 1e6
+MAX_FACTOR = 1e6  # largest plausible ratio of measured and profiled time, either way
 Part = Literal["host", "resident", "dense", "head"]  # keys of PARTS
 
 
@@ -75,18 +76,20 @@ class Calibration:
 def calibrate(
     plan: Plan, problem: Problem, routing: Routing, result: Result, command: str
 ) -> Calibration:
-    """Corrects the profile from a run and solves again.
+    """Corrects the profile by a run's measurements and solves with it again.
 
     Args:
         problem, routing: what the plan was made from.
+        result: the run's measurements.
+        command: recorded in the new profile.
 
     Raises:
-        FiddlerError: the plan does not use what the profile timed, or the result cannot be a
-            measurement.
+        FiddlerError: a simple rule made the plan, the plan does not use the profiled GPU, or a
+            measured time is implausible.
     """
     if plan.provenance.status.startswith(NOT_SOLVED):
         raise FiddlerError(
-            "the plan of a simple rule cannot calibrate a profile; use a plan that was solved"
+            "a plan made with --baseline cannot calibrate a profile; use one made without it"
         )
     if plan.rank.gpu_memory_bytes.total == 0 and problem.machine.device.kind == "cuda":
         raise FiddlerError(
@@ -108,7 +111,7 @@ def calibrate(
 
 
 def compared(plan: Plan, problem: Problem, result: Result) -> list[Correction]:
-    """The measured times beside the profiled ones, for the profile's shape. Decode comes first."""
+    """Measured and profiled times, for the profile's shape. Decode comes first."""
     machine = problem.machine
     corrections = []
     for phase in (result.decode, result.prefill):
@@ -149,7 +152,8 @@ def refitted(
 ) -> MachineProfile:
     """The profile with each table multiplied by its correction factors.
 
-    Factors are interpolated log-linearly between token counts, and constant outside them.
+    Factors are interpolated log-linearly between token counts, and constant beyond the first and
+    last.
     """
 
     def factors(part: Part) -> dict[float, float]:
@@ -164,8 +168,8 @@ def refitted(
 
     host = factors("host")
     dense = factors("dense")
-    # If decode reports no rate of resident blocks, their times stay. Without a GPU, one rate covers
-    # all blocks.
+    # If decode reports no rate of resident blocks, their time for one token stays as profiled.
+    # Without a GPU, one rate covers all blocks.
     resident = {0.0: 1.0} | factors("resident") if machine.device.kind == "cuda" else host
     by_share = {
         tokens: {share: corrected(us, tokens, host) for share, us in row.items()}

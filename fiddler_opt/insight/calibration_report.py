@@ -45,7 +45,7 @@ def _speeds(plan: Plan, result: Result, found: Calibration) -> Table:
     rate = cost.decode_tokens_per_s(cost.decode_step_s(found.placement))
     decode = (plan.predicted.decode_tokens_per_s, result.measured.decode_tokens_per_s, rate)
     first = (plan.predicted.ttft_s, result.measured.ttft_s, cost.ttft_s(found.placement))
-    speeds = table("", "the plan predicted", "measured", "by the new profile")
+    speeds = table("", "the plan predicted", "measured", "according to the new profile")
     speeds.add_row("decode", *(f"{each:.2f} tokens/s" for each in decode))
     speeds.add_row("first token", *(f"{each:.3f} s" for each in first))
     return speeds

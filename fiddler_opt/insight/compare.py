@@ -26,7 +26,7 @@ class Move:
 
     @property
     def blocks(self) -> int:
-        """Blocks added to GPU memory; negative if blocks are removed."""
+        """Number of blocks added to GPU memory; negative if removed."""
         return self.after - self.before
 
 
@@ -43,9 +43,9 @@ class Change:
 class Comparison:
     """The differences from one plan to another.
 
-    `moves` lists changes of GPU memory. `disk_moves` counts the experts with another number of
-    blocks on disk. `settings` lists those that differ; `predictions` lists all. `notes` say why
-    predictions may not be comparable.
+    `moves` lists the experts whose number of blocks in GPU memory changes; `disk_moves` counts
+    those whose number on disk does. `settings` lists those that differ; `predictions` lists all.
+    `notes` say why predictions may not be comparable.
     """
 
     block_bytes: int

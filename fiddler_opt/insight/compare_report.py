@@ -16,7 +16,7 @@ MAX_NAMED = 3  # experts named per layer
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
-    """Prints all differences."""
+    """Prints the differences between two plans, or that there are none."""
     if comparison.same:
         console.print("the plans are the same: every block, every setting and every prediction")
         return
@@ -41,10 +41,10 @@ def _print_moves(console: Console, comparison: Comparison) -> None:
         f"blocks in GPU memory: {resident.before} -> {resident.after}; {onto} added, {off} removed"
     )
     if comparison.disk_moves:
-        console.print(f"experts with another number of blocks on disk: {comparison.disk_moves}")
+        console.print(f"experts whose number of blocks on disk differs: {comparison.disk_moves}")
     if not comparison.moves:
         return
-    moved = table("layer", "blocks added", "removed", "largest changes: blocks")
+    moved = table("layer", "blocks added", "removed", "largest changes (expert: blocks)")
     for layer in dict.fromkeys(move.layer for move in comparison.moves):
         moves = sorted(
             (move for move in comparison.moves if move.layer == layer),

@@ -14,7 +14,7 @@ from fiddler_opt.insight.finding import Finding
 from fiddler_opt.insight.torch_probe import ProbedGpu, Torch, ask_torch
 from fiddler_run.system import host
 
-LISTENING_S = 1.0  # observes other programs
+LISTENING_S = 1.0  # how long other programs are observed
 
 
 def examine(model: ModelSpec, machine: MachineProfile | None) -> list[Finding]:

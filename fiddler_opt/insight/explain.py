@@ -65,10 +65,10 @@ def print_times(console: Console, plan: Plan) -> None:
             prefill_share = f"{prefill / ttft_ms:.0%}" if ttft_ms else "-"
             row = (f"{decode:.2f} ms", decode_share, f"{prefill:.1f} ms", prefill_share)
             times.add_row(words, *row)
-    times.add_row("all", f"{step_ms:.2f} ms", "", f"{ttft_ms:.1f} ms", "", style="bold")
+    times.add_row("total", f"{step_ms:.2f} ms", "", f"{ttft_ms:.1f} ms", "", style="bold")
     console.print(times)
     console.print(
-        f"overlapping parts count as the longest of them; {predicted.decode_tokens_per_s:.2f}"
+        f"of overlapping parts, only the longest counts; {predicted.decode_tokens_per_s:.2f}"
         " tokens/s"
     )
     console.print(binding_words(plan))
@@ -80,11 +80,11 @@ def binding_words(plan: Plan) -> str:
     known = {name: ms for name, ms in predicted.decode_ms.items() if name in PARTS}
     longest = "a decode step takes next to no time"
     if known:
-        longest = f"most of a decode step: {PARTS[max(known, key=known.get)]}"
+        longest = f"most of a decode step goes to {PARTS[max(known, key=known.get)]}"
     if predicted.binding == "nothing":
         return f"{longest}; more memory would not help"
     more = f"another GB of GPU memory would add {predicted.next_gb_tokens_per_s:.3f} tokens/s"
-    return f"{longest}; {predicted.binding} is used up: {more}"
+    return f"{longest}; {predicted.binding} is used up, and {more}"
 
 
 def print_marginal(console: Console, found: list[MarginalValue], blocks_per_expert: int) -> None:

@@ -7,7 +7,7 @@ from fiddler_opt.units import format_bytes
 
 
 def bytes_in_ram(model: ModelSpec, gpu_bytes: int) -> int:
-    """Weights in host memory beside a GPU of `gpu_bytes`.
+    """Weights kept in host memory if the GPU has `gpu_bytes`.
 
     These are the experts that do not fit the GPU, or all weights if the GPU is too small.
     """
@@ -22,7 +22,7 @@ def check_ram(model: ModelSpec, in_ram_bytes: int, available_bytes: int) -> Find
     needs = (
         f"{format_bytes(in_ram_bytes)} of weights in RAM and {format_bytes(loading)} to load them"
     )
-    what = f"{model.short_name} needs {needs}, {format_bytes(available_bytes)} are available"
+    what = f"{model.short_name} needs {needs}, of the {format_bytes(available_bytes)} available"
     if in_ram_bytes + loading <= available_bytes:
         return Finding("ok", what)
     return Finding(

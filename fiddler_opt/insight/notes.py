@@ -54,13 +54,13 @@ def _device_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Ite
     gpu_bytes = plan.rank.gpu_memory_bytes.total
     if machine.link and not machine.streams and gpu_bytes:
         yield (
-            f"by {machine_file}, experts cannot be page-locked: nothing is copied to the GPU, and"
-            " prompts take longer"
+            f"according to {machine_file}, host memory cannot be page-locked: nothing is streamed"
+            " to the GPU, and prompts take longer"
         )
     if machine.device.kind == "cuda" and not gpu_bytes:
         yield (
-            "attention was timed on the GPU, which this plan does not use: expect less than"
-            " predicted"
+            "attention was timed on the GPU, which this plan does not use: expect lower"
+            " speed than predicted"
         )
     if machine.device.kind == "cpu" and gpu_bytes:
         yield (

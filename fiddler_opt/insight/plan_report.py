@@ -31,7 +31,7 @@ def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
     )
     console.print(
         f"bound: no placement in this memory decodes faster than {predicted.bound_tokens_per_s:.2f}"
-        " tokens/s by this profile; another GB of GPU memory would add"
+        " tokens/s, according to this profile; another GB of GPU memory would add"
         f" {predicted.next_gb_tokens_per_s:.2f}"
     )
     if any(part >= MIN_NOTED_REGRET for part in predicted.regret.values()):

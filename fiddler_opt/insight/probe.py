@@ -44,7 +44,11 @@ def main() -> None:
 
 
 def describe_gpu(source: torch.Tensor, block_format: Encoding) -> dict:
-    """Describes the current GPU. Page-locks `source`, in host memory, where possible."""
+    """The current GPU's entry in the answer.
+
+    Compiles the decode kernels, and tries to page-lock `source`, which is in host memory. The
+    caller then copies from it.
+    """
     gpu = current_gpu()
     return {
         "name": gpu.name,
@@ -76,7 +80,7 @@ def kernels(block_format: Encoding) -> dict:
 
 
 def locks_freely(source: torch.Tensor) -> bool:
-    """True if memory can be page-locked even though `ulimit -l` allows none."""
+    """Sets `ulimit -l` to 0 and tries to page-lock `source`. True if that succeeds."""
     _, hard_limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard_limit))
     return int(torch.cuda.cudart().cudaHostRegister(source.data_ptr(), source.nbytes, 0)) == 0

@@ -21,7 +21,7 @@ from fiddler_run.errors import FiddlerError
 
 @dataclass(frozen=True)
 class Quantity:
-    """A quantity that can be varied. `unit` is B, B/s or a word."""
+    """A quantity that can be varied. `unit` is B, B/s, a word, or empty."""
 
     flags: tuple[str, ...]
     title: str
@@ -45,7 +45,10 @@ class Quantity:
         return {"B": format_bytes, "B/s": format_bytes_per_s}.get(self.unit, str)(value)
 
     def axis(self, largest: int) -> tuple[int, str]:
-        """The unit of an axis up to `largest`, and the axis label."""
+        """The divisor of an axis's values, such as 10**9 for GB, and the label of the axis.
+
+        `largest`, the largest value, decides the unit.
+        """
         if not self.unit.startswith("B"):
             return 1, f"{self.title}, {self.unit}" if self.unit else self.title
         prefixed = next(name for name in ("TB", "GB", "MB", "KB", "B") if largest >= UNITS[name])
@@ -58,8 +61,8 @@ def _of_workload(key: str, flags: tuple[str, ...], title: str, unit: str = "") -
 
 QUANTITIES = {
     "gpu_mem": Quantity(("--gpu-mem",), "GPU memory", "B", "the profiled GPU's"),
-    "link": Quantity(("--link",), "link to the GPU", "B/s", "as profiled"),
-    "ram": Quantity(("--ram",), "RAM as the CPU reads experts", "B/s", "as profiled"),
+    "link": Quantity(("--link",), "bandwidth of the link to the GPU", "B/s", "as profiled"),
+    "ram": Quantity(("--ram",), "bandwidth of RAM for the CPU", "B/s", "as profiled"),
     "max_seq_len": _of_workload("max_seq_len", ("--context", "--max-seq-len"), "context", "tokens"),
     "num_beams": _of_workload("num_beams", ("--beams", "--num-beams"), "beams"),
     "batch_size": _of_workload("batch_size", ("--batch-size",), "sequences at once"),
@@ -81,7 +84,9 @@ class WhatIf:
         return QUANTITIES[self.swept]
 
     def workload_values(self) -> dict[str, int | None]:
-        """The workload's values, None where not given. Of several, the easiest to fit."""
+        """The workload's values, None where not given.
+
+        For the swept one, the value that is easiest to fit."""
         fits = max(self.values) if self.swept == "max_seq_len" else min(self.values)
         return {key: fits if key == self.swept else self.fixed.get(key) for key in DEFAULTS}
 

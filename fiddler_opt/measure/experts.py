@@ -26,7 +26,7 @@ from fiddler_run.weights.checkpoint import DummyWeights
 
 GPU_WORKING_SET_BYTES = 1_500_000_000  # exceeds the GPU's caches
 MANY_TOKENS = 64  # tokens of an expert above which calls take long and vary less
-MAX_CHOICES = 4096  # most tokens times experts in a timed call, unless one token chooses more
+MAX_CHOICES = 4096  # tokens times experts in a timed call; one token's experts may exceed it
 
 
 class ExpertBench:
@@ -102,12 +102,16 @@ class ExpertBench:
     def resident_expert(self, tokens: int) -> float:
         """Microseconds of one resident expert called by `tokens` tokens."""
         if self._is_prompt(tokens):
-            return self.stopwatch.gather(self._product(tokens))[0]
+            return self.stopwatch.gather(self._prefill(tokens))[0]
         blocks = self.blocks_per_expert
         return self.stopwatch.gather(self._spans(tokens, blocks, 0.0, (Work.RESIDENT,)))[0]
 
-    def _product(self, tokens: int) -> Callable[[], list[float]]:
-        """Samples the product of the prefill path: the longer of GPU time and Python's time."""
+    def _prefill(self, tokens: int) -> Callable[[], list[float]]:
+        """Returns a sampler of a resident expert's computation on the prefill path.
+
+        A sample is one value in microseconds: the GPU's time, or Python's time to queue the work
+        if that is longer.
+        """
         experts = cycle(self.resident)
         dtype = self.engine.resources.dtype
         states = torch.randn(tokens, self.block_format.hidden_size, dtype=dtype, device=self.device)
@@ -130,9 +134,10 @@ class ExpertBench:
     def _spans(
         self, tokens: int, resident: int, share: float, works: tuple[Work, ...]
     ) -> Callable[[], list[float]]:
-        """Samples one expert's part of each layer's time, from the start of `works` to their end.
+        """Returns a sampler of microseconds per called expert, one value per layer.
 
-        Python has queued the previous layers, as in a run.
+        They are counted from the start of the first of `works` to the end of the last. The GPU is
+        kept busy until Python has queued the work, as in a run.
         """
         call = self._call(tokens, resident, self.blocks_per_expert, share)
         timeline = self.engine.resources.timeline
@@ -158,8 +163,10 @@ class ExpertBench:
         return tokens * self.layer_experts // self.top_k > MAX_DECODE_TOKENS
 
     def _called(self, tokens: int) -> int:
-        """Number of called experts in a layer: those of one token, or in a prompt up to
-        MAX_CHOICES.
+        """Experts called in each layer.
+
+        They are as many as one token chooses or, in a prompt, as many as keep tokens times experts
+        within MAX_CHOICES.
         """
         if not self._is_prompt(tokens):
             return self.top_k
@@ -171,10 +178,10 @@ class ExpertBench:
         return 2 if self.on_gpu and len(self.host) >= 2 * self.layer_experts else 1
 
     def _call(self, tokens: int, first: int, stop: int, share: float) -> Callable[[], None]:
-        """A call of layers by a batch. Each call takes other layers and experts.
+        """Returns a function that passes a batch through layers.
 
-        Blocks 0 to `first` of each expert are on the device, blocks `first` to `stop` in host
-        memory.
+        Successive calls use different layers and experts. Blocks 0 to `first` of each expert are on
+        the device, blocks `first` to `stop` in host memory.
         """
         layers = [
             ExpertsLayer(
@@ -215,13 +222,16 @@ class ExpertBench:
 def engine_for(
     block_format: Encoding, device: torch.device, threads: int, pinned: bool
 ) -> ExpertEngine:
-    """The engine that runs a plan with this many CPU threads."""
+    """An engine as a plan would use it: with the staging ring on a GPU, and `threads` CPU threads.
+
+    `pinned`: each thread stays on its own core.
+    """
     slots = STAGED_BLOCKS if device.type == "cuda" else 0
     return make_engine(block_format, device, threads, slots, pinned)
 
 
 def _page_locked(arena: Arena) -> bool:
-    """True if the arena could be page-locked. WSL, for one, locks only little memory."""
+    """Page-locks the arena. False if the system refuses; WSL, for one, allows only a little."""
     try:
         arena.pin()
     except FiddlerError:

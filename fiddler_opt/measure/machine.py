@@ -39,7 +39,7 @@ from fiddler_run.system.gpu import current_gpu
 from fiddler_run.system.host import available_memory_bytes, cpu_name, num_cores, num_physical_cores
 from fiddler_run.system.process_settings import dense_threads
 
-METHOD = 3  # version of the timing method; parts timed by another method are not mixed in
+METHOD = 3  # version of the timing method; parts timed by another version are discarded
 MAX_CPU_TOKENS = 512  # tokens of an expert above which a CPU alone is never the fastest
 EXPERTS = "experts"
 LAYERS = "layers without experts"
@@ -61,7 +61,7 @@ class MachineBench:
         """Prepares the parts without timing anything.
 
         Args:
-            folder: of the checkpoint whose disk is timed too. None: no disk is timed.
+            folder: the checkpoint's folder, whose disk is timed too. None: no disk is timed.
         """
         self.found: dict[str, dict] = {}
         self.model = model
@@ -85,7 +85,7 @@ class MachineBench:
 
     @property
     def parts(self) -> dict[str, Callable[[], dict]]:
-        """Created on each access: stored, it would keep this object and its gigabytes alive."""
+        """The functions that measure the parts, in order. Stored, they would keep this alive."""
         times = {EXPERTS: self._time_experts, LAYERS: self._time_dense}
         parts = {
             "host": self._host,
@@ -97,7 +97,7 @@ class MachineBench:
 
     @property
     def identity(self) -> dict:
-        """Everything the parts depend on, except the machine's momentary state."""
+        """What the parts depend on. An interrupted profile is only resumed if this is equal."""
         on_gpu = self.device.type == "cuda"
         return {
             "method": METHOD,
@@ -169,11 +169,11 @@ class MachineBench:
             FiddlerError: page-locking has changed since the part `threads`.
         """
         if page_locked != self.found["threads"]["page_locked"]:
-            change = "could be page-locked, but cannot be now"
+            change = "could be page-locked before, but cannot be now"
             if page_locked:
                 change = "can be page-locked now, but could not before"
             raise FiddlerError(
-                f"host memory {change}: delete the .unfinished file beside the profile and run"
+                f"host memory {change}: delete the .unfinished file next to the profile and run"
                 " `fiddler-opt profile` again"
             )
 

@@ -1,4 +1,4 @@
-"""Merges rounds of timing, so that a temporary slowdown affects only one of them."""
+"""Merges rounds of timing by their median, so that a slowdown during one has little effect."""
 
 from statistics import median
 
@@ -19,9 +19,9 @@ def merged_rounds(parts: dict[str, dict[str, Us]], timed: TimedParts) -> dict[st
 
 
 def drift_between_rounds(parts: dict[str, dict[str, Us]], timed: TimedParts) -> dict[int, float]:
-    """By tokens, the time of a host expert in the slowest round over the fastest, minus 1.
+    """How much longer a host expert took in the slowest round than in the fastest, as a fraction.
 
-    Empty if there was one round.
+    By number of tokens. Empty if there was only one round.
     """
     totals: dict[int, list[float]] = {}
     for part, (_, tokens) in timed.items():

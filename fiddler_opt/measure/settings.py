@@ -8,8 +8,8 @@ class ProfileSettings:
     """The token counts to time, how often and for how long.
 
     Attributes:
-        tokens: of an expert.
-        dense_tokens: of a layer without experts.
+        tokens: token counts of a timed expert.
+        dense_tokens: token counts of a timed layer without experts.
         rounds: passes over all figures, about a minute apart. Their median is robust against a
             temporary slowdown; a single round mispredicts decode by 5 %.
         seconds: approximate time for the figures that are timed together.

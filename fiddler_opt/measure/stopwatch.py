@@ -1,4 +1,4 @@
-"""Times calls on a device, in turn with each other, as the median of many samples."""
+"""Times calls on a device, alternating between them, as the median of many samples."""
 
 import statistics
 import time
@@ -10,8 +10,8 @@ from fiddler_opt.inputs.machine import MIN_US
 
 WARM_UP = 1
 MIN_SAMPLES = 3
-# A sample is the mean of this many calls, because some memory is faster than other, and a run pays
-# for both.
+# A sample is the mean of this many calls, because some memory is faster than the rest, and a
+# run uses both.
 CALLS_PER_SAMPLE = 4
 # Before each call, as in a run: other work lies between two calls, and threads may fall asleep.
 PAUSE_S = 3e-4
@@ -68,5 +68,8 @@ class Stopwatch:
 
 
 def difference(us: float, part_us: float) -> float:
-    """Microseconds of a whole without one of its parts, both timed in turn. Never negative."""
+    """Microseconds of a whole without one of its parts, at least MIN_US.
+
+    Both are timed alternately.
+    """
     return max(MIN_US, us - part_us)

@@ -22,7 +22,7 @@ class RoutingTrace:
         prompt: int32 [tokens], the token's prompt, numbered over all sets.
         decode: bool [tokens], True for generated tokens.
         prompt_sets: int32 [prompts], the index of each prompt's set in `set_names`.
-        fingerprint: of the job.
+        fingerprint: the job's fingerprint.
     """
 
     experts: np.ndarray

@@ -1,4 +1,4 @@
-"""Chooses the prefill chunk: how many tokens of a prompt pass the layers at once."""
+"""Chooses the prefill chunk: how many tokens of a prompt pass through the layers at once."""
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec

@@ -15,8 +15,7 @@ from fiddler_run.plan.schema import Plan
 def compared(plan: Plan, problem: Problem, routing: Routing) -> Plan:
     """The plan with `predicted.regret` and `predicted.alternatives`.
 
-    Each of the two takes as long as solving the plan, so they are computed only for a plan that is
-    written.
+    Regret takes a solution per set of prompts, so it is computed only for a plan that is written.
     """
     with naming_absurd_numbers():
         predicted = plan.predicted.model_copy(

@@ -36,7 +36,8 @@ def compile_plan(
     worst_of: Sequence[Routing] = (),
     placer: Placer | None = None,
 ) -> Plan:
-    """The best plan for a workload within a budget. `compared` completes its predictions.
+    """The best plan for a workload within a budget. `comparison.compared` adds regret and
+    alternatives.
 
     Args:
         provenance: all keys but the solver's.

@@ -10,10 +10,11 @@ For one layer and a number of tokens
     disk             reading blocks from disk, for the CPU
     launch_overhead  how much longer launching a layer takes than `dense`
 
-All terms but `dense` overlap, and all but `launch_overhead` are linear in blocks. Where the CPU
-takes the GPU's part, nothing overlaps and max becomes a sum. The expectation is over the router's
-choices. It is exact if one token chooses one expert, or two whose pairs are known. Otherwise each
-expert's expected time replaces its distribution, which is optimistic. A step adds the head.
+Inside the max, `resident` and `host + disk` are linear in blocks, and `launch_overhead` is
+constant. Without a GPU, the CPU computes both parts, and the max becomes a sum. The expectation is
+over the router's choices. It is exact for a single token with top-1 routing, or with top-2 routing
+if the frequencies of pairs are known. Otherwise each expert's expected time replaces its
+distribution, which is optimistic. A step adds the head.
 """
 
 from dataclasses import dataclass

@@ -20,8 +20,8 @@ class Solution:
     """A placement and its quality.
 
     `objective_s` is the workload's time for this placement, `bound_s` a lower bound for any
-    placement within the limits. `decode_bound_s` is a lower bound on a decode step for a placement
-    made for decode alone. All in seconds.
+    placement within the limits. `decode_bound_s` is a lower bound on a decode step for any
+    placement, even one made for decode alone. All in seconds.
     """
 
     placement: Placement

@@ -66,7 +66,7 @@ def rank_of(problem: Problem, solution: Solution) -> Rank:
 
 
 def stream_share(machine: MachineProfile, policy: Policy) -> dict[int, float]:
-    """By tokens of an expert, the share of its host blocks that the policy streams."""
+    """The share of an expert's host blocks that the policy streams, by tokens that chose it."""
     if policy == "together":
         return machine.stream_share
     if policy == "better":

@@ -51,7 +51,7 @@ def fixed_memory(
     if total > device.memory_bytes:
         raise FiddlerError(
             f"--gpu-mem {format_bytes(total)} is more than the {format_bytes(device.memory_bytes)}"
-            f" that {device.name} has by the machine profile"
+            f" that {device.name} has according to the machine profile"
         )
     on_gpu = device.kind == "cuda"
     streams = machine.streams

@@ -56,7 +56,7 @@ def binding(
 ) -> Literal["GPU memory", "GPU and host memory", "host memory", "nothing"]:
     """The budgets that limit the speed.
 
-    "nothing" if all blocks are resident or the solver left memory unused.
+    "nothing" if memory is not the limit: all blocks are resident, or memory is left over.
     """
     placement = solution.placement
     limits = problem.memory_limits()

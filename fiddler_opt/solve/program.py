@@ -38,7 +38,7 @@ from fiddler_run.system.files import reason
 
 # Equal experts can be exchanged, which gives many equally good solutions, and the last steps of the
 # bound take minutes. So the accepted gap grows with the cube of the elapsed seconds: 0.01 % after
-# one, 0.27 % after three.
+# one second, 0.27 % after three.
 MAX_GAP = 0.004
 # Relative to the workload's time. A smaller reward falls below the solver's tolerance of 1e-7 for
 # reduced costs; a larger one loosens the bound.
@@ -57,7 +57,7 @@ class Program:
     ):
         self.lp = pulp.LpProblem("placement", pulp.LpMinimize)
         self._cost = costs[0]
-        self._unit = time_unit(costs, steps)  # times are expressed in this unit, per second
+        self._unit = time_unit(costs, steps)  # the program's units of time per second
         self._relaxed = relaxed
         blocks = self._cost.blocks_per_expert
         sizes = [len(row) for row in self._cost.called]

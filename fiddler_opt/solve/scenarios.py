@@ -39,8 +39,9 @@ def layer_scenarios(
 ) -> list[Scenario]:
     """The scenarios of one layer.
 
-    Exact for one token that chooses one expert, or two whose pairs are known. Otherwise a single
-    scenario holds each expert's expected time. Copies of a token choose the same experts.
+    Exact for a single token with top-1 routing, or with top-2 routing if the frequencies of pairs
+    are known. Otherwise a single scenario holds each expert's expected time. Copies of a token
+    choose the same experts.
 
     Args:
         expert_times: maps a number of tokens to the seconds of an expert that is resident, in host

@@ -2,7 +2,7 @@
 
 More memory predicts a faster decode, except for the solver's gap and the choice of the chunk, which
 may cost 1 or 2 %. The returned plan reaches the speed, and STEP_BYTES less does not. A much smaller
-budget that happens to reach the speed is not searched for.
+budget might happen to reach the speed, too; it is not looked for.
 """
 
 import re
@@ -62,7 +62,7 @@ def least_memory(solve: Callable[[int], Plan], tokens_per_s: float, device_bytes
     if best is None:
         raise FiddlerError(
             f"--target {tokens_per_s:g}tok/s cannot be reached with the GPU's"
-            f" {format_bytes(device_bytes)} by this profile: {said}"
+            f" {format_bytes(device_bytes)}, according to this profile: {said}"
         )
     while high - low > 1:
         middle = (low + high) // 2

@@ -53,7 +53,7 @@ def run(flags: argparse.Namespace) -> None:
     if flags.load_format == "dummy" and not flags.bench:
         stderr.print("random weights: the text will be meaningless")
     for note in loader.notes:
-        stderr.print(note)
+        stderr.print(f"note: {note}")
     started = time.perf_counter()
     with byte_progress(stderr) as progress:
         task = progress.add_task("loading experts", total=loader.total_bytes)
@@ -121,8 +121,8 @@ def checked_options(flags: argparse.Namespace, loader, prompt: str | None):
             )
     elif loader.tokenizer is None:
         raise FiddlerError(
-            "--load-format dummy: there is no tokenizer for a prompt beside the model's"
-            " config.json; use --bench"
+            "--load-format dummy: there is no tokenizer next to the model's config.json, so a"
+            " prompt cannot be encoded; use --bench"
         )
     else:
         ids = encode_prompt(loader.tokenizer, prompt, flags.chat, plan, loader.vocab_size)
@@ -147,7 +147,7 @@ def busy_note(others: float | None, cores: int, threads: int) -> str | None:
         return None
     return (
         f"note: other programs used {others:.1f} of {cores} cores, and the plan needs {threads}:"
-        " each layer waits for its slowest thread; close them to reach the plan's speed"
+        " each layer waits for its slowest thread; close those programs to reach the plan's speed"
     )
 
 

@@ -14,14 +14,14 @@ from fiddler_run.errors import FiddlerError
 SHOW_CURSOR = "\x1b[?25h"
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-# How often a thread of PyTorch's libgomp polls for work before it sleeps, about as long as a
-# wake-up takes. The default is a hundred times longer; while another program uses one of the cores,
-# every operation then costs a time slice of the scheduler.
+# How many times a thread of PyTorch's libgomp polls for work before it sleeps. This takes about as
+# long as a wake-up. The default is a hundred times longer; while another program uses one of the
+# cores, every operation then costs a time slice of the scheduler.
 GOMP_SPINCOUNT = "2000"
 
 
 class Terminated(BaseException):
-    """Raised by SIGTERM and SIGHUP, so that the process cleans up before it ends."""
+    """Raised on SIGTERM and SIGHUP, so that the process cleans up before it ends."""
 
     def __init__(self, signal_number: int):
         self.signal_number = signal_number

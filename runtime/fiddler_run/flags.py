@@ -79,15 +79,15 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help=(
-            "generate at most this many tokens (default: the plan's output tokens, or what its"
-            " context has room for)"
+            "generate at most this many tokens (default: the plan's output tokens, or fewer"
+            " if its context has no room for them)"
         ),
     )
     add(
         "--num-beams",
         type=positive,
         metavar="N",
-        help="number of beams of beam search; 1 disables it (default: the plan's)",
+        help="number of beams; 1 turns beam search off (default: the plan's)",
     )
     add(
         "--temperature",
@@ -101,8 +101,8 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
         type=probability,
         metavar="P",
         help=(
-            "sample from the likeliest tokens of this total probability (default: the checkpoint's,"
-            " else 1.0)"
+            "sample from the most likely tokens whose probabilities add up to P (default: the"
+            " checkpoint's, else 1.0)"
         ),
     )
     add("--seed", type=seed, metavar="N", help="seed for sampling (default: random)")
@@ -139,22 +139,22 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 def _refuse_contradictions(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
     """Exits with status 2 if flags exclude each other."""
     if [flags.prompt is not None, flags.bench, flags.dry_run].count(True) != 1:
-        parser.error("give one of a prompt, --bench and --dry-run")
+        parser.error("give exactly one of: a prompt, --bench, --dry-run")
     if flags.bench:
         if flags.temperature or flags.top_p is not None or flags.seed is not None or flags.chat:
             parser.error(
                 "--bench is greedy, on random token ids: --temperature, --top-p, --seed and --chat"
-                " belong to a prompt"
+                " apply only to a prompt"
             )
         if flags.max_new_tokens == 1:
             parser.error("--bench measures decode: --max-new-tokens must be at least 2")
         if flags.json is not None and flags.json == flags.trace:
-            parser.error("--json and --trace need a file each")
+            parser.error("--json and --trace need different files")
     elif any(
         value is not None
         for value in (flags.prompt_tokens, flags.batch_size, flags.json, flags.trace)
     ):
-        parser.error("--prompt-tokens, --batch-size, --json and --trace belong to --bench")
+        parser.error("--prompt-tokens, --batch-size, --json and --trace apply only with --bench")
 
 
 def positive(text: str) -> int:

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 from fiddler_run.encodings.plain import Bf16
 from fiddler_run.engine.engine import ExpertEngine
 from fiddler_run.engine.layer import ExpertsLayer
-from fiddler_run.engine.tuning import Router, measure_prompt
+from fiddler_run.engine.tuning import RouterSizes, measure_prompt
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.kernels.table import kernels_for
 from gpu.conftest import CUDA, page_locked
@@ -100,7 +100,7 @@ def test_unknown_experts_add_nothing(wide_bfloat16: PlannedModel, tokens: int):
 
 def test_prefill_result_does_not_depend_on_the_split(wide_bfloat16: PlannedModel):
     layers = wide_bfloat16.layers
-    router = Router(num_experts=8, top_k=2, hidden_size=1024)
+    router = RouterSizes(num_experts=8, top_k=2, hidden_size=1024)
     times = measure_prompt(layers, wide_bfloat16.engine.resources, router, 400)
     assert len(times) == len(layers)
     generator = torch.Generator(CUDA).manual_seed(1)

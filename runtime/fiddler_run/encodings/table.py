@@ -7,5 +7,5 @@ ENCODINGS: dict[str, type[Encoding]] = {each.name: each for each in (Bf16, Fp16,
 
 
 def plain_encoding(dtype: str) -> str:
-    """The encoding that stores weights of `dtype` unchanged."""
+    """The name of the encoding that stores weights of `dtype` unchanged."""
     return next(each.name for each in (Bf16, Fp16, Fp32) if each.dtype == dtype)

@@ -29,7 +29,7 @@ def make_engine(
 
     Args:
         device: holds the resident blocks.
-        threads: of the CPU.
+        threads: number of CPU threads.
         slots: blocks of device memory to stream through. 0 if nothing is streamed.
         pinned: keep each thread on its own core.
     """

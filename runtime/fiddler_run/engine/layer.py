@@ -1,15 +1,15 @@
 """One layer's experts: splits the blocks of every called expert over device, link and CPU.
 
-    [0 ... resident)          [resident ... streamed)      [streamed ... end)
-    device, in place          over the link, then device   CPU, in place
+    resident blocks    |  streamed blocks               |  other host blocks, blocks on disk
+    device, in place   |  over the link, then device    |  CPU, in place
 
 An expert is a sum over its neurons, so every split gives the same result up to the order of
 addition. The sums are float32. Blocks on disk are mapped and come last; the CPU reads them as if
 they were in host memory.
 
-On the decode path, the CPU's threads apply the split as soon as the GPU has sent the router's
-choice, so that Python stays a layer ahead. On the prefill path, Python waits for the choice and
-applies the split.
+On the decode path, one of the CPU's threads applies the split as soon as the GPU has sent the
+router's choice, so that Python stays a layer ahead. On the prefill path, Python waits for the
+choice and applies the split.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from fiddler_run.plan.split import scale_odds, split
 class ExpertsLayer:
     """Serves the experts module of one layer.
 
-    `prefill_odds` scales the plan's odds, streamed : CPU, during prefill. `next` is the following
-    layer, whose first blocks are prefetched.
+    `prefill_odds` scales the odds, the ratio of streamed blocks to the CPU's, during prefill.
+    `next` is the following layer, whose first blocks are prefetched.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ExpertsLayer:
         """Prepares one layer.
 
         Args:
-            number: of the layer.
+            number: the layer's number.
             resident: for each expert, its blocks in device memory, uint8 [count, block_bytes].
             host: for each expert, its blocks in host memory.
             stream_share: maps the tokens of a call to the share of its expert's host blocks to

@@ -17,8 +17,8 @@ from fiddler_run.engine.timeline import Lane, Work
 from fiddler_run.kernels.cpu import CpuCall
 from fiddler_run.weights.arena import will_need
 
-# Tokens times experts on the CPU beyond which the host waits instead of the GPU: a long-spinning
-# kernel trips the display watchdog.
+# Tokens times experts on the CPU beyond which Python waits for the CPU's job, rather than a kernel:
+# a long-spinning kernel trips the display watchdog.
 MAX_GPU_WAIT = 512
 
 
@@ -111,8 +111,8 @@ class DevicePart:
     """The device's part of one layer.
 
     To keep the link busy, streamed blocks are computed as they arrive, which frees their place in
-    the ring, and resident blocks between two arrivals. Prefetched blocks fill the ring until the
-    first piece has been computed, so nothing else comes before that.
+    the ring, and resident blocks between two arrivals. The first piece comes before all resident
+    blocks, because prefetched blocks fill the ring until it has been computed.
     """
 
     def __init__(

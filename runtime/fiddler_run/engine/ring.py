@@ -13,21 +13,21 @@ Staged = tuple[torch.Tensor, "torch.cuda.Event | None"]
 
 
 class StagingRing:
-    """Slots of `at_once` blocks, reused in turn. Copies run on their own stream.
+    """Places of `at_once` blocks each, reused in turn. Copies run on their own stream.
 
     On a machine without CUDA, the ring is in host memory and copies are synchronous.
     """
 
-    def __init__(self, num_slots: int, block_bytes: int, device: torch.device):
-        """Allocates room for `num_slots` blocks."""
-        self.slots = torch.empty((num_slots, block_bytes), dtype=torch.uint8, device=device)
+    def __init__(self, num_blocks: int, block_bytes: int, device: torch.device):
+        """Allocates room for `num_blocks` blocks: two places, or one if it is a single block."""
+        self.blocks = torch.empty((num_blocks, block_bytes), dtype=torch.uint8, device=device)
         self.copy_stream = None
         if device.type == "cuda":
             self.copy_stream = torch.cuda.Stream(device)
             # the memory may have earlier users
             self.copy_stream.wait_stream(torch.cuda.current_stream(device))
-        self.at_once = max(1, num_slots // 2)  # the device reads one half while the other arrives
-        self._places = deque(self.slots.split(self.at_once)[: num_slots // self.at_once])
+        self.at_once = max(1, num_blocks // 2)  # the device reads one half while the other arrives
+        self._places = deque(self.blocks.split(self.at_once)[: num_blocks // self.at_once])
         self._free: dict[int, torch.cuda.Event] = {}  # by address: done when the last reader is
         self._prefetched: deque[tuple[torch.Tensor, Staged]] = deque()
 
@@ -44,7 +44,7 @@ class StagingRing:
     def stream(self, pieces: list[torch.Tensor], timeline: Timeline) -> "Stream":
         """Starts to copy `pieces`, each uint8 [1 to at_once, block_bytes].
 
-        There are as many copies in flight as slots.
+        There are as many copies in flight as places.
         """
         rest = deque(pieces)
         under_way: deque[Staged] = deque()
@@ -59,7 +59,7 @@ class StagingRing:
         return stream
 
     def copy(self, piece: torch.Tensor, timeline: Timeline) -> Staged:
-        """Queues the copy of a piece into the next slot."""
+        """Queues the copy of a piece into the next place."""
         place = self._places[0][: len(piece)]
         self._places.rotate(-1)
         if self.copy_stream is None:
@@ -76,9 +76,9 @@ class StagingRing:
             return place, self.copy_stream.record_event()
 
     def release(self, place: torch.Tensor) -> None:
-        """Lets the slot be overwritten once the work queued so far has finished."""
+        """Lets the place be overwritten once the work queued so far has finished."""
         if self.copy_stream is not None:
-            reader = torch.cuda.current_stream(self.slots.device)
+            reader = torch.cuda.current_stream(self.blocks.device)
             self._free[place.data_ptr()] = reader.record_event()
 
     def _take_prefetched(self) -> "deque[tuple[torch.Tensor, Staged]]":
@@ -104,7 +104,7 @@ class Stream:
 
     @contextmanager
     def next(self) -> Iterator[torch.Tensor]:
-        """Yields the next piece on the device. Leaving the context frees its slot for a new copy.
+        """Yields the next piece on the device. Leaving the context frees its place for a new copy.
 
         Work queued after the context does not delay copies.
         """

@@ -32,7 +32,7 @@ class Work(StrEnum):
     RESIDENT = "resident"  # GPU: resident blocks
     STREAMED = "streamed"  # GPU: blocks that have arrived
     COPY = "copy"  # link: blocks to the staging ring
-    IN_PLACE = "in place"  # link: a kernel reads host blocks, then resident blocks
+    IN_PLACE = "in place"  # link: one kernel reads streamed blocks, then resident blocks
     BLOCKS = "blocks"  # CPU: its blocks
     ROUTER = "wait for the router"  # Python or CPU
     QUEUE = "queue device work"  # Python

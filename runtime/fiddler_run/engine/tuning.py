@@ -3,7 +3,7 @@
 Decode gets a factor per layer, prefill one factor for all layers. The plan's split is right for the
 average speed of memory and CPU at the time of profiling. But the system places a layer's experts
 differently at each start, for example on another NUMA node or, in a virtual machine, in memory that
-others use. Also, a prompt does not call experts by whole tiles of tokens. The split then stays
+others use. Also, the tokens of a real prompt rarely fill an expert's tiles. After that the split is
 fixed: the same input gives the same bits as long as the model is loaded, but not after it is loaded
 again. Another model that runs in the same process meanwhile would disturb the measurement.
 """
@@ -22,13 +22,13 @@ from fiddler_run.plan.split import split
 
 ROUNDS = 2
 TOKENS = 4  # measured in each round
-PROMPT_TOKENS = 128  # tokens of an expert: both CPU and link have a substantial part of the work
-MAX_CHANGE = 3.0  # limit on the change of the odds in one round
+PROMPT_TOKENS = 128  # per expert: enough to give both CPU and link a substantial share
+MAX_CHANGE = 3.0  # largest factor by which a round may change the odds
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Factors on the plan's odds, streamed : CPU.
+    """Factors that multiply the plan's odds, the ratio of streamed blocks to blocks on the CPU.
 
     `decode`: by layer, for one token; layers that use only CPU or only link are left out.
     `prefill`: one factor for long prompts in all layers.
@@ -46,8 +46,8 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Router:
-    """The sizes of a model's router: the number of experts, and of experts per token."""
+class RouterSizes:
+    """The sizes of a model's router: experts, experts per token, and the width of its input."""
 
     num_experts: int
     top_k: int
@@ -56,8 +56,10 @@ class Router:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """One layer's host blocks for one token: the numbers on link and CPU, their times, and the
-    total.
+    """One layer's host blocks for one token.
+
+    `streamed` and `on_cpu` count them, `link_s` and `cpu_s` are the busy seconds of each resource,
+    and `both_s` is the elapsed time of both together.
     """
 
     streamed: int
@@ -68,11 +70,11 @@ class LayerTimes:
 
 
 def tune(
-    layers: Sequence[ExpertsLayer], resources: Resources, router: Router, prompt_tokens: int
+    layers: Sequence[ExpertsLayer], resources: Resources, router: RouterSizes, prompt_tokens: int
 ) -> Tuning:
     """Finds the factors with which CPU and link finish at the same time.
 
-    The layers keep them.
+    Applies them to the layers.
 
     Args:
         prompt_tokens: the largest batch of prefill.
@@ -93,7 +95,7 @@ def decode_shares(layers: Sequence[ExpertsLayer]) -> dict[int, float]:
 
 
 def _tune_decode(
-    layers: Sequence[ExpertsLayer], resources: Resources, router: Router, tuning: Tuning
+    layers: Sequence[ExpertsLayer], resources: Resources, router: RouterSizes, tuning: Tuning
 ) -> Tuning:
     tuned = [layer for layer in layers if layer.decode is not None]
     if resources.kernels.decode is None or not decode_shares(tuned):
@@ -118,7 +120,7 @@ def _tune_decode(
 
 
 def _tune_prefill(
-    layers: Sequence[ExpertsLayer], resources: Resources, router: Router, prompt_tokens: int
+    layers: Sequence[ExpertsLayer], resources: Resources, router: RouterSizes, prompt_tokens: int
 ) -> Tuning:
     per_token = router.top_k / router.num_experts
     tokens = min(int(PROMPT_TOKENS / per_token), prompt_tokens)
@@ -142,7 +144,7 @@ def _limited(factor: float) -> float:
 
 @torch.inference_mode()
 def measure_prompt(
-    layers: Sequence[ExpertsLayer], resources: Resources, router: Router, tokens: int
+    layers: Sequence[ExpertsLayer], resources: Resources, router: RouterSizes, tokens: int
 ) -> list[tuple[float, float]]:
     """Computes every layer's experts for a batch of random states with random choices.
 
@@ -160,11 +162,12 @@ def measure_prompt(
 
 @torch.inference_mode()
 def measure_token(
-    layers: Sequence[ExpertsLayer], resources: Resources, router: Router, number: int = 0
+    layers: Sequence[ExpertsLayer], resources: Resources, router: RouterSizes, number: int = 0
 ) -> list[LayerTimes]:
     """Computes every layer's experts for one token, one layer after the other.
 
-    The called experts are spread over a layer's memory. Another `number` calls others.
+    The called experts are spread over a layer's memory. A different `number` calls different
+    experts.
     """
     device = resources.device
     states = torch.zeros(1, router.hidden_size, dtype=resources.dtype, device=device)

@@ -40,7 +40,7 @@ def _bare_rate(resources: Resources, experts: list[torch.Tensor], share: float) 
         copied = round(share * len(blocks))
         if copied:
             with torch.cuda.stream(ring.copy_stream):
-                for block, slot in zip(blocks[:copied], cycle(ring.slots), strict=False):
+                for block, slot in zip(blocks[:copied], cycle(ring.blocks), strict=False):
                     slot.copy_(block, non_blocking=True)
         if copied < len(blocks):
             resources.kernels.cpu.pool.read(blocks[copied:])

@@ -93,7 +93,7 @@ class DecodeStep:
     ) -> MoeCausalLMOutputWithPast:
         """The next token's logits [sequences, 1, vocabulary] for input_ids [sequences, 1].
 
-        The cache takes in the tokens.
+        The tokens are added to the cache.
         """
         config = self._config
         cache = past_key_values

@@ -1,6 +1,6 @@
 """Reads a checkpoint's generation_config.json.
 
-Only end tokens and refinements of sampling are used. Flags and plan decide everything else.
+Only special tokens and sampling parameters are used. Flags and plan decide everything else.
 """
 
 from pathlib import Path
@@ -94,9 +94,10 @@ class GenerationDefaults(BaseModel):
             ) from None
 
     def for_transformers(self, tokenizer) -> dict:
-        """The arguments of a GenerationConfig.
+        """The keyword arguments of a GenerationConfig.
 
-        Without `do_sample`, transformers would warn about values that have no effect.
+        Without `do_sample`, sampling parameters are left out, because transformers would warn that
+        they have no effect.
         """
         sampling = SAMPLING if self.do_sample else {"repetition_penalty"}
         values = self.model_dump(

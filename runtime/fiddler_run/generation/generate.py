@@ -49,7 +49,7 @@ class StepClock(StoppingCriteria):
         self.steps: list[tuple[float, Traffic]] = []
 
     def __call__(self, input_ids, scores, **kwargs):
-        if input_ids.is_cuda:  # as transformers does right after this
+        if input_ids.is_cuda:  # transformers does so right after this anyway
             torch.cuda.current_stream(input_ids.device).synchronize()
         self.steps.append((time.perf_counter(), self._resources.traffic))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -111,7 +111,7 @@ def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: i
         raise FiddlerError(
             f"the prompt has {prompt_tokens} tokens and --max-new-tokens is"
             f" {options.max_new_tokens}, together more than the plan's context of"
-            f" {plan.workload.max_seq_len}; shorten them, or plan again with a larger --max-seq-len"
+            f" {plan.workload.max_seq_len}; reduce them, or plan again with a larger --max-seq-len"
         )
 
 
@@ -126,8 +126,9 @@ def encode_prompt(
     """Encodes a prompt as token ids [1, n].
 
     Raises:
-        FiddlerError: the prompt is empty, is not text, or has tokens that the model does not know;
-            or `chat` is set without a chat template.
+        FiddlerError: the prompt is empty, is not text, is far longer than the context, or has
+            tokens that the model does not know; the tokenizer or its chat template fails; or
+            `chat` is set without a chat template.
     """
     if not prompt.strip():
         raise FiddlerError("the prompt is empty")
@@ -146,8 +147,8 @@ def generate(
     options: Options,
     on_text: Callable[[str], None],
 ) -> Measured:
-    """Generates from a prompt. Passes the text to `on_text` as it is generated, with beams at the
-    end.
+    """Generates from a prompt. Passes the text to `on_text` as it is generated or, with beam
+    search, at the end.
 
     Raises:
         FiddlerError: the prompt cannot be encoded, see `encode_prompt`, or does not fit, see
@@ -171,8 +172,8 @@ def generate_ids(
 ) -> tuple[torch.Tensor, Measured]:
     """Continues token ids [sequences, n]. Returns ids [sequences, n + new] and measurements.
 
-    `arguments` go to transformers' `generate()`. The sequences are not padded unless an
-    `attention_mask` is given.
+    `arguments` go to transformers' `generate()`. Assumes that no sequence is padded
+    unless an `attention_mask` is given.
     """
     ids = ids.to(model.device)
     arguments.setdefault("attention_mask", torch.ones_like(ids))
@@ -195,7 +196,7 @@ def generate_ids(
 def never_stopping(model: PlannedModel) -> dict[str, int]:
     """Arguments for `generate()` with which no token ends a sequence.
 
-    `min_new_tokens` would do more work in each step.
+    `min_new_tokens` would have the same effect, but costs time in each step.
     """
     return {"eos_token_id": model.config.vocab_size, "pad_token_id": 0}
 

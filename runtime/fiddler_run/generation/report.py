@@ -55,7 +55,7 @@ def parts(plan: Plan, result) -> Table:
     for name, cells in rows.items():
         table.add_row(name, *(f"{cell:.2f}" if cell else "" for cell in cells))
     table.caption = (
-        "overlapping parts count as the first of them; the plan's columns are for its own workload"
+        "of overlapping parts, only the first counts; the plan's columns are for its own workload"
     )
     return table
 

@@ -25,7 +25,7 @@ NO_NUMBERS = (
 class Options:
     """How to generate. `temperature` 0 is greedy.
 
-    `top_p` None takes the checkpoint's value, along with its other refinements of sampling.
+    `top_p` None takes the checkpoint's value, along with its other sampling parameters.
     """
 
     max_new_tokens: int

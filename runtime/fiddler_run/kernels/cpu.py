@@ -1,4 +1,4 @@
-"""Computes experts' blocks on the CPU: by cpu.cpp, or by PyTorch where cpu.cpp cannot serve.
+"""Computes experts' blocks on the CPU: by cpu.cpp, or by PyTorch where cpu.cpp cannot be used.
 
 Both start a job in `submit` and finish it in `wait`, where the calling thread helps; Python is free
 in between. The compiled kernel also accepts jobs whose tokens and experts a GPU names later.

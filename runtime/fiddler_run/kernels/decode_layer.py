@@ -70,11 +70,11 @@ class DecodeLayer:
 class DecodeInputs:
     """A job's inputs from the GPU, and the table that answers them, in page-locked host memory.
 
-    Flags hold job numbers and only grow. The router's `states` [tokens, hidden], `index` [tokens,
-    k] int64 and `weights` [tokens, k] float32 are complete when each of `inputs_ready` [tokens]
-    int64 is at least the job's number. `table` [table_size()] int64 has room for `max_blocks`
-    blocks and is complete when `table_ready` [1] int64 is the job's number. `timed_out` [1] int64
-    is set to the number of a job whose inputs did not arrive in time.
+    Flags hold job numbers and only grow. The layer's `states` [tokens, hidden] and the router's
+    `index` [tokens, k] int64 and `weights` [tokens, k] float32 are complete when each of
+    `inputs_ready` [tokens] int64 is at least the job's number. `table` [table_size()] int64 has
+    room for `max_blocks` blocks and is complete when `table_ready` [1] int64 is the job's number.
+    `timed_out` [1] int64 is set to the number of a job whose inputs did not arrive in time.
     """
 
     states: torch.Tensor

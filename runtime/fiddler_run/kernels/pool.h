@@ -47,7 +47,7 @@ class Pool {
                        int64_t number) {
         Slot& slot = describe(layout, states, tokens, output, output_ready, number);
         slot.route.arguments = route;
-        slot.phases[PREPARE].have(1);
+        slot.phases[PREPARE].set_units(1);
         open(slot);
     }
 
@@ -57,16 +57,18 @@ class Pool {
         finish(0, FOREVER);
         Slot& slot = next_slot();
         slot.data = data, slot.bytes = bytes, slot.output_ready = nullptr;
-        slot.phases[READ].have(static_cast<int>((bytes + READ_UNIT - 1) / READ_UNIT));
+        slot.phases[READ].set_units(static_cast<int>((bytes + READ_UNIT - 1) / READ_UNIT));
         checksum_ = 0;
         open(slot);
         finish(0, FOREVER);
         return checksum_;
     }
 
-    // Helps until at most `but` jobs are unfinished. False if that takes longer than about
+    // Helps until at most `max_pending` jobs are unfinished. False if that takes longer than about
     // `most_ns`.
-    bool wait(uint64_t but, int64_t most_ns) { return finish(but, now_ns() + most_ns); }
+    bool wait(uint64_t max_pending, int64_t most_ns) {
+        return finish(max_pending, now_ns() + most_ns);
+    }
 
     // Ends the unfinished jobs that would set this flag, without a result. They still set the flag.
     void abandon(const int64_t* output_ready) {
@@ -84,8 +86,8 @@ class Pool {
     static constexpr uint64_t SLOTS = 2;
 
     // As `wait`, until a point in time.
-    bool finish(uint64_t but, int64_t until_ns) {
-        while (waited_ + but < submitted_) {
+    bool finish(uint64_t max_pending, int64_t until_ns) {
+        while (waited_ + max_pending < submitted_) {
             Slot& slot = slots_[(waited_ + 1) % SLOTS];
             if (!run(slot, until_ns)) return false;
             ++waited_;
@@ -101,7 +103,7 @@ class Pool {
         finish(SLOTS - 1, FOREVER);
         Slot& slot = slots_[(submitted_ + 1) % SLOTS];
         slot.abandoned = false;
-        for (Phase& phase : slot.phases) phase.have(0);
+        for (Phase& phase : slot.phases) phase.set_units(0);
         return slot;
     }
 
@@ -129,9 +131,9 @@ class Pool {
         slot.started_ns = now_ns();
         cut_into_units(slot.job, variant_);
         auto count = [](const auto& units) { return static_cast<int>(units.size()); };
-        slot.phases[PACK].have(count(slot.job.pack_units));
-        slot.phases[GATE_UP].have(count(slot.job.gate_up_units));
-        slot.phases[DOWN].have(count(slot.job.down_units));
+        slot.phases[PACK].set_units(count(slot.job.pack_units));
+        slot.phases[GATE_UP].set_units(count(slot.job.gate_up_units));
+        slot.phases[DOWN].set_units(count(slot.job.down_units));
     }
 
     void open(Slot& slot) {

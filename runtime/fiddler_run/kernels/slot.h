@@ -12,7 +12,7 @@ struct Phase {
     alignas(64) std::atomic<int> unfinished{0};
     Signal complete;
 
-    void have(int number) { next = 0, units = unfinished = number; }
+    void set_units(int number) { next = 0, units = unfinished = number; }
 };
 
 struct Slot {
@@ -25,5 +25,5 @@ struct Slot {
     alignas(64) std::atomic<int64_t> finished_ns{0};
     Phase phases[PHASES];
     alignas(64) std::atomic<uint64_t> state{0};
-    Signal left;  // by a thread that was inside
+    Signal left;  // when a thread leaves
 };

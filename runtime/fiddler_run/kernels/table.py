@@ -44,7 +44,7 @@ def kernels_for(
 
     Args:
         device: holds the resident blocks.
-        threads: of the CPU.
+        threads: number of CPU threads.
         pinned: keep each thread on its own core.
     """
     on_gpu = device.type == "cuda"

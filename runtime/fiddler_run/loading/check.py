@@ -1,4 +1,4 @@
-"""Checks whether a plan can run with its model on this machine. Each rule is stated once.
+"""Checks whether a plan can run with its model on this machine.
 
 `fiddler-run` fails with the first problem of a `PlanCheck`; `--dry-run` prints all of them. PyTorch
 is imported on demand.
@@ -19,6 +19,7 @@ from fiddler_run.system.files import exists, is_folder, read_text, reason
 from fiddler_run.system.gpu import Gpu, current_gpu
 from fiddler_run.system.host import available_memory_bytes, num_cores
 from fiddler_run.system.locate import shipped_file
+from fiddler_run.weights.model_folder import local_folder
 
 
 class PlanCheck(ModelCheck):
@@ -51,11 +52,13 @@ class PlanCheck(ModelCheck):
         relative_to = (
             plan_file.resolve().parent if plan_file is not None and model is None else Path()
         )
+        self.gpu = plan_gpu(plan)
+        if fetch and local_folder(name, relative_to) is None:  # before a download of all weights
+            refuse(machine_problems(plan, self.gpu, origin))
         super().__init__(plan.model, origin, name, relative_to, load_format, fetch)
         beside = self.folder if self.folder is not None and load_format != "dummy" else Path()
         self.disk_folder = beside if disk_folder is None else Path(disk_folder)
         self._try(lambda: refuse(disk_problems(plan, self.disk_folder)))
-        self.gpu = plan_gpu(plan)
         self.problems += machine_problems(plan, self.gpu, origin, self.config)
         notes = device_note(plan, on_gpu=self.gpu is not None), prediction_note(plan, origin)
         self.notes += [note for note in notes if note]
@@ -98,7 +101,7 @@ def machine_problems(
     """The requirements of a plan that this machine does not meet.
 
     Args:
-        gpu: None: the plan's GPU part is kept in host memory.
+        gpu: the GPU for the plan's GPU part. None if that part is kept in host memory.
         config: the model's sizes. None: checks that need them are left out.
     """
     host = plan.rank.host_memory_bytes
@@ -187,7 +190,7 @@ def gpu_memory_problem(memory: GpuMemory, gpu: Gpu) -> str | None:
 
 
 def gpu_part_problem(memory: GpuMemory, besides_bytes: int) -> str | None:
-    """The problem if a plan leaves too little GPU memory beside the experts.
+    """The problem if a plan leaves too little GPU memory for everything but the experts.
 
     It is computed from the model, whatever the plan states.
     """
@@ -195,16 +198,17 @@ def gpu_part_problem(memory: GpuMemory, besides_bytes: int) -> str | None:
     if besides_bytes <= room:
         return None
     return (
-        f"gpu_memory_bytes leaves {max(0, room) / 1e9:.2f} GB beside the experts, but attention, KV"
-        f" cache and staging need {besides_bytes / 1e9:.2f}; plan again for this workload"
+        f"gpu_memory_bytes leaves {max(0, room) / 1e9:.2f} GB for everything but the experts,"
+        f" but attention, KV cache and staging need {besides_bytes / 1e9:.2f}; plan again for this"
+        " workload"
     )
 
 
 def plan_gpu(plan: Plan) -> Gpu | None:
-    """The GPU for a plan's GPU part. None if that part is kept in host memory.
+    """The GPU that a plan will use. None if the plan has no GPU part, or if it is kept in host
+    memory.
 
-    That is the case for plans without a GPU part, plans for a machine without CUDA, and on a
-    machine without a GPU.
+    That is the case if the plan is for a machine without CUDA, or if this machine has no GPU.
     """
     rank = plan.rank
     return current_gpu() if rank.device == "cuda" and rank.gpu_memory_bytes.total else None

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fiddler_run.engine.tuning import Router, Tuning, tune
+from fiddler_run.engine.tuning import RouterSizes, Tuning, tune
 from fiddler_run.generation.defaults import GenerationDefaults
 from fiddler_run.generation.generate import never_stopping
 from fiddler_run.generation.model import PlannedModel
@@ -20,7 +20,8 @@ from fiddler_run.system.process_settings import allow_gpu_memory
 from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
 from fiddler_run.weights.store import ExpertStore
 
-# One tile of 32 tokens, one of 64 (decode uses 16), and a prompt on the prefill path.
+# A pass with a tile of 32 tokens, one with a tile of 64, and one on the prefill path. The decode
+# steps that follow use a tile of 16.
 WARM_UP_TOKENS = (20, 40, MAX_DECODE_TOKENS + 1)
 
 
@@ -127,9 +128,10 @@ class ModelLoader:
 
 @torch.inference_mode()
 def _warm_up(model: PlannedModel) -> None:
-    """Loads and compiles the GPU's kernels, which would delay the first token by 0.5 s or more.
+    """Loads and compiles the GPU's kernels, which would otherwise delay the first token.
 
-    Their variants depend on the number of tokens, and a longer prompt takes another path.
+    That takes 0.5 s or more. The variants depend on the number of tokens, and a longer prompt takes
+    another path.
     """
     for tokens in WARM_UP_TOKENS:
         count = max(1, min(tokens, model.plan.workload.max_seq_len - 2))
@@ -145,7 +147,7 @@ def _tune(model: PlannedModel) -> Tuning:
     plan = model.plan
     shape = plan.model
     chunk = min(plan.prefill_chunk_tokens, plan.workload.max_seq_len)
-    router = Router(shape.num_experts, shape.num_experts_per_tok, shape.hidden_size)
+    router = RouterSizes(shape.num_experts, shape.num_experts_per_tok, shape.hidden_size)
     prompt_tokens = chunk * plan.workload.batch_size
     return tune(model.layers, model.engine.resources, router, prompt_tokens)
 
@@ -156,7 +158,7 @@ def place_dense_weights(
     device: torch.device,
     weights: Checkpoint | DummyWeights,
 ) -> PlannedModel:
-    """Gives a model without data its weights outside the experts, on `device`.
+    """Allocates and fills the non-expert weights, on `device`, of a model without storage.
 
     They come from the checkpoint, or are seeded random numbers.
     """

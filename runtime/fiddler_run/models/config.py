@@ -21,7 +21,7 @@ class ModelConfig:
     """The sizes of a model of any family.
 
     `family` is its `model_type`. `dtype` is None if the file does not name one. `keys` are the
-    family's own names of SHAPE_KEYS. `for_transformers` holds the arguments of the transformers
+    family's own names for SHAPE_KEYS. `for_transformers` holds the arguments of the transformers
     config class. `raw` holds the file's keys, without nulls.
     """
 

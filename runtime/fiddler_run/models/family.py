@@ -24,13 +24,14 @@ class ExpertNames(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """A decoder layer for one token of each sequence, split into its parts.
+    """One decoder layer in a decode step: `before`, attention, `after`, `experts`, in this order.
 
-    `attention` and `experts` are its modules. `eager_attention` is the family's plain attention.
-    `before(cos, sin, *parts)` returns the residual [sequences, 1, hidden], and query, key and value
-    [sequences, heads, 1, head_dim]; `parts` add up to the residual stream. `after(residual,
-    attended)` returns the residual, the experts' input [tokens, hidden], and the router's choice
-    and weights [tokens, k].
+    `before(cos, sin, *parts)` takes the rotary embedding and the addends of the residual stream. It
+    returns the residual [sequences, 1, hidden], and query, key and value [sequences, heads, 1,
+    head_dim]. `eager_attention` is the family's plain attention function, and `attention` the
+    module that it takes as an argument. `after(residual, attended)`, with `attended` [sequences, 1,
+    heads, head_dim], returns the residual, the experts' input [tokens, hidden], and the router's
+    choice and weights [tokens, k]. `experts` is the module that computes them.
     """
 
     before: Callable

@@ -6,5 +6,5 @@ PARTS = {
     "resident": "experts in GPU memory",
     "host": "experts in host memory",
     "disk": "experts on disk",
-    "launch_overhead": "kernel launches, after the experts are done",
+    "launch_overhead": "experts, where launching kernels takes longer than computing",
 }

@@ -1,4 +1,4 @@
-"""The part of a plan for one rank: a process, its device, and its share of every expert."""
+"""The part of a plan for one rank: a process and its device. Today there is exactly one."""
 
 from typing import Literal
 
@@ -42,7 +42,8 @@ class Rank(Section):
 
     For expert e of layer l, the first `resident_blocks[l][e]` blocks are in GPU memory, the last
     `disk_blocks[l][e]` on disk, and those between in host memory. `disk_blocks` may be empty.
-    `stream_share` is, by tokens of an expert, the share of its host blocks that is streamed.
+    `stream_share` is the share of an expert's host blocks that is streamed, by the number of tokens
+    that chose it.
     """
 
     device: Literal["cuda", "cpu"]
@@ -103,7 +104,8 @@ class Rank(Section):
         """The sums of bytes that do not match.
 
         Args:
-            num_host_blocks: None: the rows of blocks are wrong, and host blocks are not checked.
+            num_host_blocks: the blocks in host memory. None: the rows of blocks are wrong, and host
+                blocks are not checked.
         """
         gpu = self.gpu_memory_bytes
         host = self.host_memory_bytes

@@ -1,8 +1,7 @@
 """The plan: the file that the planner writes and the runtime executes.
 
 Every decision is a plain number. An expert's neurons are cut into blocks of `block_neurons`, stored
-in one `encoding`. Each rank says where its blocks are and how its host blocks are served. Every
-plan that loads can be executed.
+in one `encoding`. A rank says where its blocks are and how its host blocks are served.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -32,7 +31,7 @@ class Workload(Section):
 
     @property
     def sequences(self) -> int:
-        """Number of sequences that pass the model at once."""
+        """Number of sequences that pass through the model at once."""
         return self.num_beams * self.batch_size
 
     def problems(self) -> list[str]:
@@ -74,11 +73,11 @@ class Plan(YamlFile):
         "encoding": "how blocks are stored",
         "budget": "what the planner was given",
         "block_neurons": "an expert is cut into blocks of this many neurons",
-        "ranks": "the processes that share every expert",
+        "ranks": "exactly one today: a process with one GPU, or none",
         "device": "cuda, or cpu: the GPU part is kept in host memory and computed by the CPU",
         "cpu_pinned": "true if each CPU thread stays on its own core",
         "stream_share": (
-            "by tokens of an expert: the share of its host blocks that is streamed over the link"
+            "the share of an expert's host blocks that is streamed, by tokens that chose the expert"
         ),
         "resident_blocks": "by layer, for each expert: the number of its blocks in GPU memory",
         "disk_blocks": "likewise on disk, the last blocks of an expert; empty: none",

@@ -48,15 +48,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def problems(self) -> list[str]:
-        """The broken rules between values, each naming its key and number. Types are already
-        checked.
+        """Messages for broken rules between values, each naming the key and its value.
+
+        Types are already checked.
         """
         return []
 
     @model_validator(mode="after")
     def _keep_rules(self, info: ValidationInfo) -> Self:
-        """Fails with the first broken rule. If the context is a list, adds all broken rules to it
-        instead.
+        """Raises ValueError with the first of `problems()`, once all types are right.
+
+        If the validation context is a list, appends all of them to it instead.
         """
         problems = self.problems()
         if info.context is not None:
@@ -113,7 +115,7 @@ class YamlFile(Section):
         (known_version,) = cls.model_fields["version"].annotation.__args__
         if data.get("version") != known_version:
             return None, [
-                f"{origin}: version: this release reads version {known_version}, the file says"
+                f"{origin}: version: this release reads version {known_version}, but the file says"
                 f" {str(data.get('version'))[:30]}; {cls.remake}"
             ]
         content = None
@@ -157,7 +159,7 @@ class YamlFile(Section):
 
 
 def kind_of(data: dict) -> str | None:
-    """The entry of KINDS for a file's content. None if no kind or several match."""
+    """The key of KINDS that a file's content matches. None if none or several match."""
     found = [kind for kind, keys in KINDS.items() if any(key in data for key in keys)]
     return found[0] if len(found) == 1 else None
 
