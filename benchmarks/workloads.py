@@ -197,7 +197,7 @@ def draw(axes, title: str, points: list[tuple[float, float, int]]) -> None:
     axes.plot(ends, ends, color="0.6", linewidth=1)
     low = [0.9 * end for end in ends]
     high = [1.1 * end for end in ends]
-    axes.fill_between(ends, low, high, color="0.9", label="within 10 %")
+    axes.fill_between(ends, low, high, color="0.9", label="within 10%")
     for beams in sorted({beams for *_, beams in points}):
         label = f"{beams} beams" if beams > 1 else "no beams"
         shown = [(x, y) for x, y, of in points if of == beams]

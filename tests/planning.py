@@ -87,7 +87,7 @@ def machine_profile(
     """A machine profiled on `model`'s own shape; times are in microseconds.
 
     They are flat up to 8 tokens, then proportional to tokens. `host`: an expert in host memory at
-    the best `share`. `cpu`: the CPU alone (None: 1 % more than `host`). `dense_device`: the
+    the best `share`. `cpu`: the CPU alone (None: 1% more than `host`). `dense_device`: the
     device's part of `dense` (None: all of it).
     """
 

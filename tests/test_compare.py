@@ -39,7 +39,7 @@ def printed(comparison: Comparison) -> list[list[str]]:
 
 @pytest.fixture
 def better() -> Comparison:
-    """The comparison of a plan with one that decodes 25 % faster."""
+    """The comparison of a plan with one that decodes 25% faster."""
     faster = {
         "predicted__decode_tokens_per_s": 1.25,
         "predicted__ttft_s": 0.8,

@@ -12,7 +12,7 @@ from fiddler_run.plan.shape import DTYPE_BYTES, ModelShape
 from fiddler_run.weights.model_folder import model_config_file
 from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE, TensorFiles
 
-# fine enough to split a call to 3 %, coarse enough to copy at full link speed
+# fine enough to split a call to 3%, coarse enough to copy at full link speed
 BLOCKS_PER_EXPERT = 16
 DEFAULT_MODEL = "mistralai/Mixtral-8x7B-v0.1"
 

@@ -9,7 +9,7 @@ from fiddler_opt.solve.baselines import BASELINES
 from fiddler_opt.units import format_bytes
 from fiddler_run.plan.schema import Plan
 
-MIN_NOTED_REGRET = 0.0005  # less is printed as 0.0 %
+MIN_NOTED_REGRET = 0.0005  # less is printed as 0.0%
 PURPOSES = {"non_expert_weights": "non-expert weights", "kv_cache": "KV cache"}
 
 

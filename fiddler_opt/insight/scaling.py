@@ -24,7 +24,7 @@ from fiddler_opt.inputs.machine import MachineProfile, Share, seconds_at
 from fiddler_opt.inputs.machine_parts import Link
 from fiddler_run.errors import FiddlerError
 
-# Blocks and noise alone make CPU and link together up to 10 % slower than the sum of their rates.
+# Blocks and noise alone make CPU and link together up to 10% slower than the sum of their rates.
 CLEARLY_LONGER = 1.1
 ENDS = (0.0, 1.0)  # the CPU alone, the link alone
 

@@ -61,8 +61,8 @@ def _of_workload(key: str, flags: tuple[str, ...], title: str, unit: str = "") -
 
 QUANTITIES = {
     "gpu_mem": Quantity(("--gpu-mem",), "GPU memory", "B", "the profiled GPU's"),
-    "link": Quantity(("--link",), "bandwidth of the link to the GPU", "B/s", "as profiled"),
-    "ram": Quantity(("--ram",), "bandwidth of RAM for the CPU", "B/s", "as profiled"),
+    "link": Quantity(("--link",), "link bandwidth", "B/s", "as profiled"),
+    "ram": Quantity(("--ram",), "RAM bandwidth for the CPU", "B/s", "as profiled"),
     "max_seq_len": _of_workload("max_seq_len", ("--context", "--max-seq-len"), "context", "tokens"),
     "num_beams": _of_workload("num_beams", ("--beams", "--num-beams"), "beams"),
     "batch_size": _of_workload("batch_size", ("--batch-size",), "sequences at once"),

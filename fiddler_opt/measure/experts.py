@@ -1,7 +1,7 @@
 """Times experts in the runtime's own layers.
 
 The experts fill most of host memory, and the experts of a layer are spread over all of it. Memory
-far from the CPU is slower, on some machines by 20 %, and a run reads from all of it.
+far from the CPU is slower, on some machines by 20%, and a run reads from all of it.
 """
 
 import random

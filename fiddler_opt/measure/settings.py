@@ -11,7 +11,7 @@ class ProfileSettings:
         tokens: token counts of a timed expert.
         dense_tokens: token counts of a timed layer without experts.
         rounds: passes over all figures, about a minute apart. Their median is robust against a
-            temporary slowdown; a single round mispredicts decode by 5 %.
+            temporary slowdown; a single round mispredicts decode by 5%.
         seconds: approximate time for the figures that are timed together.
         memory_fraction: fraction of the available host memory that the timed experts fill.
         max_host_bytes: upper limit of that memory.

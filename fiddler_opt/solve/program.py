@@ -37,8 +37,8 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.system.files import reason
 
 # Equal experts can be exchanged, which gives many equally good solutions, and the last steps of the
-# bound take minutes. So the accepted gap grows with the cube of the elapsed seconds: 0.01 % after
-# one second, 0.27 % after three.
+# bound take minutes. So the accepted gap grows with the cube of the elapsed seconds: 0.01% after
+# one second, 0.27% after three.
 MAX_GAP = 0.004
 # Relative to the workload's time. A smaller reward falls below the solver's tolerance of 1e-7 for
 # reduced costs; a larger one loosens the bound.

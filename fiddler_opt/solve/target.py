@@ -1,7 +1,7 @@
 """Finds the least GPU memory that reaches a speed, by bisection.
 
 More memory predicts a faster decode, except for the solver's gap and the choice of the chunk, which
-may cost 1 or 2 %. The returned plan reaches the speed, and STEP_BYTES less does not. A much smaller
+may cost 1 or 2%. The returned plan reaches the speed, and STEP_BYTES less does not. A much smaller
 budget might happen to reach the speed, too; it is not looked for.
 """
 

@@ -8,7 +8,7 @@
 constexpr int ROWS = 4;             // rows of weights that share each load of an activation
 constexpr int AHEAD_BYTES = 32768;  // distance of the prefetch ahead of its use
 
-// Prefetch window, in address order: prefetching rows side by side costs 20 % of the bandwidth or
+// Prefetch window, in address order: prefetching rows side by side costs 20% of the bandwidth or
 // more.
 struct Ahead {
     const uint16_t* from = nullptr;
