@@ -1,8 +1,9 @@
-"""Times the planner for several models: `python benchmarks/planner.py`.
+"""Times the planner for several models.
 
 Needs no GPU and no weights. The machine comes from data sheets.
 """
 
+import argparse
 import random
 import time
 from itertools import combinations
@@ -60,6 +61,7 @@ def skewed_routing(model: ModelSpec, skew: float) -> Routing:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     machine = MachineProfile.load(MACHINE).model_copy(update={"disk_bytes_per_s": DISK_BYTES_PER_S})
     mixtral = ModelSpec.load(DEFAULT_MODEL)
     large = ModelSpec.from_config(
@@ -69,8 +71,8 @@ def main() -> None:
         "model",
         "routing",
         "host memory",
-        "program",
-        "all of it",
+        "solver",
+        "in total",
         "gap",
         "tokens/s",
         "greedy",
@@ -95,7 +97,7 @@ def main() -> None:
         best = max(rates, key=rates.get)
         table.add_row(
             model.shape.name,
-            "skewed" if skew else "even",
+            "skewed" if skew else "uniform",
             f"{host_bytes / 1e9:.0f} GB" if host_bytes else "enough",
             f"{plan.provenance.solve_s:.2f} s",
             f"{seconds:.2f} s",

@@ -26,12 +26,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Plan how to run a Mixture-of-Experts model on this machine.",
     )
     add_version(parser)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(name, help=command.HELP, description=command.HELP)
         subparser.set_defaults(run=command.run)
         command.add_flags(subparser)
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if "run" not in flags:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
+    return flags
 
 
 def main(arguments: list[str] | None = None) -> int:

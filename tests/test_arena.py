@@ -40,7 +40,7 @@ def test_plan_beyond_the_free_disk_is_refused(tmp_path):
     plan = make_plan(demo_shape(), [[0] * 8] * 6)
     with pytest.raises(
         FiddlerError,
-        match="keeps 1000000.00 GB of experts on disk, but .* GB are free there; name another",
+        match="keeps 1000000.00 GB of experts on disk, but .* GB is free there; name another",
     ):
         refuse(disk_problems(with_rank(plan, disk_bytes=10**15), tmp_path))
 

@@ -81,7 +81,7 @@ def test_bench_writes_result_and_trace(tmp_path):
     result = run("fiddler-run", "--plan", SHIPPED_PLAN, *flags, *files, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["b.json", "t.json"]
-    for words in ("9 prompt + 5 output tokens", "│ idle", "bare loop", "peak RAM"):
+    for words in ("9 prompt + 5 output tokens", "│ idle", "only read or copied", "peak RAM"):
         assert words in result.stderr
     figures = json.loads((tmp_path / "b.json").read_text())
     assert figures["measured"]["output_tokens"] == 5

@@ -59,8 +59,8 @@ def test_all_problems_are_listed(tmp_path, model, monkeypatch):
             (
                 plan,
                 (
-                    "its experts need 10000.00 GB of host memory, plus 0.00 while loading, but 2.00"
-                    " GB are available"
+                    "its experts need 10000.00 GB of host memory, plus 0.00 GB while loading, but"
+                    " 2.00 GB is available"
                 ),
             ),
         ],
@@ -88,7 +88,7 @@ def test_wrong_keys_and_types_are_all_listed(tmp_path):
     assert_listed(problems, [(plan, words) for words in expected])
     assert "were not checked" in notes[0]
     missing = tmp_path / "none.yaml"
-    assert_listed(check_plan(missing)[0], [(missing, "cannot read: No such file")])
+    assert_listed(check_plan(missing)[0], [(missing, "no such file; make it with")])
 
 
 @pytest.mark.parametrize(

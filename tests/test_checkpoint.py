@@ -187,7 +187,7 @@ def test_plan_beyond_host_memory_is_refused():
     huge = with_rank(plan, host_memory_bytes=HostMemory(experts=10**15, embedding=0))
     assert_refused(
         DEMO,
-        "its experts need 1000000.00 GB of host memory, plus .* while loading.*, but .* GB are"
+        "its experts need 1000000.00 GB of host memory, plus .* GB while loading.*, but .* GB is"
         " available",
         huge,
     )

@@ -11,7 +11,7 @@ import yaml
 from command_line import MACHINE, SHIPPED_PLAN, assert_refused, files_in, run, run_process, started
 from conftest import DEMO, ROOT
 
-from fiddler_opt.cli import parse_arguments
+from fiddler_opt.cli import COMMANDS, parse_arguments
 from fiddler_opt.commands.profile import prompts_files
 from fiddler_run.plan.schema import Plan
 
@@ -186,6 +186,14 @@ def test_closed_stdout_is_no_error(tmp_path):
     assert (tmp_path / "p.yaml").exists()
 
 
+def test_commands_are_listed_if_none_is_given(tmp_path):
+    result = run("fiddler-opt", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    for name in COMMANDS:
+        assert name in result.stderr
+
+
 def test_usage_error_in_its_own_process_exits_with_2(tmp_path):
     result = run_process("fiddler-run", "--plan", "p.yaml", cwd=tmp_path)
     assert result.returncode == 2
@@ -206,3 +214,12 @@ def test_usage_errors_exit_with_2(arguments, tmp_path):
     result = run("fiddler-run", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert "usage: fiddler-run" in result.stderr
+
+
+def test_shorter_prompts_than_the_default_are_noted(tmp_path):
+    flags = ("--model", DEMO, "--machine", MACHINE, "--gpu-mem", "0GB", "--max-seq-len", 512)
+    words = "note: planned for prompts of 256 tokens, half of the context of 512"
+    assert words in run("fiddler-opt", "plan", *flags, cwd=tmp_path).stderr
+    chosen = run("fiddler-opt", "plan", *flags, "--prompt-tokens", 256, cwd=tmp_path)
+    assert chosen.returncode == 0
+    assert words not in chosen.stderr

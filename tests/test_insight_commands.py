@@ -39,7 +39,7 @@ def test_why_explains_a_plan(tmp_path):
     assert lost.returncode == 0
     assert "where the time goes" in lost.stdout
     assert "next in" not in lost.stdout
-    assert "lost.machine.yaml: cannot read" in lost.stderr
+    assert "lost.machine.yaml: no such file" in lost.stderr
 
 
 @pytest.mark.parametrize(

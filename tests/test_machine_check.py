@@ -41,7 +41,7 @@ def test_limits_of_the_machine_are_exact():
     assert host_memory_problem("experts", 70 * 10**9, 2 * 10**9, 72 * 10**9) is None
     problem = host_memory_problem("experts", 70 * 10**9, 2 * 10**9, 71_990_000_000)
     assert problem.startswith(
-        "its experts need 70.00 GB of host memory, plus 2.00 while loading, but 71.99 GB are"
+        "its experts need 70.00 GB of host memory, plus 2.00 GB while loading, but 71.99 GB is"
         " available"
     )
     memory = make_plan(demo_shape(), [[0] * 8] * 6).rank.gpu_memory_bytes
@@ -49,7 +49,7 @@ def test_limits_of_the_machine_are_exact():
     assert gpu_memory_problem(memory, gpu(23 * 10**9)) is None
     problem = gpu_memory_problem(memory, gpu(22_990_000_000))
     assert problem.startswith(
-        "gpu_memory_bytes.total is 24.00 GB, but RTX has 22.99 GB free, and 23.00 are needed"
+        "gpu_memory_bytes.total is 24.00 GB, but RTX has 22.99 GB free, and 23.00 GB is needed"
     )
 
 

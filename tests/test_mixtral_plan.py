@@ -165,7 +165,7 @@ def test_embedding_lies_in_host_memory_with_a_gpu(model, machine):
 def test_error_of_a_small_budget_states_the_need():
     with pytest.raises(
         FiddlerError,
-        match=r"--gpu-mem 4.00 GB is too small: 4.95 GB are needed before any expert \(non expert",
+        match=r"--gpu-mem 4.00 GB is too small: 4.95 GB is needed before any expert \(non-expert",
     ):
         plan_for(4 * 10**9)
 

@@ -145,7 +145,7 @@ def test_other_text_is_refused(text):
 
 
 def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(FiddlerError, match=r"none.yaml: cannot read: No such file"):
+    with pytest.raises(FiddlerError, match="none.yaml: no such file; make it with `fiddler-opt"):
         Plan.load(tmp_path / "none.yaml")
 
 

@@ -183,7 +183,8 @@ def test_baseline_is_planned_and_program_is_emitted(planned, tmp_path):
             ["--target", "9999tok/s"],
             ["--target 9999tok/s cannot be reached with the GPU's 25.76 GB", "they reach"],
         ),
-        (["--gpu-mem", "24GB", "--host-mem", "60GB"], ["--host-mem", "knows no disk speed"]),
+        (["--gpu-mem", "24GB", "--host-mem", "60GB"], ["--host-mem", "has no disk speed"]),
+        (["--gpu-mem", "24GB", "--robust"], ["--robust needs a routing profile"]),
         (["--gpu-mem", "24GB", "--host-mem", "60"], ["--host-mem 60: a size needs a unit"]),
         (
             [

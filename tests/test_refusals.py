@@ -14,13 +14,13 @@ PLAN = ("plan", "--model", DEMO, "--machine", MACHINE, "--routing", ROUTING)
     ("flags", "words"),
     [
         (["--gpu-mem", "24"], ["--gpu-mem 24: a size needs a unit", "24GB"]),
-        (["--gpu-mem", "1MB"], ["--gpu-mem 1.00 MB is too small", "kv cache"]),
+        (["--gpu-mem", "1MB"], ["--gpu-mem 1.00 MB is too small", "KV cache"]),
         (["--gpu-mem", "900TB"], ["--gpu-mem 900.00 TB is more than"]),
         (
             ["--gpu-mem", "0GB", "--machine", "none.yaml"],
-            ["none.yaml: no such machine profile", "fiddler-opt profile"],
+            ["none.yaml: no such file", "fiddler-opt profile"],
         ),
-        (["--gpu-mem", "0GB", "--routing", "none.yaml"], ["none.yaml: cannot read"]),
+        (["--gpu-mem", "0GB", "--routing", "none.yaml"], ["none.yaml: no such file"]),
         (["--gpu-mem", "0GB", "--model", "./none"], ["none: no such folder", "--model"]),
         (
             ["--gpu-mem", "0GB", "--model", "nobody/nothing"],
@@ -59,7 +59,7 @@ def test_plan_refuses_gpu_memory_below_the_dense_weights(tmp_path):
     machine = ROOT / "profiles" / "rtx4090.machine.yaml"
     flags = ("--machine", machine, "--gpu-mem", "1GB", "-o", "p.yaml")
     result = run("fiddler-opt", "plan", *flags, cwd=tmp_path)
-    assert_refused(result, "--gpu-mem 1.00 GB is too small", "non expert weights 2.95 GB")
+    assert_refused(result, "--gpu-mem 1.00 GB is too small", "non-expert weights 2.95 GB")
     assert files_in(tmp_path) == {}
 
 
@@ -67,7 +67,7 @@ def test_plan_without_a_machine_profile_asks_for_one(tmp_path):
     result = run("fiddler-opt", "plan", "--gpu-mem", "24GB", cwd=tmp_path)
     assert_refused(
         result,
-        "profiles/local.machine.yaml: no such machine profile; run `fiddler-opt profile` first",
+        "profiles/local.machine.yaml: no such file; make it with `fiddler-opt profile",
     )
 
 
@@ -99,9 +99,9 @@ def test_plan_refuses_damaged_machine_profiles(tmp_path, old, new, words):
         (["--model", "./none"], ["none: no such folder"]),
         (["--only", "machine", "--prompts", "p.txt"], ["--only machine does not record routing"]),
         (["--only", "machine", "--trace", "t.npz"], ["--only machine does not record routing"]),
-        (["--plan", "none.yaml"], ["none.yaml: cannot read"]),
+        (["--plan", "none.yaml"], ["none.yaml: no such file"]),
         (["--prompts", "empty.txt", "empty.txt"], ["empty.txt is given twice"]),
-        (["--only", "routing"], ["profiles/local.machine.yaml: cannot read"]),
+        (["--only", "routing"], ["profiles/local.machine.yaml: no such file; make it with"]),
         (
             ["--only", "routing", "--model", "mistralai/Mixtral-8x7B-v0.1"],
             ["recording routing needs --prompts FILE"],
@@ -147,7 +147,7 @@ def test_run_refuses_bad_prompts(tmp_path):
         assert_refused(run("fiddler-run", "--plan", plan, *arguments, cwd=tmp_path), *words)
     assert_refused(
         run("fiddler-run", "--plan", "none.yaml", "Once", cwd=tmp_path),
-        "none.yaml: cannot read: No such file",
+        "none.yaml: no such file; make it with `fiddler-opt plan`",
     )
 
 

@@ -94,7 +94,7 @@ def test_points_that_do_not_fit_are_rows():
     machine = MACHINES[0]
     small, large = rows_of(machine, WhatIf("gpu_mem", [10**6, 6 * 10**8], {}))
     assert small.plan is None
-    assert short(small.problem).endswith("MB are needed before any expert")
+    assert short(small.problem).endswith("MB is needed before any expert")
     assert large.plan is not None
     assert [
         short(row.problem) for row in rows_of(machine, WhatIf("max_seq_len", [128, 150, 512], {}))
@@ -141,7 +141,7 @@ def test_sweep_is_printed_and_plotted(tmp_path):
         assert picture.stat().st_size > 10_000
     with pytest.raises(
         FiddlerError,
-        match="no value of --gpu-mem has a plan: .* are needed before any expert",
+        match="no value of --gpu-mem has a plan: .* is needed before any expert",
     ):
         printed(machine, WhatIf("gpu_mem", [10**6, 10**7], {}))
 

@@ -13,7 +13,6 @@ from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.inputs.routing_profile import RoutingProfile
 from fiddler_opt.insight.sources import profile_sha256
-from fiddler_run.errors import FiddlerError
 from fiddler_run.system.files import is_file
 from fiddler_run.system.locate import shipped_file
 
@@ -29,11 +28,6 @@ def load_spec(name: str, console: Console) -> ModelSpec:
 def load_machine(flags: argparse.Namespace) -> tuple[MachineProfile, Path]:
     """Loads the machine profile. Returns it with its path."""
     path = machine_file(flags)
-    if not is_file(path):
-        raise FiddlerError(
-            f"{path}: no such machine profile; run `fiddler-opt profile` first, or name one with"
-            " --machine"
-        )
     return MachineProfile.load(path), path
 
 

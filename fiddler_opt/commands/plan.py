@@ -8,12 +8,13 @@ from rich.console import Console
 from fiddler_opt.commands import flags as shared
 from fiddler_opt.commands.files import load_machine, load_routing, load_spec, provenance
 from fiddler_opt.inputs.machine import MachineProfile
-from fiddler_opt.inputs.workload import DEFAULTS, plan_workload
+from fiddler_opt.inputs.workload import DEFAULTS, plan_workload, shortened
 from fiddler_opt.insight.notes import plan_notes
 from fiddler_opt.insight.plan_report import print_plan
 from fiddler_opt.solve.baselines import BASELINES
 from fiddler_opt.solve.target import least_memory, parse_rate
 from fiddler_opt.units import format_bytes, parse_bytes
+from fiddler_run.errors import FiddlerError
 from fiddler_run.flags import positive
 from fiddler_run.plan.schema import Budget, Plan
 from fiddler_run.system.files import require_writable, write_whole
@@ -96,6 +97,11 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         if path is not None:
             require_writable(path)
     made = provenance(machine_path, machine, routing.origin)
+    if flags.robust and not routing.sets:
+        raise FiddlerError(
+            "--robust needs a routing profile with sets of prompts; record one with `fiddler-opt"
+            " profile --prompts`"
+        )
     worst_of = tuple(routing.sets.values()) if flags.robust else ()
     placer = by_rule(flags.baseline) if flags.baseline else None
 
@@ -115,7 +121,9 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     named = plan.model.model_copy(update={"name": name_in_plan(flags.model, output)})
     plan = plan.model_copy(update={"model": named})
     plan.save(output)
-    print_plan(console, plan, plan_notes(plan, machine, str(machine_path)))
+    notes = plan_notes(plan, machine, str(machine_path))
+    shorter = shortened(workload) if flags.prompt_tokens is None else None
+    print_plan(console, plan, [shorter, *notes] if shorter else notes)
     print(output)
 
 

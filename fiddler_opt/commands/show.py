@@ -8,6 +8,7 @@ from rich.console import Console
 from fiddler_opt.commands import flags as shared
 from fiddler_opt.commands.files import tables
 from fiddler_opt.insight.explain import marginal_values, print_marginal, print_times
+from fiddler_opt.insight.plots import plot, require_matplotlib
 from fiddler_opt.insight.report import print_file
 from fiddler_opt.insight.sources import sources
 from fiddler_opt.solve.placement import placement_of
@@ -30,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot",
         metavar="FILE",
-        help="also plot it to a .png, .svg or .pdf file (needs the extra `plots`)",
+        help="also plot it to a .png, .svg or .pdf file (needs matplotlib)",
     )
 
 
@@ -38,6 +39,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     if (flags.machine or flags.routing) and not flags.why:
         raise FiddlerError("--machine and --routing need --why; add it or remove them")
     if flags.plot is not None:
+        require_matplotlib()
         require_writable(flags.plot)
     path = shipped_file(flags.file)
     shown = print_file(tables(), path)
@@ -46,8 +48,6 @@ def run(flags: argparse.Namespace, console: Console) -> None:
             raise FiddlerError(f"{path}: a {shown.kind}, but --why explains plans; remove it")
         explain(flags, console, shown, path)
     if flags.plot is not None:
-        from fiddler_opt.insight.plots import plot
-
         plot(shown, flags.plot)
         console.print(f"plot written to {flags.plot}")
 

@@ -8,6 +8,7 @@ from fiddler_opt.commands import flags as shared
 from fiddler_opt.commands.files import load_machine, load_routing, load_spec, provenance, tables
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.workload import plan_workload
+from fiddler_opt.insight.plots import require_matplotlib
 from fiddler_opt.insight.sweep_flags import add_whatif_flags, parse_whatif
 from fiddler_run.plan.schema import Budget, Plan, Workload
 
@@ -25,6 +26,8 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     from fiddler_opt.solve.compiler import compile_plan
 
     asked = parse_whatif(flags)
+    if flags.plot is not None:
+        require_matplotlib()
     model = load_spec(flags.model, console)
     workload = plan_workload(asked.workload_values(), model)
     machine, path = load_machine(flags)

@@ -29,7 +29,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 class MachineProfile(YamlFile):
     kind: ClassVar[str] = "machine profile"
-    remake: ClassVar[str] = "remake it with `fiddler-opt profile --only machine`"
+    made_by: ClassVar[str] = "fiddler-opt profile --only machine"
 
     version: Literal[3]
     source: Literal["measured", "data sheet"]

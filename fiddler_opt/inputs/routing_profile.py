@@ -80,7 +80,7 @@ class PromptSet(Section):
 
 class RoutingProfile(YamlFile):
     kind: ClassVar[str] = "routing profile"
-    remake: ClassVar[str] = "remake it with `fiddler-opt profile --only routing`"
+    made_by: ClassVar[str] = "fiddler-opt profile --only routing"
 
     version: Literal[2]
     model: RoutedModel

@@ -37,3 +37,13 @@ def plan_workload(given: dict[str, int | None], model: ModelSpec) -> Workload:
             f" {values['output_tokens']} exceed --max-seq-len {context}; lower them or raise it"
         )
     return Workload(**values)
+
+
+def shortened(workload: Workload) -> str | None:
+    """A note if the default number of prompt tokens was reduced to fit the context, else None."""
+    if workload.prompt_tokens == DEFAULTS["prompt_tokens"]:
+        return None
+    return (
+        f"planned for prompts of {workload.prompt_tokens} tokens, half of the context of"
+        f" {workload.max_seq_len}; choose another number with --prompt-tokens"
+    )

@@ -16,7 +16,7 @@ def print_calibration(
     console: Console, plan: Plan, result: Result, found: Calibration, output: Path
 ) -> None:
     """Prints the corrections, the speeds by the corrected profile, and whether to plan again."""
-    corrections = table("microseconds", "tokens", "profile", "measured", "factor")
+    corrections = table("microseconds", "mean tokens", "profile", "measured", "measured / profile")
     for each in found.corrections:
         cells = (
             f"{each.tokens:.4g}",

@@ -12,9 +12,8 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
     """Prints the rates for one expert's weights by tokens. Without a GPU, only the CPU's."""
     cpu = machine.cpu
     pinned = ", pinned" if cpu.pinned else ""
-    console.print(
-        f"{cpu.name}: {cpu.threads} threads on {cpu.physical_cores} cores{pinned}, {cpu.kernel}"
-    )
+    threads = "1 thread" if cpu.threads == 1 else f"{cpu.threads} threads"
+    console.print(f"{cpu.name}: {threads} on {cpu.physical_cores} cores{pinned}, {cpu.kernel}")
     console.print(f"device: {machine.device.name}, {format_bytes(machine.device.memory_bytes)}")
     console.print(_rates(machine))
     if machine.link:
@@ -26,10 +25,10 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
                 style="yellow",
             )
     console.print(
-        "a layer for one token, without its experts:"
+        "attention and router of a layer, for one token:"
         f" {machine.dense_layer_us[1] / 1e3:.2f} ms, of which"
-        f" {machine.dense_device_us[1] / 1e3:.2f} ms are not hidden behind experts; a step without"
-        f" its layers: {machine.head_us[1] / 1e3:.2f} ms"
+        f" {machine.dense_device_us[1] / 1e3:.2f} ms do not overlap with experts; embedding, output"
+        f" head and sampling: {machine.head_us[1] / 1e3:.2f} ms"
     )
     _print_conditions(console, machine)
 
@@ -38,7 +37,9 @@ def _rates(machine: MachineProfile) -> Table:
     gpu = machine.device.kind == "cuda"
     of_gpu = ("link", "both", "stream share", "GPU") if gpu else ()
     rates = table("tokens", "CPU", *of_gpu, "drift")
-    rates.title = "GB/s of an expert's weights, by tokens that call it"
+    rates.title = (
+        "GB/s at which one expert's weights are processed, by the number of tokens that chose it"
+    )
     rates.title_justify = "left"
     for tokens, by_share in machine.host_expert_us.items():
         row = [_rate(machine, by_share.get(0.0))]
@@ -59,14 +60,14 @@ def _print_conditions(console: Console, machine: MachineProfile) -> None:
     cpu = machine.cpu
     if cpu.threads_us:
         by_threads = ", ".join(
-            f"{threads}{pinned} {machine.shape.expert_bytes / us / 1e3:.1f}"
+            f"{threads}{pinned}: {machine.shape.expert_bytes / us / 1e3:.1f}"
             for pinned, times in (("", cpu.threads_us), (" pinned", cpu.pinned_threads_us))
             for threads, us in times.items()
         )
-        console.print(f"one expert and token, GB/s by threads: {by_threads}")
+        console.print(f"one expert and one token, GB/s by number of threads: {by_threads}")
     if machine.memory.timed_bytes:
         timed = format_bytes(machine.memory.timed_bytes)
-        drift = f"; drift between rounds {machine.typical_drift:.0%}" if machine.drift else ""
+        drift = f"; rounds differ by {machine.typical_drift:.0%} (drift)" if machine.drift else ""
         console.print(
             f"timed in {timed} of {format_bytes(machine.memory.available_bytes)} free memory{drift}"
         )

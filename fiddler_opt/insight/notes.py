@@ -41,7 +41,9 @@ def _shape_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Iter
     if timed != (plan.model.hidden_size, plan.model.intermediate_size):
         yield (
             f"{machine_file} was timed on experts of {shape.hidden_size} x"
-            f" {shape.intermediate_size}; times are scaled by bytes"
+            f" {shape.intermediate_size}, the model's are {plan.model.hidden_size} x"
+            f" {plan.model.intermediate_size}: times are scaled by bytes and may be far off; run"
+            " `fiddler-opt profile --model` with this model"
         )
     if shape.dtype != plan.model.dtype:
         yield (

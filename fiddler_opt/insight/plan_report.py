@@ -6,11 +6,12 @@ from rich.console import Console
 
 from fiddler_opt.insight.table import table
 from fiddler_opt.solve.baselines import BASELINES
+from fiddler_opt.solve.compiler import NOT_SOLVED
 from fiddler_opt.units import format_bytes
+from fiddler_run.plan.parts import PURPOSES
 from fiddler_run.plan.schema import Plan
 
 MIN_NOTED_REGRET = 0.0005  # less is printed as 0.0%
-PURPOSES = {"non_expert_weights": "non-expert weights", "kv_cache": "KV cache"}
 
 
 def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
@@ -25,20 +26,32 @@ def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
         f" tokens: {predicted.decode_tokens_per_s:.2f} tokens/s, first token after"
         f" {predicted.ttft_s:.2f} s, GPU hit rate {predicted.gpu_hit_rate:.1%}"
     )
-    console.print(
-        f"solver: {plan.provenance.status} in {plan.provenance.solve_s:.1f} s, within"
-        f" {predicted.gap:.3%} of the best possible"
-    )
-    console.print(
-        f"bound: no placement in this memory decodes faster than {predicted.bound_tokens_per_s:.2f}"
-        " tokens/s, according to this profile; another GB of GPU memory would add"
-        f" {predicted.next_gb_tokens_per_s:.2f}"
-    )
+    print_optimality(console, plan)
     if any(part >= MIN_NOTED_REGRET for part in predicted.regret.values()):
         sets = ", ".join(f"{name} {part:.1%}" for name, part in predicted.regret.items())
         console.print(f"slower than a plan made for one set of prompts alone: {sets}")
     for note in notes:
         console.print(f"note: {note}", style="yellow")
+
+
+def print_optimality(console: Console, plan: Plan) -> None:
+    """Prints how the placement was found, and how close it is to the best possible."""
+    predicted = plan.predicted
+    status = plan.provenance.status
+    if status.startswith(NOT_SOLVED):
+        console.print(f"placed by the rule {status.removeprefix(NOT_SOLVED)}, without the solver")
+    else:
+        console.print(
+            f"solver: {status} in {plan.provenance.solve_s:.1f} s, within {predicted.gap:.3%} of"
+            " the best possible time"
+        )
+    more = ""
+    if plan.rank.device == "cuda":
+        more = f"; another GB of GPU memory would add {predicted.next_gb_tokens_per_s:.2f} tokens/s"
+    console.print(
+        f"bound: no placement in this memory decodes faster than {predicted.bound_tokens_per_s:.2f}"
+        f" tokens/s, according to this profile{more}"
+    )
 
 
 def print_gpu_memory(console: Console, plan: Plan) -> None:
@@ -65,7 +78,8 @@ def print_host_memory(console: Console, plan: Plan) -> None:
     console.print(
         f"{rank.num_resident_blocks} of {blocks} expert blocks"
         f" ({rank.num_resident_blocks / blocks:.1%}) on the GPU, the equivalent of"
-        f" {rank.num_resident_blocks / plan.blocks_per_expert:.1f} experts; {elsewhere}"
+        f" {rank.num_resident_blocks / plan.blocks_per_expert:.1f} of"
+        f" {blocks // plan.blocks_per_expert} experts; {elsewhere}"
     )
 
 
@@ -88,7 +102,7 @@ def print_alternatives(console: Console, plan: Plan) -> None:
 
 def print_placement(console: Console, plan: Plan) -> None:
     """Prints the resident blocks of every expert and how the plan was made."""
-    console.print(f"blocks in GPU memory by expert, of {plan.blocks_per_expert} each:")
+    console.print(f"blocks in GPU memory by expert, out of {plan.blocks_per_expert} each:")
     for experts in _columns_that_fit(console.width, plan):
         placed = table("layer", *map(str, experts))
         for layer, row in plan.rank.resident_blocks.items():

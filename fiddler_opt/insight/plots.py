@@ -1,6 +1,6 @@
 """Plots profiles, plans and what-ifs.
 
-This is the only module that needs matplotlib, from the extra `plots`.
+This is the only module that needs matplotlib.
 """
 
 import io
@@ -24,7 +24,7 @@ def plot(shown: Plan | MachineProfile | RoutingProfile, path: str | Path) -> Non
         FiddlerError: matplotlib is not installed or does not support the format, or the file cannot
             be written.
     """
-    _require_matplotlib()
+    require_matplotlib()
     figure = {Plan: _plan, MachineProfile: _machine, RoutingProfile: _routing}[type(shown)](shown)
     _save(figure, path)
 
@@ -40,7 +40,7 @@ def plot_curves(
     Raises:
         FiddlerError: as for `plot`.
     """
-    _require_matplotlib()
+    require_matplotlib()
     from matplotlib.figure import Figure
 
     per, label = quantity.axis(rows[-1].point.value)
@@ -83,7 +83,12 @@ def plot_curves(
     _save(figure, path)
 
 
-def _require_matplotlib() -> None:
+def require_matplotlib() -> None:
+    """Checks that plots can be drawn, without a display.
+
+    Raises:
+        FiddlerError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:

@@ -35,7 +35,7 @@ def print_routing(console: Console, routing: RoutingProfile) -> None:
         busiest.add_row(str(layer), *row)
     console.print(busiest)
     console.print(
-        f"uniform routing: {1 / model.num_experts:.0%} of the choices for each expert, expert"
+        f"uniform routing: {1 / model.num_experts:.3g} of the choices for each expert, expert"
         f" reuse {model.num_experts_per_tok / model.num_experts:.0%}"
     )
 

@@ -105,7 +105,7 @@ def add_whatif_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot",
         metavar="FILE",
-        help="plot the curves to a .png, .svg or .pdf file (needs the extra `plots`)",
+        help="plot the curves to a .png, .svg or .pdf file (needs matplotlib)",
     )
 
 

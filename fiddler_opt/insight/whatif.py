@@ -72,7 +72,7 @@ def print_rows(tables: Console, quantity: Quantity, rows: list[Row]) -> None:
 
 
 def short(problem: str) -> str:
-    """The fact in an error, without flag, details and advice, such as `5.48 GB are needed`."""
+    """The fact in an error, without flag, details and advice, such as `5.48 GB is needed`."""
     return problem.split("; ")[0].split(" (")[0].split(": ")[-1]
 
 

@@ -4,6 +4,7 @@ from fiddler_opt.inputs.machine import KernelLimits, MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.units import format_bytes
 from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.parts import PURPOSES
 from fiddler_run.plan.rank import GpuMemory
 from fiddler_run.plan.schema import Workload
 from fiddler_run.plan.shape import DTYPE_BYTES
@@ -20,12 +21,12 @@ PREFILL_CHUNKS = (256, 512, 1024, 2048, 4096)
 
 
 def chunk_candidates(workload: Workload) -> list[int]:
-    """The candidate numbers of prompt tokens that pass the layers at once."""
+    """The candidate numbers of prompt tokens that pass through the layers at once."""
     return sorted({min(chunk, workload.max_seq_len) for chunk in PREFILL_CHUNKS})
 
 
 def host_embedding_bytes(model: ModelSpec, machine: MachineProfile, gpu_bytes: int) -> int:
-    """Bytes of the embedding table if it is kept in host memory beside a GPU, else 0.
+    """Bytes of the embedding table if it is kept in host memory although there is a GPU, else 0.
 
     A step reads only a few of its rows. If it is tied to the output head, which reads all rows, it
     stays on the GPU.
@@ -70,12 +71,12 @@ def fixed_memory(
     used = sum(parts.values())
     if used > total:
         needs = ", ".join(
-            f"{purpose.replace('_', ' ')} {format_bytes(size)}"
+            f"{PURPOSES.get(purpose, purpose)} {format_bytes(size)}"
             for purpose, size in parts.items()
             if size
         )
         raise FiddlerError(
-            f"--gpu-mem {format_bytes(total)} is too small: {format_bytes(used)} are needed before"
+            f"--gpu-mem {format_bytes(total)} is too small: {format_bytes(used)} is needed before"
             f" any expert ({needs}); give more, lower --max-seq-len, --num-beams or --batch-size,"
             " or plan for the CPU alone with --gpu-mem 0GB"
         )

@@ -65,8 +65,8 @@ class Problem:
         if host_bytes is not None:
             if self.machine.disk_bytes_per_s is None:
                 raise FiddlerError(
-                    "--host-mem: the machine profile knows no disk speed; `fiddler-opt profile"
-                    " --model FOLDER` times the checkpoint's"
+                    "--host-mem: the machine profile has no disk speed; `fiddler-opt profile"
+                    " --model FOLDER` times the checkpoint's, if a file has at least 64 MB"
                 )
             if host_bytes < self.host_embedding_bytes:
                 raise FiddlerError(

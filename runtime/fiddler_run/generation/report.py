@@ -42,7 +42,9 @@ def parts(plan: Plan, result) -> Table:
         result.prefill.ms,
         seen(predicted.ttft_ms, device),
     )
-    table = Table(title="milliseconds, while recording a timeline", title_justify="left")
+    table = Table(
+        title="milliseconds by part, in a separate run with a timeline", title_justify="left"
+    )
     for column in ("", "decode step", "plan", "first token", "plan"):
         table.add_column(column, justify="left" if not column else "right")
     rows = {
@@ -85,7 +87,7 @@ def rates(plan: Plan, result) -> Table:
         "host": profile.host,
     }
     table = Table(title="expert bytes in decode", title_justify="left")
-    for column in ("", "busy, ms per step", "rate", "profile", "bare loop"):
+    for column in ("", "busy, ms per step", "rate", "profile", "only read or copied"):
         table.add_column(column, justify="left" if not column else "right")
 
     def rate(of: dict, name: str) -> str:

@@ -192,7 +192,7 @@ class Session:
         if needed > free:
             raise FiddlerError(
                 f"a KV cache for {sequences} x {tokens} tokens besides the plan's needs"
-                f" {needed / 1e9:.2f} GB of GPU memory, but {max(0, free) / 1e9:.2f} GB are free;"
+                f" {needed / 1e9:.2f} GB of GPU memory, but {max(0, free) / 1e9:.2f} GB is free;"
                 " plan with a larger --max-seq-len, --num-beams or --batch-size, and avoid"
                 " return_dict_in_generate and cache_implementation"
             )

@@ -15,7 +15,7 @@ from fiddler_run.models.config import ModelConfig
 from fiddler_run.plan.rank import GpuMemory
 from fiddler_run.plan.schema import Plan
 from fiddler_run.plan.shape import DTYPE_BYTES
-from fiddler_run.system.files import exists, is_folder, read_text, reason
+from fiddler_run.system.files import exists, is_folder, reason
 from fiddler_run.system.gpu import Gpu, current_gpu
 from fiddler_run.system.host import available_memory_bytes, num_cores
 from fiddler_run.system.locate import shipped_file
@@ -83,7 +83,7 @@ def check_plan(
     """
     try:
         path = shipped_file(path)
-        plan, problems = Plan.examine(read_text(path), str(path))
+        plan, problems = Plan.examine(Plan.read(path), str(path))
     except FiddlerError as error:
         plan = None
         problems = [str(error)]
@@ -143,7 +143,7 @@ def disk_problems(plan: Plan, folder: Path) -> list[str]:
         return []
     return [
         f"{folder}: the plan keeps {plan.rank.disk_bytes / 1e9:.2f} GB of experts on disk, but"
-        f" {free / 1e9:.2f} GB are free there; name another folder with --disk-folder, or plan"
+        f" {free / 1e9:.2f} GB is free there; name another folder with --disk-folder, or plan"
         " with more --host-mem"
     ]
 
@@ -166,11 +166,13 @@ def host_memory_problem(
     """
     if held_bytes + loading_bytes + besides_bytes <= available_bytes:
         return None
-    besides = f", and {besides_bytes / 1e9:.2f} for the rest" if besides_bytes else ""
+    besides = ""
+    if besides_bytes:
+        besides = f" and {besides_bytes / 1e9:.2f} GB for all other weights and buffers"
     return (
         f"its {what} need {held_bytes / 1e9:.2f} GB of host memory, plus"
-        f" {loading_bytes / 1e9:.2f} while loading{besides}, but {available_bytes / 1e9:.2f} GB"
-        " are available; close other programs, add memory, or plan with more --gpu-mem"
+        f" {loading_bytes / 1e9:.2f} GB while loading{besides}, but {available_bytes / 1e9:.2f} GB"
+        " is available; close other programs, add memory, or plan with more --gpu-mem"
     )
 
 
@@ -184,7 +186,7 @@ def gpu_memory_problem(memory: GpuMemory, gpu: Gpu) -> str | None:
         return None
     return (
         f"gpu_memory_bytes.total is {memory.total / 1e9:.2f} GB, but {gpu.name} has"
-        f" {gpu.free_bytes / 1e9:.2f} GB free, and {needed / 1e9:.2f} are needed besides the"
+        f" {gpu.free_bytes / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB is needed besides the"
         " reserve; free GPU memory, or plan again with a smaller --gpu-mem"
     )
 

@@ -1,4 +1,4 @@
-"""Names the parts of a decode step's time and of the time to first token."""
+"""Words for the parts of predicted times and of GPU memory."""
 
 PARTS = {
     "head": "embedding, output head, sampling",
@@ -8,3 +8,5 @@ PARTS = {
     "disk": "experts on disk",
     "launch_overhead": "experts, where launching kernels takes longer than computing",
 }
+# GpuMemory's keys; the others are words already
+PURPOSES = {"non_expert_weights": "non-expert weights", "kv_cache": "KV cache"}

@@ -52,7 +52,7 @@ class Budget(Section):
 
 class Plan(YamlFile):
     kind: ClassVar[str] = "plan"
-    remake: ClassVar[str] = "remake it with `fiddler-opt plan`"
+    made_by: ClassVar[str] = "fiddler-opt plan"
 
     version: Literal[3]
     model: ModelShape

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import ErrorDetails
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.system.files import read_text, write_whole
+from fiddler_run.system.files import exists, read_text, write_whole
 from fiddler_run.system.parsing import parse_yaml
 
 # These bounds are far beyond any machine or model. They keep arithmetic on a file's values from
@@ -72,7 +72,7 @@ class YamlFile(Section):
     """A whole file. Subclasses declare `version: Literal[...]` and the keys in file order."""
 
     kind: ClassVar[str]  # one of KINDS
-    remake: ClassVar[str]  # how to replace a file of another version
+    made_by: ClassVar[str]  # the command that writes such files
     header: ClassVar[str] = ""
     key_comments: ClassVar[dict[str, str]] = {}
 
@@ -83,7 +83,18 @@ class YamlFile(Section):
         Raises:
             FiddlerError: the file cannot be read or breaks a rule. The message names file and key.
         """
-        return cls.parse(read_text(path), origin=str(path))
+        return cls.parse(cls.read(path), origin=str(path))
+
+    @classmethod
+    def read(cls, path: str | Path) -> str:
+        """Reads the text of a file.
+
+        Raises:
+            FiddlerError: the file cannot be read.
+        """
+        if not exists(path):
+            raise FiddlerError(f"{path}: no such file; make it with `{cls.made_by}`")
+        return read_text(path)
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Self:
@@ -116,7 +127,7 @@ class YamlFile(Section):
         if data.get("version") != known_version:
             return None, [
                 f"{origin}: version: this release reads version {known_version}, but the file says"
-                f" {str(data.get('version'))[:30]}; {cls.remake}"
+                f" {str(data.get('version'))[:30]}; remake it with `{cls.made_by}`"
             ]
         content = None
         wrong = []

@@ -57,7 +57,8 @@ def parse_yaml(text: str, origin: str) -> Any:
     except (
         Exception
     ) as error:  # a scalar such as 2026-13-45 or 1e999 raises almost any type of error
-        raise FiddlerError(f"{origin}: not valid YAML: {reason(error)}") from None
+        what = reason(error).replace('in "<unicode string>", line', "at line")
+        raise FiddlerError(f"{origin}: not valid YAML: {what}") from None
 
 
 def _refuse_constant(name: str) -> None:
