@@ -1,11 +1,11 @@
-"""Benchmarks one expert of Mixtral-8x7B on each resource, beside the hardware's own speed.
+"""Benchmarks one expert of Mixtral-8x7B on each resource, compared with the hardware's own speed.
 
     python benchmarks/experts.py [--json FILE] [--threads N]
 
 - cpu: the kernel, and reading the same bytes with the same threads, in turn
 - pytorch: PyTorch on the CPU, for the same expert
 - numerics: two experts per token against float64; results must be reproducible bit for bit
-- joint (with a GPU): one host expert by CPU and link, by share, beside plain copies and reads
+- joint (with a GPU): one host expert by CPU and link, by share, compared with plain copies and reads
 - gpu (with a GPU): one resident expert, by the kernels that read blocks in place and by cuBLAS
 
 Experts are visited in turn over more memory than caches hold. Figures are medians; ratios are

@@ -1,6 +1,6 @@
 """Writes rtx4090.machine.yaml from data sheets, to plan for a machine without having it.
 
-`python profiles/data_sheet.py` rewrites the file beside it. Each resource is a roofline: the time
+`python profiles/data_sheet.py` rewrites the file next to it. Each resource is a roofline: the time
 of an expert is the longer of reading its weights at full bandwidth and computing at full speed. The
 CPU and the link share the bandwidth of host memory.
 """

@@ -1,4 +1,4 @@
-"""Damage to copies of the demo checkpoint, and plans beside them."""
+"""Damage to copies of the demo checkpoint, and plans next to them."""
 
 import json
 from collections.abc import Callable

@@ -22,7 +22,7 @@ from fiddler_run.plan.shape import ModelShape
 
 
 def generated(folder: Path, count: int = 12, dtype: str = "bfloat16", **options: object) -> str:
-    """Writes a plan into `folder`; returns the answer of the model beside it."""
+    """Writes a plan into `folder`; returns the answer of the model next to it."""
     loaded, tokenizer = load_model(write_plan(folder, dtype=dtype))
     pieces: list[str] = []
     generate(loaded, tokenizer, "Once upon a time", Options(count, **options), pieces.append)
@@ -81,7 +81,10 @@ def test_dtype_defaults_to_that_of_the_weights(tmp_path, model):
     del config["dtype"]
     (model / "config.json").write_text(json.dumps(config))
     spec = ModelSpec.load(str(model))
-    assert (spec.shape.dtype, spec.note) == ("bfloat16", None)  # the dtype of the weights beside it
+    assert (spec.shape.dtype, spec.note) == (
+        "bfloat16",
+        None,
+    )  # the dtype of the weights next to it
     replace_weights(model)
     spec = ModelSpec.load(str(model))
     assert spec.shape.dtype == "bfloat16"

@@ -35,7 +35,7 @@ IGNORED = {
 
 
 def generated(folder: Path, count: int = 12, dtype: str = "bfloat16", **options: object) -> str:
-    """Writes a plan into `folder`; returns the answer of the model beside it."""
+    """Writes a plan into `folder`; returns the answer of the model next to it."""
     loaded, tokenizer = load_model(write_plan(folder, dtype=dtype))
     pieces: list[str] = []
     generate(loaded, tokenizer, "Once upon a time", Options(count, **options), pieces.append)

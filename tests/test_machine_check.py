@@ -56,7 +56,7 @@ def test_limits_of_the_machine_are_exact():
 def test_needed_host_memory_by_hand(tmp_path, monkeypatch):
     """48 experts of 98,304 weights of 2 bytes, half of them resident; loading reads 8 at once.
 
-    Without a GPU, the resident half lies in host memory too.
+    Without a GPU, the resident half is in host memory too.
     """
     plan = make_plan(demo_shape("bfloat16"), [[4] * 8] * 6)
     root = simulate_2_gb(tmp_path, monkeypatch)

@@ -69,7 +69,7 @@ def test_bytes_by_purpose_by_hand():
     plan = plan_for(24_000_000_000)
     gpu = plan.rank.gpu_memory_bytes
     assert gpu.total == 24_000_000_000
-    # the embedding table lies in host memory
+    # the embedding table is in host memory
     assert gpu.non_expert_weights == 3_211_272_192 - 262_144_000
     assert plan.rank.host_memory_bytes.embedding == 262_144_000
     assert gpu.kv_cache == 4096 * 131_072

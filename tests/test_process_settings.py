@@ -17,7 +17,7 @@ from fiddler_run.kernels.pool import shared_pool
 from fiddler_run.system import process_settings
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-# Python warns of a fork beside other threads.
+# Python warns of a fork while there are other threads.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
 

@@ -55,7 +55,7 @@ def test_plan_refuses_bad_flags(tmp_path, flags, words):
 
 
 def test_plan_refuses_gpu_memory_below_the_dense_weights(tmp_path):
-    """The embedding lies in host memory; all other dense weights are counted."""
+    """The embedding is in host memory; all other dense weights are counted."""
     machine = ROOT / "profiles" / "rtx4090.machine.yaml"
     flags = ("--machine", machine, "--gpu-mem", "1GB", "-o", "p.yaml")
     result = run("fiddler-opt", "plan", *flags, cwd=tmp_path)

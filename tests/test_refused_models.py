@@ -111,11 +111,11 @@ FILES = {
         lambda model: change_json(
             model / INDEX, weight_map={FIRST_EXPERT: "../model/" + SHARDS[0]}
         ),
-        "is not the name of a file beside it; download the checkpoint again",
+        "is not the name of a file next to it; download the checkpoint again",
     ),
     "an index with a number for a file name": (
         lambda model: change_json(model / INDEX, weight_map={FIRST_EXPERT: 7}),
-        "'7' is not the name of a file beside it",
+        "'7' is not the name of a file next to it",
     ),
     "a deeply nested index": (
         lambda model: (model / INDEX).write_text('{"weight_map":' * 100_000),

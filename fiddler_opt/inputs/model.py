@@ -40,7 +40,7 @@ class ModelSpec:
 
     @classmethod
     def from_file(cls, config_file: Path, name: str) -> "ModelSpec":
-        """The model of a config.json and the weights beside it. Raises as `load`."""
+        """The model of a config.json and the weights next to it. Raises as `load`."""
         config = read_config(config_file)
         return cls._of(config, name, _stored_dtype(config_file.parent), str(config_file))
 

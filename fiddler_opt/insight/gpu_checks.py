@@ -169,5 +169,5 @@ def check_gpu_use(use: facts.GpuUse | None) -> Finding | None:
     return Finding(
         "slow",
         what,
-        "stop them (`nvidia-smi` lists them), or plan with a --gpu-mem that fits beside them",
+        "stop them (`nvidia-smi` lists them), or plan with a --gpu-mem that leaves them room",
     )

@@ -1,6 +1,6 @@
 """Checkpoints of a long-running command, so that a second call resumes.
 
-They are stored in a file beside the one that the command will write.
+They are stored in a file next to the one that the command will write.
 """
 
 from collections.abc import Callable

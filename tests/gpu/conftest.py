@@ -76,7 +76,7 @@ def wide_bfloat16(random_checkpoint) -> Iterator[PlannedModel]:
 
 
 def profile_of(bench: MachineBench, folder: Path) -> MachineProfile:
-    """The profile that a bench measures; its checkpoint lies in `folder`."""
+    """The profile that a bench measures; its checkpoint is in `folder`."""
     unfinished = Unfinished(folder / "wide.machine.yaml", bench.identity)
     return measure_machine(bench, unfinished, "test", True, lambda name, finished: None)
 

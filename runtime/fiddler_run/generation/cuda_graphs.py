@@ -13,7 +13,7 @@ from fiddler_run.system.files import reason
 
 TOLERANCE = 1e-2  # of a replay, relative; other algorithms round differently
 WARM_UP_CALLS = 2  # libraries initialise themselves in the first
-MOST_SHAPES = 4  # recordings take memory, some of it from the driver
+MAX_SHAPES = 4  # recordings take memory, some of it from the driver
 # otherwise other threads' work on the same stream would be recorded too
 RECORDING = threading.Lock()
 
@@ -56,7 +56,7 @@ class _Segment:
             return self._run(*inputs)
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self._recordings:
-            if len(self._recordings) == MOST_SHAPES:
+            if len(self._recordings) == MAX_SHAPES:
                 return self._run(*inputs)
             try:
                 self._recordings[shapes] = _Recording(self._run, inputs, self._recorder)

@@ -1,4 +1,4 @@
-"""Tables of measurements beside the plan's predictions."""
+"""Tables that compare measurements with the plan's predictions."""
 
 from rich.table import Table
 
@@ -7,7 +7,7 @@ from fiddler_run.plan.schema import Plan
 
 
 def figures(plan: Plan, measured) -> Table:
-    """The measurements beside the plan's predictions for its own workload."""
+    """The measurements, and the plan's predictions for its own workload."""
     predicted = plan.predicted
     workload = plan.workload
     table = Table(
@@ -33,7 +33,7 @@ def figures(plan: Plan, measured) -> Table:
 
 
 def parts(plan: Plan, result) -> Table:
-    """The parts of a decode step's time and of the time to first token, beside the plan's."""
+    """The parts of a decode step's time and of the time to first token, measured and predicted."""
     predicted = plan.predicted
     device = plan.rank.device
     columns = (
@@ -78,7 +78,7 @@ def seen(predicted_ms: dict[str, float], device: str) -> dict[str, float]:
 
 
 def rates(plan: Plan, result) -> Table:
-    """The rate of each resource during decode, beside the profile's and that of plain loops."""
+    """The rate of each resource during decode, compared with the profile and with plain loops."""
     profile = plan.bytes_per_s
     profiled = {
         "resident": profile.resident,

@@ -56,8 +56,8 @@ class PlanCheck(ModelCheck):
         if fetch and local_folder(name, relative_to) is None:  # before a download of all weights
             refuse(machine_problems(plan, self.gpu, origin))
         super().__init__(plan.model, origin, name, relative_to, load_format, fetch)
-        beside = self.folder if self.folder is not None and load_format != "dummy" else Path()
-        self.disk_folder = beside if disk_folder is None else Path(disk_folder)
+        near = self.folder if self.folder is not None and load_format != "dummy" else Path()
+        self.disk_folder = near if disk_folder is None else Path(disk_folder)
         self._try(lambda: refuse(disk_problems(plan, self.disk_folder)))
         self.problems += machine_problems(plan, self.gpu, origin, self.config)
         notes = device_note(plan, on_gpu=self.gpu is not None), prediction_note(plan, origin)
@@ -231,7 +231,7 @@ def device_note(plan: Plan, on_gpu: bool) -> str | None:
 def prediction_note(plan: Plan, origin: str) -> str | None:
     """A note on predicted figures that contradict each other. None if they are consistent.
 
-    Such figures would mislead, because measurements are shown beside them.
+    Such figures would mislead, because measurements are shown next to them.
     """
     predicted = plan.predicted
     batch_size = plan.workload.batch_size

@@ -1,4 +1,4 @@
-"""Checks whether a model's files can be run. Each rule is stated once.
+"""Checks whether a model's files can be run.
 
 transformers is imported on demand.
 """

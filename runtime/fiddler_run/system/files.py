@@ -79,7 +79,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Writes `path` atomically: to a temporary file beside it, which is then renamed.
+    """Writes `path` atomically: to a temporary file next to it, which is then renamed.
 
     Text is encoded as UTF-8.
 

@@ -126,7 +126,7 @@ def _control_groups(controller: str) -> Iterator[Path]:
     """
     for line in read("proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2; beside version 1, it is in a separate folder
+        if controllers == "":  # version 2; together with version 1, it is in a separate folder
             mounts = ["", "unified"]
         elif controller in controllers.split(","):
             mounts = [controller]

@@ -172,6 +172,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or "\0" in file or len(file) > 200:
             raise FiddlerError(
-                f"{index}: {str(file)[:60]!r} is not the name of a file beside it; {AGAIN}"
+                f"{index}: {str(file)[:60]!r} is not the name of a file next to it; {AGAIN}"
             )
     return weight_map
