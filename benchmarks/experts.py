@@ -5,7 +5,7 @@
 - cpu: the kernel, and reading the same bytes with the same threads, in turn
 - pytorch: PyTorch on the CPU, for the same expert
 - numerics: two experts per token against float64; results must be reproducible bit for bit
-- joint (with a GPU): one host expert by CPU and link, by share, compared with plain copies and reads
+- joint (with a GPU): one host expert by CPU and link, by share, and plain copies and reads
 - gpu (with a GPU): one resident expert, by the kernels that read blocks in place and by cuBLAS
 
 Experts are visited in turn over more memory than caches hold. Figures are medians; ratios are

@@ -84,7 +84,7 @@ def test_dtype_defaults_to_that_of_the_weights(tmp_path, model):
     assert (spec.shape.dtype, spec.note) == (
         "bfloat16",
         None,
-    )  # the dtype of the weights next to it
+    )  # of the weights next to it
     replace_weights(model)
     spec = ModelSpec.load(str(model))
     assert spec.shape.dtype == "bfloat16"

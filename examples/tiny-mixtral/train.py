@@ -1,7 +1,7 @@
 """Trains the demo checkpoint in this folder on a CPU: tokenizer, model, prompts and README tables.
 
-`python train.py` overwrites the checkpoint next to it; about 15 minutes on two cores. Seeded, so two
-runs on the same machine and library versions give the same weights.
+`python train.py` overwrites the checkpoint next to it; about 15 minutes on two cores. Seeded, so
+two runs on the same machine and library versions give the same weights.
 """
 
 import argparse

@@ -81,9 +81,9 @@ void fiddler_submit_routed(void* pool, int hidden, int block_neurons, const uint
                                             output_ready, number);
 }
 
-// Helps until at most `max_pending` jobs are unfinished, for about `most_ns`. 0: not finished yet.
-int fiddler_wait(void* pool, int max_pending, int64_t most_ns) {
-    return static_cast<Pool*>(pool)->wait(max_pending, most_ns);
+// Helps until at most `max_pending` jobs are unfinished, for about `max_ns`. 0: not finished yet.
+int fiddler_wait(void* pool, int max_pending, int64_t max_ns) {
+    return static_cast<Pool*>(pool)->wait(max_pending, max_ns);
 }
 
 void fiddler_abandon(void* pool, const int64_t* output_ready) {

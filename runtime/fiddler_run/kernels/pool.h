@@ -65,9 +65,9 @@ class Pool {
     }
 
     // Helps until at most `max_pending` jobs are unfinished. False if that takes longer than about
-    // `most_ns`.
-    bool wait(uint64_t max_pending, int64_t most_ns) {
-        return finish(max_pending, now_ns() + most_ns);
+    // `max_ns`.
+    bool wait(uint64_t max_pending, int64_t max_ns) {
+        return finish(max_pending, now_ns() + max_ns);
     }
 
     // Ends the unfinished jobs that would set this flag, without a result. They still set the flag.

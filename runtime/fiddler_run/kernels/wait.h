@@ -60,10 +60,10 @@ class Signal {
 
    private:
 #if defined(__linux__)
-    void sleep(uint32_t seen, int64_t most_ns) {
-        timespec most{static_cast<time_t>(most_ns / 1'000'000'000),
-                      static_cast<long>(most_ns % 1'000'000'000)};
-        syscall(SYS_futex, &changes_, FUTEX_WAIT_PRIVATE, seen, &most, nullptr, 0);
+    void sleep(uint32_t seen, int64_t max_ns) {
+        timespec limit{static_cast<time_t>(max_ns / 1'000'000'000),
+                      static_cast<long>(max_ns % 1'000'000'000)};
+        syscall(SYS_futex, &changes_, FUTEX_WAIT_PRIVATE, seen, &limit, nullptr, 0);
     }
     void wake() {
         syscall(SYS_futex, &changes_, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr,
