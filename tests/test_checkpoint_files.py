@@ -81,10 +81,7 @@ def test_dtype_defaults_to_that_of_the_weights(tmp_path, model):
     del config["dtype"]
     (model / "config.json").write_text(json.dumps(config))
     spec = ModelSpec.load(str(model))
-    assert (spec.shape.dtype, spec.note) == (
-        "bfloat16",
-        None,
-    )  # of the weights next to it
+    assert (spec.shape.dtype, spec.note) == ("bfloat16", None)  # as the weights
     replace_weights(model)
     spec = ModelSpec.load(str(model))
     assert spec.shape.dtype == "bfloat16"

@@ -62,7 +62,7 @@ class Signal {
 #if defined(__linux__)
     void sleep(uint32_t seen, int64_t max_ns) {
         timespec limit{static_cast<time_t>(max_ns / 1'000'000'000),
-                      static_cast<long>(max_ns % 1'000'000'000)};
+                       static_cast<long>(max_ns % 1'000'000'000)};
         syscall(SYS_futex, &changes_, FUTEX_WAIT_PRIVATE, seen, &limit, nullptr, 0);
     }
     void wake() {
