@@ -15,7 +15,6 @@ import yaml
 from command_line import files_in, run, started
 from conftest import DEMO, ROOT
 
-from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.routing import RoutingProfile
 from fiddler_opt.measure import machine, quiet
@@ -133,16 +132,26 @@ def test_killed_profile_resumes(tmp_path, demo, torch_threads):
         assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.005)
     killed.kill()
-    assert "going on" not in killed.communicate()[1]
+    assert "resuming" not in killed.communicate()[1]
     assert [path.name for path in file.parent.glob("[!.]*")] == []
     kept = finished_parts()
-    assert kept == list(MachineBench(demo, QUICK, None).parts)[: len(kept)]
+    parts = list(MachineBench(demo, QUICK, None).parts)
+    assert kept == parts[: len(kept)]
+
+    killed = started("fiddler-opt", *arguments, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    timed = tmp_path / "profiles/local.machine.yaml"
+    while not timed.exists():
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.005)
+    killed.kill()  # while routing is recorded
+    assert f"resuming an unfinished profile: {len(kept)} of " in killed.communicate()[1]
+    machine_text = timed.read_text()
 
     result = run("fiddler-opt", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert f"resuming an unfinished profile: {len(kept)} of " in result.stderr
-    assert "parts are timed" in result.stderr
-    MachineProfile.load(tmp_path / "profiles/local.machine.yaml")
+    words = f"resuming an unfinished profile: {len(parts)} of {len(parts)} parts are timed"
+    assert words in result.stderr
+    assert timed.read_text() == machine_text
     routing = RoutingProfile.load(tmp_path / "profiles/tiny-mixtral.routing.yaml")
     assert routing.sets["stories.jsonl"].prompts == 16
     assert set(files_in(tmp_path)) == {

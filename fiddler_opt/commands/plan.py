@@ -49,7 +49,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-mem",
         metavar="SIZE",
-        help="limit on host memory for experts; the rest is kept on disk (default: no limit)",
+        help=(
+            "limit on host memory for experts and embedding; the rest stays on disk (default: none)"
+        ),
     )
     shared.add_profiles(parser)
     for key, words in WORKLOAD_HELP.items():

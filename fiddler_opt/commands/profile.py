@@ -16,6 +16,7 @@ from fiddler_opt.commands.files import (
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.insight.machine_report import print_machine
 from fiddler_opt.insight.routing_report import print_routing
+from fiddler_opt.measure.unfinished import forget_unfinished
 from fiddler_run.errors import FiddlerError
 from fiddler_run.flags import positive
 from fiddler_run.plan.schema import Plan
@@ -96,7 +97,14 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     if flags.only != "routing":
         folder = local_folder(flags.model, Path())
         machine = profile_machine(
-            model, machine_path, flags.quick, flags.force, folder, command_line(), console
+            model,
+            machine_path,
+            flags.quick,
+            flags.force,
+            folder,
+            command_line(),
+            console,
+            keep_parts=job is not None,
         )
         print_machine(console, machine)
         print(machine_path, flush=True)
@@ -108,6 +116,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         routing = profile_routing(
             job, flags.model, runs_by, routing_path, trace, command_line(), console
         )
+        forget_unfinished(machine_path)
         print_routing(console, routing)
         print(routing_path)
     elif flags.only is None:

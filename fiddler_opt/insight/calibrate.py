@@ -1,9 +1,9 @@
-"""Calibration: corrects a machine profile by the measurements of a run.
+"""Calibration: corrects a machine profile from the measurements of a run.
 
 The run's plan must have been made from that profile.
 
-It also finds out whether another plan is now better. Calibration compares rates of blocks, not
-times, because a run need not choose the experts that the plan's routing expects.
+Calibration also finds out whether another plan is now better. Calibration compares rates of blocks,
+not times, because a run need not choose the experts that the plan's routing expects.
 """
 
 from dataclasses import dataclass, replace

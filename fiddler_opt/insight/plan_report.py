@@ -35,7 +35,7 @@ def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
 
 
 def print_optimality(console: Console, plan: Plan) -> None:
-    """Prints how the placement was found, and how close it is to the best possible."""
+    """Prints how the placement was found, how close it is to the best, and what a GB would add."""
     predicted = plan.predicted
     status = plan.provenance.status
     if status.startswith(NOT_SOLVED):

@@ -43,8 +43,13 @@ def profile_machine(
     folder: Path | None,
     command: str,
     console: Console,
+    keep_parts: bool,
 ) -> MachineProfile:
     """Times this machine and saves its profile.
+
+    Args:
+        keep_parts: keep the timed parts, so that a command that is interrupted later does not time
+            them again. The caller calls `forget_unfinished` at its end.
 
     Raises:
         FiddlerError: other programs use the machine and `force` is not set.
@@ -58,6 +63,9 @@ def profile_machine(
 
     bench = MachineBench(model, QUICK if quick else THOROUGH, folder)
     unfinished = Unfinished(path, bench.identity)
+    if len(unfinished.parts) == len(bench.parts) and not keep_parts:
+        forget_unfinished(path)  # kept by a command that recorded routing afterwards
+        unfinished = Unfinished(path, bench.identity)
     if unfinished.parts:
         console.print(
             f"resuming an unfinished profile: {len(unfinished.parts)} of {len(bench.parts)} parts"
@@ -72,7 +80,8 @@ def profile_machine(
         machine = measure_machine(bench, unfinished, command, force, on_part)
         progress.update(task, description="timing", completed=len(bench.parts))
     machine.save(path)
-    forget_unfinished(path)
+    if not keep_parts:
+        forget_unfinished(path)
     del bench  # frees the timed memory, which a model may need
     release_gpu_memory()
     return machine

@@ -1,4 +1,4 @@
-"""Baselines: the placement rules of other systems, evaluated by the same cost model.
+"""Baselines: simple rules, some of them of other systems, evaluated by the same cost model.
 
 Each places blocks by a simple rule and serves host blocks by its own policy.
 """

@@ -86,7 +86,7 @@ def fixed_memory(
 def activation_bytes(
     model: ModelSpec, limits: KernelLimits, workload: Workload, chunk_tokens: int
 ) -> int:
-    """An upper estimate of the memory of a forward pass, besides weights and cache.
+    """An upper estimate of the memory of a forward pass, without weights and cache.
 
     A pass takes a chunk of each prompt, or one token of each sequence.
 

@@ -67,7 +67,7 @@ class ModelTimes:
 
 
 def host_times(machine: MachineProfile, policy: Policy) -> Times:
-    """Microseconds of one host expert, by tokens, if the policy serves it.
+    """Microseconds of one host expert under the policy, by number of tokens.
 
     `link` and `better` need a profile that timed the link alone.
     """

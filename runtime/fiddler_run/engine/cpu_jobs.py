@@ -30,7 +30,7 @@ class CpuJobs:
         return len(self._under_way)
 
     def submit(self, calls: Sequence[CpuCall], states: torch.Tensor, output: torch.Tensor) -> None:
-        """Starts a job, see `CpuExperts.submit`."""
+        """Starts a job; see `CpuExperts.submit`."""
         self.begin(None)
         self._cpu.submit(calls, states, output, self._flag, self.last)
 

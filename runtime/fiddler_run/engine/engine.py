@@ -12,7 +12,7 @@ from fiddler_run.kernels.table import Kernels, kernels_for
 class ExpertEngine:
     """Runs each layer's experts on CPU, link and device at the same time.
 
-    `decode` serves small batches on a GPU, `prefill` all others.
+    `decode` serves small batches on a GPU, `prefill` everything else.
     """
 
     def __init__(self, block_format: Encoding, kernels: Kernels, device: torch.device, slots: int):

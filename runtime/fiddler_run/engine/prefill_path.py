@@ -2,7 +2,8 @@
 
 Python waits for the router's choice and splits the blocks. Resident blocks are computed in place,
 streamed blocks in the staging ring as they arrive, and the others by the CPU, all at the same time.
-Without a GPU, this path serves batches of any size, as it does for layers with blocks on disk.
+It also serves small batches where the decode path cannot: without a GPU, without decode kernels,
+and in layers with blocks on disk.
 """
 
 from collections.abc import Iterator

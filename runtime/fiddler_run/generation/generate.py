@@ -151,8 +151,8 @@ def generate(
     search, at the end.
 
     Raises:
-        FiddlerError: the prompt cannot be encoded, see `encode_prompt`, or does not fit, see
-            `check_length`.
+        FiddlerError: the prompt cannot be encoded (see `encode_prompt`) or does not fit (see
+            `check_length`).
     """
     ids = encode_prompt(tokenizer, prompt, options.chat, model.plan, model.config.vocab_size)
     check_length(ids.shape[1], options, model.plan)

@@ -1,4 +1,5 @@
-"""A layer of the decode path as seen by the CPU's threads, which get the choice from the GPU.
+"""A layer of the decode path as seen by the CPU's threads, which receive the router's choice from
+the GPU.
 
 The structures mirror those of route.h.
 """

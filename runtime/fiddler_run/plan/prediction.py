@@ -15,7 +15,7 @@ from fiddler_run.plan.yaml_file import (
 
 
 class Rates(Section):
-    """Expert bytes per second of the profiled machine, for one token.
+    """Bytes per second at which the profiled machine processes an expert's weights for one token.
 
     `host`: CPU and link together, from host memory.
     """

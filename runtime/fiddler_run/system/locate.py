@@ -14,7 +14,7 @@ SHIPPED_FOLDERS = [Path(__file__).parents[3], *_INSTALLED]
 
 
 def shipped_file(path: str | Path) -> Path:
-    """`path` if it exists, otherwise the included file of that name, such as plans/demo.yaml."""
+    """`path` if it exists, else the included file of that name, else `path`."""
     if exists(path):
         return Path(path)
     candidates = (folder / path for folder in SHIPPED_FOLDERS)
