@@ -23,7 +23,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check --quiet .
 
 # constraints.txt holds the tested versions. PyTorch comes first, or the others would choose its version.
-.venv/installed: pyproject.toml constraints.txt $(wildcard runtime/fiddler_run/kernels/*.cpp runtime/fiddler_run/kernels/*.h)
+.venv/installed: pyproject.toml constraints.txt $(wildcard runtime/fiddler_run/*/*.cpp runtime/fiddler_run/*/*.h)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"

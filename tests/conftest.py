@@ -90,9 +90,10 @@ def make_plan(
     share: dict[int, float] | None = None,
     threads: int = 1,
     on_disk: list[list[int]] | None = None,
+    encoding: str | None = None,
 ) -> Plan:
     """A plan with these resident and disk blocks, for 1 GiB of GPU memory."""
-    encoding = plain_encoding(shape.dtype)
+    encoding = encoding or plain_encoding(shape.dtype)
     blocks = ENCODINGS[encoding](shape.hidden_size, block_neurons)
     block_bytes = blocks.block_bytes
     resident_bytes, disk_bytes = (
@@ -156,11 +157,11 @@ def set_key(data: dict, keys: list[str], value: object) -> None:
 
 
 def random_plan(
-    shape: ModelShape, rng: random.Random, block_neurons: int = 32, max_threads: int = 2
+    shape: ModelShape, rng: random.Random, block_neurons: int = 32, max_threads: int = 2, **more
 ) -> Plan:
     """A plan with random resident blocks, stream shares and thread count.
 
-    Half of all plans also have disk blocks.
+    Half of all plans also have disk blocks. `more`: for `make_plan`.
     """
     blocks = -(-shape.intermediate_size // block_neurons)
     resident = [
@@ -172,7 +173,8 @@ def random_plan(
         if rng.random() < 0.5
         else None
     )
-    return make_plan(shape, resident, block_neurons, share, rng.randint(1, max_threads), on_disk)
+    threads = rng.randint(1, max_threads)
+    return make_plan(shape, resident, block_neurons, share, threads, on_disk, **more)
 
 
 @pytest.fixture(scope="session")

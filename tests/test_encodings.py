@@ -16,6 +16,7 @@ from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.plan.schema import Plan
 
 HIDDEN = 24
+SIZES = {"lossless12": (128, 64)}  # hidden size and neurons of a block, if not (HIDDEN, 16)
 
 
 def expert(intermediate: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,8 +72,9 @@ class ReversedBf16(Bf16):
     name = "reversed-bf16"
 
     def encode(self, blocks, gate, up, down, first_neuron):
-        super().encode(blocks, gate, up, down, first_neuron)
+        referred = super().encode(blocks, gate, up, down, first_neuron)
         blocks.copy_(swapped(blocks))
+        return referred
 
     def decode(self, blocks):
         return super().decode(swapped(blocks))
@@ -85,7 +87,8 @@ def swapped(blocks: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", [*ENCODINGS, ReversedBf16.name])
 def test_decode_returns_the_encoded_bits(name, monkeypatch):
     monkeypatch.setitem(ENCODINGS, ReversedBf16.name, ReversedBf16)
-    encoding = ENCODINGS[name](HIDDEN, 16)
+    hidden, neurons = SIZES.get(name, (HIDDEN, 16))
+    encoding = ENCODINGS[name](hidden, neurons)
     dtype = getattr(torch, encoding.dtype)
     size = torch.empty(0, dtype=dtype).itemsize
     generator = torch.Generator().manual_seed(0)
@@ -95,13 +98,14 @@ def test_decode_returns_the_encoded_bits(name, monkeypatch):
         drawn = torch.randint(0, 256, random_bytes, dtype=torch.uint8, generator=generator)
         return drawn.view(dtype)
 
-    gate, up, down = bits(64, HIDDEN), bits(64, HIDDEN), bits(HIDDEN, 64)
+    gate, up, down = bits(4 * neurons, hidden), bits(4 * neurons, hidden), bits(hidden, 4 * neurons)
     blocks = empty_blocks(encoding, 4)
-    encoding.encode(blocks, gate, up, down, 0)
+    referred = encoding.encode(blocks, gate, up, down, 0)
+    assert len(referred) == (4 if name == "lossless12" else 0)  # random bits: many escapes
     gate_up, columns = encoding.decode(blocks)
     found = (
-        gate_up[:, :16].flatten(0, 1),
-        gate_up[:, 16:].flatten(0, 1),
+        gate_up[:, :neurons].flatten(0, 1),
+        gate_up[:, neurons:].flatten(0, 1),
         columns.transpose(0, 1).flatten(1),
     )
     for got, want in zip(found, (gate, up, down), strict=True):
@@ -135,11 +139,15 @@ def test_model_runs_in_a_new_encoding(monkeypatch, tmp_path, device):
 @pytest.mark.parametrize(
     ("encoding", "message"),
     [
-        ("int3", "encoding: int3 is unknown; known are bf16, fp16, fp32"),
+        ("int3", "encoding: int3 is unknown; known are bf16, fp16, fp32, lossless12"),
         ("bf16", "encoding: bf16 stores bfloat16, the model is float32"),
+        ("lossless12", "block_neurons: 32 is not a multiple of 64, which lossless12 needs"),
     ],
 )
 def test_impossible_encoding_is_refused(encoding, message):
     plan = make_plan(demo_shape(), [[0] * 8] * 6)
-    with pytest.raises(FiddlerError, match=message):
-        Plan.parse(plan.model_copy(update={"encoding": encoding}).dump(), "plan")
+    text = plan.model_copy(update={"encoding": encoding}).dump()
+    _, problems = Plan.examine(text, "plan")
+    assert f"plan: {message}" in problems
+    with pytest.raises(FiddlerError):
+        Plan.parse(text, "plan")

@@ -136,10 +136,11 @@ def exact_layer(states, index, weights, experts):
     return output
 
 
+@pytest.mark.parametrize("encoding", ["bf16", "lossless12"])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_bfloat16_layer_matches_float64(tokens, device):
+def test_bfloat16_layer_matches_float64(tokens, encoding, device):
     rng = random.Random(tokens)
-    plan = random_plan(demo_shape("bfloat16"), rng)
+    plan = random_plan(demo_shape("bfloat16"), rng, 64, encoding=encoding)
     rank = plan.rank
     checkpoint = Checkpoint(TensorFiles(DEMO), FAMILIES["mixtral"])
     store = ExpertStore(plan, device, DEMO)

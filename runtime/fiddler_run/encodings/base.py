@@ -18,11 +18,12 @@ class Encoding(ABC):
     """How blocks of experts of `hidden_size` are stored.
 
     Class attributes: `name` identifies the encoding in plans. `dtype` is the dtype of the weights
-    that it represents exactly.
+    that it represents exactly. Both sizes must be multiples of `multiple`.
     """
 
     name: ClassVar[str]
     dtype: ClassVar[str]
+    multiple: ClassVar[int] = 1
 
     def __init__(self, hidden_size: int, block_neurons: int):
         self.hidden_size = hidden_size
@@ -36,7 +37,7 @@ class Encoding(ABC):
     @abstractmethod
     def encode(
         self, blocks: Tensor, gate: Tensor, up: Tensor, down: Tensor, first_neuron: int
-    ) -> None:
+    ) -> list[Tensor]:
         """Encodes the expert's neurons from `first_neuron` on into `blocks`.
 
         Neurons past the last one are stored as zeros, which add nothing to the output.
@@ -45,6 +46,9 @@ class Encoding(ABC):
             blocks: uint8 [count, block_bytes] in host memory, overwritten.
             gate, up: [intermediate, hidden], of a dtype that converts to `dtype` without loss.
             down: [hidden, intermediate].
+
+        Returns:
+            Memory that the blocks refer to, to be kept as long as they are used. Usually empty.
         """
 
     @abstractmethod

@@ -21,7 +21,7 @@ class Plain(Encoding):
 
     def encode(
         self, blocks: Tensor, gate: Tensor, up: Tensor, down: Tensor, first_neuron: int
-    ) -> None:
+    ) -> list[Tensor]:
         count = len(blocks)
         size = self.block_neurons
         whole = min(count, max(0, len(gate) - first_neuron) // size)
@@ -38,6 +38,7 @@ class Plain(Encoding):
             gate_rows[whole, :rest] = gate[stop:]
             up_rows[whole, :rest] = up[stop:]
             down_columns[whole, :, :rest] = down[:, stop:]
+        return []
 
     def decode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         return self._views(blocks)

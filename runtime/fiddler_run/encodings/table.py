@@ -1,9 +1,10 @@
 """The encodings by name. To add one, add a file to this folder and a line here."""
 
 from fiddler_run.encodings.base import Encoding
+from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.encodings.plain import Bf16, Fp16, Fp32
 
-ENCODINGS: dict[str, type[Encoding]] = {each.name: each for each in (Bf16, Fp16, Fp32)}
+ENCODINGS: dict[str, type[Encoding]] = {each.name: each for each in (Bf16, Fp16, Fp32, Lossless12)}
 
 
 def plain_encoding(dtype: str) -> str:

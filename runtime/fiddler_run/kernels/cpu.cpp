@@ -1,8 +1,8 @@
 // Computes experts' blocks on the CPU, with a persistent pool of threads: bfloat16 weights, float32
 // sums, any number of tokens.
 //
-// A block of b neurons is gate [b, hidden], up [b, hidden] and down [hidden, b], row-major and
-// consecutive. A job computes
+// A block of b neurons holds the rows of gate [b, hidden], up [b, hidden] and down [hidden, b]. A
+// job computes
 //     output[row] = sum over its calls that hold `row` of weight * sum over the call's blocks of
 //     down (silu(gate x) * (up x))
 // in phases. Each phase is cut into units that the threads claim from a counter, so that a slower
@@ -13,10 +13,12 @@
 //   down:    UNIT_ROWS rows of every block's down matrix -> these elements of the output
 // Each element is summed by one thread in one order, so the same input gives the same bits.
 //
-// layout.h defines the layout of weights, job.h a job, units.h its units. rows.h and tiles.h
-// compute them; variants.h includes both once for each instruction set. route.h handles jobs that a
-// GPU describes. pool.h holds the threads. library.py and pool.py use the plain C interface through
-// ctypes. Build: g++ -O3 -std=c++20 -shared -fPIC -pthread cpu.cpp
+// layout.h defines the layout of weights; unpack.h unpacks lossless12. job.h defines a job, units.h
+// its units. rows.h and tiles.h compute them; variants.h includes both once for each instruction
+// set. route.h handles jobs that a GPU describes. pool.h holds the threads. library.py and pool.py
+// use the plain C interface through ctypes.
+//
+// Build: g++ -O3 -std=c++20 -shared -fPIC -pthread cpu.cpp
 
 #include <algorithm>
 #include <array>
@@ -41,10 +43,13 @@
 #include <immintrin.h>
 #endif
 
+#include "../encodings/lossless12.h"
+
 namespace {
 
 #include "layout.h"
 #include "job.h"
+#include "unpack.h"
 
 #include "variants.h"
 #include "wait.h"
@@ -67,18 +72,20 @@ void* fiddler_pool_create(const char* variant, int threads, int spin_us, const i
 
 void fiddler_pool_destroy(void* pool) { delete static_cast<Pool*>(pool); }
 
-void fiddler_submit(void* pool, int hidden, int block_neurons, const uint16_t* states, int tokens,
-                    const CallArguments* calls, int num_calls, float* output, int64_t* output_ready,
-                    int64_t number) {
-    static_cast<Pool*>(pool)->submit({hidden, block_neurons}, states, tokens, calls, num_calls,
-                                     output, output_ready, number);
+void fiddler_submit(void* pool, int hidden, int block_neurons, int encoding,
+                    const uint16_t* states, int tokens, const CallArguments* calls, int num_calls,
+                    float* output, int64_t* output_ready, int64_t number) {
+    BlockLayout layout(hidden, block_neurons, static_cast<Encoding>(encoding));
+    static_cast<Pool*>(pool)->submit(layout, states, tokens, calls, num_calls, output,
+                                     output_ready, number);
 }
 
-void fiddler_submit_routed(void* pool, int hidden, int block_neurons, const uint16_t* states,
-                           int tokens, const RouteArguments* route, float* output,
-                           int64_t* output_ready, int64_t number) {
-    static_cast<Pool*>(pool)->submit_routed({hidden, block_neurons}, states, tokens, *route, output,
-                                            output_ready, number);
+void fiddler_submit_routed(void* pool, int hidden, int block_neurons, int encoding,
+                           const uint16_t* states, int tokens, const RouteArguments* route,
+                           float* output, int64_t* output_ready, int64_t number) {
+    BlockLayout layout(hidden, block_neurons, static_cast<Encoding>(encoding));
+    static_cast<Pool*>(pool)->submit_routed(layout, states, tokens, *route, output, output_ready,
+                                            number);
 }
 
 // Helps until at most `max_pending` jobs are unfinished, for about `max_ns`. 0: not finished yet.

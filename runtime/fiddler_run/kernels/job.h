@@ -19,7 +19,7 @@ float swiglu(float gate, float up) { return gate / (1.0f + std::exp(-gate)) * up
 struct Job;
 
 struct CallArguments {
-    const uint16_t* blocks;  // [num_blocks], one after the other
+    const char* blocks;      // [num_blocks], one after the other
     const int64_t* rows;     // [tokens], indices of states
     const float* weights;    // [tokens], the router's
     int num_blocks, tokens;
@@ -41,7 +41,7 @@ struct PackUnit {
 };
 
 struct GateUpUnit {
-    const uint16_t* block;
+    const char* block;
     int call, index, first_neuron;  // index: of the block in its call
 };
 
@@ -50,7 +50,7 @@ struct DownUnit {
 };
 
 struct DownPiece {
-    const uint16_t* block;
+    const char* block;
     int call, index;
 };
 

@@ -1,22 +1,46 @@
-// Included by cpu.cpp: the layout of a block's weights in the encoding bf16.
+// Included by cpu.cpp: where the weights of a block are.
 
-// Row-major and consecutive: gate [neurons, hidden], up [neurons, hidden], down [hidden, neurons].
+enum Encoding { BF16, LOSSLESS12 };  // as ENCODINGS of cpu.py
+
+// Consecutive rows of one matrix of a block. `number` is the first one's, over gate, up and down.
+struct Rows {
+    const char *block, *weights;
+    int number;
+};
+
+// bf16 is row-major and consecutive: gate [neurons, hidden], up [neurons, hidden], down [hidden,
+// neurons]. lossless12.h has the layout of lossless12.
 struct BlockLayout {
-    int hidden, neurons;
+    int hidden = 0, neurons = 0;
+    Encoding encoding = BF16;
+    size_t gate_at = 0, up_at = 0, down_at = 0, bytes = 0;
 
-    size_t matrix() const { return static_cast<size_t>(hidden) * neurons; }
-    size_t bytes() const { return 3 * matrix() * sizeof(uint16_t); }
+    BlockLayout() = default;
+    BlockLayout(int hidden, int neurons, Encoding encoding)
+        : hidden(hidden), neurons(neurons), encoding(encoding) {
+        if (encoding == LOSSLESS12) {
+            auto layout = lossless();
+            gate_at = layout.gate(), up_at = layout.up(), down_at = layout.down();
+            bytes = layout.bytes();
+        } else {
+            size_t matrix = row_bytes(hidden) * neurons;
+            up_at = matrix, down_at = 2 * matrix, bytes = 3 * matrix;
+        }
+    }
 
-    const uint16_t* block(const uint16_t* blocks, int number) const {
-        return blocks + number * 3 * matrix();
+    lossless12::Layout lossless() const { return {hidden, neurons}; }
+    size_t row_bytes(int width) const {
+        return encoding == LOSSLESS12 ? lossless12::Layout::row_bytes(width)
+                                      : width * sizeof(uint16_t);
     }
-    const uint16_t* gate(const uint16_t* block, int neuron) const {
-        return block + static_cast<size_t>(neuron) * hidden;
+    const char* block(const char* blocks, int number) const { return blocks + number * bytes; }
+    Rows gate(const char* block, int neuron) const {
+        return {block, block + gate_at + neuron * row_bytes(hidden), neuron};
     }
-    const uint16_t* up(const uint16_t* block, int neuron) const {
-        return gate(block, neuron) + matrix();
+    Rows up(const char* block, int neuron) const {
+        return {block, block + up_at + neuron * row_bytes(hidden), neurons + neuron};
     }
-    const uint16_t* down(const uint16_t* block, int row) const {
-        return block + 2 * matrix() + static_cast<size_t>(row) * neurons;
+    Rows down(const char* block, int row) const {
+        return {block, block + down_at + row * row_bytes(neurons), 2 * neurons + row};
     }
 };

@@ -27,11 +27,11 @@ def library() -> ctypes.CDLL | None:
         "fiddler_pool_create": [ctypes.c_char_p, integer, integer, pointer],
         "fiddler_pool_destroy": [pointer],
         "fiddler_submit": [
-            *(pointer, integer, integer, pointer, integer),
+            *(pointer, integer, integer, integer, pointer, integer),
             *(pointer, integer, pointer, pointer, long),
         ],
         "fiddler_submit_routed": [
-            *(pointer, integer, integer, pointer, integer),
+            *(pointer, integer, integer, integer, pointer, integer),
             *(pointer, pointer, pointer, long),
         ],
         "fiddler_wait": [pointer, integer, long],

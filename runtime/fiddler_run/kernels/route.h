@@ -4,7 +4,7 @@
 // waits for Python.
 
 struct ExpertPlaces {
-    const uint16_t* host;  // [num_host, block]: blocks in host memory
+    const char* host;      // [num_host, block]: blocks in host memory
     int64_t resident;      // GPU address of its other blocks
     int num_host, num_resident;
 };
@@ -61,7 +61,7 @@ class Route {
                 *choices = first_choice + a.num_experts + 1;
         auto add = [&](int64_t address, int count, int expert) {
             for (int i = 0; i < count; ++i, ++num_blocks) {
-                addresses[num_blocks] = address + i * static_cast<int64_t>(layout.bytes());
+                addresses[num_blocks] = address + i * static_cast<int64_t>(layout.bytes);
                 experts[num_blocks] = expert;
             }
         };
@@ -80,7 +80,7 @@ class Route {
             a.traffic[0] += expert.num_resident, a.traffic[1] += streamed,
                 a.traffic[2] += expert.num_host - streamed;
             if (streamed == expert.num_host) continue;
-            const uint16_t* rest = layout.block(expert.host, streamed);
+            const char* rest = layout.block(expert.host, streamed);
             calls.push_back({{rest, &rows_[first_[e]], &weights_[first_[e]],
                               expert.num_host - streamed, called_by},
                              false,

@@ -3,61 +3,12 @@
 //   GROUP         weights of a row consumed by one step
 //   MAX_TOKENS    tokens whose sums for ROWS rows fit the registers
 //   Sum           partial sums of one row and token: zero(), total()
-//   Weights       GROUP weights: load(), and dot(sum, packed activations), which adds to a Sum
+//   Weights       GROUP weights: load(), of(register), and dot(sum, packed activations), which adds
+//                 to a Sum
+//   each_of_group unpacks one of PARTS parts of 64 weights of lossless12 (low bytes, codes,
+//                 HighBytes, f) into registers: calls f(first weight, GROUP weights in bfloat16)
 
-constexpr int ROWS = 4;             // rows of weights that share each load of an activation
-constexpr int AHEAD_BYTES = 32768;  // distance of the prefetch ahead of its use
-
-// Prefetch window, in address order: prefetching rows side by side costs 20% of the bandwidth or
-// more.
-struct Ahead {
-    const uint16_t* from = nullptr;
-    int weights = 0;
-
-    // One part of the window for each part of a computation, to keep the memory busy throughout.
-    Ahead part(int number, int parts) const {
-        int start = static_cast<int64_t>(weights) * number / parts,
-            stop = static_cast<int64_t>(weights) * (number + 1) / parts;
-        return {from + start, stop - start};
-    }
-};
-
-// Address of group `g` of the `groups` of a unit's rows, continuing into the next unit.
-// `rows(unit, g)` is the address of a group.
-template <class Unit, class Rows>
-inline Ahead ahead_of(int g, int groups, const Unit& unit, const Unit* next, Rows&& rows,
-                      int weights) {
-    if (g < groups) return {rows(unit, g), weights};
-    return next && g < 2 * groups ? Ahead{rows(*next, g - groups), weights} : Ahead{};
-}
-
-// ROWS consecutive rows of `weights` [., width] times `tokens` rows of activations.
-template <int TOKENS>
-inline void multiply_rows(const uint16_t* weights, int width, const Packed* const* x, Ahead ahead,
-                          float (*result)[MAX_TOKENS]) {
-    Sum sums[ROWS][TOKENS];
-    for (auto& row : sums)
-        for (auto& sum : row) sum = Sum::zero();
-    int steps = width / GROUP, per_step = (ahead.weights + steps - 1) / steps, asked = 0, due = 0;
-    for (int i = 0; i < width; i += GROUP) {
-        for (due += per_step; asked < due; asked += 32)
-            __builtin_prefetch(ahead.from + asked, 0, 2);
-        for (int row = 0; row < ROWS; ++row) {
-            Weights w = Weights::load(weights + static_cast<size_t>(row) * width + i);
-            for (int token = 0; token < TOKENS; ++token) w.dot(sums[row][token], x[token] + i);
-        }
-    }
-    for (int row = 0; row < ROWS; ++row)
-        for (int token = 0; token < TOKENS; ++token) result[row][token] = sums[row][token].total();
-}
-
-template <int TOKENS = 1>
-inline void multiply(int tokens, const uint16_t* weights, int width, const Packed* const* x,
-                     Ahead ahead, float (*result)[MAX_TOKENS]) {
-    if constexpr (TOKENS < MAX_TOKENS)
-        if (tokens > TOKENS) return multiply<TOKENS + 1>(tokens, weights, width, x, ahead, result);
-    multiply_rows<TOKENS>(weights, width, x, ahead, result);
-}
+#include "multiply.h"
 
 // Splits the tokens of a call evenly into parts of at most MAX_TOKENS: 8 are 4 + 4 rather than
 // 6 + 2. Calls f(part, parts, first token, count).
@@ -95,32 +46,41 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     size_t first_product =
         call.first_product + static_cast<size_t>(unit.index) * job.layout.neurons;
     Packed* products = static_cast<Packed*>(job.products) + first_product;
+    const size_t group_bytes = ROWS * job.layout.row_bytes(job.layout.hidden);
     int groups = 2 * UNIT_NEURONS / ROWS,
-        distance = std::max(1, AHEAD_BYTES / (ROWS * job.layout.hidden * 2));
+        distance = std::max(1, AHEAD_BYTES / static_cast<int>(group_bytes));
     // Group g of ROWS rows: gate and up in turn.
     auto rows = [&](const GateUpUnit& of, int g) {
         int neuron = of.first_neuron + g / 2 * ROWS;
         return g % 2 ? job.layout.up(of.block, neuron) : job.layout.gate(of.block, neuron);
     };
     auto beyond = [&](int g) {
-        return ahead_of(g + distance, groups, unit, next, rows, ROWS * job.layout.hidden);
+        return ahead_of(g + distance, groups, unit, next, rows, group_bytes);
+    };
+    uint16_t* memory = scratch(2 * ROWS * static_cast<size_t>(job.layout.hidden));
+    // The rows of group g, in their own half of the memory.
+    auto with_group = [&](int g, auto&& f) {
+        with_rows(job.layout, rows(unit, g), job.layout.hidden, call.tokens,
+                  memory + g % 2 * ROWS * static_cast<size_t>(job.layout.hidden), f);
     };
     for (int g = 0; g < groups; g += 2) {
         Ahead beyond_gate = beyond(g), beyond_up = beyond(g + 1);
-        each_part(call.tokens, [&](int part, int parts, int first, int count) {
-            const Packed* x[MAX_TOKENS];
-            for (int t = 0; t < count; ++t) x[t] = state(job, call, first + t);
-            float gate[ROWS][MAX_TOKENS], up[ROWS][MAX_TOKENS];
-            multiply(count, rows(unit, g), job.layout.hidden, x, beyond_gate.part(part, parts),
-                     gate);
-            multiply(count, rows(unit, g + 1), job.layout.hidden, x, beyond_up.part(part, parts),
-                     up);
-            for (int t = 0; t < count; ++t)
-                for (int row = 0; row < ROWS; ++row) {
-                    int neuron = unit.first_neuron + g / 2 * ROWS + row;
-                    pack(swiglu(gate[row][t], up[row][t]), neuron,
-                         products + (first + t) * neurons);
-                }
+        with_group(g, [&](const auto& gate_rows) {
+            with_group(g + 1, [&](const auto& up_rows) {
+                each_part(call.tokens, [&](int part, int parts, int first, int count) {
+                    const Packed* x[MAX_TOKENS];
+                    for (int t = 0; t < count; ++t) x[t] = state(job, call, first + t);
+                    float gate[ROWS][MAX_TOKENS], up[ROWS][MAX_TOKENS];
+                    multiply(count, gate_rows, x, beyond_gate.part(part, parts), gate);
+                    multiply(count, up_rows, x, beyond_up.part(part, parts), up);
+                    for (int t = 0; t < count; ++t)
+                        for (int row = 0; row < ROWS; ++row) {
+                            int neuron = unit.first_neuron + g / 2 * ROWS + row;
+                            pack(swiglu(gate[row][t], up[row][t]), neuron,
+                                 products + (first + t) * neurons);
+                        }
+                });
+            });
         });
     }
 }
@@ -134,21 +94,24 @@ void run_down(const Job& job, const DownUnit& unit, const DownPiece& piece, F&& 
     size_t first_product =
         call.first_product + static_cast<size_t>(piece.index) * job.layout.neurons;
     const Packed* products = static_cast<const Packed*>(job.products) + first_product;
+    uint16_t* memory = scratch(ROWS * static_cast<size_t>(job.layout.neurons));
     for (int g = 0; g < UNIT_ROWS / ROWS; ++g) {
         Ahead ahead = beyond(g);
-        each_part(call.tokens, [&](int part, int parts, int first, int count) {
-            const Packed* x[MAX_TOKENS];
-            for (int t = 0; t < count; ++t) x[t] = products + (first + t) * neurons;
-            float result[ROWS][MAX_TOKENS];
-            const uint16_t* rows = job.layout.down(piece.block, unit.first_row + g * ROWS);
-            multiply(count, rows, job.layout.neurons, x, ahead.part(part, parts), result);
-            for (int t = 0; t < count; ++t) {
-                float* output = job.output +
-                                static_cast<size_t>(call.rows[first + t]) * job.layout.hidden +
-                                unit.first_row + g * ROWS;
-                for (int row = 0; row < ROWS; ++row)
-                    output[row] += call.weights[first + t] * result[row][t];
-            }
+        Rows rows = job.layout.down(piece.block, unit.first_row + g * ROWS);
+        with_rows(job.layout, rows, job.layout.neurons, call.tokens, memory, [&](const auto& from) {
+            each_part(call.tokens, [&](int part, int parts, int first, int count) {
+                const Packed* x[MAX_TOKENS];
+                for (int t = 0; t < count; ++t) x[t] = products + (first + t) * neurons;
+                float result[ROWS][MAX_TOKENS];
+                multiply(count, from, x, ahead.part(part, parts), result);
+                for (int t = 0; t < count; ++t) {
+                    float* output = job.output +
+                                    static_cast<size_t>(call.rows[first + t]) * job.layout.hidden +
+                                    unit.first_row + g * ROWS;
+                    for (int row = 0; row < ROWS; ++row)
+                        output[row] += call.weights[first + t] * result[row][t];
+                }
+            });
         });
     }
 }
@@ -157,14 +120,14 @@ void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
     job.clear_output(unit);
     constexpr int GROUPS = UNIT_ROWS / ROWS;
     int pieces = static_cast<int>(job.down_pieces.size()), groups = GROUPS * pieces;
-    int distance = std::max(1, AHEAD_BYTES / (ROWS * job.layout.neurons * 2));
+    const size_t group_bytes = ROWS * job.layout.row_bytes(job.layout.neurons);
+    int distance = std::max(1, AHEAD_BYTES / static_cast<int>(group_bytes));
     auto rows = [&](const DownUnit& of, int g) {
         return job.layout.down(job.down_pieces[g / GROUPS].block, of.first_row + g % GROUPS * ROWS);
     };
     for (int i = 0; i < pieces; ++i)
         run_down(job, unit, job.down_pieces[i], [&](int g) {
-            return ahead_of(i * GROUPS + g + distance, groups, unit, next, rows,
-                            ROWS * job.layout.neurons);
+            return ahead_of(i * GROUPS + g + distance, groups, unit, next, rows, group_bytes);
         });
 }
 

@@ -100,5 +100,5 @@ def _say_once(warning: str) -> None:
     logging.getLogger("fiddler_run").warning(warning)
 
 
-CPU = {"bf16": _compiled}
+CPU = {"bf16": _compiled, "lossless12": _compiled}
 DECODE = {"bf16": _triton}

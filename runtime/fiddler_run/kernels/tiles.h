@@ -45,15 +45,23 @@ void pack_group(const Job& job, const Call& call, int group) {
     }
 }
 
+// `count` rows as bfloat16: in place or, if they are packed, unpacked into `memory`.
+inline const uint16_t* plain(const BlockLayout& layout, const Rows& rows, int count, int width,
+                             uint16_t* memory) {
+    if (layout.encoding == BF16) return reinterpret_cast<const uint16_t*>(rows.weights);
+    avx512bf16::unpack_rows(layout, rows, count, width, memory);
+    return memory;
+}
+
 template <int GROUPS>
 void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* next,
-                    const Call& call, int group) {
+                    const Call& call, int group, const uint16_t* gate_rows,
+                    const uint16_t* up_rows) {
     const size_t width = job.layout.hidden;
-    const uint16_t* gate_rows = job.layout.gate(unit.block, unit.first_neuron);
-    const uint16_t* up_rows = job.layout.up(unit.block, unit.first_neuron);
     const GateUpUnit& ahead = next ? *next : unit;
-    const uint16_t* next_gate = job.layout.gate(ahead.block, ahead.first_neuron);
-    const uint16_t* next_up = job.layout.up(ahead.block, ahead.first_neuron);
+    const char* next_gate = job.layout.gate(ahead.block, ahead.first_neuron).weights;
+    const char* next_up = job.layout.up(ahead.block, ahead.first_neuron).weights;
+    const size_t unit_bytes = UNIT_NEURONS * job.layout.row_bytes(job.layout.hidden);
     const uint16_t* x =
         static_cast<const uint16_t*>(job.packed_states) + call.first_state + group * TOKENS * width;
     const int passes = (call.groups() + 1) / 2, steps = job.layout.hidden / STEP;
@@ -62,8 +70,7 @@ void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* ne
     _tile_zero(2);
     _tile_zero(3);
     for (int i = 0; i < job.layout.hidden; i += STEP) {
-        ask(next_gate, next_up, UNIT_NEURONS * width * 2, group / 2 * steps + i / STEP,
-            passes * steps);
+        ask(next_gate, next_up, unit_bytes, group / 2 * steps + i / STEP, passes * steps);
         _tile_loadd(4, gate_rows + i, width * 2);
         _tile_loadd(5, up_rows + i, width * 2);
         _tile_loadd(6, x + i * TOKENS, 64);
@@ -97,29 +104,37 @@ void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* ne
 
 void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next) {
     const Call& call = job.calls[unit.call];
+    const int width = job.layout.hidden;
+    uint16_t* memory = scratch(2 * UNIT_NEURONS * static_cast<size_t>(width));
+    const uint16_t* gate = plain(job.layout, job.layout.gate(unit.block, unit.first_neuron),
+                                 UNIT_NEURONS, width, memory);
+    const uint16_t* up = plain(job.layout, job.layout.up(unit.block, unit.first_neuron),
+                               UNIT_NEURONS, width, memory + UNIT_NEURONS * width);
     configure();
     for (int group = 0, groups = call.groups(); group < groups; group += 2)
-        if (group + 1 < groups) gate_up_groups<2>(job, unit, next, call, group);
-        else gate_up_groups<1>(job, unit, next, call, group);
+        if (group + 1 < groups) gate_up_groups<2>(job, unit, next, call, group, gate, up);
+        else gate_up_groups<1>(job, unit, next, call, group, gate, up);
     _tile_release();
 }
 
-// The unit's rows of all blocks of one call, whose pieces start at `first`.
-template <int GROUPS>
-void down_groups(const Job& job, const DownUnit& unit, const Call& call, int first, int group) {
-    const size_t width = job.layout.neurons, half = UNIT_ROWS / 2 * width;
+// The unit's rows of all blocks of one call, whose pieces start at `first`. `rows_of(block)` are
+// those of one block, as bfloat16.
+template <int GROUPS, class F>
+void down_groups(const Job& job, const DownUnit& unit, const Call& call, int first, int group,
+                 F&& rows_of) {
+    const size_t width = job.layout.neurons,
+                 half = UNIT_ROWS / 2 * job.layout.row_bytes(job.layout.neurons);
     const int pieces = static_cast<int>(job.down_pieces.size());
     const uint16_t* x = static_cast<const uint16_t*>(job.products) + call.first_product +
                         group * TOKENS * call.neurons(job);
     _tile_zero(0);
     _tile_zero(1);
     for (int block = 0; block < call.num_blocks; ++block) {
-        const uint16_t* rows =
-            job.layout.down(job.down_pieces[first + block].block, unit.first_row);
+        const uint16_t* rows = rows_of(block);
         const DownPiece& later = job.down_pieces[std::min(pieces - 1, first + block + 2)];
-        const uint16_t* ahead = job.layout.down(later.block, unit.first_row);
+        const char* ahead = job.layout.down(later.block, unit.first_row).weights;
         for (int i = 0; i < job.layout.neurons; i += STEP, x += STEP * TOKENS) {
-            if (group == 0) ask(ahead, ahead + half, half * 2, i / STEP, job.layout.neurons / STEP);
+            if (group == 0) ask(ahead, ahead + half, half, i / STEP, job.layout.neurons / STEP);
             _tile_loadd(4, rows + i, width * 2);
             _tile_loadd(6, x, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -143,9 +158,24 @@ void down_groups(const Job& job, const DownUnit& unit, const Call& call, int fir
 }
 
 void run_down(const Job& job, const DownUnit& unit, const Call& call, int first) {
+    const int width = job.layout.neurons;
+    const size_t unit_weights = UNIT_ROWS * static_cast<size_t>(width);
+    auto rows = [&](int block) {
+        return job.layout.down(job.down_pieces[first + block].block, unit.first_row);
+    };
+    uint16_t* memory = nullptr;
+    if (job.layout.encoding != BF16) {
+        memory = scratch(call.num_blocks * unit_weights);
+        for (int block = 0; block < call.num_blocks; ++block)
+            plain(job.layout, rows(block), UNIT_ROWS, width, memory + block * unit_weights);
+    }
+    auto rows_of = [&](int block) {
+        return memory ? memory + block * unit_weights
+                      : reinterpret_cast<const uint16_t*>(rows(block).weights);
+    };
     configure();
     for (int group = 0, groups = call.groups(); group < groups; group += 2)
-        if (group + 1 < groups) down_groups<2>(job, unit, call, first, group);
-        else down_groups<1>(job, unit, call, first, group);
+        if (group + 1 < groups) down_groups<2>(job, unit, call, first, group, rows_of);
+        else down_groups<1>(job, unit, call, first, group, rows_of);
     _tile_release();
 }

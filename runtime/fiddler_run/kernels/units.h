@@ -47,7 +47,7 @@ inline void plan_blocks(Job& job, const Variant& variant) {
         call.first_product = products;
         products += padded(call) * call.neurons(job);
         for (int b = 0; b < call.num_blocks; ++b) {
-            const uint16_t* block = job.layout.block(call.blocks, b);
+            const char* block = job.layout.block(call.blocks, b);
             for (int n = 0; n < job.layout.neurons; n += UNIT_NEURONS)
                 job.gate_up_units.push_back({block, c, b, n});
             job.down_pieces.push_back({block, c, b});

@@ -15,6 +15,7 @@ struct Sum {
 };
 struct Weights {
     float even[GROUP / 2], odd[GROUP / 2];
+    static Weights of(const std::array<uint16_t, GROUP>& bits) { return load(bits.data()); }
     static Weights load(const uint16_t* from) {
         Weights w;
         for (int i = 0; i < GROUP / 2; ++i)
@@ -26,6 +27,20 @@ struct Weights {
             sum.lanes[i] += even[i] * x[i] + odd[i] * x[GROUP / 2 + i];
     }
 };
+constexpr int PARTS = 1;
+template <int PART, class F>
+inline void each_of_group(const uint8_t* lows, const uint8_t* codes, const HighBytes& high, F&& f) {
+    uint8_t table[16];
+    std::memcpy(table, &high, sizeof table);
+    std::array<uint16_t, GROUP> weights[lossless12::GROUP / GROUP];
+    for (int place = 0; place < lossless12::GROUP; ++place) {
+        int code = codes[place % 32] >> place / 32 * 4 & 15;
+        int weight = place / 8 % 2 * 32 + place / 16 * 8 + place % 8;
+        weights[weight / GROUP][weight % GROUP] =
+            static_cast<uint16_t>(table[code] << 8 | lows[place]);
+    }
+    for (int i = 0; i < lossless12::GROUP / GROUP; ++i) f(i * GROUP, weights[i]);
+}
 #include "rows.h"
 }  // namespace portable
 
@@ -46,17 +61,31 @@ struct Sum {
 };
 struct Weights {
     __m256 even, odd;
-    static Weights load(const uint16_t* from) {
-        __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    static Weights of(__m256i pairs) {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
                 _mm256_castsi256_ps(
                     _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+    }
+    static Weights load(const uint16_t* from) {
+        return of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }
     void dot(Sum& sum, const float* x) const {
         sum.lanes = _mm256_fmadd_ps(even, _mm256_loadu_ps(x), sum.lanes);
         sum.lanes = _mm256_fmadd_ps(odd, _mm256_loadu_ps(x + 8), sum.lanes);
     }
 };
+constexpr int PARTS = 2;
+template <int PART, class F>
+inline void each_of_group(const uint8_t* lows, const uint8_t* codes, const HighBytes& high, F&& f) {
+    __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    __m256i table =
+        _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(&high)));
+    __m256i code = _mm256_and_si256(PART ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+    __m256i upper = _mm256_shuffle_epi8(table, code);
+    __m256i lower = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lows + 32 * PART));
+    f(16 * PART, _mm256_unpacklo_epi8(lower, upper));
+    f(16 * PART + 32, _mm256_unpackhi_epi8(lower, upper));
+}
 #include "rows.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -73,17 +102,31 @@ struct Sum {
 };
 struct Weights {
     __m512 even, odd;
-    static Weights load(const uint16_t* from) {
-        __m512i pairs = _mm512_loadu_si512(from);
+    static Weights of(__m512i pairs) {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
                 _mm512_castsi512_ps(
                     _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
     }
+    static Weights load(const uint16_t* from) { return of(_mm512_loadu_si512(from)); }
     void dot(Sum& sum, const float* x) const {
         sum.lanes = _mm512_fmadd_ps(even, _mm512_loadu_ps(x), sum.lanes);
         sum.lanes = _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + 16), sum.lanes);
     }
 };
+constexpr int PARTS = 1;
+template <int PART, class F>
+inline void each_of_group(const uint8_t* lows, const uint8_t* codes, const HighBytes& high, F&& f) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const __m512i table =
+        _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(&high)));
+    const __m512i places = _mm512_inserti64x4(_mm512_castsi256_si512(both),
+                                              _mm256_srli_epi16(both, 4), 1);
+    const __m512i upper =
+        _mm512_shuffle_epi8(table, _mm512_and_si512(places, _mm512_set1_epi8(15)));
+    const __m512i lower = _mm512_loadu_si512(lows);
+    f(0, _mm512_unpacklo_epi8(lower, upper));
+    f(32, _mm512_unpackhi_epi8(lower, upper));
+}
 #include "rows.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -94,8 +137,10 @@ namespace avx512bf16 {
 using Packed = uint16_t;
 constexpr int GROUP = 32, MAX_TOKENS = 6;
 using avx512::Sum;
+using avx512::each_of_group, avx512::PARTS;
 struct Weights {
     __m512i pairs;
+    static Weights of(__m512i pairs) { return {pairs}; }
     static Weights load(const uint16_t* from) { return {_mm512_loadu_si512(from)}; }
     void dot(Sum& sum, const uint16_t* x) const {
         sum.lanes = _mm512_dpbf16_ps(sum.lanes, (__m512bh)pairs, (__m512bh)_mm512_loadu_si512(x));

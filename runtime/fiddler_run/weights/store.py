@@ -34,6 +34,7 @@ class ExpertStore:
         self.resident: Places = []
         self.host: Places = []
         self.on_disk: Places = []
+        self._referred: list[torch.Tensor] = []  # memory that blocks refer to
         for layer in range(plan.model.num_layers):
             resident = rank.resident_blocks[layer]
             on_disk = rank.disk_blocks.get(layer, [0] * plan.model.num_experts)
@@ -72,15 +73,19 @@ class ExpertStore:
         on_disk = self.on_disk[layer][expert]
         matrices = weights.expert(layer, expert)
         neurons = self.block_format.block_neurons
-        self.block_format.encode(host, *matrices, len(resident) * neurons)
-        self.block_format.encode(on_disk, *matrices, (len(resident) + len(host)) * neurons)
+
+        def encode(blocks: torch.Tensor, first: int) -> None:
+            self._referred += self.block_format.encode(blocks, *matrices, first * neurons)
+
+        encode(host, len(resident))
+        encode(on_disk, len(resident) + len(host))
         if resident.is_cuda:
             staged = torch.empty_like(resident[:1], device="cpu", pin_memory=True)
             for number, block in enumerate(resident):
-                self.block_format.encode(staged, *matrices, number * neurons)
+                encode(staged, number)
                 block.copy_(staged[0])
         else:
-            self.block_format.encode(resident, *matrices, 0)
+            encode(resident, 0)
         return resident.nbytes + host.nbytes + on_disk.nbytes
 
 
