@@ -75,7 +75,7 @@ def data_sheet_profile() -> MachineProfile:
         for tokens in TOKENS
     }
     return MachineProfile(
-        version=3,
+        version=4,
         source="data sheet",
         cpu=Cpu(
             name=f"{CPU}, {HOST_MEMORY}",

@@ -97,7 +97,7 @@ def machine_profile(
     on_gpu = kind == "cuda"
     by_share = {0.0: cpu or host * 1.01, share: host, 1.0: host * 1.5} if on_gpu else {0.0: host}
     return MachineProfile(
-        version=3,
+        version=4,
         source="measured",
         cpu=CPU,
         memory=Memory(available_bytes=10**9, timed_bytes=10**8, memlock_bytes=None),

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, demo_shape, random_plan
+from conftest import DEMO, demo_shape, make_plan, random_plan
 from hand_over import TOLERANCE
 
 from fiddler_run import load_model
@@ -14,7 +14,8 @@ from fiddler_run.kernels.cpu import CompiledExperts, CpuCall
 from fiddler_run.kernels.library import library, supported_variants
 from fiddler_run.kernels.pool import Pool
 from fiddler_run.models.table import FAMILIES
-from fiddler_run.weights.checkpoint import Checkpoint
+from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
+from fiddler_run.weights.store import ExpertStore
 from fiddler_run.weights.tensor_files import TensorFiles
 
 if library() is None:
@@ -172,3 +173,14 @@ def test_random_placements_give_the_logits_of_bf16(seed, device):
     expected = logits("bf16")
     worst = (logits("lossless12") - expected).abs().max() / expected.abs().max()
     assert worst <= 0.02
+
+
+def test_blocks_with_many_escapes_are_counted():
+    plan = make_plan(demo_shape("bfloat16"), [[0] * 8] * 6, 256, encoding="lossless12")
+    store = ExpertStore(plan, torch.device("cpu"), DEMO)
+    weights = DummyWeights(plan.model, torch.bfloat16)
+    store.load(weights)
+    assert store.note is None
+    weights._pool = of_bits(torch.randint(0, PATTERNS, weights._pool.shape))
+    store.load(weights)
+    assert store.note.startswith("48 blocks have more unusual weights than lossless12 has room for")

@@ -122,15 +122,15 @@ def test_errors_of_version_2_files_name_the_command_that_remakes_them(plan):
         **{key: value for key, value in machine.items() if key != "host_expert_us"},
         "absent_expert_us": machine["host_expert_us"],
     }
-    for kind, content, command in (
-        (Plan, old_plan, "fiddler-opt plan"),
-        (MachineProfile, old_machine, "fiddler-opt profile --only machine"),
+    for kind, content, version, command in (
+        (Plan, old_plan, 3, "fiddler-opt plan"),
+        (MachineProfile, old_machine, 4, "fiddler-opt profile --only machine"),
     ):
         text = yaml.safe_dump({**content, "version": 2})
         with pytest.raises(FiddlerError) as caught:
             kind.parse(text, "old.yaml")
         assert str(caught.value).startswith(
-            "old.yaml: version: this release reads version 3, but the file says 2; "
+            f"old.yaml: version: this release reads version {version}, but the file says 2; "
         )
         assert str(caught.value).endswith(f"with `{command}`")
         assert "\n" not in str(caught.value)

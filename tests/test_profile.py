@@ -42,10 +42,11 @@ def test_bench_frees_its_memory(demo):
     assert list(bench.parts)[:3] == ["host", "device", "threads"]
     experts = bench._experts
     alive = weakref.ref(bench)
-    arena = weakref.ref(experts.arena)
+    arenas = [weakref.ref(each.arena) for each in experts.values()]
+    assert list(experts) == ["experts", "experts in lossless12"]
     del bench, experts
     assert alive() is None
-    assert arena() is None
+    assert [arena() for arena in arenas] == [None, None]
 
 
 def test_resuming_is_refused_if_page_locking_has_changed(demo):

@@ -13,6 +13,7 @@ from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.inputs.routing_profile import RoutingProfile
 from fiddler_opt.insight.sources import profile_sha256
+from fiddler_run.errors import FiddlerError
 from fiddler_run.system.files import is_file
 from fiddler_run.system.locate import shipped_file
 
@@ -40,6 +41,26 @@ def load_routing(flags: argparse.Namespace, model: ModelSpec) -> Routing:
     if flags.routing is None and not is_file(path):
         return Routing.uniform(model)
     return Routing.from_profile(RoutingProfile.load(path), model, str(path))
+
+
+def stored_models(
+    flags: argparse.Namespace, model: ModelSpec, machine: MachineProfile
+) -> list[ModelSpec]:
+    """The model in each encoding that --encoding allows.
+
+    Raises:
+        FiddlerError: the encoding cannot store the model, or was not timed.
+    """
+    timed = [model.encoding, *(name for name in model.encodings if name in machine.encodings)]
+    if flags.encoding == "auto":
+        return [model.in_encoding(name) for name in timed]
+    chosen = model.in_encoding(flags.encoding)
+    if flags.encoding not in timed:
+        raise FiddlerError(
+            f"--encoding {flags.encoding}: the machine profile has no times for it, because it was"
+            " made where it has no kernels; choose another, or profile again"
+        )
+    return [chosen]
 
 
 def machine_file(flags: argparse.Namespace) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 
 from fiddler_opt.inputs.model import DEFAULT_MODEL
+from fiddler_run.encodings.table import ENCODINGS
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,19 @@ def add_profiles(parser: argparse.ArgumentParser) -> None:
         "--routing",
         metavar="FILE",
         help="routing profile (default: the model's in --profiles, else uniform routing)",
+    )
+
+
+def add_encoding(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag for the encoding of blocks."""
+    parser.add_argument(
+        "--encoding",
+        choices=["auto", *ENCODINGS],
+        default="auto",
+        help=(
+            "how experts are stored; auto: the fastest of those that the machine profile has timed"
+            " (default: %(default)s)"
+        ),
     )
 
 

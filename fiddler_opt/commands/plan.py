@@ -6,7 +6,13 @@ from pathlib import Path
 from rich.console import Console
 
 from fiddler_opt.commands import flags as shared
-from fiddler_opt.commands.files import load_machine, load_routing, load_spec, provenance
+from fiddler_opt.commands.files import (
+    load_machine,
+    load_routing,
+    load_spec,
+    provenance,
+    stored_models,
+)
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.workload import DEFAULTS, plan_workload, shortened
 from fiddler_opt.insight.notes import plan_notes
@@ -54,6 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ),
     )
     shared.add_profiles(parser)
+    shared.add_encoding(parser)
     for key, words in WORKLOAD_HELP.items():
         parser.add_argument(
             f"--{key.replace('_', '-')}",
@@ -82,6 +89,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace, console: Console) -> None:
     from fiddler_opt.solve.comparison import compared
     from fiddler_opt.solve.compiler import by_rule, compile_plan, integer_program
+    from fiddler_opt.solve.predict import workload_s
     from fiddler_opt.solve.problem import Problem
 
     rate = None if flags.target is None else parse_rate(flags.target)
@@ -107,9 +115,15 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     worst_of = tuple(routing.sets.values()) if flags.robust else ()
     placer = by_rule(flags.baseline) if flags.baseline else None
 
+    models = stored_models(flags, model, machine)
+
     def solve(gpu_bytes: int) -> Plan:
         budget = Budget(gpu_bytes=gpu_bytes, host_bytes=host_bytes)
-        return compile_plan(model, machine, routing, workload, budget, made, worst_of, placer)
+        plans = (
+            compile_plan(each, machine, routing, workload, budget, made, worst_of, placer)
+            for each in models
+        )
+        return min(plans, key=workload_s)
 
     with console.status("solving"):
         if rate is None:
@@ -123,7 +137,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     named = plan.model.model_copy(update={"name": name_in_plan(flags.model, output)})
     plan = plan.model_copy(update={"model": named})
     plan.save(output)
-    notes = plan_notes(plan, machine, str(machine_path))
+    notes = plan_notes(plan, machine.in_encoding(plan.encoding), str(machine_path))
     shorter = shortened(workload) if flags.prompt_tokens is None else None
     print_plan(console, plan, [shorter, *notes] if shorter else notes)
     print(output)

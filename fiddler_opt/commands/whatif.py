@@ -5,7 +5,14 @@ import argparse
 from rich.console import Console
 
 from fiddler_opt.commands import flags as shared
-from fiddler_opt.commands.files import load_machine, load_routing, load_spec, provenance, tables
+from fiddler_opt.commands.files import (
+    load_machine,
+    load_routing,
+    load_spec,
+    provenance,
+    stored_models,
+    tables,
+)
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.workload import plan_workload
 from fiddler_opt.insight.plots import require_matplotlib
@@ -18,12 +25,14 @@ HELP = "predict speed over a range of hardware or workloads"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser)
     shared.add_profiles(parser)
+    shared.add_encoding(parser)
     add_whatif_flags(parser)
 
 
 def run(flags: argparse.Namespace, console: Console) -> None:
     from fiddler_opt.insight.whatif import run_whatif
     from fiddler_opt.solve.compiler import compile_plan
+    from fiddler_opt.solve.predict import workload_s
 
     asked = parse_whatif(flags)
     if flags.plot is not None:
@@ -34,8 +43,12 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     routing = load_routing(flags, model)
     made = provenance(path, machine, routing.origin)
 
+    models = stored_models(flags, model, machine)
+
     def solve(machine: MachineProfile, workload: Workload, gpu_bytes: int) -> Plan:
-        return compile_plan(model, machine, routing, workload, Budget(gpu_bytes=gpu_bytes), made)
+        budget = Budget(gpu_bytes=gpu_bytes)
+        plans = (compile_plan(each, machine, routing, workload, budget, made) for each in models)
+        return min(plans, key=workload_s)
 
     with console.status("solving"):
         run_whatif(asked, model, machine, workload, solve, flags.plot, tables())

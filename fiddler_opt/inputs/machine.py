@@ -4,34 +4,34 @@ A machine profile does not depend on prompts or on a placement.
 """
 
 from statistics import median
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal, Self
 
 from fiddler_opt.inputs.machine_parts import (
     Cpu,
     Device,
+    EncodedExperts,
+    HostTimes,
     KernelLimits,
     Link,
     MeasuredShape,
     Memory,
     ProfileProvenance,
+    Share,
     Times,
 )
+from fiddler_run.encodings.table import ENCODINGS
 from fiddler_run.plan.split import interpolate
-from fiddler_run.plan.yaml_file import Count, Microseconds, Rate, Ratio, YamlFile
+from fiddler_run.plan.yaml_file import Count, Rate, Ratio, YamlFile
 
 MIN_US = 0.1  # resolution of the times in a file; nothing takes zero time
 MAX_US = 1e15  # largest value of `Microseconds`
-# share of an expert's host blocks that is streamed over the link
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class MachineProfile(YamlFile):
     kind: ClassVar[str] = "machine profile"
     made_by: ClassVar[str] = "fiddler-opt profile --only machine"
 
-    version: Literal[3]
+    version: Literal[4]
     source: Literal["measured", "data sheet"]
     cpu: Cpu
     memory: Memory
@@ -40,12 +40,13 @@ class MachineProfile(YamlFile):
     disk_bytes_per_s: Rate | None
     shape: MeasuredShape
     kernels: KernelLimits
-    host_expert_us: dict[Count, dict[Share, Microseconds]]
+    host_expert_us: HostTimes
     resident_expert_us: Times
     dense_layer_us: Times
     dense_device_us: Times
     head_us: Times
     drift: dict[Count, Ratio] = {}
+    encodings: dict[str, EncodedExperts] = {}
     provenance: ProfileProvenance
 
     header: ClassVar[str] = (
@@ -65,6 +66,7 @@ class MachineProfile(YamlFile):
             " experts run"
         ),
         "head_us": "once a step: embedding, output head, sampling",
+        "encodings": "experts in other encodings",
         "drift": ("an expert in host memory: time of the slowest round over the fastest, minus 1"),
     }
 
@@ -79,17 +81,52 @@ class MachineProfile(YamlFile):
         problems = [
             f"{key}: needs an entry for 1 token" for key in timed if 1 not in getattr(self, key)
         ]
-        problems += [
-            f"host_expert_us[{tokens}]: needs at least one share"
-            for tokens, times in self.host_expert_us.items()
-            if not times
-        ]
-        if 0.0 not in self.host_expert_us.get(1, {0.0: 1.0}):
-            problems.append("host_expert_us[1]: needs an entry for the share 0.0, the CPU alone")
+        problems += _host_problems("host_expert_us", self.host_expert_us)
+        for name, experts in self.encodings.items():
+            key = f"encodings.{name}"
+            if name not in ENCODINGS:
+                problems.append(f"{key}: not one of {', '.join(ENCODINGS)}")
+            if 1 not in experts.host_expert_us or 1 not in experts.resident_expert_us:
+                problems.append(f"{key}: needs entries for 1 token")
+            problems += _host_problems(f"{key}.host_expert_us", experts.host_expert_us)
         if (self.device.kind == "cuda") != (self.link is not None):
             needed = "be given" if self.link is None else "be null"
             problems.append(f"link: must {needed} for a device of kind {self.device.kind}")
         return problems
+
+    def in_encoding(self, name: str) -> Self:
+        """The profile with the times of experts in the encoding `name`.
+
+        Without such times, it is the profile itself, whose times scale by bytes.
+        """
+        experts = self.encodings.get(name)
+        if experts is None:
+            return self
+        sizes = {"block_neurons": experts.block_neurons, "expert_bytes": experts.expert_bytes}
+        return self.model_copy(
+            update={
+                "shape": self.shape.model_copy(update={"encoding": name, **sizes}),
+                "host_expert_us": experts.host_expert_us,
+                "resident_expert_us": experts.resident_expert_us,
+                "drift": experts.drift,
+            }
+        )
+
+    def with_encoding(self, other: Self) -> Self:
+        """The profile with all times of `other`, which was made by `in_encoding`."""
+        name = other.shape.encoding
+        if name == self.shape.encoding:
+            return other
+        experts = EncodedExperts(
+            block_neurons=other.shape.block_neurons,
+            expert_bytes=other.shape.expert_bytes,
+            host_expert_us=other.host_expert_us,
+            resident_expert_us=other.resident_expert_us,
+            drift=other.drift,
+        )
+        kept = ("shape", "host_expert_us", "resident_expert_us", "drift")
+        update = {key: getattr(self, key) for key in kept}
+        return other.model_copy(update={**update, "encodings": {**self.encodings, name: experts}})
 
     @property
     def cpu_expert_us(self) -> Times:
@@ -134,6 +171,15 @@ class MachineProfile(YamlFile):
     @property
     def h2d_bytes_per_s(self) -> float | None:
         return self.link and self.link.h2d_bytes_per_s
+
+
+def _host_problems(key: str, times: HostTimes) -> list[str]:
+    problems = [
+        f"{key}[{tokens}]: needs at least one share" for tokens, row in times.items() if not row
+    ]
+    if 0.0 not in times.get(1, {0.0: 1.0}):
+        problems.append(f"{key}[1]: needs an entry for the share 0.0, the CPU alone")
+    return problems
 
 
 def seconds_at(times: Times, tokens: float) -> float:

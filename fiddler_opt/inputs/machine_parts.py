@@ -1,13 +1,27 @@
 """The sections of a machine profile."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
+
+from pydantic import Field
 
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_run.encodings.table import ENCODINGS
 from fiddler_run.plan.shape import Dtype
-from fiddler_run.plan.yaml_file import Bytes, BytesOrZero, Count, Microseconds, Rate, Section, Width
+from fiddler_run.plan.yaml_file import (
+    Bytes,
+    BytesOrZero,
+    Count,
+    Microseconds,
+    Rate,
+    Ratio,
+    Section,
+    Width,
+)
 
 Times = dict[Count, Microseconds]  # by number of tokens
+# share of an expert's host blocks that is streamed over the link
+Share = Annotated[float, Field(ge=0, le=1)]
+HostTimes = dict[Count, dict[Share, Microseconds]]
 
 
 class Cpu(Section):
@@ -99,6 +113,16 @@ class MeasuredShape(Section):
             dense_layer_bytes=model.dense_layer_bytes,
             head_bytes=model.head_bytes,
         )
+
+
+class EncodedExperts(Section):
+    """The times of experts in another encoding, as in the machine profile's own keys."""
+
+    block_neurons: Width
+    expert_bytes: Bytes
+    host_expert_us: HostTimes
+    resident_expert_us: Times
+    drift: dict[Count, Ratio] = {}
 
 
 class KernelLimits(Section):

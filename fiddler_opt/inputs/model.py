@@ -1,10 +1,10 @@
 """ModelSpec: the sizes of a model that the planner needs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fiddler_run.encodings.base import Encoding
-from fiddler_run.encodings.table import ENCODINGS, plain_encoding
+from fiddler_run.encodings.table import ENCODINGS, encodings_of, plain_encoding
 from fiddler_run.errors import FiddlerError
 from fiddler_run.models.config import ASSUMED_DTYPE, ModelConfig
 from fiddler_run.models.table import parse_config, read_config
@@ -22,12 +22,13 @@ class ModelSpec:
     """A model's sizes, in elements and bytes.
 
     `note` states an assumption that was made because the model's files leave something open. None
-    if there is none.
+    if there is none. `chosen_encoding` None: the plain one of its dtype.
     """
 
     shape: ModelShape
     sizes: ModelConfig
     note: str | None = None
+    chosen_encoding: str | None = None
 
     @classmethod
     def load(cls, name: str) -> "ModelSpec":
@@ -71,13 +72,34 @@ class ModelSpec:
 
     @property
     def block_neurons(self) -> int:
-        """Neurons of a block: a multiple of 32 that cuts an expert into about BLOCKS_PER_EXPERT."""
-        return max(32, -(-self.shape.intermediate_size // BLOCKS_PER_EXPERT // 32) * 32)
+        """Neurons of a block: a multiple of at least 32 that cuts an expert into about
+        BLOCKS_PER_EXPERT.
+        """
+        multiple = max(32, ENCODINGS[self.encoding].multiple)
+        return max(1, -(-self.shape.intermediate_size // BLOCKS_PER_EXPERT // multiple)) * multiple
 
     @property
     def encoding(self) -> str:
         """The encoding of the plan's blocks, a key of ENCODINGS."""
-        return plain_encoding(self.shape.dtype)
+        return self.chosen_encoding or plain_encoding(self.shape.dtype)
+
+    @property
+    def encodings(self) -> list[str]:
+        """The encodings that can store this model, the plain one first."""
+        return encodings_of(self.shape.dtype, self.shape.hidden_size)
+
+    def in_encoding(self, name: str) -> "ModelSpec":
+        """The same model, stored in the encoding `name`.
+
+        Raises:
+            FiddlerError: the encoding cannot store this model.
+        """
+        if name not in self.encodings:
+            raise FiddlerError(
+                f"--encoding {name}: cannot store {self.shape.name}, whose weights are"
+                f" {self.shape.dtype}; choose from {', '.join(self.encodings)}"
+            )
+        return replace(self, chosen_encoding=name)
 
     @property
     def block_format(self) -> Encoding:

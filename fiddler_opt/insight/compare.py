@@ -6,6 +6,7 @@ Only the plans are read.
 from dataclasses import dataclass
 from pathlib import Path
 
+from fiddler_opt.solve.predict import workload_s
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 
@@ -172,16 +173,10 @@ def _work(plan: Plan) -> dict[str, int]:
 
 
 def _predictions(plan: Plan) -> dict[str, float]:
-    """The predictions by name.
-
-    `workload_s` is the time of prompt and output; the first token appears at the end of the prompt.
-    """
-    workload = plan.workload
     predicted = plan.predicted
-    later_tokens = (workload.output_tokens - 1) * workload.batch_size
     return {
         "decode_tokens_per_s": predicted.decode_tokens_per_s,
         "ttft_s": predicted.ttft_s,
         "gpu_hit_rate": predicted.gpu_hit_rate,
-        "workload_s": predicted.ttft_s + later_tokens / predicted.decode_tokens_per_s,
+        "workload_s": workload_s(plan),
     }

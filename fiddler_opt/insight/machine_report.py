@@ -15,7 +15,8 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
     threads = "1 thread" if cpu.threads == 1 else f"{cpu.threads} threads"
     console.print(f"{cpu.name}: {threads} on {cpu.physical_cores} cores{pinned}, {cpu.kernel}")
     console.print(f"device: {machine.device.name}, {format_bytes(machine.device.memory_bytes)}")
-    console.print(_rates(machine))
+    for encoding in (machine.shape.encoding, *machine.encodings):
+        console.print(_rates(machine.in_encoding(encoding)))
     if machine.link:
         console.print(f"link: {_link(machine.link)}")
         if not machine.streams:
@@ -38,7 +39,7 @@ def _rates(machine: MachineProfile) -> Table:
     of_gpu = ("link", "both", "stream share", "GPU") if gpu else ()
     rates = table("tokens", "CPU", *of_gpu, "drift")
     rates.title = (
-        "GB/s at which one expert's weights are processed, by the number of tokens that chose it"
+        f"GB/s of one expert's weights in {machine.shape.encoding}, by tokens that chose it"
     )
     rates.title_justify = "left"
     for tokens, by_share in machine.host_expert_us.items():

@@ -8,6 +8,7 @@ from fiddler_opt.insight.table import table
 from fiddler_opt.solve.baselines import BASELINES
 from fiddler_opt.solve.compiler import NOT_SOLVED
 from fiddler_opt.units import format_bytes
+from fiddler_run.encodings.table import plain_encoding
 from fiddler_run.plan.parts import PURPOSES
 from fiddler_run.plan.schema import Plan
 
@@ -20,6 +21,9 @@ def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
     if plan.rank.gpu_memory_bytes.total:
         print_gpu_memory(console, plan)
     print_host_memory(console, plan)
+    if plan.encoding != plain_encoding(plan.model.dtype):
+        bits = 8 * plan.block_bytes / (3 * plan.block_neurons * plan.model.hidden_size)
+        console.print(f"experts are stored as {plan.encoding}: {bits:.1f} bits per weight, exact")
     print_alternatives(console, plan)
     console.print(
         f"predicted for {plan.workload.prompt_tokens} prompt + {plan.workload.output_tokens} output"

@@ -63,7 +63,11 @@ def with_rates(
             tokens: us * (after.cpu_us(tokens) / before.cpu_us(tokens))
             for tokens, us in machine.resident_expert_us.items()
         }
-    return machine.model_copy(update=update)
+    scaled = machine.model_copy(update=update)
+    for name in machine.encodings:
+        other = machine.in_encoding(name).model_copy(update={"encodings": {}})
+        scaled = scaled.with_encoding(with_rates(other, link_bytes_per_s, ram_bytes_per_s))
+    return scaled
 
 
 def _require_link(machine: MachineProfile) -> None:

@@ -4,50 +4,35 @@ It times the functions that the runtime calls, on weights of the model's shape.
 """
 
 from collections.abc import Callable
-from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from fiddler_opt.inputs import facts
-from fiddler_opt.inputs.machine import (
-    Cpu,
-    Device,
-    KernelLimits,
-    Link,
-    MachineProfile,
-    MeasuredShape,
-    Memory,
-    ProfileProvenance,
-)
+from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.measure.assemble import EXPERTS, machine_profile
 from fiddler_opt.measure.dense import DenseBench
 from fiddler_opt.measure.device import describe_device
 from fiddler_opt.measure.experts import ExpertBench, engine_for
 from fiddler_opt.measure.link import time_copies
 from fiddler_opt.measure.quiet import undisturbed
-from fiddler_opt.measure.rounds import Us, drift_between_rounds, merged_rounds
+from fiddler_opt.measure.rounds import Us
 from fiddler_opt.measure.settings import ProfileSettings
 from fiddler_opt.measure.shares import sweep_shares
 from fiddler_opt.measure.stopwatch import Stopwatch
 from fiddler_opt.measure.threads import choose_threads
 from fiddler_opt.measure.unfinished import Unfinished
 from fiddler_run.errors import FiddlerError
-from fiddler_run.kernels.limits import MAX_DECODE_TOKENS, MAX_TOKEN_BLOCKS, MEMORY_BOUND_TOKENS
+from fiddler_run.kernels.table import has_kernels
 from fiddler_run.system.gpu import current_gpu
-from fiddler_run.system.host import available_memory_bytes, cpu_name, num_cores, num_physical_cores
+from fiddler_run.system.host import available_memory_bytes, cpu_name, num_cores
 from fiddler_run.system.process_settings import dense_threads
 
-METHOD = 3  # version of the timing method; parts timed by another version are discarded
+METHOD = 4  # version of the timing method; parts timed by another version are discarded
 MAX_CPU_TOKENS = 512  # tokens of an expert above which a CPU alone is never the fastest
-EXPERTS = "experts"
 LAYERS = "layers without experts"
-LIMITS = KernelLimits(
-    decode_tokens=MAX_DECODE_TOKENS,
-    token_blocks=MAX_TOKEN_BLOCKS,
-    memory_bound_tokens=MEMORY_BOUND_TOKENS,
-)
 
 
 class MachineBench:
@@ -74,7 +59,8 @@ class MachineBench:
         longest = model.max_position_embeddings - 1
         if self.device.type == "cpu":
             longest = min(longest, MAX_CPU_TOKENS)
-        counts = {EXPERTS: settings.tokens, LAYERS: settings.dense_tokens}
+        self.models = {_kind(each): each for each in encoded_models(model, self.device)}
+        counts = dict.fromkeys(self.models, settings.tokens) | {LAYERS: settings.dense_tokens}
         self.timed = {
             f"{kind}, {tokens} tokens, round {number}": (kind, tokens)
             for number in range(1, settings.rounds + 1)
@@ -86,7 +72,8 @@ class MachineBench:
     @property
     def parts(self) -> dict[str, Callable[[], dict]]:
         """The functions that measure the parts, in order. Stored, they would keep this alive."""
-        times = {EXPERTS: self._time_experts, LAYERS: self._time_dense}
+        times = {kind: partial(self._time_experts, kind) for kind in self.models}
+        times[LAYERS] = self._time_dense
         parts = {
             "host": self._host,
             "device": lambda: describe_device(self.device),
@@ -116,10 +103,14 @@ class MachineBench:
         return self.found["threads"]["threads"], self.found["threads"]["pinned"]
 
     @cached_property
-    def _experts(self) -> ExpertBench:
+    def _experts(self) -> dict[str, ExpertBench]:
+        """By kind, the experts in one encoding. They share the memory equally."""
         available = int(self.settings.memory_fraction * available_memory_bytes())
-        host_bytes = min(self.settings.max_host_bytes, available)
-        return ExpertBench(self.model, host_bytes, self._stopwatch, self.device)
+        host_bytes = min(self.settings.max_host_bytes, available) // len(self.models)
+        return {
+            kind: ExpertBench(model, host_bytes, self._stopwatch, self.device)
+            for kind, model in self.models.items()
+        }
 
     @cached_property
     def _dense(self) -> DenseBench:
@@ -134,19 +125,19 @@ class MachineBench:
         }
 
     def _choose_threads(self) -> dict:
-        bench = self._experts
+        bench = self._experts[EXPERTS]
         return {
             **choose_threads(bench),
             "kernel": bench.kernel,
-            "timed_bytes": bench.timed_bytes,
-            "page_locked": bench.page_locked,
+            "timed_bytes": sum(each.timed_bytes for each in self._experts.values()),
+            "page_locked": all(each.page_locked for each in self._experts.values()),
         }
 
-    def _time_experts(self, tokens: int) -> dict[str, Us]:
-        bench = self._experts
+    def _time_experts(self, kind: str, tokens: int) -> dict[str, Us]:
+        bench = self._experts[kind]
         self._require_same_memory(bench.page_locked)
         bench.use_threads(*self._threads)
-        first = self.found.get(f"{EXPERTS}, {tokens} tokens, round 1")
+        first = self.found.get(f"{kind}, {tokens} tokens, round 1")
         measure = partial(bench.host_expert, tokens)
         if first is not None:
             times = measure(list(first["host_expert_us"]))
@@ -182,10 +173,20 @@ class MachineBench:
         return {name: round(us, 1) for name, us in self._dense.time(tokens).items()}
 
     def _link(self) -> dict:
-        copies = time_copies(self._experts)
+        copies = time_copies(self._experts[EXPERTS])
         # Right after the copies: an idle GPU lowers its link speed.
         link = facts.pcie_link(current_gpu().bus_id)
         return {"generation": link and link.generation, "width": link and link.width, **copies}
+
+
+def encoded_models(model: ModelSpec, device: torch.device) -> list[ModelSpec]:
+    """The model in its plain encoding, and in every other that has kernels for `device`."""
+    others = map(model.in_encoding, model.encodings[1:])
+    return [model, *(each for each in others if has_kernels(each.block_format, device))]
+
+
+def _kind(model: ModelSpec) -> str:
+    return f"{EXPERTS} in {model.chosen_encoding}" if model.chosen_encoding else EXPERTS
 
 
 def measure_machine(
@@ -208,37 +209,7 @@ def measure_machine(
     for finished, (name, measure) in enumerate(bench.parts.items()):
         on_part(name, finished)
         unfinished.part(name, measure if force else partial(undisturbed, name, measure))
-    return _profile(bench, command)
-
-
-def _profile(bench: MachineBench, command: str) -> MachineProfile:
-    """The profile made from the bench's finished parts."""
-    parts = bench.found
-    chosen = dict(parts["threads"])
-    timed_bytes = chosen.pop("timed_bytes")
-    del chosen["page_locked"]
-    return MachineProfile(
-        version=3,
-        source="measured",
-        cpu=Cpu(name=cpu_name(), cores=num_cores(), physical_cores=num_physical_cores(), **chosen),
-        memory=Memory(
-            available_bytes=parts["host"]["available_bytes"],
-            timed_bytes=timed_bytes,
-            memlock_bytes=facts.memlock_limit_bytes(),
-        ),
-        device=Device(**parts["device"]),
-        link=Link(**parts["link"]) if "link" in parts else None,
-        disk_bytes_per_s=parts["host"]["disk_bytes_per_s"],
-        shape=MeasuredShape.of(bench.model),
-        kernels=LIMITS,
-        **merged_rounds(parts, bench.timed),
-        drift=drift_between_rounds(parts, bench.timed),
-        provenance=ProfileProvenance(
-            command=command,
-            created=date.today().isoformat(),
-            software=f"PyTorch {torch.__version__}",
-        ),
-    )
+    return machine_profile(bench.found, bench.timed, bench.models, command)
 
 
 def release_gpu_memory() -> None:

@@ -49,6 +49,7 @@ def compile_plan(
     """
     require_plannable(model)
     with naming_absurd_numbers():
+        machine = machine.in_encoding(model.encoding)
         problem = choose_chunk(model, machine, routing, workload, budget)
         solution = (placer or solve)(problem, routing, worst_of)
         predicted = predict(problem, routing, solution)

@@ -7,6 +7,7 @@ from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.solve.ilp import Solution, decode_bound_s
 from fiddler_opt.solve.problem import Problem
 from fiddler_run.plan.prediction import Predicted
+from fiddler_run.plan.schema import Plan
 
 GB = 10**9
 
@@ -40,6 +41,13 @@ def predict(problem: Problem, routing: Routing, solution: Solution) -> Predicted
 def rounded(value: float, digits: int) -> float:
     """The rounded value, or the value itself if it would round to 0."""
     return round(value, digits) or value
+
+
+def workload_s(plan: Plan) -> float:
+    """The predicted seconds of prompt and output. The first token appears with the prompt."""
+    workload = plan.workload
+    later_tokens = (workload.output_tokens - 1) * workload.batch_size
+    return plan.predicted.ttft_s + later_tokens / plan.predicted.decode_tokens_per_s
 
 
 def to_tenths_of_a_millisecond(seconds: float) -> float:

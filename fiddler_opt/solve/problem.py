@@ -19,7 +19,7 @@ from fiddler_run.plan.schema import Budget, Plan, Workload
 class Problem:
     """Everything a plan depends on, except the routing.
 
-    `chunk_tokens`: tokens of a prompt that pass the layers at once.
+    `chunk_tokens`: tokens of a prompt that pass through the layers at once.
     """
 
     model: ModelSpec
@@ -30,7 +30,8 @@ class Problem:
 
     @classmethod
     def of(cls, plan: Plan, model: ModelSpec, machine: MachineProfile) -> "Problem":
-        """The problem that a plan solves."""
+        """The problem that a plan solves, in its encoding."""
+        model, machine = (each.in_encoding(plan.encoding) for each in (model, machine))
         return cls(model, machine, plan.workload, plan.budget, plan.prefill_chunk_tokens)
 
     @property

@@ -95,6 +95,12 @@ def _triton(block_format: Encoding) -> object | None:
     return kernels
 
 
+def has_kernels(block_format: Encoding, device: torch.device) -> bool:
+    """True if such blocks have kernels of their own, on the CPU and on the device."""
+    tables = (CPU, DECODE) if device.type == "cuda" else (CPU,)
+    return all(block_format.name in table for table in tables) and compiled()
+
+
 @cache
 def _say_once(warning: str) -> None:
     logging.getLogger("fiddler_run").warning(warning)

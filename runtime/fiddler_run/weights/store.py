@@ -66,6 +66,17 @@ class ExpertStore:
         if self._device.type == "cuda" and self._streams:
             self._host_arena.pin()
 
+    @property
+    def note(self) -> str | None:
+        """How many blocks take more memory than the plan states. None if there are none."""
+        if not self._referred:
+            return None
+        more_bytes = sum(tensor.nbytes for tensor in self._referred)
+        return (
+            f"{len(self._referred)} blocks have more unusual weights than {self.block_format.name}"
+            f" has room for: they take {more_bytes / 1e6:.1f} MB more host memory, and more time"
+        )
+
     def _place(self, weights: Weights, layer: int, expert: int) -> int:
         """Encodes one expert into its three places. Returns its bytes."""
         resident = self.resident[layer][expert]
