@@ -114,7 +114,7 @@ def test_trained_weights_need_few_escapes():
             matrices = checkpoint.expert(layer, expert)
             assert assert_lossless(matrices, 64) == []
             encoding, blocks, _ = encoded(matrices, 64)
-            _, firsts, *_ = encoding._offsets()
+            _, firsts, *_ = encoding.offsets()
             ends = blocks[:, firsts : firsts + 4 * (encoding.rows + 1)].view(torch.int32)[:, -1]
             escapes += ends.sum().item()
             weights += sum(matrix.numel() for matrix in matrices)

@@ -49,9 +49,9 @@ class Lossless12(Encoding):
     @property
     def block_bytes(self) -> int:
         weights = 3 * self.hidden_size * self.block_neurons
-        return _aligned(self._offsets()[-1] + weights // 2 * 3)
+        return _aligned(self.offsets()[-1] + weights // 2 * 3)
 
-    def _offsets(self) -> tuple[int, int, int, int]:
+    def offsets(self) -> tuple[int, int, int, int]:
         """Where the bases, the first escapes, the escapes and the weights begin."""
         firsts = ALIGNMENT + _aligned(self.rows)
         escapes = firsts + _aligned(4 * (self.rows + 1))
@@ -96,7 +96,7 @@ class Lossless12(Encoding):
         import torch
 
         hidden, neurons = self.hidden_size, self.block_neurons
-        at_bases, at_firsts, at_escapes, at_weights = self._offsets()
+        at_bases, at_firsts, at_escapes, at_weights = self.offsets()
         bases = blocks[:, at_bases : at_bases + self.rows].split((2 * neurons, hidden), dim=1)
         split = at_weights + 3 * neurons * hidden
         gate_up = _unpacked(blocks[:, at_weights:split].unflatten(1, (2 * neurons, -1)), bases[0])

@@ -1,4 +1,4 @@
-"""The decode path's GPU kernels for blocks in bf16. The CPU's threads tell them what to do.
+"""The decode path's GPU kernels. The CPU's threads tell them what to do.
 
 `publish_inputs` gives these threads the tokens and the router's choices. They answer with a table;
 decode_layer.py describes it. After `wait_for_table`, the GPU works on the table (`expert_gemv`)
@@ -14,7 +14,9 @@ import torch
 import triton
 
 from fiddler_run.encodings.base import Encoding
+from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.kernels import triton_kernels as kernels
+from fiddler_run.kernels import triton_lossless12 as packed_kernels
 from fiddler_run.kernels.decode_layer import GPU_TIMEOUT_S
 
 TILE_NEURONS = 32
@@ -35,6 +37,12 @@ class DecodeKernels:
 
     def __init__(self, block_format: Encoding):
         self.block_format = block_format
+        self._reading = kernels  # the kernels that read blocks
+        self._layout: dict[str, int] = {}
+        if isinstance(block_format, Lossless12):
+            self._reading = packed_kernels
+            parts = ("BASES", "FIRSTS", "ESCAPES", "WEIGHTS")
+            self._layout = dict(zip(parts, block_format.offsets(), strict=True))
 
     def compile(self) -> None:
         """Compiles the variants for small batches, which takes seconds the first time.
@@ -144,8 +152,9 @@ class DecodeKernels:
             (tokens, top_k, hidden), dtype=torch.float32, device=hidden_states.device
         )
         shape = {"HIDDEN": hidden, "NEURONS": neurons, "TOP_K": top_k, "TOKENS": tile_tokens}
+        shape |= self._layout
         launch = {"num_warps": 4, "num_stages": STAGES[tile_tokens]}
-        kernels.gate_up[max_blocks * (neurons // TILE_NEURONS), tiles](
+        self._reading.gate_up[max_blocks * (neurons // TILE_NEURONS), tiles](
             table,
             max_blocks,
             num_experts,
@@ -156,7 +165,7 @@ class DecodeKernels:
             WIDTH=_width(hidden),
             **launch,
         )
-        kernels.down[hidden // TILE_ROWS, num_experts, tiles](
+        self._reading.down[hidden // TILE_ROWS, num_experts, tiles](
             table,
             max_blocks,
             num_experts,
@@ -205,6 +214,31 @@ class DecodeKernels:
             CHOICES=results.shape[1],
         )
         return output
+
+
+def unpacked(block_format: Lossless12, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Lossless12.decode`, for blocks [count, block_bytes] on a GPU."""
+    hidden, neurons = block_format.hidden_size, block_format.block_neurons
+    *parts, weights = block_format.offsets()
+    layout = dict(zip(("BASES", "FIRSTS", "ESCAPES"), parts, strict=True))
+    found = []
+    for first_row, rows, length in ((0, 2 * neurons, hidden), (2 * neurons, hidden, neurons)):
+        plain = torch.empty((len(blocks), rows, length), dtype=torch.bfloat16, device=blocks.device)
+        packed_kernels.unpack[rows // TILE_ROWS, len(blocks)](
+            blocks,
+            plain,
+            BLOCK_BYTES=block_format.block_bytes,
+            FIRST_ROW=first_row,
+            ROWS=rows,
+            LENGTH=length,
+            TILE=TILE_ROWS,
+            WIDTH=_width(length),
+            WEIGHTS=weights,
+            **layout,
+        )
+        weights += rows * length // 2 * 3
+        found.append(plain)
+    return found[0], found[1]
 
 
 def _width(length: int, most: int = TILE_WIDTH) -> int:

@@ -1,0 +1,87 @@
+"""lossless12 on a GPU: packed blocks are multiplied, and unpacked bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from fiddler_run.encodings.lossless12 import Lossless12
+from fiddler_run.engine.engine import ExpertEngine
+from fiddler_run.engine.layer import ExpertsLayer
+from fiddler_run.kernels.gpu import DecodeKernels, unpacked
+from fiddler_run.kernels.table import kernels_for
+from gpu.conftest import CUDA, page_locked
+
+BLOCKS = Lossless12(hidden_size=256, block_neurons=192)
+EXPERTS = 3
+INTERMEDIATE = 4 * BLOCKS.block_neurons
+SLOTS = 3
+
+
+def packed(outliers: float) -> tuple[list[tuple[torch.Tensor, ...]], list[torch.Tensor], list]:
+    """Experts' matrices, their blocks in page-locked memory, and what the blocks refer to.
+
+    `outliers`: the part of weights that are far smaller than others.
+    """
+    hidden = BLOCKS.hidden_size
+    sizes = (INTERMEDIATE, hidden), (INTERMEDIATE, hidden), (hidden, INTERMEDIATE)
+    experts = []
+    stored = page_locked(torch.empty(4 * EXPERTS, BLOCKS.block_bytes, dtype=torch.uint8)).split(4)
+    referred = []
+    for blocks in stored:
+        matrices = []
+        for size in sizes:
+            weights = torch.randn(size) * 0.05
+            weights[torch.rand(size) < outliers] *= 1e-6
+            matrices.append(weights.bfloat16())
+        experts.append(tuple(matrices))
+        referred += BLOCKS.encode(blocks, *matrices, 0)
+    return experts, list(stored), referred
+
+
+@pytest.mark.parametrize("outliers", [0.0, 1e-3, 0.1])
+def test_blocks_are_unpacked_bit_for_bit(outliers):
+    torch.manual_seed(0)
+    _, stored, referred = packed(outliers)
+    assert bool(referred) == (outliers == 0.1)
+    for blocks in stored:
+        for found, expected in zip(
+            unpacked(BLOCKS, blocks.to(CUDA)), BLOCKS.decode(blocks), strict=True
+        ):
+            assert torch.equal(found.cpu().view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("outliers", [1e-3, 0.1])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 33, 130])
+def test_decode_path_matches_float64(tokens, outliers):
+    torch.manual_seed(tokens)
+    experts, stored, referred = packed(outliers)
+    states = torch.randn(tokens, BLOCKS.hidden_size).bfloat16()
+    index = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(tokens)])
+    weights = torch.rand(tokens, 2).softmax(dim=1)
+    expected = torch.zeros(states.shape, dtype=torch.float64)
+    for token, chosen in enumerate(index.tolist()):
+        state = states[token].double()
+        for expert, weight in zip(chosen, weights[token].double(), strict=True):
+            gate, up, down = (matrix.double() for matrix in experts[expert])
+            products = torch.nn.functional.silu(gate @ state) * (up @ state)
+            expected[token] += weight * (down @ products)
+    kernels = replace(kernels_for(BLOCKS, CUDA, threads=2), decode=DecodeKernels(BLOCKS))
+    engine = ExpertEngine(BLOCKS, kernels, CUDA, SLOTS)
+    inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
+    for resident, share in ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5)):
+        layer = ExpertsLayer(
+            0,
+            [blocks[:resident].to(CUDA) for blocks in stored],
+            [blocks[resident:] for blocks in stored],
+            lambda _, share=share: share,
+            engine,
+        )
+        outputs = [layer(*inputs).cpu() for _ in range(2)]
+        assert torch.equal(*outputs)
+        assert (outputs[0].double() - expected).norm() <= 3e-3 * expected.norm()
+    engine.resources.settle()
+    del referred
