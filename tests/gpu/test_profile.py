@@ -24,7 +24,7 @@ def test_profile_times_the_decode_path(wide: Wide, tmp_path: Path):
     _, spec, _ = wide
     spec = replace(spec, shape=spec.shape.model_copy(update={"dtype": "bfloat16"}))
     bench = MachineBench(spec, HASTY, None)
-    assert bench._experts.engine.decode.takes(1)
+    assert bench._experts["experts"].engine.decode.takes(1)
     machine = profile_of(bench, tmp_path)
     assert {0.0, 1.0} < set(machine.host_expert_us[1])
     fastest_us = spec.expert_bytes / 1e13 * 1e6  # 10 TB/s
