@@ -11,7 +11,7 @@
 They run one after the other in separate processes, with random weights, one sequence of the plan's
 prompt and output (fewer output tokens for accelerate), and the plan's GPU memory. llama.cpp takes
 as much as its options say: the table shows how much of the GPU's memory was in use. Results are
-added to peers.json, and written to peers.md.
+added to peers.json, and written to peers.md and peers.png.
 """
 
 import argparse
@@ -62,6 +62,7 @@ def main() -> None:
     table = markdown(COLUMNS, [row(name, result, ours) for name, result in found.items()])
     write_whole(folder / "peers.md", table)
     print(table)
+    figure(found).savefig(folder / "peers.png", dpi=130)
 
 
 def row(name: str, result: dict, ours: float | None) -> tuple[str, ...]:
@@ -72,6 +73,25 @@ def row(name: str, result: dict, ours: float | None) -> tuple[str, ...]:
     ratio = f"{rate / ours:.2f}" if ours else ""
     memory = f"{result['gpu_bytes'] / 1e9:.1f}" if result["gpu_bytes"] else ""
     return name, f"{rate:.2f}", f"{result['ttft_s']:.2f}", ratio, memory, f"`{result['command']}`"
+
+
+def figure(found: dict[str, dict]):
+    """Bars of the decode rates and of the times to the first token."""
+    from matplotlib.figure import Figure
+
+    shown = {name: each for name, each in found.items() if "why_not" not in each}
+    drawn = Figure(figsize=(9, 0.6 + 0.4 * len(shown)), layout="constrained")
+    for axes, key, title in zip(
+        drawn.subplots(1, 2, sharey=True),
+        ("decode_tokens_per_s", "ttft_s"),
+        ("decode, tokens/s (more is better)", "first token, s (less is better)"),
+        strict=True,
+    ):
+        values = [each[key] for each in shown.values()]
+        axes.bar_label(axes.barh(list(shown), values), fmt="%.2g", padding=3)
+        axes.set(title=title, xlim=(0, 1.2 * max(values, default=1.0)))
+    axes.invert_yaxis()  # both, which share it
+    return drawn
 
 
 class PeakGpuMemory:

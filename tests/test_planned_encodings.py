@@ -7,6 +7,8 @@ from conftest import ROOT
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.machine_parts import EncodedExperts
 from fiddler_opt.inputs.model import DEFAULT_MODEL, ModelSpec
+from fiddler_opt.insight.doctor import smallest
+from fiddler_opt.insight.host_checks import bytes_in_ram, check_ram
 from fiddler_opt.insight.scaling import with_rates
 from fiddler_run.plan.schema import Plan
 
@@ -113,6 +115,17 @@ def test_times_of_an_encoding_can_be_put_back():
     assert changed.resident_expert_us == machine.resident_expert_us
     assert changed.encodings["lossless12"].resident_expert_us == {1: 7.0}
     assert changed.head_us == {1: 9.0}
+
+
+def test_doctor_counts_the_smallest_encoding():
+    machine = MachineProfile.load(SHIPPED)
+    assert smallest(MODEL, None) == smallest(MODEL, machine) == MODEL
+    stored = smallest(MODEL, with_packed(machine, RATIO))
+    in_ram = bytes_in_ram(stored, 24 * 10**9)
+    assert in_ram < 0.71 * bytes_in_ram(MODEL, 24 * 10**9)
+    found = check_ram(stored, in_ram, 64 * 10**9)
+    assert found.kind == "ok"
+    assert found.what.startswith("Mixtral-8x7B-v0.1, stored as lossless12, needs 49.83 GB")
 
 
 def test_rates_scale_every_encoding():

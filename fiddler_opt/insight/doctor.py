@@ -31,11 +31,12 @@ def examine(model: ModelSpec, machine: MachineProfile | None) -> list[Finding]:
         return [torch]
     gpu = torch.gpu
     cores = host.num_cores()
-    in_ram = host_checks.bytes_in_ram(model, gpu.memory_bytes if gpu else 0)
+    stored = smallest(model, machine)
+    in_ram = host_checks.bytes_in_ram(stored, gpu.memory_bytes if gpu else 0)
     findings = [
         _gpu_finding(torch, model),
         *(_gpu_part(gpu, model, in_ram, gpu_use.get(gpu.bus_id)) if gpu else ()),
-        host_checks.check_ram(model, in_ram, host.available_memory_bytes()),
+        host_checks.check_ram(stored, in_ram, host.available_memory_bytes()),
         host_checks.check_cpu_kernel(torch.variants, model.shape.dtype),
         host_checks.check_cores(len(host.allowed_cpus()), host.num_physical_cores(), cores),
         host_checks.check_busy(busy, processes, cores),
@@ -47,6 +48,13 @@ def examine(model: ModelSpec, machine: MachineProfile | None) -> list[Finding]:
         here = host.cpu_name(), gpu.name if gpu else None
         findings.append(host_checks.check_profile(profiled, here))
     return [finding for finding in findings if finding]
+
+
+def smallest(model: ModelSpec, machine: MachineProfile | None) -> ModelSpec:
+    """The model in the smallest encoding that has kernels here, as far as the profile knows."""
+    timed = machine.encodings if machine else {}
+    stored = [model.in_encoding(name) for name in model.encodings if name in timed]
+    return min([model, *stored], key=lambda each: each.all_expert_bytes)
 
 
 def _gpu_finding(torch: Torch, model: ModelSpec) -> Finding:

@@ -22,7 +22,10 @@ def check_ram(model: ModelSpec, in_ram_bytes: int, available_bytes: int) -> Find
     needs = (
         f"{format_bytes(in_ram_bytes)} of weights in RAM and {format_bytes(loading)} to load them"
     )
-    what = f"{model.short_name} needs {needs}, of the {format_bytes(available_bytes)} available"
+    name = model.short_name
+    if model.chosen_encoding:
+        name += f", stored as {model.chosen_encoding},"
+    what = f"{name} needs {needs}, of the {format_bytes(available_bytes)} available"
     if in_ram_bytes + loading <= available_bytes:
         return Finding("ok", what)
     return Finding(
