@@ -1,5 +1,7 @@
 """Encodings in machine profiles and plans: the fastest that was timed is chosen."""
 
+import re
+
 import pytest
 from command_line import assert_refused, run
 from conftest import ROOT
@@ -7,9 +9,11 @@ from conftest import ROOT
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.machine_parts import EncodedExperts
 from fiddler_opt.inputs.model import DEFAULT_MODEL, ModelSpec
+from fiddler_opt.insight.calibrate import Correction, refitted
 from fiddler_opt.insight.doctor import smallest
 from fiddler_opt.insight.host_checks import bytes_in_ram, check_ram
-from fiddler_opt.insight.scaling import with_rates
+from fiddler_opt.insight.scaling import ram_rate, with_rates
+from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 
 SHIPPED = ROOT / "profiles/rtx4090.machine.yaml"
@@ -38,8 +42,9 @@ def planned(tmp_path):
 
     def plan(factor: float, *flags: str) -> tuple[Plan, str]:
         with_packed(MachineProfile.load(SHIPPED), factor).save(tmp_path / "m.yaml")
-        file = f"{'-'.join(flags).strip('-') or 'auto'}.yaml"
-        arguments = ("--machine", "m.yaml", "--gpu-mem", "24GB", *flags, "-o", file)
+        file = f"{flags[-1] if flags else 'auto'}.yaml".replace("/", "-")
+        memory = () if {"--gpu-mem", "--target"} & {*flags} else ("--gpu-mem", "24GB")
+        arguments = ("--machine", "m.yaml", *memory, *flags, "-o", file)
         result = run("fiddler-opt", "plan", *arguments, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         return Plan.load(tmp_path / file), result.stderr
@@ -71,7 +76,7 @@ def test_plans_of_two_encodings_are_explained_and_compared(planned, tmp_path):
     assert why.returncode == 0, why.stderr
     assert "next in" in why.stdout
     assert why.stderr == ""
-    differences = run("fiddler-opt", "diff", "encoding-bf16.yaml", "auto.yaml", cwd=tmp_path).stdout
+    differences = run("fiddler-opt", "diff", "bf16.yaml", "auto.yaml", cwd=tmp_path).stdout
     assert "encoding" in differences
     assert "lossless12" in differences
 
@@ -84,7 +89,7 @@ def test_an_encoding_without_times_is_refused(tmp_path):
     )
     assert_refused(
         run("fiddler-opt", "plan", *flags, "fp16", cwd=tmp_path),
-        "--encoding fp16: cannot store mistralai/Mixtral-8x7B-v0.1, whose weights are bfloat16",
+        "--encoding: fp16 cannot store the bfloat16 weights of mistralai/Mixtral-8x7B-v0.1",
     )
 
 
@@ -103,18 +108,42 @@ def test_whatif_sweeps_the_faster_encoding(planned, tmp_path):
         assert float(packed) > 1.3 * float(plain)
 
 
-def test_times_of_an_encoding_can_be_put_back():
+def test_encodings_of_a_profile_can_be_exchanged():
     machine = with_packed(MachineProfile.load(SHIPPED), RATIO)
     packed = machine.in_encoding("lossless12")
     assert packed.shape.expert_bytes == PACKED.expert_bytes
     assert packed.best_host_us[1] == pytest.approx(RATIO * machine.best_host_us[1])
-    assert machine.with_encoding(packed) == machine
+    assert list(packed.encodings) == ["bf16"]
+    assert packed.in_encoding("bf16") == machine
     assert machine.in_encoding("bf16") == machine
-    slower = packed.model_copy(update={"resident_expert_us": {1: 7.0}, "head_us": {1: 9.0}})
-    changed = machine.with_encoding(slower)
-    assert changed.resident_expert_us == machine.resident_expert_us
-    assert changed.encodings["lossless12"].resident_expert_us == {1: 7.0}
-    assert changed.head_us == {1: 9.0}
+    assert machine.in_encoding("fp32") == machine
+
+
+def test_an_encoding_that_alone_fits_is_planned(planned):
+    """The plain one has no plan: its staging does not fit, or it does not reach the speed."""
+    plan, _ = planned(RATIO, "--gpu-mem", "4.93GB")
+    assert plan.encoding == "lossless12"
+    target, _ = planned(RATIO, "--target", "6tok/s")
+    assert target.encoding == "lossless12"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("bf16", {}, "encodings.bf16: the profile's own tables are in bf16"),
+        ("fp32", {}, "encodings.fp32: fp32 is not one of bf16, lossless12"),
+        ("lossless12", {"block_neurons": 7}, "block_neurons: 7 is not a multiple of 64"),
+        ("lossless12", {"expert_bytes": 1}, "encodings.lossless12.expert_bytes: 1, by the other"),
+        ("lossless12", {"resident_expert_us": {2: 1.0}}, "needs entries for 1 token"),
+        ("lossless12", {"host_expert_us": {1: {0.5: 1.0}}}, "the share 0.0, the CPU alone"),
+    ],
+)
+def test_impossible_entries_are_refused(name, changes, message):
+    machine = with_packed(MachineProfile.load(SHIPPED), RATIO)
+    experts = machine.encodings["lossless12"].model_copy(update=changes)
+    text = machine.model_copy(update={"encodings": {name: experts}}).dump()
+    with pytest.raises(FiddlerError, match=re.escape(message)):
+        MachineProfile.parse(text, "m.yaml")
 
 
 def test_doctor_counts_the_smallest_encoding():
@@ -128,9 +157,30 @@ def test_doctor_counts_the_smallest_encoding():
     assert found.what.startswith("Mixtral-8x7B-v0.1, stored as lossless12, needs 49.83 GB")
 
 
-def test_rates_scale_every_encoding():
-    machine = with_packed(MachineProfile.load(SHIPPED), RATIO)
-    scaled = with_rates(machine, ram_bytes_per_s=41.6e9)  # half of the profiled rate
+@pytest.mark.parametrize("factor", [RATIO, 1.0])
+def test_rates_scale_every_encoding(factor):
+    """By the same factor, also one whose kernels do not reach the memory's rate."""
+    machine = with_packed(MachineProfile.load(SHIPPED), factor)
+    same = with_rates(machine, ram_bytes_per_s=ram_rate(machine)).encodings["lossless12"]
+    for tokens, row in machine.encodings["lossless12"].host_expert_us.items():
+        found = same.host_expert_us[tokens]  # of the ends and the best share alone
+        assert found[0.0] == pytest.approx(row[0.0])
+        assert min(found.values()) == pytest.approx(min(row.values()), rel=1e-3)
+    scaled = with_rates(machine, ram_bytes_per_s=ram_rate(machine) / 2)
     for name in ("bf16", "lossless12"):
         before, after = (each.in_encoding(name).cpu_expert_us[1] for each in (machine, scaled))
         assert after == pytest.approx(2 * before, rel=0.02)
+
+
+def test_calibration_corrects_every_encoding():
+    machine = with_packed(MachineProfile.load(SHIPPED), RATIO)
+    corrections = [Correction("host", 1, 100.0, 150.0), Correction("resident", 1, 10.0, 20.0)]
+    corrected = refitted(machine.in_encoding("lossless12"), corrections, "by hand")
+    assert corrected.shape.encoding == "lossless12"
+    back = corrected.in_encoding("bf16")
+    for name in ("bf16", "lossless12"):
+        before, after = (each.in_encoding(name) for each in (machine, back))
+        assert after.best_host_us[1] == pytest.approx(1.5 * before.best_host_us[1], rel=1e-3)
+        assert after.resident_expert_us[1] == pytest.approx(
+            2 * before.resident_expert_us[1], rel=1e-2
+        )

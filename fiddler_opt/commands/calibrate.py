@@ -7,7 +7,7 @@ from rich.console import Console
 
 from fiddler_opt.commands import flags as shared
 from fiddler_opt.commands.files import command_line
-from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_run.encodings.table import plain_encoding
 from fiddler_run.plan.schema import Plan
 from fiddler_run.system.files import require_writable
 from fiddler_run.system.locate import shipped_file
@@ -46,7 +46,6 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     require_writable(output)
     with console.status("solving"):
         found = calibrate(plan, problem, routing, result, command_line())
-    measured = MachineProfile.load(shipped_file(flags.machine or plan.provenance.machine))
-    measured.with_encoding(found.machine).save(output)
+    found.machine.in_encoding(plain_encoding(plan.model.dtype)).save(output)
     print_calibration(console, plan, result, found, output)
     print(output)

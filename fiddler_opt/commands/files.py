@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.inputs.routing_profile import RoutingProfile
 from fiddler_opt.insight.sources import profile_sha256
 from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.schema import Plan
 from fiddler_run.system.files import is_file
 from fiddler_run.system.locate import shipped_file
 
@@ -54,13 +56,35 @@ def stored_models(
     timed = [model.encoding, *(name for name in model.encodings if name in machine.encodings)]
     if flags.encoding == "auto":
         return [model.in_encoding(name) for name in timed]
-    chosen = model.in_encoding(flags.encoding)
+    try:
+        chosen = model.in_encoding(flags.encoding)
+    except FiddlerError as error:
+        raise FiddlerError(f"--encoding: {error}") from None
     if flags.encoding not in timed:
         raise FiddlerError(
             f"--encoding {flags.encoding}: the machine profile has no times for it, because it was"
             " made where it has no kernels; choose another, or profile again"
         )
     return [chosen]
+
+
+def best_plan(
+    models: list[ModelSpec], make: Callable[[ModelSpec], Plan], cost: Callable[[Plan], object]
+) -> Plan:
+    """The plan with the lowest `cost` over the encodings that have a plan.
+
+    Raises:
+        FiddlerError: none has; the reason is the last one's.
+    """
+    plans = []
+    for model in models:
+        try:
+            plans.append(make(model))
+        except FiddlerError as error:
+            refusal = error
+    if not plans:
+        raise refusal
+    return min(plans, key=cost)
 
 
 def machine_file(flags: argparse.Namespace) -> Path:

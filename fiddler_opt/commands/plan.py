@@ -1,12 +1,14 @@
 """`fiddler-opt plan`: solves for the best placement and writes the plan."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from fiddler_opt.commands import flags as shared
 from fiddler_opt.commands.files import (
+    best_plan,
     load_machine,
     load_routing,
     load_spec,
@@ -14,6 +16,7 @@ from fiddler_opt.commands.files import (
     stored_models,
 )
 from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.workload import DEFAULTS, plan_workload, shortened
 from fiddler_opt.insight.notes import plan_notes
 from fiddler_opt.insight.plan_report import print_plan
@@ -117,19 +120,18 @@ def run(flags: argparse.Namespace, console: Console) -> None:
 
     models = stored_models(flags, model, machine)
 
-    def solve(gpu_bytes: int) -> Plan:
+    def solve(model: ModelSpec, gpu_bytes: int) -> Plan:
         budget = Budget(gpu_bytes=gpu_bytes, host_bytes=host_bytes)
-        plans = (
-            compile_plan(each, machine, routing, workload, budget, made, worst_of, placer)
-            for each in models
-        )
-        return min(plans, key=workload_s)
+        return compile_plan(model, machine, routing, workload, budget, made, worst_of, placer)
+
+    def least(model: ModelSpec) -> Plan:
+        return least_memory(partial(solve, model), rate, machine.device.memory_bytes)
 
     with console.status("solving"):
         if rate is None:
-            plan = solve(gpu_bytes)
+            plan = best_plan(models, lambda each: solve(each, gpu_bytes), workload_s)
         else:
-            plan = least_memory(solve, rate, machine.device.memory_bytes)
+            plan = best_plan(models, least, lambda each: (each.budget.gpu_bytes, workload_s(each)))
         problem = Problem.of(plan, model, machine)
         plan = compared(plan, problem, routing)
     if flags.emit is not None:

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from fiddler_opt.commands import flags as shared
 from fiddler_opt.commands.files import (
+    best_plan,
     load_machine,
     load_routing,
     load_spec,
@@ -47,8 +48,11 @@ def run(flags: argparse.Namespace, console: Console) -> None:
 
     def solve(machine: MachineProfile, workload: Workload, gpu_bytes: int) -> Plan:
         budget = Budget(gpu_bytes=gpu_bytes)
-        plans = (compile_plan(each, machine, routing, workload, budget, made) for each in models)
-        return min(plans, key=workload_s)
+        return best_plan(
+            models,
+            lambda each: compile_plan(each, machine, routing, workload, budget, made),
+            workload_s,
+        )
 
     with console.status("solving"):
         run_whatif(asked, model, machine, workload, solve, flags.plot, tables())

@@ -19,7 +19,6 @@ from fiddler_opt.inputs.machine_parts import (
     Share,
     Times,
 )
-from fiddler_run.encodings.table import ENCODINGS
 from fiddler_run.plan.split import interpolate
 from fiddler_run.plan.yaml_file import Count, Rate, Ratio, YamlFile
 
@@ -84,8 +83,8 @@ class MachineProfile(YamlFile):
         problems += _host_problems("host_expert_us", self.host_expert_us)
         for name, experts in self.encodings.items():
             key = f"encodings.{name}"
-            if name not in ENCODINGS:
-                problems.append(f"{key}: not one of {', '.join(ENCODINGS)}")
+            sizes = (experts.block_neurons, experts.expert_bytes)
+            problems += self.shape.encoding_problems(key, name, *sizes)
             if 1 not in experts.host_expert_us or 1 not in experts.resident_expert_us:
                 problems.append(f"{key}: needs entries for 1 token")
             problems += _host_problems(f"{key}.host_expert_us", experts.host_expert_us)
@@ -95,13 +94,15 @@ class MachineProfile(YamlFile):
         return problems
 
     def in_encoding(self, name: str) -> Self:
-        """The profile with the times of experts in the encoding `name`.
+        """The profile whose own tables are those of experts in the encoding `name`.
 
-        Without such times, it is the profile itself, whose times scale by bytes.
+        The present ones become an entry of `encodings`. If the encoding was not timed, it is the
+        profile itself, whose times scale by bytes.
         """
         experts = self.encodings.get(name)
         if experts is None:
             return self
+        others = {key: each for key, each in self.encodings.items() if key != name}
         sizes = {"block_neurons": experts.block_neurons, "expert_bytes": experts.expert_bytes}
         return self.model_copy(
             update={
@@ -109,24 +110,20 @@ class MachineProfile(YamlFile):
                 "host_expert_us": experts.host_expert_us,
                 "resident_expert_us": experts.resident_expert_us,
                 "drift": experts.drift,
+                "encodings": {self.shape.encoding: self.encoded_experts, **others},
             }
         )
 
-    def with_encoding(self, other: Self) -> Self:
-        """The profile with all times of `other`, which was made by `in_encoding`."""
-        name = other.shape.encoding
-        if name == self.shape.encoding:
-            return other
-        experts = EncodedExperts(
-            block_neurons=other.shape.block_neurons,
-            expert_bytes=other.shape.expert_bytes,
-            host_expert_us=other.host_expert_us,
-            resident_expert_us=other.resident_expert_us,
-            drift=other.drift,
+    @property
+    def encoded_experts(self) -> EncodedExperts:
+        """The profile's own tables of experts, as an entry of `encodings`."""
+        return EncodedExperts(
+            block_neurons=self.shape.block_neurons,
+            expert_bytes=self.shape.expert_bytes,
+            host_expert_us=self.host_expert_us,
+            resident_expert_us=self.resident_expert_us,
+            drift=self.drift,
         )
-        kept = ("shape", "host_expert_us", "resident_expert_us", "drift")
-        update = {key: getattr(self, key) for key in kept}
-        return other.model_copy(update={**update, "encodings": {**self.encodings, name: experts}})
 
     @property
     def cpu_expert_us(self) -> Times:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field
 
 from fiddler_opt.inputs.model import ModelSpec
-from fiddler_run.encodings.table import ENCODINGS
+from fiddler_run.encodings.table import ENCODINGS, encodings_of
 from fiddler_run.plan.shape import Dtype
 from fiddler_run.plan.yaml_file import (
     Bytes,
@@ -92,14 +92,16 @@ class MeasuredShape(Section):
     head_bytes: Bytes
 
     def problems(self) -> list[str]:
-        encoding = ENCODINGS.get(self.encoding)
-        if encoding is None:
-            return [f"shape.encoding: {self.encoding} is not one of {', '.join(ENCODINGS)}"]
-        blocks = encoding(self.hidden_size, self.block_neurons)
-        needed = blocks.expert_bytes(self.intermediate_size)
-        if self.expert_bytes == needed:
-            return []
-        return [f"shape.expert_bytes: {self.expert_bytes}, by the other sizes {needed}"]
+        sizes = (self.block_neurons, self.expert_bytes)
+        return _size_problems("shape", self, self.encoding, *sizes)
+
+    def encoding_problems(
+        self, key: str, name: str, block_neurons: int, expert_bytes: int
+    ) -> list[str]:
+        """What is wrong with the sizes of the same experts in another encoding."""
+        if name == self.encoding:
+            return [f"{key}: the profile's own tables are in {name}"]
+        return _size_problems(key, self, name, block_neurons, expert_bytes)
 
     @classmethod
     def of(cls, model: ModelSpec) -> Self:
@@ -113,6 +115,21 @@ class MeasuredShape(Section):
             dense_layer_bytes=model.dense_layer_bytes,
             head_bytes=model.head_bytes,
         )
+
+
+def _size_problems(
+    key: str, shape: MeasuredShape, name: str, block_neurons: int, expert_bytes: int
+) -> list[str]:
+    known = encodings_of(shape.dtype, shape.hidden_size)
+    if name not in known:
+        return [f"{key}: {name} is not one of {', '.join(known)}"]
+    encoding = ENCODINGS[name]
+    if block_neurons % encoding.multiple:
+        return [f"{key}.block_neurons: {block_neurons} is not a multiple of {encoding.multiple}"]
+    needed = encoding(shape.hidden_size, block_neurons).expert_bytes(shape.intermediate_size)
+    if expert_bytes == needed:
+        return []
+    return [f"{key}.expert_bytes: {expert_bytes}, by the other sizes {needed}"]
 
 
 class EncodedExperts(Section):

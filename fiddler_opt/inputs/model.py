@@ -96,8 +96,8 @@ class ModelSpec:
         """
         if name not in self.encodings:
             raise FiddlerError(
-                f"--encoding {name}: cannot store {self.shape.name}, whose weights are"
-                f" {self.shape.dtype}; choose from {', '.join(self.encodings)}"
+                f"{name} cannot store the {self.shape.dtype} weights of {self.shape.name} in rows"
+                f" of {self.shape.hidden_size}; choose from {', '.join(self.encodings)}"
             )
         return replace(self, chosen_encoding=name)
 

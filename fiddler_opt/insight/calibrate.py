@@ -19,6 +19,7 @@ from fiddler_opt.inputs.machine import (
     Times,
     seconds_at,
 )
+from fiddler_opt.inputs.machine_parts import EncodedExperts
 from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.insight.bench_result import MeasuredPhase, Result
 from fiddler_opt.solve.chunk import choose_chunk
@@ -171,15 +172,27 @@ def refitted(
     # If decode reports no rate of resident blocks, their time for one token stays as profiled.
     # Without a GPU, one rate covers all blocks.
     resident = {0.0: 1.0} | factors("resident") if machine.device.kind == "cuda" else host
-    by_share = {
-        tokens: {share: corrected(us, tokens, host) for share, us in row.items()}
-        for tokens, row in machine.host_expert_us.items()
+
+    def fit_experts(experts: EncodedExperts) -> dict:
+        by_share = {
+            tokens: {share: corrected(us, tokens, host) for share, us in row.items()}
+            for tokens, row in experts.host_expert_us.items()
+        }
+        return {
+            "host_expert_us": by_share,
+            "resident_expert_us": fit(experts.resident_expert_us, resident),
+        }
+
+    # The other encodings get the same factors, or the next plan would choose them unfairly.
+    encodings = {
+        name: experts.model_copy(update=fit_experts(experts))
+        for name, experts in machine.encodings.items()
     }
     return machine.model_copy(
         update={
             "source": "measured",
-            "host_expert_us": by_share,
-            "resident_expert_us": fit(machine.resident_expert_us, resident),
+            **fit_experts(machine.encoded_experts),
+            "encodings": encodings,
             "dense_layer_us": fit(machine.dense_layer_us, dense),
             "dense_device_us": fit(machine.dense_device_us, dense),
             "head_us": fit(machine.head_us, factors("head")),

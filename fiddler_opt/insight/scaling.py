@@ -51,23 +51,29 @@ def with_rates(
         link_factor = link_bytes_per_s / link.h2d_bytes_per_s
         link = _scaled_link(link, link_factor)
     ram_factor = 1.0 if ram_bytes_per_s is None else ram_bytes_per_s / ram_rate(machine)
+    scaled = _with_factors(machine, link_factor, ram_factor)
+    others = {
+        name: _with_factors(machine.in_encoding(name), link_factor, ram_factor).encoded_experts
+        for name in machine.encodings
+    }
+    return scaled.model_copy(update={"link": link, "encodings": others})
+
+
+def _with_factors(machine: MachineProfile, link_factor: float, ram_factor: float) -> MachineProfile:
+    """The profile whose experts are served by a link and RAM, each faster by a factor."""
     before = Rooflines(machine)
     after = Rooflines(machine, link_factor, ram_factor)
     host = {
         tokens: _scaled(by_share, tokens, before, after)
         for tokens, by_share in machine.host_expert_us.items()
     }
-    update = {"link": link, "host_expert_us": host}
+    update = {"host_expert_us": host}
     if machine.device.kind == "cpu":  # the CPU takes the GPU's part, from the same memory
         update["resident_expert_us"] = {
             tokens: us * (after.cpu_us(tokens) / before.cpu_us(tokens))
             for tokens, us in machine.resident_expert_us.items()
         }
-    scaled = machine.model_copy(update=update)
-    for name in machine.encodings:
-        other = machine.in_encoding(name).model_copy(update={"encodings": {}})
-        scaled = scaled.with_encoding(with_rates(other, link_bytes_per_s, ram_bytes_per_s))
-    return scaled
+    return machine.model_copy(update=update)
 
 
 def _require_link(machine: MachineProfile) -> None:

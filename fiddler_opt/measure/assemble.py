@@ -50,6 +50,7 @@ def machine_profile(
         for kind, model in models.items()
         if kind != EXPERTS
     }
+    # the kinds that fill the profile's own tables: experts in the plain encoding, and layers
     own = {kind for kind, _ in timed.values() if kind == EXPERTS or kind not in models}
     return MachineProfile(
         version=4,

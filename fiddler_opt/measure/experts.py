@@ -59,7 +59,7 @@ class ExpertBench:
         )
         host = list(self.arena.blocks.split(self.blocks_per_expert))
         weights = DummyWeights(shape, getattr(torch, shape.dtype)).expert(0, 0)
-        self.block_format.encode(host[0], *weights, first_neuron=0)
+        self._referred = self.block_format.encode(host[0], *weights, first_neuron=0)
         for expert in host[1:]:
             expert.copy_(host[0])
         self.host = random.Random(0).sample(host, len(host))

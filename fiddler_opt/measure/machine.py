@@ -135,7 +135,7 @@ class MachineBench:
 
     def _time_experts(self, kind: str, tokens: int) -> dict[str, Us]:
         bench = self._experts[kind]
-        self._require_same_memory(bench.page_locked)
+        self._require_same_memory(all(each.page_locked for each in self._experts.values()))
         bench.use_threads(*self._threads)
         first = self.found.get(f"{kind}, {tokens} tokens, round 1")
         measure = partial(bench.host_expert, tokens)

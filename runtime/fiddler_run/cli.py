@@ -59,8 +59,8 @@ def run(flags: argparse.Namespace) -> None:
         task = progress.add_task("loading experts", total=loader.total_bytes)
         model = loader.load(lambda count: progress.advance(task, count))
     load_s = time.perf_counter() - started
-    if model.store.note is not None:
-        stderr.print(f"note: {model.store.note}", style="yellow")
+    if model.store.overflow_note is not None:
+        stderr.print(f"note: {model.store.overflow_note}", style="yellow")
     others = OtherProcesses()
     if flags.bench:
         run_bench(flags, model, options, load_s, stderr)

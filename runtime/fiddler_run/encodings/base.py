@@ -18,12 +18,14 @@ class Encoding(ABC):
     """How blocks of experts of `hidden_size` are stored.
 
     Class attributes: `name` identifies the encoding in plans. `dtype` is the dtype of the weights
-    that it represents exactly. Both sizes must be multiples of `multiple`.
+    that it represents exactly. Both sizes must be multiples of `multiple`,
+    and at most `max_row`.
     """
 
     name: ClassVar[str]
     dtype: ClassVar[str]
     multiple: ClassVar[int] = 1
+    max_row: ClassVar[int] = 2**31
 
     def __init__(self, hidden_size: int, block_neurons: int):
         self.hidden_size = hidden_size
@@ -59,6 +61,11 @@ class Encoding(ABC):
             Gate rows above up rows [count, 2 * block_neurons, hidden], and down columns [count,
             hidden, block_neurons]. Views of `blocks` if the encoding allows it.
         """
+
+    @classmethod
+    def available(cls) -> bool:
+        """True if blocks can be encoded here."""
+        return True
 
     def blocks_per_expert(self, intermediate_size: int) -> int:
         return -(-intermediate_size // self.block_neurons)

@@ -35,6 +35,7 @@ class Lossless12(Encoding):
     name = "lossless12"
     dtype = "bfloat16"
     multiple = GROUP
+    max_row = 2**16  # an escape's column is a uint16
 
     @property
     def rows(self) -> int:
@@ -57,11 +58,21 @@ class Lossless12(Encoding):
         escapes = firsts + _aligned(4 * (self.rows + 1))
         return ALIGNMENT, firsts, escapes, escapes + _aligned(ESCAPE_BYTES * self.capacity)
 
+    @classmethod
+    def available(cls) -> bool:
+        return _library() is not None
+
     def encode(
         self, blocks: Tensor, gate: Tensor, up: Tensor, down: Tensor, first_neuron: int
     ) -> list[Tensor]:
         import torch
 
+        library = _library()
+        if library is None:
+            raise FiddlerError(
+                "the encoder of lossless12 is not built; install fiddler-opt again where a C++20"
+                " compiler can build it, or plan with `--encoding bf16`"
+            )
         matrices = [matrix.to(torch.bfloat16).contiguous() for matrix in (gate, up, down)]
         widest = max(self.hidden_size, self.block_neurons)
         scratch = torch.empty(3 * widest, dtype=torch.uint8)
@@ -71,7 +82,7 @@ class Lossless12(Encoding):
             def encode(
                 overflow: int | None, block=block, first=first_neuron + number * self.block_neurons
             ) -> int:
-                return _library().lossless12_encode(
+                return library.lossless12_encode(
                     self.hidden_size,
                     self.block_neurons,
                     *(matrix.data_ptr() for matrix in matrices),
@@ -110,7 +121,7 @@ class Lossless12(Encoding):
             if overflow:
                 escapes = _at_address(overflow, int(first[-1])).to(blocks.device)
             rows = torch.arange(self.rows).repeat_interleave(first.diff()).to(blocks.device)
-            columns = escapes[:, 0].long()
+            columns = escapes[:, 0].long() & 0xFFFF
             for matrix, start in ((gate_up[number], 0), (down[number], 2 * neurons)):
                 here = (rows >= start) & (rows < start + len(matrix))
                 matrix[rows[here] - start, columns[here]] = escapes[here, 1]
@@ -151,19 +162,12 @@ def _aligned(size: int) -> int:
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """The encoder, built during installation if there is a compiler.
-
-    Raises:
-        FiddlerError: it was not built.
-    """
+def _library() -> ctypes.CDLL | None:
+    """The encoder, built during installation if there is a compiler. None otherwise."""
     names = (Path(__file__).with_name("_lossless12" + suffix) for suffix in EXTENSION_SUFFIXES)
     found = next((path for path in names if path.exists()), None)
     if found is None:
-        raise FiddlerError(
-            "the encoder of lossless12 is not built; install a C++20 compiler such as g++, then"
-            " install fiddler-opt again, or plan with `--encoding bf16`"
-        )
+        return None
     loaded = ctypes.CDLL(os.fspath(found))
     pointer = ctypes.c_void_p
     integer = ctypes.c_int

@@ -62,6 +62,9 @@ namespace {
 
 extern "C" {
 
+// Raised whenever this interface changes.
+int fiddler_version() { return 2; }
+
 int fiddler_supports(const char* variant) { return find_variant(variant) != nullptr; }
 
 // `threads` includes the caller of `fiddler_wait`, which helps. The others sleep after `spin_us`

@@ -17,7 +17,7 @@ from fiddler_run.kernels.decode_layer import DecodeInputs, DecodeLayer, route_ar
 from fiddler_run.kernels.pool import Pool
 from fiddler_run.kernels.pytorch import apply_blocks
 
-ENCODINGS = ("bf16", "lossless12")  # as numbered in layout.h
+NUMBERED = ("bf16", "lossless12")  # as in layout.h
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class CpuExperts:
 
 
 class CompiledExperts(CpuExperts):
-    """The kernel of cpu.cpp, for blocks in one of ENCODINGS."""
+    """The kernel of cpu.cpp, for blocks in one of NUMBERED encodings."""
 
     def __init__(self, block_format: Encoding, pool: Pool):
         super().__init__(block_format)
@@ -113,7 +113,7 @@ class CompiledExperts(CpuExperts):
         self.lock = pool.lock  # several models, each in its own thread, may share a pool
         self.variant = pool.variant
         self.finishes_alone = pool.finishes_alone
-        number = ENCODINGS.index(block_format.name)
+        number = NUMBERED.index(block_format.name)
         self._layout = (block_format.hidden_size, block_format.block_neurons, number)
 
     def submit(self, calls, states, output, flag=None, job=0):

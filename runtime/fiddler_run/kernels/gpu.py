@@ -37,10 +37,10 @@ class DecodeKernels:
 
     def __init__(self, block_format: Encoding):
         self.block_format = block_format
-        self._reading = kernels  # the kernels that read blocks
+        self._block_kernels = kernels  # the kernels that read blocks
         self._layout: dict[str, int] = {}
         if isinstance(block_format, Lossless12):
-            self._reading = packed_kernels
+            self._block_kernels = packed_kernels
             parts = ("BASES", "FIRSTS", "ESCAPES", "WEIGHTS")
             self._layout = dict(zip(parts, block_format.offsets(), strict=True))
 
@@ -154,7 +154,7 @@ class DecodeKernels:
         shape = {"HIDDEN": hidden, "NEURONS": neurons, "TOP_K": top_k, "TOKENS": tile_tokens}
         shape |= self._layout
         launch = {"num_warps": 4, "num_stages": STAGES[tile_tokens]}
-        self._reading.gate_up[max_blocks * (neurons // TILE_NEURONS), tiles](
+        self._block_kernels.gate_up[max_blocks * (neurons // TILE_NEURONS), tiles](
             table,
             max_blocks,
             num_experts,
@@ -165,7 +165,7 @@ class DecodeKernels:
             WIDTH=_width(hidden),
             **launch,
         )
-        self._reading.down[hidden // TILE_ROWS, num_experts, tiles](
+        self._block_kernels.down[hidden // TILE_ROWS, num_experts, tiles](
             table,
             max_blocks,
             num_experts,

@@ -7,17 +7,23 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+VERSION = 2  # of the interface; a library left from an older installation has another
 VARIANTS = ("amx", "avx512bf16", "avx512", "avx2", "portable")  # best first
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, built during installation if there is a compiler. None otherwise."""
+    """The library, built during installation if there is a compiler.
+
+    None if it was not built, or by an older installation.
+    """
     names = (Path(__file__).with_name("_cpu" + suffix) for suffix in EXTENSION_SUFFIXES)
     found = next((path for path in names if path.exists()), None)
     if found is None:
         return None
     loaded = ctypes.CDLL(os.fspath(found))
+    if getattr(loaded, "fiddler_version", lambda: 1)() != VERSION:
+        return None
     pointer = ctypes.c_void_p
     integer = ctypes.c_int
     long = ctypes.c_int64

@@ -57,6 +57,8 @@ def kernels_for(
     # while the GPU waits for the CPU's threads, they must not depend on Python's
     if cpu.finishes_alone:
         decode = DECODE.get(block_format.name, lambda _: None)(block_format)
+        if block_format.name not in DECODE:
+            _say_once(f"decode will be slower: there are no GPU kernels for {block_format.name}")
     else:
         _say_once(
             "decode will be slower: it needs the CPU kernel with at least two threads, and"
@@ -98,7 +100,8 @@ def _triton(block_format: Encoding) -> object | None:
 def has_kernels(block_format: Encoding, device: torch.device) -> bool:
     """True if such blocks have kernels of their own, on the CPU and on the device."""
     tables = (CPU, DECODE) if device.type == "cuda" else (CPU,)
-    return all(block_format.name in table for table in tables) and compiled()
+    listed = all(block_format.name in table for table in tables)
+    return listed and compiled() and block_format.available()
 
 
 @cache

@@ -67,7 +67,7 @@ class ExpertStore:
             self._host_arena.pin()
 
     @property
-    def note(self) -> str | None:
+    def overflow_note(self) -> str | None:
         """How many blocks take more memory than the plan states. None if there are none."""
         if not self._referred:
             return None
