@@ -18,7 +18,6 @@ from fiddler_opt.inputs.machine import (
     ProfileProvenance,
 )
 from fiddler_opt.inputs.model import DEFAULT_MODEL, ModelSpec
-from fiddler_run.kernels.limits import MAX_DECODE_TOKENS, MAX_TOKEN_BLOCKS, MEMORY_BOUND_TOKENS
 
 GPU = "NVIDIA GeForce RTX 4090"
 GPU_MEMORY_BYTES = 24_564 * 2**20
@@ -38,11 +37,6 @@ HOST_MEMORY_BYTES = 128 * 2**30
 DRIVER_BYTES = 600_000_000
 DISPATCH_US = 100.0
 
-LIMITS = KernelLimits(
-    decode_tokens=MAX_DECODE_TOKENS,
-    token_blocks=MAX_TOKEN_BLOCKS,
-    memory_bound_tokens=MEMORY_BOUND_TOKENS,
-)
 TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -105,7 +99,7 @@ def data_sheet_profile() -> MachineProfile:
         ),
         disk_bytes_per_s=None,
         shape=MeasuredShape.of(model),
-        kernels=LIMITS,
+        kernels=KernelLimits.of_runtime(),
         host_expert_us={tokens: host_expert(expert_bytes, tokens) for tokens in TOKENS},
         resident_expert_us={
             tokens: roofline_us(expert_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS)

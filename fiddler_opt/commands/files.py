@@ -53,19 +53,20 @@ def stored_models(
     Raises:
         FiddlerError: the encoding cannot store the model, or was not timed.
     """
-    timed = [model.encoding, *(name for name in model.encodings if name in machine.encodings)]
+    timed = machine.stored(model)
     if flags.encoding == "auto":
-        return [model.in_encoding(name) for name in timed]
+        return timed
     try:
-        chosen = model.in_encoding(flags.encoding)
+        model.in_encoding(flags.encoding)
     except FiddlerError as error:
         raise FiddlerError(f"--encoding: {error}") from None
-    if flags.encoding not in timed:
+    chosen = [each for each in timed if each.encoding == flags.encoding]
+    if not chosen:
         raise FiddlerError(
             f"--encoding {flags.encoding}: the machine profile has no times for it, because it was"
             " made where it has no kernels; choose another, or profile again"
         )
-    return [chosen]
+    return chosen
 
 
 def best_plan(
@@ -77,13 +78,14 @@ def best_plan(
         FiddlerError: none has; the reason is the last one's.
     """
     plans = []
+    refusals = []
     for model in models:
         try:
             plans.append(make(model))
         except FiddlerError as error:
-            refusal = error
+            refusals.append(error)
     if not plans:
-        raise refusal
+        raise refusals[-1]
     return min(plans, key=cost)
 
 

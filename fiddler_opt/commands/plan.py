@@ -117,19 +117,18 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         )
     worst_of = tuple(routing.sets.values()) if flags.robust else ()
     placer = by_rule(flags.baseline) if flags.baseline else None
-
     models = stored_models(flags, model, machine)
 
-    def solve(model: ModelSpec, gpu_bytes: int) -> Plan:
+    def solve(stored: ModelSpec, gpu_bytes: int) -> Plan:
         budget = Budget(gpu_bytes=gpu_bytes, host_bytes=host_bytes)
-        return compile_plan(model, machine, routing, workload, budget, made, worst_of, placer)
+        return compile_plan(stored, machine, routing, workload, budget, made, worst_of, placer)
 
-    def least(model: ModelSpec) -> Plan:
-        return least_memory(partial(solve, model), rate, machine.device.memory_bytes)
+    def least(stored: ModelSpec) -> Plan:
+        return least_memory(partial(solve, stored), rate, machine.device.memory_bytes)
 
     with console.status("solving"):
         if rate is None:
-            plan = best_plan(models, lambda each: solve(each, gpu_bytes), workload_s)
+            plan = best_plan(models, partial(solve, gpu_bytes=gpu_bytes), workload_s)
         else:
             plan = best_plan(models, least, lambda each: (each.budget.gpu_bytes, workload_s(each)))
         problem = Problem.of(plan, model, machine)
@@ -141,7 +140,9 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     plan.save(output)
     notes = plan_notes(plan, machine.in_encoding(plan.encoding), str(machine_path))
     shorter = shortened(workload) if flags.prompt_tokens is None else None
-    print_plan(console, plan, [shorter, *notes] if shorter else notes)
+    if shorter is not None:
+        notes = [shorter, *notes]
+    print_plan(console, plan, notes)
     print(output)
 
 

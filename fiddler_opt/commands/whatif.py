@@ -43,7 +43,6 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     machine, path = load_machine(flags)
     routing = load_routing(flags, model)
     made = provenance(path, machine, routing.origin)
-
     models = stored_models(flags, model, machine)
 
     def solve(machine: MachineProfile, workload: Workload, gpu_bytes: int) -> Plan:

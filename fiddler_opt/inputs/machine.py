@@ -19,6 +19,7 @@ from fiddler_opt.inputs.machine_parts import (
     Share,
     Times,
 )
+from fiddler_opt.inputs.model import ModelSpec
 from fiddler_run.plan.split import interpolate
 from fiddler_run.plan.yaml_file import Count, Rate, Ratio, YamlFile
 
@@ -83,8 +84,7 @@ class MachineProfile(YamlFile):
         problems += _host_problems("host_expert_us", self.host_expert_us)
         for name, experts in self.encodings.items():
             key = f"encodings.{name}"
-            sizes = (experts.block_neurons, experts.expert_bytes)
-            problems += self.shape.encoding_problems(key, name, *sizes)
+            problems += self.shape.encoding_problems(key, name, experts)
             if 1 not in experts.host_expert_us or 1 not in experts.resident_expert_us:
                 problems.append(f"{key}: needs entries for 1 token")
             problems += _host_problems(f"{key}.host_expert_us", experts.host_expert_us)
@@ -113,6 +113,11 @@ class MachineProfile(YamlFile):
                 "encodings": {self.shape.encoding: self.encoded_experts, **others},
             }
         )
+
+    def stored(self, model: ModelSpec) -> list[ModelSpec]:
+        """`model` as it is, and in every other encoding that was timed."""
+        others = (name for name in model.encodings if name in self.encodings)
+        return [model, *map(model.in_encoding, others)]
 
     @property
     def encoded_experts(self) -> EncodedExperts:

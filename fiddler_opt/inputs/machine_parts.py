@@ -6,6 +6,7 @@ from pydantic import Field
 
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_run.encodings.table import ENCODINGS, encodings_of
+from fiddler_run.kernels.limits import MAX_DECODE_TOKENS, MAX_TOKEN_BLOCKS, MEMORY_BOUND_TOKENS
 from fiddler_run.plan.shape import Dtype
 from fiddler_run.plan.yaml_file import (
     Bytes,
@@ -92,16 +93,28 @@ class MeasuredShape(Section):
     head_bytes: Bytes
 
     def problems(self) -> list[str]:
-        sizes = (self.block_neurons, self.expert_bytes)
-        return _size_problems("shape", self, self.encoding, *sizes)
+        return self._size_problems("shape", self.encoding, self)
 
-    def encoding_problems(
-        self, key: str, name: str, block_neurons: int, expert_bytes: int
-    ) -> list[str]:
+    def encoding_problems(self, key: str, name: str, experts: "EncodedExperts") -> list[str]:
         """What is wrong with the sizes of the same experts in another encoding."""
         if name == self.encoding:
             return [f"{key}: the profile's own tables are in {name}"]
-        return _size_problems(key, self, name, block_neurons, expert_bytes)
+        return self._size_problems(key, name, experts)
+
+    def _size_problems(
+        self, key: str, name: str, sizes: "MeasuredShape | EncodedExperts"
+    ) -> list[str]:
+        known = encodings_of(self.dtype, self.hidden_size)
+        if name not in known:
+            return [f"{key}: {name} is not one of {', '.join(known)}"]
+        problem = ENCODINGS[name].size_problem(sizes.block_neurons)
+        if problem is not None:
+            return [f"{key}.block_neurons: {problem}"]
+        encoding = ENCODINGS[name](self.hidden_size, sizes.block_neurons)
+        needed = encoding.expert_bytes(self.intermediate_size)
+        if sizes.expert_bytes == needed:
+            return []
+        return [f"{key}.expert_bytes: {sizes.expert_bytes}, by the other sizes {needed}"]
 
     @classmethod
     def of(cls, model: ModelSpec) -> Self:
@@ -115,21 +128,6 @@ class MeasuredShape(Section):
             dense_layer_bytes=model.dense_layer_bytes,
             head_bytes=model.head_bytes,
         )
-
-
-def _size_problems(
-    key: str, shape: MeasuredShape, name: str, block_neurons: int, expert_bytes: int
-) -> list[str]:
-    known = encodings_of(shape.dtype, shape.hidden_size)
-    if name not in known:
-        return [f"{key}: {name} is not one of {', '.join(known)}"]
-    encoding = ENCODINGS[name]
-    if block_neurons % encoding.multiple:
-        return [f"{key}.block_neurons: {block_neurons} is not a multiple of {encoding.multiple}"]
-    needed = encoding(shape.hidden_size, block_neurons).expert_bytes(shape.intermediate_size)
-    if expert_bytes == needed:
-        return []
-    return [f"{key}.expert_bytes: {expert_bytes}, by the other sizes {needed}"]
 
 
 class EncodedExperts(Section):
@@ -153,6 +151,15 @@ class KernelLimits(Section):
     decode_tokens: Count
     token_blocks: Count
     memory_bound_tokens: Count
+
+    @classmethod
+    def of_runtime(cls) -> Self:
+        """The limits of the runtime's kernels."""
+        return cls(
+            decode_tokens=MAX_DECODE_TOKENS,
+            token_blocks=MAX_TOKEN_BLOCKS,
+            memory_bound_tokens=MEMORY_BOUND_TOKENS,
+        )
 
 
 class ProfileProvenance(Section):

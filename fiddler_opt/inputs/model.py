@@ -72,8 +72,9 @@ class ModelSpec:
 
     @property
     def block_neurons(self) -> int:
-        """Neurons of a block: a multiple of at least 32 that cuts an expert into about
-        BLOCKS_PER_EXPERT.
+        """Neurons of a block, which cut an expert into about BLOCKS_PER_EXPERT blocks.
+
+        A multiple of 32, or of the encoding's `multiple` if that is larger.
         """
         multiple = max(32, ENCODINGS[self.encoding].multiple)
         return max(1, -(-self.shape.intermediate_size // BLOCKS_PER_EXPERT // multiple)) * multiple

@@ -1,9 +1,8 @@
 """Calibration: corrects a machine profile from the measurements of a run.
 
-The run's plan must have been made from that profile.
-
-Calibration also finds out whether another plan is now better. Calibration compares rates of blocks,
-not times, because a run need not choose the experts that the plan's routing expects.
+The run's plan must have been made from that profile. Calibration also finds out whether another
+plan is now better. It compares rates of blocks, not times, because a run need not choose the
+experts that the plan's routing expects.
 """
 
 from dataclasses import dataclass, replace
@@ -77,7 +76,7 @@ class Calibration:
 def calibrate(
     plan: Plan, problem: Problem, routing: Routing, result: Result, command: str
 ) -> Calibration:
-    """Corrects the profile by a run's measurements and solves with it again.
+    """Corrects the profile from a run's measurements and solves with it again.
 
     Args:
         problem, routing: what the plan was made from.

@@ -52,9 +52,8 @@ def examine(model: ModelSpec, machine: MachineProfile | None) -> list[Finding]:
 
 def smallest(model: ModelSpec, machine: MachineProfile | None) -> ModelSpec:
     """The model in the smallest encoding that has kernels here, as far as the profile knows."""
-    timed = machine.encodings if machine else {}
-    stored = [model.in_encoding(name) for name in model.encodings if name in timed]
-    return min([model, *stored], key=lambda each: each.all_expert_bytes)
+    stored = machine.stored(model) if machine else [model]
+    return min(stored, key=lambda each: each.all_expert_bytes)
 
 
 def _gpu_finding(torch: Torch, model: ModelSpec) -> Finding:

@@ -86,7 +86,8 @@ class WhatIf:
     def workload_values(self) -> dict[str, int | None]:
         """The workload's values, None where not given.
 
-        For the swept one, the value that is easiest to fit."""
+        For the swept one, the value that is easiest to fit.
+        """
         fits = max(self.values) if self.swept == "max_seq_len" else min(self.values)
         return {key: fits if key == self.swept else self.fixed.get(key) for key in DEFAULTS}
 

@@ -19,15 +19,9 @@ from fiddler_opt.inputs.machine import (
 )
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.measure.rounds import TimedParts, drift_between_rounds, merged_rounds
-from fiddler_run.kernels.limits import MAX_DECODE_TOKENS, MAX_TOKEN_BLOCKS, MEMORY_BOUND_TOKENS
 from fiddler_run.system.host import cpu_name, num_cores, num_physical_cores
 
 EXPERTS = "experts"  # the kind of parts that time experts in the plain encoding
-LIMITS = KernelLimits(
-    decode_tokens=MAX_DECODE_TOKENS,
-    token_blocks=MAX_TOKEN_BLOCKS,
-    memory_bound_tokens=MEMORY_BOUND_TOKENS,
-)
 
 
 def machine_profile(
@@ -65,7 +59,7 @@ def machine_profile(
         link=Link(**parts["link"]) if "link" in parts else None,
         disk_bytes_per_s=parts["host"]["disk_bytes_per_s"],
         shape=MeasuredShape.of(models[EXPERTS]),
-        kernels=LIMITS,
+        kernels=KernelLimits.of_runtime(),
         **_tables(parts, timed, own),
         encodings=encodings,
         provenance=ProfileProvenance(

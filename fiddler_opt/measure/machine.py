@@ -71,7 +71,11 @@ class MachineBench:
 
     @property
     def parts(self) -> dict[str, Callable[[], dict]]:
-        """The functions that measure the parts, in order. Stored, they would keep this alive."""
+        """The functions that measure the parts, in order.
+
+        They are made for each call: stored functions would refer to the bench, and keep its weights
+        in memory after its last use.
+        """
         times = {kind: partial(self._time_experts, kind) for kind in self.models}
         times[LAYERS] = self._time_dense
         parts = {
@@ -130,12 +134,12 @@ class MachineBench:
             **choose_threads(bench),
             "kernel": bench.kernel,
             "timed_bytes": sum(each.timed_bytes for each in self._experts.values()),
-            "page_locked": all(each.page_locked for each in self._experts.values()),
+            "page_locked": self._page_locked,
         }
 
     def _time_experts(self, kind: str, tokens: int) -> dict[str, Us]:
         bench = self._experts[kind]
-        self._require_same_memory(all(each.page_locked for each in self._experts.values()))
+        self._require_same_memory()
         bench.use_threads(*self._threads)
         first = self.found.get(f"{kind}, {tokens} tokens, round 1")
         measure = partial(bench.host_expert, tokens)
@@ -153,15 +157,19 @@ class MachineBench:
             "resident_expert_us": round(resident_us, 1),
         }
 
-    def _require_same_memory(self, page_locked: bool) -> None:
+    @property
+    def _page_locked(self) -> bool:
+        return all(each.page_locked for each in self._experts.values())
+
+    def _require_same_memory(self) -> None:
         """Refuses to mix parts timed with and without page-locked memory.
 
         Raises:
             FiddlerError: page-locking has changed since the part `threads`.
         """
-        if page_locked != self.found["threads"]["page_locked"]:
+        if self._page_locked != self.found["threads"]["page_locked"]:
             change = "could be page-locked before, but cannot be now"
-            if page_locked:
+            if self._page_locked:
                 change = "can be page-locked now, but could not before"
             raise FiddlerError(
                 f"host memory {change}: delete the .unfinished file next to the profile and run"

@@ -36,8 +36,9 @@ def compile_plan(
     worst_of: Sequence[Routing] = (),
     placer: Placer | None = None,
 ) -> Plan:
-    """The best plan for a workload within a budget. `comparison.compared` adds regret and
-    alternatives.
+    """The best plan for a workload within a budget.
+
+    It has no regret and no alternatives yet; `comparison.compared` adds them.
 
     Args:
         provenance: all keys but the solver's.

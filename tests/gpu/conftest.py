@@ -4,7 +4,7 @@ The other tests use a CUDA device too if there is one: it then holds the GPU par
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,8 @@ from fiddler_opt.measure.settings import ProfileSettings
 from fiddler_opt.measure.unfinished import Unfinished
 from fiddler_opt.solve.compiler import compile_plan
 from fiddler_run import load_model
+from fiddler_run.engine.engine import ExpertEngine
+from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.plan.schema import Budget, Plan, Workload
 from fiddler_run.weights.arena import Arena
@@ -101,6 +103,35 @@ def exactly(ids: torch.Tensor, new_tokens: int) -> dict:
         "min_new_tokens": new_tokens,
         "do_sample": False,
     }
+
+
+def assert_layer_matches(
+    engine: ExpertEngine,
+    experts: Sequence[torch.Tensor],
+    inputs: list[torch.Tensor],
+    expected: torch.Tensor,
+    splits: Sequence[tuple[int, float]],
+) -> None:
+    """Checks a layer's output for several splits; a second call must give the same bits.
+
+    Args:
+        experts: the blocks of each expert in page-locked memory.
+        inputs: states, index and weights on the engine's device.
+        expected: float64 [tokens, hidden].
+        splits: blocks of each expert in GPU memory, and the share of the others that is streamed.
+    """
+    for resident, share in splits:
+        layer = ExpertsLayer(
+            0,
+            [blocks[:resident].to(inputs[0].device) for blocks in experts],
+            [blocks[resident:] for blocks in experts],
+            lambda _, share=share: share,
+            engine,
+        )
+        outputs = [layer(*inputs).cpu() for _ in range(2)]
+        assert torch.equal(*outputs)
+        assert (outputs[0].double() - expected).norm() <= 3e-3 * expected.norm()
+    engine.resources.settle()
 
 
 def page_locked(blocks: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,10 @@ if not torch.cuda.is_available():
 
 from fiddler_run.encodings.plain import Bf16
 from fiddler_run.engine.engine import ExpertEngine
-from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.engine.tuning import RouterSizes, measure_prompt
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.kernels.table import kernels_for
-from gpu.conftest import CUDA, page_locked
+from gpu.conftest import CUDA, assert_layer_matches, page_locked
 
 BLOCKS = Bf16(hidden_size=256, block_neurons=96)
 EXPERTS = 3
@@ -64,19 +63,9 @@ def test_both_paths_match_float64(tokens: int):
     weights = torch.rand(tokens, 2).softmax(dim=1)
     expected = exact_sums(experts, states, index, weights)
     inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
+    splits = ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5), (3, 0.0))
     for engine in engines():
-        for resident, share in ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5), (3, 0.0)):
-            layer = ExpertsLayer(
-                0,
-                [expert[:resident].to(CUDA) for expert in experts],
-                [expert[resident:] for expert in experts],
-                lambda _, share=share: share,
-                engine,
-            )
-            outputs = [layer(*inputs).cpu() for _ in range(2)]
-            assert torch.equal(*outputs)
-            assert (outputs[0].double() - expected).norm() <= 3e-3 * expected.norm()
-        engine.resources.settle()
+        assert_layer_matches(engine, experts, inputs, expected, splits)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 300])

@@ -10,10 +10,9 @@ if not torch.cuda.is_available():
 
 from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.engine.engine import ExpertEngine
-from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.kernels.gpu import DecodeKernels, unpacked
 from fiddler_run.kernels.table import kernels_for
-from gpu.conftest import CUDA, page_locked
+from gpu.conftest import CUDA, assert_layer_matches, page_locked
 
 BLOCKS = Lossless12(hidden_size=256, block_neurons=192)
 EXPERTS = 3
@@ -72,16 +71,6 @@ def test_decode_path_matches_float64(tokens, outliers):
     kernels = replace(kernels_for(BLOCKS, CUDA, threads=2), decode=DecodeKernels(BLOCKS))
     engine = ExpertEngine(BLOCKS, kernels, CUDA, SLOTS)
     inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
-    for resident, share in ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5)):
-        layer = ExpertsLayer(
-            0,
-            [blocks[:resident].to(CUDA) for blocks in stored],
-            [blocks[resident:] for blocks in stored],
-            lambda _, share=share: share,
-            engine,
-        )
-        outputs = [layer(*inputs).cpu() for _ in range(2)]
-        assert torch.equal(*outputs)
-        assert (outputs[0].double() - expected).norm() <= 3e-3 * expected.norm()
-    engine.resources.settle()
-    del referred
+    splits = ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5))
+    assert_layer_matches(engine, stored, inputs, expected, splits)
+    del referred  # blocks refer to it until here

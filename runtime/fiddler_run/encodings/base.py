@@ -18,8 +18,7 @@ class Encoding(ABC):
     """How blocks of experts of `hidden_size` are stored.
 
     Class attributes: `name` identifies the encoding in plans. `dtype` is the dtype of the weights
-    that it represents exactly. Both sizes must be multiples of `multiple`,
-    and at most `max_row`.
+    that it represents exactly. Both sizes must be multiples of `multiple`, and at most `max_row`.
     """
 
     name: ClassVar[str]
@@ -61,6 +60,13 @@ class Encoding(ABC):
             Gate rows above up rows [count, 2 * block_neurons, hidden], and down columns [count,
             hidden, block_neurons]. Views of `blocks` if the encoding allows it.
         """
+
+    @classmethod
+    def size_problem(cls, size: int) -> str | None:
+        """Why neither `hidden_size` nor `block_neurons` can be `size`. None if they can."""
+        if size % cls.multiple:
+            return f"{size} is not a multiple of {cls.multiple}"
+        return None if size <= cls.max_row else f"{size} is not at most {cls.max_row}"
 
     @classmethod
     def available(cls) -> bool:

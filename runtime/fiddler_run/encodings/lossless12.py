@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import cache
+from functools import cache, partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,32 +74,24 @@ class Lossless12(Encoding):
                 " compiler can build it, or plan with `--encoding bf16`"
             )
         matrices = [matrix.to(torch.bfloat16).contiguous() for matrix in (gate, up, down)]
-        widest = max(self.hidden_size, self.block_neurons)
-        scratch = torch.empty(3 * widest, dtype=torch.uint8)
+        sizes = self.hidden_size, self.block_neurons
+        scratch = torch.empty(3 * max(sizes), dtype=torch.uint8)
+        encode = partial(
+            library.lossless12_encode,
+            *sizes,
+            *(matrix.data_ptr() for matrix in matrices),
+            len(gate),
+        )
         overflows = []
         for number, block in enumerate(blocks):
-
-            def encode(
-                overflow: int | None, block=block, first=first_neuron + number * self.block_neurons
-            ) -> int:
-                return library.lossless12_encode(
-                    self.hidden_size,
-                    self.block_neurons,
-                    *(matrix.data_ptr() for matrix in matrices),
-                    len(gate),
-                    first,
-                    block.data_ptr(),
-                    overflow,
-                    scratch.data_ptr(),
-                )
-
-            escapes = encode(None)
+            into = first_neuron + number * self.block_neurons, block.data_ptr()
+            escapes = encode(*into, None, scratch.data_ptr())
             if escapes > self.capacity:
                 # a GPU reads the list in place
                 overflow = torch.empty(
                     (escapes, 2), dtype=torch.uint16, pin_memory=torch.cuda.is_available()
                 )
-                encode(overflow.data_ptr())
+                encode(*into, overflow.data_ptr(), scratch.data_ptr())
                 overflows.append(overflow)
         return overflows
 

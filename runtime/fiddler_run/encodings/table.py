@@ -12,7 +12,7 @@ def encodings_of(dtype: str, hidden_size: int) -> list[str]:
     return [
         name
         for name, each in ENCODINGS.items()
-        if each.dtype == dtype and hidden_size % each.multiple == 0 and hidden_size <= each.max_row
+        if each.dtype == dtype and each.size_problem(hidden_size) is None
     ]
 
 

@@ -43,8 +43,10 @@ class Pool:
         self._in_use = deque(maxlen=3)  # keeps alive what the unfinished jobs and a new one use
 
     def submit(self, layout, states, calls, output, flag, job: int) -> None:
-        """Starts a job, see `CpuExperts.submit`. `layout`: hidden size, neurons of a block,
-        and the encoding's number."""
+        """Starts a job; see `CpuExperts.submit`.
+
+        `layout`: hidden size, neurons of a block, and the encoding's number.
+        """
         described = (_Call * len(calls))(*map(_describe, calls))
         with self.lock:
             self._finish(max_pending=1)  # here, because signals are handled here

@@ -99,13 +99,9 @@ class Plan(YamlFile):
             ("model.hidden_size", model.hidden_size),
             ("block_neurons", self.block_neurons),
         ):
-            if size % encoding.multiple:
-                needs = f"is not a multiple of {encoding.multiple}"
-            elif size > encoding.max_row:
-                needs = f"is not at most {encoding.max_row}"
-            else:
-                continue
-            problems.append(f"{key}: {size} {needs}, which {self.encoding} needs")
+            problem = encoding.size_problem(size)
+            if problem is not None:
+                problems.append(f"{key}: {problem}, which {self.encoding} needs")
         for number, rank in enumerate(self.ranks):
             misplaced = rank.placement_problems(
                 model.num_layers, model.num_experts, self.blocks_per_expert
