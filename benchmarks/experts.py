@@ -1,6 +1,6 @@
 """Benchmarks one expert of Mixtral-8x7B on each resource, compared with the hardware's own speed.
 
-    python benchmarks/experts.py [--json FILE] [--threads N]
+    python benchmarks/experts.py [--json FILE] [--threads N] [--only SECTION ...]
 
 - cpu: the kernel, and reading the same bytes with the same threads, in turn
 - pytorch: PyTorch on the CPU, for the same expert
@@ -8,8 +8,7 @@
 - joint (with a GPU): one host expert by CPU and link, by share, and plain copies and reads
 - gpu (with a GPU): one resident expert, by the kernels that read blocks in place and by cuBLAS
 
-Experts are visited in turn over more memory than caches hold. Figures are medians; ratios are
-medians of paired ratios.
+Experts fill more memory than the caches. Figures are medians; ratios are medians of paired ratios.
 """
 
 import argparse
@@ -22,6 +21,7 @@ from statistics import median
 
 import torch
 
+from fiddler_run.encodings.base import Encoding
 from fiddler_run.encodings.plain import Bf16
 from fiddler_run.engine.engine import ExpertEngine, make_engine
 from fiddler_run.engine.layer import ExpertsLayer
@@ -44,7 +44,7 @@ EXPERTS = 10
 SLOTS = 8
 CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 REPETITIONS = 15
-WARM_UP = 2
+WARM_UP = 2  # repetitions
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 Experts = list[torch.Tensor]  # uint8 [BLOCKS, block_bytes] each
@@ -65,12 +65,14 @@ def main() -> None:
         flags.json.write_text(json.dumps(results, indent=1))
 
 
-def random_experts() -> Experts:
+def random_experts(encoding: Encoding = ENCODING) -> Experts:
     """Experts with equal weights at separate addresses, page-locked for a GPU."""
-    host = Arena(EXPERTS * BLOCKS, ENCODING.block_bytes, torch.device("cpu"))
-    experts = list(host.blocks.split(BLOCKS))
-    weights = experts[0].view(torch.bfloat16)
-    weights.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    host = Arena(EXPERTS * BLOCKS, encoding.block_bytes, torch.device("cpu"))
+    experts = [*host.blocks.split(BLOCKS)]
+    torch.manual_seed(0)
+    shapes = [(INTERMEDIATE, HIDDEN)] * 2 + [(HIDDEN, INTERMEDIATE)]
+    weights = (torch.randn(shape).mul_(0.02).bfloat16() for shape in shapes)
+    assert encoding.encode(experts[0], *weights, first_neuron=0) == []
     for expert in experts[1:]:
         expert.copy_(experts[0])
     if CUDA:
@@ -181,9 +183,8 @@ def gpu(experts: Experts, threads: int) -> list[dict]:
             calls_of(layer_of(resident, nothing, 0.0, cublas), tokens),
             calls_of(layer_of(without, nothing, 0.0, in_place), tokens),
         )
-        names = ("in_place_us", "cublas_us", "empty_layer_us")
-        medians = (1e6 * median(taken) for taken in times)
-        rows.append(show(tokens=tokens, **dict(zip(names, medians, strict=True))))
+        here, product, empty = (1e6 * median(taken) for taken in times)
+        rows.append(show(tokens=tokens, in_place_us=here, cublas_us=product, empty_layer_us=empty))
     return rows
 
 
@@ -210,23 +211,22 @@ def calls_of(layer: ExpertsLayer, tokens: int) -> Callable[[int], object]:
 
 def paired(*calls: Callable[[int], object]) -> list[list[float]]:
     """Seconds of each call, taken in turn. Each call uses another expert than the one before."""
+    finish = torch.cuda.synchronize if CUDA else lambda: None
     taken = [[] for _ in calls]
     for repetition in range(REPETITIONS + WARM_UP):
         for number, call in enumerate(calls):
-            if CUDA:
-                torch.cuda.synchronize()
+            finish()
             started_s = time.perf_counter()
             call((repetition * len(calls) + number) * 3 % EXPERTS)
-            if CUDA:
-                torch.cuda.synchronize()
+            finish()
             taken[number].append(time.perf_counter() - started_s)
     return [each[WARM_UP:] for each in taken]
 
 
 def exact_layer(expert: torch.Tensor, states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The layer's output in float64. All its experts have equal weights."""
-    total = torch.zeros(states.shape, dtype=torch.float64)
     x = states.double()
+    total = torch.zeros_like(x)
     for gate_up, down in zip(*ENCODING.decode(expert), strict=True):
         gate, up = (x @ gate_up.double().T).chunk(2, dim=1)
         total += (torch.nn.functional.silu(gate) * up) @ down.double().T

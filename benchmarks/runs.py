@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+from pathlib import Path
 
 import torch
 
@@ -61,3 +62,9 @@ def random_ids(model: PlannedModel, tokens: int, seed: int) -> torch.Tensor:
     """Token ids [1, tokens]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, model.config.vocab_size, (1, tokens), generator=generator)
+
+
+def resident_set_bytes() -> int:
+    """Bytes of memory of this process that are in RAM."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024

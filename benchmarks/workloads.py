@@ -2,19 +2,21 @@
 
     python benchmarks/workloads.py --machine profiles/local.machine.yaml -o FOLDER
 
-For each GPU memory size and number of beams, one plan is made and loaded, and runs all prompts.
+For each GPU memory size, number of beams and encoding, one plan is made and loaded, and runs all
+prompts.
 Writes workloads.json after each row, and workloads.md and workloads.png at the end.
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from runs import PROVENANCE, arguments_parser, continued, forget, load
+from runs import PROVENANCE, arguments_parser, continued, forget, load, resident_set_bytes
 from table import markdown
 
 from fiddler_opt.inputs.machine import MachineProfile
@@ -34,10 +36,10 @@ from fiddler_run.plan.schema import Budget, Plan, Workload
 from fiddler_run.system.files import write_whole
 
 COLUMNS = (
-    *("GPU memory", "beams", "prompt", "output"),
+    *("GPU memory", "experts", "beams", "prompt", "output"),
     *("decode, steps/s", "predicted", ""),
     *("first token, s", "predicted", ""),
-    "rate",
+    *("rate", "RAM, GB", "loading, s"),
 )
 
 
@@ -46,10 +48,12 @@ class Row:
     """One workload, measured and predicted.
 
     `rate`: how fast CPU and link together processed one token's host blocks just before the run,
-    as a fraction of the profile's rate. None without a decode path or host blocks.
+    as a fraction of the profile's rate. None without a decode path or host blocks. `ram_bytes`: of
+    the process, after loading.
     """
 
     gpu_mem: str
+    encoding: str
     beams: int
     prompt: int
     output: int
@@ -59,16 +63,19 @@ class Row:
     predicted_ttft_s: float
     peak_gpu_bytes: int
     rate: float | None
+    ram_bytes: int
+    load_s: float
 
     @property
     def cells(self) -> tuple[str, ...]:
         decode = self.steps_per_s / self.predicted_steps_per_s - 1
         first = self.ttft_s / self.predicted_ttft_s - 1
         return (
-            *(self.gpu_mem, str(self.beams), str(self.prompt), str(self.output)),
+            *(self.gpu_mem, self.encoding, str(self.beams), str(self.prompt), str(self.output)),
             *(f"{self.steps_per_s:.2f}", f"{self.predicted_steps_per_s:.2f}", f"{decode:+.0%}"),
             *(f"{self.ttft_s:.3f}", f"{self.predicted_ttft_s:.3f}", f"{first:+.0%}"),
             "" if self.rate is None else f"{self.rate:.0%}",
+            *(f"{self.ram_bytes / 1e9:.1f}", f"{self.load_s:.1f}"),
         )
 
 
@@ -80,6 +87,11 @@ class Inputs:
     machine: MachineProfile
     routing: Routing
 
+    def in_encoding(self, name: str) -> "Inputs":
+        return replace(
+            self, model=self.model.in_encoding(name), machine=self.machine.in_encoding(name)
+        )
+
 
 def main() -> None:
     flags = parse_arguments()
@@ -87,15 +99,15 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     inputs = read_inputs(flags)
     rows: list[Row] = []
-    for gpu_mem, beams in product(flags.gpu_mem, flags.beams):
+    for gpu_mem, beams, encoding in product(flags.gpu_mem, flags.beams, flags.encodings):
         try:
-            for row in measured_rows(flags, inputs, gpu_mem, beams):
+            for row in measured_rows(flags, inputs.in_encoding(encoding), gpu_mem, beams):
                 rows.append(row)
                 print(*row.cells, file=sys.stderr)
                 found = json.dumps([asdict(each) for each in rows], indent=1)
                 write_whole(folder / "workloads.json", found)
         except FiddlerError as error:  # the memory is too small for this many beams
-            print(f"{gpu_mem}, {beams} beams: {error}", file=sys.stderr)
+            print(f"{gpu_mem}, {encoding}, {beams} beams: {error}", file=sys.stderr)
         forget()
     if not rows:
         raise FiddlerError("no plan fits; give --gpu-mem larger sizes")
@@ -130,7 +142,9 @@ def measured_rows(
     budget = Budget(gpu_bytes=parse_bytes(gpu_mem, "--gpu-mem"))
     workload = workload_of(middle, max(flags.outputs))
     plan = compile_plan(inputs.model, inputs.machine, inputs.routing, workload, budget, PROVENANCE)
+    started_s = time.perf_counter()
     model = load(plan, flags)
+    load_s = time.perf_counter() - started_s
 
     def generate(prompt: int, output: int) -> Measured:
         return continued(model, prompt, seed=prompt, options=Options(output, num_beams=beams))
@@ -142,11 +156,12 @@ def measured_rows(
         rate = joint_bytes_per_s(model)
         found = generate(prompt, output)
         yield Row(
-            *(gpu_mem, beams, prompt, output),
+            *(gpu_mem, plan.encoding, beams, prompt, output),
             *(found.decode_tokens_per_s, steps_per_s),
             *(found.ttft_s, ttft_s),
             found.peak_gpu_bytes,
             rate and rate / plan.bytes_per_s.host,
+            *(resident_set_bytes(), load_s),
         )
 
 
@@ -217,6 +232,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--routing", metavar="FILE", help="routing profile (default: uniform routing)")
     add("--gpu-mem", type=words, default=["8GB", "16GB", "24GB"], metavar="SIZES", help="budgets")
+    plain = ["bf16"]
+    add("--encodings", type=words, default=plain, metavar="NAMES", help="how experts are stored")
     add("--beams", type=numbers, default=[1, 4, 16], metavar="N,...", help="numbers of beams")
     lengths = [32, 128, 512, 2048]
     add("--prompts", type=numbers, default=lengths, metavar="N,...", help="tokens of the prompts")

@@ -10,6 +10,7 @@ from pathlib import Path
 from fiddler_opt.inputs.machine import (
     Cpu,
     Device,
+    EncodedExperts,
     KernelLimits,
     Link,
     MachineProfile,
@@ -40,16 +41,22 @@ DISPATCH_US = 100.0
 TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
-def roofline_us(weight_bytes: int, tokens: int, bytes_per_s: float, flops: float) -> float:
-    """Microseconds for bf16 weights: two bytes, and two operations per token, each."""
-    return round(1e6 * max(weight_bytes / bytes_per_s, tokens * weight_bytes / flops), 1)
+def roofline_us(
+    weight_bytes: int, tokens: int, bytes_per_s: float, flops: float, stored_bytes: int = 0
+) -> float:
+    """Microseconds for weights of two bytes, and two operations per token, each.
+
+    `stored_bytes` are read instead of `weight_bytes`, if given.
+    """
+    read_s = (stored_bytes or weight_bytes) / bytes_per_s
+    return round(1e6 * max(read_s, tokens * weight_bytes / flops), 1)
 
 
-def host_expert(expert_bytes: int, tokens: int) -> dict[float, float]:
+def host_expert(weight_bytes: int, stored_bytes: int, tokens: int) -> dict[float, float]:
     """Microseconds of a host expert by stream share, including the best share."""
-    host_us = 1e6 * expert_bytes / HOST_BYTES_PER_S
-    cpu_us = roofline_us(expert_bytes, tokens, HOST_BYTES_PER_S, CPU_FLOPS)
-    link_us = 1e6 * expert_bytes / LINK_BYTES_PER_S
+    host_us = 1e6 * stored_bytes / HOST_BYTES_PER_S
+    cpu_us = roofline_us(weight_bytes, tokens, HOST_BYTES_PER_S, CPU_FLOPS, stored_bytes)
+    link_us = 1e6 * stored_bytes / LINK_BYTES_PER_S
     best_us = max(host_us, cpu_us * link_us / (cpu_us + link_us))
     shares = sorted(
         {*(tenth / 10 for tenth in range(11)), round(max(0.0, 1 - best_us / cpu_us), 5)}
@@ -59,9 +66,26 @@ def host_expert(expert_bytes: int, tokens: int) -> dict[float, float]:
     }
 
 
+def experts(model: ModelSpec) -> EncodedExperts:
+    """Times of experts in the model's encoding. Unpacking is assumed to be hidden by the reads."""
+    weight_bytes = 6 * model.shape.hidden_size * model.shape.intermediate_size
+    stored_bytes = model.expert_bytes
+    return EncodedExperts(
+        block_neurons=model.block_neurons,
+        expert_bytes=stored_bytes,
+        host_expert_us={
+            tokens: host_expert(weight_bytes, stored_bytes, tokens) for tokens in TOKENS
+        },
+        resident_expert_us={
+            tokens: roofline_us(weight_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS, stored_bytes)
+            for tokens in TOKENS
+        },
+    )
+
+
 def data_sheet_profile() -> MachineProfile:
     model = ModelSpec.load(DEFAULT_MODEL)
-    expert_bytes = model.expert_bytes
+    plain = experts(model)
     layer_bytes = model.dense_layer_bytes
     output_head_bytes = model.head_bytes // 2  # a step reads only one row of the embedding table
     dense_layer_us = {
@@ -69,7 +93,7 @@ def data_sheet_profile() -> MachineProfile:
         for tokens in TOKENS
     }
     return MachineProfile(
-        version=4,
+        version=5,
         source="data sheet",
         cpu=Cpu(
             name=f"{CPU}, {HOST_MEMORY}",
@@ -100,19 +124,17 @@ def data_sheet_profile() -> MachineProfile:
         disk_bytes_per_s=None,
         shape=MeasuredShape.of(model),
         kernels=KernelLimits.of_runtime(),
-        host_expert_us={tokens: host_expert(expert_bytes, tokens) for tokens in TOKENS},
-        resident_expert_us={
-            tokens: roofline_us(expert_bytes, tokens, GPU_BYTES_PER_S, GPU_FLOPS)
-            for tokens in TOKENS
-        },
+        host_expert_us=plain.host_expert_us,
+        resident_expert_us=plain.resident_expert_us,
         dense_layer_us=dense_layer_us,
         dense_device_us=dense_layer_us,
         head_us=dict.fromkeys(
             TOKENS, roofline_us(output_head_bytes, 1, GPU_BYTES_PER_S, GPU_FLOPS)
         ),
+        encodings={name: experts(model.in_encoding(name)) for name in model.encodings[1:]},
         provenance=ProfileProvenance(
             command="python profiles/data_sheet.py",
-            created="2026-11-23",
+            created="2026-11-27",
             software="none: not measured",
         ),
     )

@@ -97,7 +97,7 @@ def machine_profile(
     on_gpu = kind == "cuda"
     by_share = {0.0: cpu or host * 1.01, share: host, 1.0: host * 1.5} if on_gpu else {0.0: host}
     return MachineProfile(
-        version=4,
+        version=5,
         source="measured",
         cpu=CPU,
         memory=Memory(available_bytes=10**9, timed_bytes=10**8, memlock_bytes=None),
@@ -111,7 +111,9 @@ def machine_profile(
         link=LINK if on_gpu else None,
         disk_bytes_per_s=disk_bytes_per_s,
         shape=MeasuredShape.of(model),
-        kernels=KernelLimits(decode_tokens=256, token_blocks=2048, memory_bound_tokens=16),
+        kernels=KernelLimits(
+            decode_tokens=256, token_blocks=2048, decoded_blocks=8, memory_bound_tokens=16
+        ),
         host_expert_us={1: by_share, 8: by_share},
         resident_expert_us=flat(device),
         dense_layer_us=flat(dense),

@@ -40,9 +40,10 @@ def test_probe_reports_which_blocks_the_kernels_support(gpu_kernels):
     for encoding, neurons in (("fp32", 896), ("fp16", 896), ("bf16", 900)):
         blocks = ENCODINGS[encoding](4096, neurons)
         assert kernels(blocks) == {"kernels_suit": False, "kernel_error": None}
-    found = kernels(ENCODINGS["bf16"](4096, 896))
-    assert found["kernels_suit"]
-    assert (found["kernel_error"] is None) == torch.cuda.is_available()
+    for encoding in ("bf16", "lossless12"):
+        found = kernels(ENCODINGS[encoding](4096, 896))
+        assert found["kernels_suit"]
+        assert (found["kernel_error"] is None) == torch.cuda.is_available()
 
 
 def test_doctor_finds_that_the_demo_model_runs(tmp_path):

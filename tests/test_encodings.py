@@ -118,7 +118,7 @@ def test_model_runs_in_a_new_encoding(monkeypatch, tmp_path, device):
     """The class and its line serve the plan file, loading, prefill and decode."""
     plan = random_plan(demo_shape("bfloat16"), random.Random(1))
     monkeypatch.setattr(kernels, "CPU", {})  # leaves PyTorch, which computes every encoding
-    monkeypatch.setattr(kernels, "DECODE", {})
+    monkeypatch.setattr(kernels, "GPU", {})
 
     def logits(plan: Plan) -> torch.Tensor:
         model, tokenizer = load_model(plan, DEMO)

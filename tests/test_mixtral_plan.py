@@ -58,8 +58,8 @@ def plan_for(gpu_bytes: int) -> Plan:
     return plan_on(rtx4090(), gpu_bytes)
 
 
-def plan_on(machine: MachineProfile, gpu_bytes: int, placer=None) -> Plan:
-    model = mixtral()
+def plan_on(machine: MachineProfile, gpu_bytes: int, placer=None, encoding: str = "bf16") -> Plan:
+    model = mixtral().in_encoding(encoding)
     routing = Routing.uniform(model)
     budget = Budget(gpu_bytes=gpu_bytes)
     return compile_plan(model, machine, routing, WORKLOAD, budget, PROVENANCE, placer=placer)
@@ -162,6 +162,15 @@ def test_embedding_lies_in_host_memory_with_a_gpu(model, machine):
     assert host_embedding_bytes(model, cpu, 1) == 0
 
 
+def test_unpacked_weights_are_counted(machine):
+    """Eight blocks at once, with 10% of slack."""
+    plain, packed = (
+        activation_bytes(mixtral().in_encoding(name), machine.kernels, WORKLOAD, 2048)
+        for name in ("bf16", "lossless12")
+    )
+    assert packed - plain == pytest.approx(1.1 * 8 * BLOCK_BYTES, abs=2)
+
+
 def test_error_of_a_small_budget_states_the_need():
     with pytest.raises(
         FiddlerError,
@@ -174,7 +183,8 @@ def test_shipped_plan_is_reproduced():
     plan = Plan.load(ROOT / "plans" / "rtx4090.yaml")
     assert plan.provenance.machine_source == "data sheet"
     assert plan.model.name == "mistralai/Mixtral-8x7B-v0.1"
-    again = plan_for(24_000_000_000)
+    assert plan.encoding == "lossless12"
+    again = plan_on(rtx4090(), 24_000_000_000, encoding="lossless12")
     assert again.rank.gpu_memory_bytes == plan.rank.gpu_memory_bytes
     assert again.rank.stream_share == plan.rank.stream_share
     # Under uniform routing many placements are equally good, and the solver may return any of

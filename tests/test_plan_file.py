@@ -124,7 +124,7 @@ def test_errors_of_version_2_files_name_the_command_that_remakes_them(plan):
     }
     for kind, content, version, command in (
         (Plan, old_plan, 3, "fiddler-opt plan"),
-        (MachineProfile, old_machine, 4, "fiddler-opt profile --only machine"),
+        (MachineProfile, old_machine, 5, "fiddler-opt profile --only machine"),
     ):
         text = yaml.safe_dump({**content, "version": 2})
         with pytest.raises(FiddlerError) as caught:

@@ -17,6 +17,7 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 
 SHIPPED = ROOT / "profiles/rtx4090.machine.yaml"
+PLAIN = MachineProfile.load(SHIPPED).model_copy(update={"encodings": {}})
 MODEL = ModelSpec.load(DEFAULT_MODEL)
 PACKED = MODEL.in_encoding("lossless12")
 RATIO = PACKED.expert_bytes / MODEL.expert_bytes
@@ -41,7 +42,7 @@ def planned(tmp_path):
     """Plans for a machine whose packed experts take `factor` times as long, with further flags."""
 
     def plan(factor: float, *flags: str) -> tuple[Plan, str]:
-        with_packed(MachineProfile.load(SHIPPED), factor).save(tmp_path / "m.yaml")
+        with_packed(PLAIN, factor).save(tmp_path / "m.yaml")
         file = f"{flags[-1] if flags else 'auto'}.yaml".replace("/", "-")
         memory = () if {"--gpu-mem", "--target"} & {*flags} else ("--gpu-mem", "24GB")
         arguments = ("--machine", "m.yaml", *memory, *flags, "-o", file)
@@ -59,7 +60,6 @@ def test_the_faster_encoding_is_chosen(planned):
     plain, printed = planned(RATIO, "--encoding", "bf16")
     assert plain.encoding == "bf16"
     assert "stored as" not in printed
-    assert plain.rank == Plan.load(ROOT / "plans/rtx4090.yaml").rank
     assert packed.rank.num_resident_blocks > 1.3 * plain.rank.num_resident_blocks
     rates = [plan.predicted.decode_tokens_per_s for plan in (packed, plain)]
     assert rates[0] > 1.3 * rates[1]
@@ -82,7 +82,8 @@ def test_plans_of_two_encodings_are_explained_and_compared(planned, tmp_path):
 
 
 def test_an_encoding_without_times_is_refused(tmp_path):
-    flags = ("--machine", SHIPPED, "--gpu-mem", "24GB", "--encoding")
+    PLAIN.save(tmp_path / "m.yaml")
+    flags = ("--machine", "m.yaml", "--gpu-mem", "24GB", "--encoding")
     assert_refused(
         run("fiddler-opt", "plan", *flags, "lossless12", cwd=tmp_path),
         "--encoding lossless12: the machine profile has no times for it",
@@ -109,7 +110,7 @@ def test_whatif_sweeps_the_faster_encoding(planned, tmp_path):
 
 
 def test_encodings_of_a_profile_can_be_exchanged():
-    machine = with_packed(MachineProfile.load(SHIPPED), RATIO)
+    machine = with_packed(PLAIN, RATIO)
     packed = machine.in_encoding("lossless12")
     assert packed.shape.expert_bytes == PACKED.expert_bytes
     assert packed.best_host_us[1] == pytest.approx(RATIO * machine.best_host_us[1])
@@ -119,10 +120,7 @@ def test_encodings_of_a_profile_can_be_exchanged():
     assert machine.in_encoding("fp32") == machine
 
 
-def test_an_encoding_that_alone_fits_is_planned(planned):
-    """The plain one has no plan: its staging does not fit, or it does not reach the speed."""
-    plan, _ = planned(RATIO, "--gpu-mem", "4.93GB")
-    assert plan.encoding == "lossless12"
+def test_an_encoding_that_alone_reaches_the_speed_is_planned(planned):
     target, _ = planned(RATIO, "--target", "6tok/s")
     assert target.encoding == "lossless12"
 
@@ -139,7 +137,7 @@ def test_an_encoding_that_alone_fits_is_planned(planned):
     ],
 )
 def test_impossible_entries_are_refused(name, changes, message):
-    machine = with_packed(MachineProfile.load(SHIPPED), RATIO)
+    machine = with_packed(PLAIN, RATIO)
     experts = machine.encodings["lossless12"].model_copy(update=changes)
     text = machine.model_copy(update={"encodings": {name: experts}}).dump()
     with pytest.raises(FiddlerError, match=re.escape(message)):
@@ -147,9 +145,8 @@ def test_impossible_entries_are_refused(name, changes, message):
 
 
 def test_doctor_counts_the_smallest_encoding():
-    machine = MachineProfile.load(SHIPPED)
-    assert smallest(MODEL, None) == smallest(MODEL, machine) == MODEL
-    stored = smallest(MODEL, with_packed(machine, RATIO))
+    assert smallest(MODEL, None) == smallest(MODEL, PLAIN) == MODEL
+    stored = smallest(MODEL, with_packed(PLAIN, RATIO))
     in_ram = bytes_in_ram(stored, 24 * 10**9)
     assert in_ram < 0.71 * bytes_in_ram(MODEL, 24 * 10**9)
     found = check_ram(stored, in_ram, 64 * 10**9)
@@ -160,7 +157,7 @@ def test_doctor_counts_the_smallest_encoding():
 @pytest.mark.parametrize("factor", [RATIO, 1.0])
 def test_rates_scale_every_encoding(factor):
     """By the same factor, also one whose kernels do not reach the memory's rate."""
-    machine = with_packed(MachineProfile.load(SHIPPED), factor)
+    machine = with_packed(PLAIN, factor)
     same = with_rates(machine, ram_bytes_per_s=ram_rate(machine)).encodings["lossless12"]
     for tokens, row in machine.encodings["lossless12"].host_expert_us.items():
         found = same.host_expert_us[tokens]  # of the ends and the best share alone
@@ -173,7 +170,7 @@ def test_rates_scale_every_encoding(factor):
 
 
 def test_calibration_corrects_every_encoding():
-    machine = with_packed(MachineProfile.load(SHIPPED), RATIO)
+    machine = with_packed(PLAIN, RATIO)
     corrections = [Correction("host", 1, 100.0, 150.0), Correction("resident", 1, 10.0, 20.0)]
     corrected = refitted(machine.in_encoding("lossless12"), corrections, "by hand")
     assert corrected.shape.encoding == "lossless12"

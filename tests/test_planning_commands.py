@@ -117,7 +117,7 @@ def test_all_free_gpu_memory_is_the_default_budget(four_layers, tmp_path):
 def test_plan_warns_of_an_unsteady_machine(plan_command, tmp_path, drift, words):
     machine = MachineProfile.load(MACHINE)
     path = tmp_path / "machine.yaml"
-    machine.model_copy(update={"drift": drift}).save(path)
+    machine.model_copy(update={"drift": drift, "encodings": {}}).save(path)
     flags = ("--machine", path, "--gpu-mem", "6GB")
     result = run("fiddler-opt", *plan_command, *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -146,7 +146,9 @@ def test_robust_plan_is_better_for_the_worst_set(planned, four_layers, two_sets)
 
 def test_blocks_beyond_host_memory_go_to_disk(plan_command, tmp_path):
     profile = yaml.safe_load(MACHINE.read_text())
-    (tmp_path / "m.yaml").write_text(yaml.safe_dump({**profile, "disk_bytes_per_s": 5e9}))
+    (tmp_path / "m.yaml").write_text(
+        yaml.safe_dump({**profile, "disk_bytes_per_s": 5e9, "encodings": {}})
+    )
     flags = (*plan_command, "--machine", "m.yaml", "--gpu-mem", "6GB", "--host-mem")
     result = run("fiddler-opt", *flags, "6GB", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -209,8 +211,8 @@ def test_profile_without_link_times_rules_out_link_baselines(plan_command, plann
     profile = yaml.safe_load(MACHINE.read_text())
     for times in profile["host_expert_us"].values():
         del times[1.0]
-    (tmp_path / "m.yaml").write_text(yaml.safe_dump(profile))
-    usual = planned("--gpu-mem", "6GB")
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({**profile, "encodings": {}}))
+    usual = planned("--gpu-mem", "6GB", "--encoding", "bf16")
     flags = ("--machine", "m.yaml", "--gpu-mem", "6GB")
     plan = planned(*flags)
     assert set(plan.predicted.alternatives) == {"greedy", "uniform", "layers", "cpu"}

@@ -78,7 +78,7 @@ def test_plan_without_a_machine_profile_asks_for_one(tmp_path):
         ("{0.0: ", "{0.0: -", ["host_expert_us[1].0.0"]),
         ("{0.0: ", "{0.0: .nan, 1.0: ", ["host_expert_us[1].0.0"]),
         ("{0.0: ", "{0.5: ", ["host_expert_us[1]: needs an entry for the share 0.0"]),
-        ("version: 4", "version: 7", ["reads version 4, but the file says 7"]),
+        ("version: 5", "version: 7", ["reads version 5, but the file says 7"]),
     ],
 )
 def test_plan_refuses_damaged_machine_profiles(tmp_path, old, new, words):

@@ -16,7 +16,7 @@ from fiddler_run.system import files
 
 FILES = {
     "plans/rtx4090.yaml": [
-        "843 of 4096 expert blocks (20.6%) on the GPU, the equivalent of 52.7 of 256 experts",
+        "expert blocks (27.1%) on the GPU, the equivalent of 69.4 of 256 experts",
         "│ 31    │",
         "made on",
         "fiddler-opt plan --machine",

@@ -31,7 +31,7 @@ class MachineProfile(YamlFile):
     kind: ClassVar[str] = "machine profile"
     made_by: ClassVar[str] = "fiddler-opt profile --only machine"
 
-    version: Literal[4]
+    version: Literal[5]
     source: Literal["measured", "data sheet"]
     cpu: Cpu
     memory: Memory

@@ -6,7 +6,12 @@ from pydantic import Field
 
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_run.encodings.table import ENCODINGS, encodings_of
-from fiddler_run.kernels.limits import MAX_DECODE_TOKENS, MAX_TOKEN_BLOCKS, MEMORY_BOUND_TOKENS
+from fiddler_run.kernels.limits import (
+    MAX_DECODE_TOKENS,
+    MAX_DECODED_BLOCKS,
+    MAX_TOKEN_BLOCKS,
+    MEMORY_BOUND_TOKENS,
+)
 from fiddler_run.plan.shape import Dtype
 from fiddler_run.plan.yaml_file import (
     Bytes,
@@ -144,12 +149,14 @@ class KernelLimits(Section):
     """The limits of the timed kernels.
 
     `decode_tokens`: the most tokens of a layer that take the decode path. `token_blocks`: the most
-    tokens times blocks in one product on the GPU. `memory_bound_tokens`: the most tokens of an
-    expert for which memory bandwidth limits the CPU kernel.
+    tokens times blocks in one product on the GPU. `decoded_blocks`: the most blocks decoded for one
+    product. `memory_bound_tokens`: the most tokens of an expert for which memory bandwidth limits
+    the CPU kernel.
     """
 
     decode_tokens: Count
     token_blocks: Count
+    decoded_blocks: Count
     memory_bound_tokens: Count
 
     @classmethod
@@ -158,6 +165,7 @@ class KernelLimits(Section):
         return cls(
             decode_tokens=MAX_DECODE_TOKENS,
             token_blocks=MAX_TOKEN_BLOCKS,
+            decoded_blocks=MAX_DECODED_BLOCKS,
             memory_bound_tokens=MEMORY_BOUND_TOKENS,
         )
 

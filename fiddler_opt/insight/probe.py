@@ -15,7 +15,7 @@ import torch
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.encodings.table import ENCODINGS
 from fiddler_run.kernels.library import library, supported_variants
-from fiddler_run.kernels.table import DECODE
+from fiddler_run.kernels.table import GPU
 from fiddler_run.system.gpu import current_gpu
 
 COPIED_BYTES = 2**26
@@ -65,7 +65,7 @@ def kernels(block_format: Encoding) -> dict:
     `kernels_suit`: true if they support such blocks. `kernel_error`: why they cannot be compiled,
     or None.
     """
-    suit = block_format.name in DECODE
+    suit = block_format.name in GPU
     error = None
     try:
         if suit:
@@ -73,7 +73,7 @@ def kernels(block_format: Encoding) -> dict:
 
             suit = gpu.supports(block_format)
             if suit:
-                gpu.DecodeKernels(block_format).compile()
+                gpu.GpuKernels(block_format).compile()
     except Exception as caught:  # Triton raises many types
         error = str(caught).strip() or type(caught).__name__
     return {"kernels_suit": suit, "kernel_error": error}

@@ -47,7 +47,7 @@ def machine_profile(
     # the kinds that fill the profile's own tables: experts in the plain encoding, and layers
     own = {kind for kind, _ in timed.values() if kind == EXPERTS or kind not in models}
     return MachineProfile(
-        version=4,
+        version=5,
         source="measured",
         cpu=Cpu(name=cpu_name(), cores=num_cores(), physical_cores=num_physical_cores(), **chosen),
         memory=Memory(

@@ -93,10 +93,10 @@ def activation_bytes(
     Per token: about ten vectors of the hidden size in the model's dtype (residual, norm, q, k, v,
     attention output) and six in float32 (norm, dispatch sums), and for each chosen expert its input
     and the sum of its blocks. Per token and block computed at once on the GPU: gate, up, their
-    product and the result, in float32. For few tokens instead: the product for each token and block
-    of the experts they may call, and the result of each choice, in float32. Per prompt: the
-    attention mask of the chunk. Per sequence: keys and values expanded to all heads, and three
-    copies of the logits in float32.
+    product and the result, in float32; and the decoded weights of blocks. For few tokens instead:
+    the product for each token and block of the experts they may call, and the result of each
+    choice, in float32. Per prompt: the attention mask of the chunk. Per sequence: keys and values
+    expanded to all heads, and three copies of the logits in float32.
     """
     shape = model.shape
     width = DTYPE_BYTES[model.shape.dtype]
@@ -105,6 +105,7 @@ def activation_bytes(
     products = (
         max(tokens, limits.token_blocks) * 4 * (4 * model.block_neurons + 2 * shape.hidden_size)
     )
+    products += limits.decoded_blocks * model.block_format.decoded_bytes
     few = min(tokens, limits.decode_tokens)
     blocks = min(few * shape.num_experts_per_tok, shape.num_experts) * model.blocks_per_expert
     of_few = (

@@ -20,7 +20,7 @@ def new_flag() -> torch.Tensor:
 
 
 def test_gpu_waits_for_cpu_output():
-    kernels = gpu.DecodeKernels(Bf16(256, 32))
+    kernels = gpu.GpuKernels(Bf16(256, 32))
     output_ready = new_flag()
     gave_up = new_flag()
     cpu_output = torch.zeros((3, 256), pin_memory=True)
@@ -48,7 +48,7 @@ def test_gpu_waits_for_cpu_output():
 
 def test_gpu_stops_waiting_for_a_stopped_process(monkeypatch: pytest.MonkeyPatch):
     """The kernels end without reading the unwritten table, and later waits end at once."""
-    kernels = gpu.DecodeKernels(Bf16(256, 32))
+    kernels = gpu.GpuKernels(Bf16(256, 32))
     table_ready = new_flag()
     gave_up = new_flag()
     # Garbage, as in memory that was never written.
@@ -87,7 +87,7 @@ def test_gpu_timeout_is_reported_and_next_generation_is_correct(
     with monkeypatch.context() as patch:
         patch.setattr(gpu, "GPU_TIMEOUT_S", 0.2)
         patch.setattr(cpu, "submit_routed", lose_third_job)
-        message = "the GPU waited .* s for this process, which was stopped"
+        message = "the GPU timed out after .* s waiting for this process"
         with pytest.raises(FiddlerError, match=message):
             model.generate(ids, **exactly(ids, 6))
     assert torch.equal(model.generate(ids, **exactly(ids, 6)), expected)
@@ -95,7 +95,7 @@ def test_gpu_timeout_is_reported_and_next_generation_is_correct(
 
 @pytest.mark.parametrize("tokens", [1, 3, 64])
 def test_inputs_marked_ready_are_complete(tokens: int):
-    kernels = gpu.DecodeKernels(Bf16(4096, 32))
+    kernels = gpu.GpuKernels(Bf16(4096, 32))
     host = [
         torch.zeros((tokens, 4096), dtype=torch.bfloat16, pin_memory=True),
         torch.zeros((tokens, 2), dtype=torch.int64, pin_memory=True),

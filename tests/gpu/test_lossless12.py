@@ -1,7 +1,5 @@
 """lossless12 on a GPU: packed blocks are multiplied, and unpacked bit for bit."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -9,9 +7,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from fiddler_run.encodings.lossless12 import Lossless12
-from fiddler_run.engine.engine import ExpertEngine
-from fiddler_run.kernels.gpu import DecodeKernels, unpacked
-from fiddler_run.kernels.table import kernels_for
+from fiddler_run.engine.engine import make_engine
+from fiddler_run.kernels.gpu import GpuKernels
 from gpu.conftest import CUDA, assert_layer_matches, page_locked
 
 BLOCKS = Lossless12(hidden_size=256, block_neurons=192)
@@ -48,14 +45,14 @@ def test_blocks_are_unpacked_bit_for_bit(outliers):
     assert bool(referred) == (outliers == 0.1)
     for blocks in stored:
         for found, expected in zip(
-            unpacked(BLOCKS, blocks.to(CUDA)), BLOCKS.decode(blocks), strict=True
+            GpuKernels(BLOCKS).unpack(blocks.to(CUDA)), BLOCKS.decode(blocks), strict=True
         ):
             assert torch.equal(found.cpu().view(torch.int16), expected.view(torch.int16))
 
 
 @pytest.mark.parametrize("outliers", [1e-3, 0.1])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 33, 130])
-def test_decode_path_matches_float64(tokens, outliers):
+@pytest.mark.parametrize("tokens", [1, 2, 7, 33, 130, 300])
+def test_layer_matches_float64(tokens, outliers):
     torch.manual_seed(tokens)
     experts, stored, referred = packed(outliers)
     states = torch.randn(tokens, BLOCKS.hidden_size).bfloat16()
@@ -68,8 +65,8 @@ def test_decode_path_matches_float64(tokens, outliers):
             gate, up, down = (matrix.double() for matrix in experts[expert])
             products = torch.nn.functional.silu(gate @ state) * (up @ state)
             expected[token] += weight * (down @ products)
-    kernels = replace(kernels_for(BLOCKS, CUDA, threads=2), decode=DecodeKernels(BLOCKS))
-    engine = ExpertEngine(BLOCKS, kernels, CUDA, SLOTS)
+    engine = make_engine(BLOCKS, CUDA, threads=2, slots=SLOTS)
+    assert engine.resources.kernels.decode is not None
     inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
     splits = ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5))
     assert_layer_matches(engine, stored, inputs, expected, splits)

@@ -35,6 +35,11 @@ class Encoding(ABC):
     def block_bytes(self) -> int:
         """Bytes of one block. All blocks of an encoding have the same size."""
 
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of a block's weights as returned by `decode`. 0 if they are views of the block."""
+        return 0
+
     @abstractmethod
     def encode(
         self, blocks: Tensor, gate: Tensor, up: Tensor, down: Tensor, first_neuron: int

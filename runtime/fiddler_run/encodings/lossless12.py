@@ -52,6 +52,10 @@ class Lossless12(Encoding):
         weights = 3 * self.hidden_size * self.block_neurons
         return _aligned(self.offsets()[-1] + weights // 2 * 3)
 
+    @property
+    def decoded_bytes(self) -> int:
+        return 3 * self.hidden_size * self.block_neurons * 2
+
     def offsets(self) -> tuple[int, int, int, int]:
         """Where the bases, the first escapes, the escapes and the weights begin."""
         firsts = ALIGNMENT + _aligned(self.rows)

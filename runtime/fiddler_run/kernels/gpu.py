@@ -32,14 +32,15 @@ def supports(block_format: Encoding) -> bool:
     return block_format.hidden_size % 64 == 0 and block_format.block_neurons % TILE_NEURONS == 0
 
 
-class DecodeKernels:
+class GpuKernels:
     """The kernels for blocks of one size. Flags are [1] int64 in page-locked memory."""
 
     def __init__(self, block_format: Encoding):
         self.block_format = block_format
+        self._packed = isinstance(block_format, Lossless12)
         self._block_kernels = kernels  # the kernels that read blocks
         self._layout: dict[str, int] = {}
-        if isinstance(block_format, Lossless12):
+        if self._packed:
             self._block_kernels = packed_kernels
             parts = ("BASES", "FIRSTS", "ESCAPES", "WEIGHTS")
             self._layout = dict(zip(parts, block_format.offsets(), strict=True))
@@ -215,30 +216,27 @@ class DecodeKernels:
         )
         return output
 
-
-def unpacked(block_format: Lossless12, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Lossless12.decode`, for blocks [count, block_bytes] on a GPU."""
-    hidden, neurons = block_format.hidden_size, block_format.block_neurons
-    *parts, weights = block_format.offsets()
-    layout = dict(zip(("BASES", "FIRSTS", "ESCAPES"), parts, strict=True))
-    found = []
-    for first_row, rows, length in ((0, 2 * neurons, hidden), (2 * neurons, hidden, neurons)):
-        plain = torch.empty((len(blocks), rows, length), dtype=torch.bfloat16, device=blocks.device)
-        packed_kernels.unpack[rows // TILE_ROWS, len(blocks)](
+    def unpack(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Encoding.decode`, for blocks uint8 [count, block_bytes] on a GPU."""
+        if not self._packed:
+            return self.block_format.decode(blocks)
+        hidden, neurons = self.block_format.hidden_size, self.block_format.block_neurons
+        like = {"dtype": torch.bfloat16, "device": blocks.device}
+        gate_up = torch.empty((len(blocks), 2 * neurons, hidden), **like)
+        down = torch.empty((len(blocks), hidden, neurons), **like)
+        packed_kernels.unpack[(2 * neurons + hidden) // TILE_ROWS, len(blocks)](
             blocks,
-            plain,
-            BLOCK_BYTES=block_format.block_bytes,
-            FIRST_ROW=first_row,
-            ROWS=rows,
-            LENGTH=length,
+            gate_up,
+            down,
+            BLOCK_BYTES=self.block_format.block_bytes,
+            HIDDEN=hidden,
+            NEURONS=neurons,
             TILE=TILE_ROWS,
-            WIDTH=_width(length),
-            WEIGHTS=weights,
-            **layout,
+            HIDDEN_WIDTH=_width(hidden),
+            NEURONS_WIDTH=_width(neurons),
+            **self._layout,
         )
-        weights += rows * length // 2 * 3
-        found.append(plain)
-    return found[0], found[1]
+        return gate_up, down
 
 
 def _width(length: int, most: int = TILE_WIDTH) -> int:

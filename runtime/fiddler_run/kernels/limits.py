@@ -5,5 +5,8 @@
 MAX_DECODE_TOKENS = 256
 # The most tokens times blocks in one product of the prefill path, which bounds its memory.
 MAX_TOKEN_BLOCKS = 2048
+# The most blocks that the prefill path decodes at once, if decoding copies them: their weights stay
+# in the GPU's cache until they are multiplied, and take little memory.
+MAX_DECODED_BLOCKS = 8
 # The most tokens of an expert for which the CPU kernel is memory-bound.
 MEMORY_BOUND_TOKENS = 16

@@ -16,14 +16,33 @@ struct Ahead {
     }
 };
 
-// Address of group `g` of the `groups` of a unit's rows, continuing into the next unit.
+// The window of some rows, of `bytes` bytes.
+inline Ahead window(const BlockLayout& layout, const Rows& rows, size_t bytes) {
+    if (layout.encoding == LOSSLESS12) prefetch_header(layout, rows);
+    return {rows.weights, static_cast<int64_t>(bytes)};
+}
+
+// Prefetches a window in `steps` equal steps.
+struct Prefetch {
+    Ahead ahead;
+    int64_t per_step, asked = 0, due = 0;
+
+    Prefetch(Ahead ahead, int steps)
+        : ahead(ahead), per_step((ahead.bytes + steps - 1) / steps) {}
+
+    void step() {
+        for (due += per_step; asked < due; asked += 64)
+            __builtin_prefetch(ahead.from + asked, 0, 2);
+    }
+};
+
+// The window of group `g` of the `groups` of a unit's rows, continuing into the next unit.
 // `rows(unit, g)` are the rows of a group, of `bytes` bytes.
 template <class Unit, class F>
-inline Ahead ahead_of(int g, int groups, const Unit& unit, const Unit* next, F&& rows,
-                      size_t bytes) {
-    auto window = [&](const Rows& of) { return Ahead{of.weights, static_cast<int64_t>(bytes)}; };
-    if (g < groups) return window(rows(unit, g));
-    return next && g < 2 * groups ? window(rows(*next, g - groups)) : Ahead{};
+inline Ahead ahead_of(const BlockLayout& layout, int g, int groups, const Unit& unit,
+                      const Unit* next, F&& rows, size_t bytes) {
+    if (g < groups) return window(layout, rows(unit, g), bytes);
+    return next && g < 2 * groups ? window(layout, rows(*next, g - groups), bytes) : Ahead{};
 }
 
 // Activation `i` of a row, as stored by `pack`.
@@ -84,19 +103,22 @@ struct PackedWeights {
 };
 static_assert(ROWS == 4, "PackedWeights lists the rows");
 
-// Unpacks `count` rows of lossless12 into [count, width].
+// Unpacks `count` rows of lossless12 into [count, width], and prefetches `ahead` meanwhile.
 inline void unpack_rows(const BlockLayout& layout, const Rows& from, int count, int width,
-                        uint16_t* to) {
+                        Ahead ahead, uint16_t* to) {
     const PackedRows rows(layout, from);
+    Prefetch prefetch(ahead, count * (width / lossless12::GROUP));
     for (int row = 0; row < count; ++row, to += width) {
         const uint8_t* lows = rows.lows(row, width);
         const HighBytes high(rows.bases[row]);
-        for (int i = 0; i < width; i += lossless12::GROUP)
+        for (int i = 0; i < width; i += lossless12::GROUP) {
+            prefetch.step();
             each_part_of<PARTS>([&](auto part) {
                 each_of_group<part>(
                     lows + i, lows + width + i / 2, high,
                     [&](int k, const auto& bits) { std::memcpy(to + i + k, &bits, sizeof bits); });
             });
+        }
         rows.each_escape(row, [&](int column, uint16_t value) { to[column] = value; });
     }
 }
@@ -108,11 +130,9 @@ inline void multiply_rows(const Source& weights, const Packed* const* x, Ahead a
     Sum sums[ROWS][TOKENS];
     for (auto& row : sums)
         for (auto& sum : row) sum = Sum::zero();
-    int steps = weights.width / Source::STEP;
-    int64_t per_step = (ahead.bytes + steps - 1) / steps, asked = 0, due = 0;
+    Prefetch prefetch(ahead, weights.width / Source::STEP);
     for (int i = 0; i < weights.width; i += Source::STEP) {
-        for (due += per_step; asked < due; asked += 64)
-            __builtin_prefetch(ahead.from + asked, 0, 2);
+        prefetch.step();
         each_part_of<Source::STEP_PARTS>([&](auto part) {
             for (int row = 0; row < ROWS; ++row)
                 weights.template each<part>(row, i, [&](int column, const Weights& w) {
@@ -134,14 +154,14 @@ inline void multiply(int tokens, const Source& weights, const Packed* const* x, 
     multiply_rows<TOKENS>(weights, x, ahead, result);
 }
 
-// Calls f(source) with ROWS rows for a call of `tokens` tokens. Packed rows that several parts of
-// the tokens need are unpacked once, into `memory`.
+// Calls f(ROWS rows, what is left of `ahead` to prefetch) for a call of `tokens` tokens. Packed
+// rows that several parts of the tokens need are unpacked once, into `memory`.
 template <class F>
 inline void with_rows(const BlockLayout& layout, const Rows& rows, int width, int tokens,
-                      uint16_t* memory, F&& f) {
+                      Ahead ahead, uint16_t* memory, F&& f) {
     if (layout.encoding == BF16)
-        return f(PlainWeights{reinterpret_cast<const uint16_t*>(rows.weights), width});
-    if (tokens <= MAX_TOKENS) return f(PackedWeights(PackedRows(layout, rows), width));
-    unpack_rows(layout, rows, ROWS, width, memory);
-    f(PlainWeights{memory, width});
+        return f(PlainWeights{reinterpret_cast<const uint16_t*>(rows.weights), width}, ahead);
+    if (tokens <= MAX_TOKENS) return f(PackedWeights(PackedRows(layout, rows), width), ahead);
+    unpack_rows(layout, rows, ROWS, width, ahead.part(0, 2), memory);
+    f(PlainWeights{memory, width}, ahead.part(1, 2));
 }

@@ -1,27 +1,36 @@
 """Applies blocks to tokens with PyTorch's own operations: any encoding, device and dtype."""
 
+from collections.abc import Callable
 from functools import reduce
 
 import torch
 from torch.nn.functional import linear, silu
 
 from fiddler_run.encodings.base import Encoding
-from fiddler_run.kernels.limits import MAX_TOKEN_BLOCKS
+from fiddler_run.kernels.limits import MAX_DECODED_BLOCKS, MAX_TOKEN_BLOCKS
 
 DECODED_AT_ONCE = 8  # blocks on a CPU, because decoding may copy them
+Decode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def apply_blocks(
-    encoding: Encoding, blocks: torch.Tensor, hidden_states: torch.Tensor
+    encoding: Encoding,
+    blocks: torch.Tensor,
+    hidden_states: torch.Tensor,
+    decode: Decode | None = None,
 ) -> torch.Tensor:
     """The sum of `blocks` [count, block_bytes] applied to `hidden_states` [n, hidden], float32.
 
     Each block computes silu(x gate^T) * (x up^T) times down^T. On a GPU, the product is rounded to
     the weights' dtype. On a CPU, the result of every matrix product is rounded.
+
+    `decode` does on a GPU what `encoding.decode` does, and is usually faster.
     """
     if blocks.is_cuda:
         at_once = max(1, MAX_TOKEN_BLOCKS // max(1, len(hidden_states)))
-        batches = (encoding.decode(some) for some in blocks.split(at_once))
+        if encoding.decoded_bytes:
+            at_once = min(at_once, MAX_DECODED_BLOCKS)
+        batches = map(decode or encoding.decode, blocks.split(at_once))
         return reduce(torch.Tensor.add_, (_batched(*batch, hidden_states) for batch in batches))
     # One by one: on the CPU, the batched product of bfloat16 matrices is 40 times slower than
     # linear.

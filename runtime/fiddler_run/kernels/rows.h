@@ -55,18 +55,17 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
         return g % 2 ? job.layout.up(of.block, neuron) : job.layout.gate(of.block, neuron);
     };
     auto beyond = [&](int g) {
-        return ahead_of(g + distance, groups, unit, next, rows, group_bytes);
+        return ahead_of(job.layout, g + distance, groups, unit, next, rows, group_bytes);
     };
     uint16_t* memory = scratch(2 * ROWS * static_cast<size_t>(job.layout.hidden));
     // The rows of group g, in their own half of the memory.
     auto with_group = [&](int g, auto&& f) {
-        with_rows(job.layout, rows(unit, g), job.layout.hidden, call.tokens,
+        with_rows(job.layout, rows(unit, g), job.layout.hidden, call.tokens, beyond(g),
                   memory + g % 2 * ROWS * static_cast<size_t>(job.layout.hidden), f);
     };
     for (int g = 0; g < groups; g += 2) {
-        Ahead beyond_gate = beyond(g), beyond_up = beyond(g + 1);
-        with_group(g, [&](const auto& gate_rows) {
-            with_group(g + 1, [&](const auto& up_rows) {
+        with_group(g, [&](const auto& gate_rows, Ahead beyond_gate) {
+            with_group(g + 1, [&](const auto& up_rows, Ahead beyond_up) {
                 each_part(call.tokens, [&](int part, int parts, int first, int count) {
                     const Packed* x[MAX_TOKENS];
                     for (int t = 0; t < count; ++t) x[t] = state(job, call, first + t);
@@ -85,8 +84,8 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     }
 }
 
-// `piece` is an element of job.down_pieces: the unit's rows of one block. `beyond(g)` is the
-// address of the weights after group g of these rows.
+// `piece` is an element of job.down_pieces: the unit's rows of one block. `beyond(g)` is the window
+// to prefetch during group g of these rows.
 template <class F>
 void run_down(const Job& job, const DownUnit& unit, const DownPiece& piece, F&& beyond) {
     const Call& call = job.calls[piece.call];
@@ -96,9 +95,8 @@ void run_down(const Job& job, const DownUnit& unit, const DownPiece& piece, F&& 
     const Packed* products = static_cast<const Packed*>(job.products) + first_product;
     uint16_t* memory = scratch(ROWS * static_cast<size_t>(job.layout.neurons));
     for (int g = 0; g < UNIT_ROWS / ROWS; ++g) {
-        Ahead ahead = beyond(g);
         Rows rows = job.layout.down(piece.block, unit.first_row + g * ROWS);
-        with_rows(job.layout, rows, job.layout.neurons, call.tokens, memory, [&](const auto& from) {
+        auto add = [&](const auto& from, Ahead ahead) {
             each_part(call.tokens, [&](int part, int parts, int first, int count) {
                 const Packed* x[MAX_TOKENS];
                 for (int t = 0; t < count; ++t) x[t] = products + (first + t) * neurons;
@@ -112,7 +110,8 @@ void run_down(const Job& job, const DownUnit& unit, const DownPiece& piece, F&& 
                         output[row] += call.weights[first + t] * result[row][t];
                 }
             });
-        });
+        };
+        with_rows(job.layout, rows, job.layout.neurons, call.tokens, beyond(g), memory, add);
     }
 }
 
@@ -127,7 +126,8 @@ void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
     };
     for (int i = 0; i < pieces; ++i)
         run_down(job, unit, job.down_pieces[i], [&](int g) {
-            return ahead_of(i * GROUPS + g + distance, groups, unit, next, rows, group_bytes);
+            return ahead_of(job.layout, i * GROUPS + g + distance, groups, unit, next, rows,
+                            group_bytes);
         });
 }
 

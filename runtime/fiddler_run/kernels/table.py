@@ -3,11 +3,14 @@
 An encoding without kernels of its own is decoded and computed by PyTorch: slow but correct.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +20,9 @@ from fiddler_run.kernels.library import compiled
 from fiddler_run.kernels.pool import shared_pool
 from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.system.files import reason
+
+if TYPE_CHECKING:  # it imports triton
+    from fiddler_run.kernels.gpu import GpuKernels
 
 ALIGNMENT = 32  # of hidden size and block_neurons, required by cpu.cpp
 SPIN_US = 1000  # longer than a GPU takes for the dense part of a layer
@@ -33,7 +39,7 @@ class Kernels:
     """
 
     cpu: CpuExperts
-    decode: object | None
+    decode: GpuKernels | None
     apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -53,18 +59,17 @@ def kernels_for(
     cpu = make_cpu(block_format, threads, spin_us, pinned) or PyTorchExperts(block_format)
     if not on_gpu:
         return Kernels(cpu, None, cpu.apply)
-    decode = None
-    # while the GPU waits for the CPU's threads, they must not depend on Python's
-    if cpu.finishes_alone:
-        decode = DECODE.get(block_format.name, lambda _: None)(block_format)
-        if block_format.name not in DECODE:
-            _say_once(f"decode will be slower: there are no GPU kernels for {block_format.name}")
-    else:
+    gpu = GPU.get(block_format.name, lambda _: None)(block_format)
+    apply = partial(apply_blocks, block_format, decode=gpu and gpu.unpack)
+    # While the GPU waits for the CPU's threads, they must not depend on Python's.
+    if not cpu.finishes_alone:
         _say_once(
             "decode will be slower: it needs the CPU kernel with at least two threads, and"
             " experts in bfloat16"
         )
-    return Kernels(cpu, decode, partial(apply_blocks, block_format))
+    elif block_format.name not in GPU:
+        _say_once(f"decode will be slower: there are no GPU kernels for {block_format.name}")
+    return Kernels(cpu, gpu if cpu.finishes_alone else None, apply)
 
 
 def _compiled(
@@ -78,14 +83,14 @@ def _compiled(
     return CompiledExperts(block_format, shared_pool(threads, spin_us, pinned))
 
 
-def _triton(block_format: Encoding) -> object | None:
+def _triton(block_format: Encoding) -> GpuKernels | None:
     if not find_spec("triton"):  # included in PyTorch for CUDA on Linux
         return None
-    from fiddler_run.kernels.gpu import DecodeKernels, supports
+    from fiddler_run.kernels.gpu import GpuKernels, supports
 
     if not supports(block_format):
         return None
-    kernels = DecodeKernels(block_format)
+    kernels = GpuKernels(block_format)
     try:
         kernels.compile()
     # Triton needs a C compiler and Python's headers, and raises any type
@@ -99,7 +104,7 @@ def _triton(block_format: Encoding) -> object | None:
 
 def has_kernels(block_format: Encoding, device: torch.device) -> bool:
     """True if such blocks have kernels of their own, on the CPU and on the device."""
-    tables = (CPU, DECODE) if device.type == "cuda" else (CPU,)
+    tables = (CPU, GPU) if device.type == "cuda" else (CPU,)
     listed = all(block_format.name in table for table in tables)
     return listed and compiled() and block_format.available()
 
@@ -110,4 +115,4 @@ def _say_once(warning: str) -> None:
 
 
 CPU = {"bf16": _compiled, "lossless12": _compiled}
-DECODE = {"bf16": _triton}
+GPU = {"bf16": _triton, "lossless12": _triton}

@@ -45,11 +45,13 @@ void pack_group(const Job& job, const Call& call, int group) {
     }
 }
 
-// `count` rows as bfloat16: in place or, if they are packed, unpacked into `memory`.
-inline const uint16_t* plain(const BlockLayout& layout, const Rows& rows, int count, int width,
-                             uint16_t* memory) {
+// The 16 rows as bfloat16: in place or, if they are packed, unpacked into `memory`. Unpacking takes
+// so long that the rows `ahead` are prefetched meanwhile, if they are not null.
+inline const uint16_t* plain(const BlockLayout& layout, const Rows& rows, int width,
+                             const Rows& ahead, uint16_t* memory) {
     if (layout.encoding == BF16) return reinterpret_cast<const uint16_t*>(rows.weights);
-    avx512bf16::unpack_rows(layout, rows, count, width, memory);
+    auto window = avx512bf16::window(layout, ahead, TOKENS * layout.row_bytes(width));
+    avx512bf16::unpack_rows(layout, rows, TOKENS, width, window, memory);
     return memory;
 }
 
@@ -61,7 +63,9 @@ void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* ne
     const GateUpUnit& ahead = next ? *next : unit;
     const char* next_gate = job.layout.gate(ahead.block, ahead.first_neuron).weights;
     const char* next_up = job.layout.up(ahead.block, ahead.first_neuron).weights;
-    const size_t unit_bytes = UNIT_NEURONS * job.layout.row_bytes(job.layout.hidden);
+    const bool in_place = job.layout.encoding == BF16;  // otherwise, unpacking has prefetched
+    const size_t unit_bytes =
+        in_place ? UNIT_NEURONS * job.layout.row_bytes(job.layout.hidden) : 0;
     const uint16_t* x =
         static_cast<const uint16_t*>(job.packed_states) + call.first_state + group * TOKENS * width;
     const int passes = (call.groups() + 1) / 2, steps = job.layout.hidden / STEP;
@@ -106,10 +110,13 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     const Call& call = job.calls[unit.call];
     const int width = job.layout.hidden;
     uint16_t* memory = scratch(2 * UNIT_NEURONS * static_cast<size_t>(width));
-    const uint16_t* gate = plain(job.layout, job.layout.gate(unit.block, unit.first_neuron),
-                                 UNIT_NEURONS, width, memory);
-    const uint16_t* up = plain(job.layout, job.layout.up(unit.block, unit.first_neuron),
-                               UNIT_NEURONS, width, memory + UNIT_NEURONS * width);
+    const GateUpUnit& ahead = next ? *next : unit;
+    const uint16_t* gate =
+        plain(job.layout, job.layout.gate(unit.block, unit.first_neuron), width,
+              job.layout.gate(ahead.block, ahead.first_neuron), memory);
+    const uint16_t* up = plain(job.layout, job.layout.up(unit.block, unit.first_neuron), width,
+                               job.layout.up(ahead.block, ahead.first_neuron),
+                               memory + UNIT_NEURONS * width);
     configure();
     for (int group = 0, groups = call.groups(); group < groups; group += 2)
         if (group + 1 < groups) gate_up_groups<2>(job, unit, next, call, group, gate, up);
@@ -125,6 +132,7 @@ void down_groups(const Job& job, const DownUnit& unit, const Call& call, int fir
     const size_t width = job.layout.neurons,
                  half = UNIT_ROWS / 2 * job.layout.row_bytes(job.layout.neurons);
     const int pieces = static_cast<int>(job.down_pieces.size());
+    const bool in_place = job.layout.encoding == BF16;  // otherwise, unpacking has prefetched
     const uint16_t* x = static_cast<const uint16_t*>(job.products) + call.first_product +
                         group * TOKENS * call.neurons(job);
     _tile_zero(0);
@@ -134,7 +142,8 @@ void down_groups(const Job& job, const DownUnit& unit, const Call& call, int fir
         const DownPiece& later = job.down_pieces[std::min(pieces - 1, first + block + 2)];
         const char* ahead = job.layout.down(later.block, unit.first_row).weights;
         for (int i = 0; i < job.layout.neurons; i += STEP, x += STEP * TOKENS) {
-            if (group == 0) ask(ahead, ahead + half, half, i / STEP, job.layout.neurons / STEP);
+            if (group == 0 && in_place)
+                ask(ahead, ahead + half, half, i / STEP, job.layout.neurons / STEP);
             _tile_loadd(4, rows + i, width * 2);
             _tile_loadd(6, x, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -157,17 +166,25 @@ void down_groups(const Job& job, const DownUnit& unit, const Call& call, int fir
     }
 }
 
-void run_down(const Job& job, const DownUnit& unit, const Call& call, int first) {
+void run_down(const Job& job, const DownUnit& unit, const DownUnit* next, const Call& call,
+              int first) {
     const int width = job.layout.neurons;
     const size_t unit_weights = UNIT_ROWS * static_cast<size_t>(width);
     auto rows = [&](int block) {
         return job.layout.down(job.down_pieces[first + block].block, unit.first_row);
     };
+    // The rows two blocks after piece `i`, if need be of the next unit.
+    auto after = [&](int i) {
+        const int pieces = static_cast<int>(job.down_pieces.size());
+        const DownUnit& of = i + 2 < pieces || !next ? unit : *next;
+        return job.layout.down(job.down_pieces[(i + 2) % pieces].block, of.first_row);
+    };
     uint16_t* memory = nullptr;
     if (job.layout.encoding != BF16) {
         memory = scratch(call.num_blocks * unit_weights);
         for (int block = 0; block < call.num_blocks; ++block)
-            plain(job.layout, rows(block), UNIT_ROWS, width, memory + block * unit_weights);
+            plain(job.layout, rows(block), width, after(first + block),
+                  memory + block * unit_weights);
     }
     auto rows_of = [&](int block) {
         return memory ? memory + block * unit_weights

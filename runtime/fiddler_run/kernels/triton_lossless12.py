@@ -1,8 +1,7 @@
 """The GPU kernels of the decode path that read blocks, for blocks in lossless12.
 
-Weights are unpacked in registers. encodings/lossless12.h has the layout of a block. Places 0 to 31
-and 32 to 63 of a group become two operands of a product, because a byte of codes serves one of
-each; the activations are loaded in the same order.
+Weights are unpacked in registers. encodings/lossless12.h has the layout of a block. Weights are
+multiplied in the order of their places, and the activations are loaded in that order.
 """
 
 import triton
@@ -12,20 +11,30 @@ from fiddler_run.kernels.triton_kernels import _tile
 
 
 @triton.jit
-def _decoded(low, code, base):
-    """bfloat16 weights [rows, n] from their low bytes, codes, and the rows' bases [rows]."""
-    index = (code & 7).to(tl.int32)
+def _bits(rows, base, start, LENGTH: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """The bits of WIDTH weights of rows [TILE] from `start` on, by place, without escapes.
+
+    `rows` are the rows' addresses. Each byte is loaded once, also over a link.
+    """
+    lows = tl.load(tl.multiple_of(rows[:, None] + start + tl.arange(0, WIDTH)[None, :], [16, 16]))
+    code = tl.arange(0, WIDTH // 2)
+    at = rows[:, None] + LENGTH + start // 2 + code[None, :]
+    codes = tl.load(tl.multiple_of(at, [16, 16]))
+    codes = tl.reshape(codes, (TILE, WIDTH // 64, 1, 32))
+    codes = tl.broadcast_to(codes, (TILE, WIDTH // 64, 2, 32))
+    codes = tl.reshape(codes, (TILE, WIDTH)).to(tl.int32)
+    codes = codes >> (tl.arange(0, WIDTH) // 32 % 2 * 4)[None, :]
+    index = codes & 7
     pair = tl.where(index == 0, 0, index + base[:, None])
-    bits = ((code & 8).to(tl.int32) << 12) | (pair << 8) | low.to(tl.int32)
-    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return ((codes & 8) << 12) | (pair << 8) | lows.to(tl.int32)
 
 
 @triton.jit
 def _columns(WIDTH: tl.constexpr):
-    """The weights of WIDTH that are at places 0 to 31 of their group. The others are 16 further."""
-    at = tl.arange(0, WIDTH // 2)
-    place = at % 32
-    return at // 32 * 64 + place // 8 % 2 * 32 + place // 16 * 8 + place % 8
+    """The weights at WIDTH places."""
+    place = tl.arange(0, WIDTH)
+    columns = place // 64 * 64 + place // 8 % 2 * 32 + place // 16 % 4 * 8 + place % 8
+    return tl.max_contiguous(tl.multiple_of(columns, 8), 8)
 
 
 @triton.jit
@@ -35,20 +44,11 @@ def _multiplied(total, rows, base, x, exists, LENGTH: tl.constexpr, WIDTH: tl.co
 
     `rows` are the rows' addresses, `x` [TOKENS] the tokens' activations.
     """
-    low_at = rows[:, None] + tl.arange(0, WIDTH)[None, :]
-    code_at = rows[:, None] + LENGTH + tl.arange(0, WIDTH // 2)[None, :]
     x_at = x[None, :] + _columns(WIDTH)[:, None]
     for start in range(0, LENGTH, WIDTH):
-        lows = tl.load(tl.multiple_of(low_at + start, [16, 16]))
-        codes = tl.load(tl.multiple_of(code_at + start // 2, [16, 16]))
-        lows = tl.permute(tl.reshape(lows, (TILE, WIDTH // 64, 2, 32)), (0, 1, 3, 2))
-        first, second = tl.split(lows)
-        first = tl.reshape(first, (TILE, WIDTH // 2))
-        second = tl.reshape(second, (TILE, WIDTH // 2))
-        near = tl.load(x_at + start, mask=exists[None, :], other=0.0)
-        far = tl.load(x_at + start + 16, mask=exists[None, :], other=0.0)
-        total = tl.dot(_decoded(first, codes & 15, base), near, total)
-        total = tl.dot(_decoded(second, codes >> 4, base), far, total)
+        bits = _bits(rows, base, start, LENGTH, WIDTH, TILE)
+        weights = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        total = tl.dot(weights, tl.load(x_at + start, mask=exists[None, :], other=0.0), total)
     return total
 
 
@@ -138,43 +138,52 @@ def down(
 
 @triton.jit
 def unpack(
-    blocks, plain, BLOCK_BYTES: tl.constexpr, FIRST_ROW: tl.constexpr, ROWS: tl.constexpr,
-    LENGTH: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BASES: tl.constexpr,
-    FIRSTS: tl.constexpr, ESCAPES: tl.constexpr, WEIGHTS: tl.constexpr,
+    blocks, gate_up, down, BLOCK_BYTES: tl.constexpr, HIDDEN: tl.constexpr, NEURONS: tl.constexpr,
+    TILE: tl.constexpr, HIDDEN_WIDTH: tl.constexpr, NEURONS_WIDTH: tl.constexpr,
+    BASES: tl.constexpr, FIRSTS: tl.constexpr, ESCAPES: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """plain[block, row, column] in bfloat16, for TILE of ROWS consecutive rows of LENGTH weights.
-
-    `FIRST_ROW` is the number of the first row over gate, up and down, `WEIGHTS` its place.
-    """
+    """gate_up[block, row, column] and down[block, row, column] in bfloat16, for TILE rows."""
     number = tl.program_id(1).to(tl.int64)
     block = blocks + number * BLOCK_BYTES
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    to = plain + (number * ROWS + row) * LENGTH
-    rows = block + WEIGHTS + row * (LENGTH // 2 * 3)
-    base = tl.load(block + BASES + FIRST_ROW + row).to(tl.int32)
+    row = tl.program_id(0) * TILE
+    if row < 2 * NEURONS:
+        to = gate_up + (number * 2 * NEURONS + row) * HIDDEN
+        _unpack_rows(block, WEIGHTS, row, row, to, HIDDEN, TILE, HIDDEN_WIDTH, BASES, FIRSTS,
+                     ESCAPES)  # fmt: skip
+    else:
+        of_down = row - 2 * NEURONS
+        to = down + (number * HIDDEN + of_down) * NEURONS
+        _unpack_rows(block, WEIGHTS + 3 * NEURONS * HIDDEN, of_down, row, to, NEURONS, TILE,
+                     NEURONS_WIDTH, BASES, FIRSTS, ESCAPES)  # fmt: skip
+
+
+@triton.jit
+def _unpack_rows(
+    block, weights, first_row, number, to, LENGTH: tl.constexpr, TILE: tl.constexpr,
+    WIDTH: tl.constexpr, BASES: tl.constexpr, FIRSTS: tl.constexpr, ESCAPES: tl.constexpr,
+):  # fmt: skip
+    """Unpacks TILE rows to `to`: of a matrix at `weights`, from `first_row` on. `number` is the
+    first one's over gate, up and down.
+    """
+    tile = tl.arange(0, TILE)
+    rows = block + weights + (first_row + tile) * (LENGTH // 2 * 3)
+    base = tl.load(block + BASES + number + tile).to(tl.int32)
     for start in range(0, LENGTH, WIDTH):
-        lows = tl.load(rows[:, None] + start + tl.arange(0, WIDTH)[None, :])
-        codes = tl.load(rows[:, None] + LENGTH + start // 2 + tl.arange(0, WIDTH // 2)[None, :])
-        lows = tl.permute(tl.reshape(lows, (TILE, WIDTH // 64, 2, 32)), (0, 1, 3, 2))
-        first, second = tl.split(lows)
-        at = to[:, None] + start + _columns(WIDTH)[None, :]
-        first = tl.reshape(first, (TILE, WIDTH // 2))
-        second = tl.reshape(second, (TILE, WIDTH // 2))
-        tl.store(at, _decoded(first, codes & 15, base))
-        tl.store(at + 16, _decoded(second, codes >> 4, base))
+        bits = _bits(rows, base, start, LENGTH, WIDTH, TILE)
+        at = to + tile[:, None] * LENGTH + start + _columns(WIDTH)[None, :]
+        tl.store(at, bits.to(tl.int16).to(tl.bfloat16, bitcast=True))
     tl.debug_barrier()  # escapes overwrite zeros
-    firsts = (block + FIRSTS).to(tl.pointer_type(tl.int32)) + FIRST_ROW
-    stop = tl.load(firsts + row + 1)
+    firsts = (block + FIRSTS).to(tl.pointer_type(tl.int32)) + number
+    stop = tl.load(firsts + tile + 1)
     last = tl.max(stop, axis=0)
     overflow = tl.load(block.to(tl.pointer_type(tl.int64)))
     inside = (block + ESCAPES).to(tl.int64)
     escapes = tl.where(overflow == 0, inside, overflow).to(tl.pointer_type(tl.int16))
-    for start in range(tl.min(tl.load(firsts + row), axis=0), last, 32):
+    for start in range(tl.load(firsts), last, 32):
         entry = start + tl.arange(0, 32)
         exists = entry < last
         column = tl.load(escapes + 2 * entry, mask=exists, other=0).to(tl.int32) & 0xFFFF
         value = tl.load(escapes + 2 * entry + 1, mask=exists, other=0)
-        own = tl.sum((entry[:, None] >= stop[None, :]).to(tl.int32), axis=1)  # rows before it
-        own += tl.program_id(0) * TILE
-        at = plain + (number * ROWS + own) * LENGTH + column
+        row = tl.sum((entry[:, None] >= stop[None, :]).to(tl.int32), axis=1)  # rows before it
+        at = to + row * LENGTH + column
         tl.store(at, value.to(tl.bfloat16, bitcast=True), mask=exists)

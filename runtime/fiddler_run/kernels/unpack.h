@@ -25,6 +25,7 @@ struct PackedRows {
         std::memcpy(&overflow, block, sizeof overflow);
         escapes = overflow ? reinterpret_cast<const lossless12::Escape*>(overflow)
                            : reinterpret_cast<const lossless12::Escape*>(block + parts.escapes());
+        __builtin_prefetch(escapes + firsts[0]);  // needed after the weights
     }
 
     const uint8_t* lows(int row, int width) const {
@@ -38,6 +39,14 @@ struct PackedRows {
             f(escapes[e].column, escapes[e].value);
     }
 };
+
+// Prefetches what PackedRows reads besides the weights.
+inline void prefetch_header(const BlockLayout& layout, const Rows& rows) {
+    const auto parts = layout.lossless();
+    __builtin_prefetch(rows.block);
+    __builtin_prefetch(rows.block + parts.bases() + rows.number);
+    __builtin_prefetch(rows.block + parts.firsts() + sizeof(uint32_t) * rows.number);
+}
 
 // Memory of this thread for `weights` unpacked weights.
 inline uint16_t* scratch(size_t weights) {

@@ -113,20 +113,7 @@ struct Weights {
         sum.lanes = _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + 16), sum.lanes);
     }
 };
-constexpr int PARTS = 1;
-template <int PART, class F>
-inline void each_of_group(const uint8_t* lows, const uint8_t* codes, const HighBytes& high, F&& f) {
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-    const __m512i table =
-        _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(&high)));
-    const __m512i places = _mm512_inserti64x4(_mm512_castsi256_si512(both),
-                                              _mm256_srli_epi16(both, 4), 1);
-    const __m512i upper =
-        _mm512_shuffle_epi8(table, _mm512_and_si512(places, _mm512_set1_epi8(15)));
-    const __m512i lower = _mm512_loadu_si512(lows);
-    f(0, _mm512_unpacklo_epi8(lower, upper));
-    f(32, _mm512_unpackhi_epi8(lower, upper));
-}
+#include "groups512.h"
 #include "rows.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -137,7 +124,7 @@ namespace avx512bf16 {
 using Packed = uint16_t;
 constexpr int GROUP = 32, MAX_TOKENS = 6;
 using avx512::Sum;
-using avx512::each_of_group, avx512::PARTS;
+#include "groups512.h"
 struct Weights {
     __m512i pairs;
     static Weights of(__m512i pairs) { return {pairs}; }
@@ -174,7 +161,7 @@ void run_down(const Job& job, const DownUnit& unit, const DownUnit* next) {
     for (int i = 0; i < static_cast<int>(job.down_pieces.size());) {
         const DownPiece& piece = job.down_pieces[i];
         const Call& call = job.calls[piece.call];
-        if (call.tiled) tiles::run_down(job, unit, call, i), i += call.num_blocks;
+        if (call.tiled) tiles::run_down(job, unit, next, call, i), i += call.num_blocks;
         else avx512bf16::run_down(job, unit, piece, [](int) { return avx512bf16::Ahead{}; }), ++i;
     }
 }
