@@ -17,52 +17,93 @@ namespace {
 
 using namespace lossless12;
 
-constexpr int NUM_PAIRS = 128;
+// Vectors of bytes and of weights; GCC and Clang turn them into what the CPU has.
+constexpr int LANES = 32;
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Weights __attribute__((vector_size(2 * LANES)));
+typedef uint64_t Quads __attribute__((vector_size(LANES)));
+
+// Counts the pairs in high[0..size) from `first` to `last` - 1. `size` is a multiple of LANES.
+FOR_EACH_CPU uint32_t count_of(const uint8_t* high, int size, int first, int last) {
+    const auto start = static_cast<uint8_t>(first), length = static_cast<uint8_t>(last - first);
+    uint32_t total = 0;
+    for (int i = 0; i < size;) {
+        Bytes found = {};
+        const int stop = std::min(size, i + 255 * LANES);
+        for (; i < stop; i += LANES) {
+            Bytes pairs;
+            std::memcpy(&pairs, high + i, sizeof pairs);
+            found -= (Bytes)(pairs - start < length);  // a comparison gives -1 where it is true
+        }
+        for (int lane = 0; lane < LANES; ++lane) total += found[lane];
+    }
+    return total;
+}
+
+// high[i] = the exponent pair of weight i. Returns the largest.
+FOR_EACH_CPU int exponent_pairs(const uint16_t* row, int width, uint8_t* high) {
+    Bytes most = {};
+    for (int first = 0; first < width; first += LANES) {
+        Weights weights;
+        std::memcpy(&weights, row + first, sizeof weights);
+        const Bytes pairs = __builtin_convertvector(weights >> 8 & 0x7f, Bytes);
+        std::memcpy(high + first, &pairs, sizeof pairs);
+        most = pairs > most ? pairs : most;
+    }
+    int largest = 0;
+    for (int lane = 0; lane < LANES; ++lane) largest = std::max<int>(largest, most[lane]);
+    return largest;
+}
 
 // The base whose pairs hold most of the row's weights. Pair 0 (zeros and subnormals) always has a
-// code.
-int choose_base(const uint16_t* row, int width) {
-    uint32_t counts[4][NUM_PAIRS] = {};  // four, because equal weights follow each other
-    for (int i = 0; i < width; i += 4)
-        for (int k = 0; k < 4; ++k) ++counts[k][row[i + k] >> 8 & 0x7f];
-    auto count = [&](int pair) {
-        return counts[0][pair] + counts[1][pair] + counts[2][pair] + counts[3][pair];
-    };
-    uint32_t inside = 0;
-    for (int pair = 1; pair <= PAIRS; ++pair) inside += count(pair);
+// code. `high` has room for the row.
+int choose_base(const uint16_t* row, int width, uint8_t* high) {
+    const int largest = exponent_pairs(row, width, high);
+    uint32_t above = 0, fewest = UINT32_MAX;
     int best = 0;
-    uint32_t most = inside;
-    for (int base = 1; base + PAIRS < NUM_PAIRS; ++base) {
-        inside += count(base + PAIRS) - count(base);
-        if (inside > most) most = inside, best = base;
+    // `top` is the last pair of a window. Usually, the first or the second window is the best.
+    for (int top = largest; top > 0 && above < fewest; --top) {
+        const int base = std::max(0, top - PAIRS);
+        const uint32_t outside = above + count_of(high, width, 1, base + 1);
+        if (outside < fewest) fewest = outside, best = base;
+        above += count_of(high, width, top, top + 1);
     }
     return best;
 }
 
-// Packs `width` weights. Sets `escapes[i]` to 1 where weight i has no code, else to 0.
-FOR_EACH_CPU void pack_row(const uint16_t* row, int width, int base, uint8_t* to,
-                           uint8_t* escapes) {
+// Packs `width` weights, whose exponent pairs are `high`. Sets `escapes[i]` to 1 if any weight of
+// group i has no code, else to 0.
+FOR_EACH_CPU void pack_row(const uint16_t* row, const uint8_t* high, int width, int base,
+                           uint8_t* to, uint8_t* escapes) {
     uint8_t *lows = to, *codes = to + width;
     for (int group = 0; group < width; group += GROUP) {
-        uint8_t low[GROUP], code[GROUP], placed[GROUP];
-        for (int i = 0; i < GROUP; ++i) {
-            uint16_t value = row[group + i];
-            uint16_t pair = value >> 8 & 0x7f, index = pair - base;
-            bool zero = pair == 0, inside = static_cast<uint16_t>(index - 1) < PAIRS;
-            bool known = zero | inside;
-            index = zero ? 0 : index;
-            low[i] = known ? value & 0xff : 0;
-            code[i] = known ? (value >> 12 & 8) | index : 0;
-            escapes[group + i] = !known;
+        Quads low[2], code[2];
+        Bytes missing = {};
+        for (int half = 0; half < 2; ++half) {
+            const int first = group + half * LANES;
+            Weights weights;
+            Bytes pairs;
+            std::memcpy(&weights, row + first, sizeof weights);
+            std::memcpy(&pairs, high + first, sizeof pairs);
+            const Bytes index = pairs - static_cast<uint8_t>(base);
+            const Bytes inside = (Bytes)(index - 1 < PAIRS);
+            const Bytes known = inside | (Bytes)(pairs == 0);
+            const Bytes sign = __builtin_convertvector(weights >> 12 & 8, Bytes);
+            low[half] = (Quads)(__builtin_convertvector(weights & 0xff, Bytes) & known);
+            code[half] = (Quads)((sign & known) | (index & inside));
+            missing |= ~known;
         }
-        for (int i = 0; i < 4; ++i) {
-            std::memcpy(lows + group + 16 * i, low + 8 * i, 8);
-            std::memcpy(lows + group + 16 * i + 8, low + 32 + 8 * i, 8);
-            std::memcpy(placed + 16 * i, code + 8 * i, 8);
-            std::memcpy(placed + 16 * i + 8, code + 32 + 8 * i, 8);
-        }
-        for (int k = 0; k < GROUP / 2; ++k)
-            codes[group / 2 + k] = placed[k] | placed[k + GROUP / 2] << 4;
+        // Eight weights of one half, then eight of the other.
+        const Quads first_lows = __builtin_shufflevector(low[0], low[1], 0, 4, 1, 5);
+        const Quads last_lows = __builtin_shufflevector(low[0], low[1], 2, 6, 3, 7);
+        const Quads lower = __builtin_shufflevector(code[0], code[1], 0, 4, 1, 5);
+        const Quads upper = __builtin_shufflevector(code[0], code[1], 2, 6, 3, 7);
+        const Quads both = lower | upper << 4;  // a code has four bits: nothing crosses a byte
+        std::memcpy(lows + group, &first_lows, LANES);
+        std::memcpy(lows + group + LANES, &last_lows, LANES);
+        std::memcpy(codes + group / 2, &both, LANES);
+        const Quads any = (Quads)missing;
+        escapes[group / GROUP] = (any[0] | any[1] | any[2] | any[3]) != 0;
     }
 }
 
@@ -75,7 +116,7 @@ int64_t lossless12_bytes(int hidden, int neurons) {
 }
 
 // Encodes the expert's neurons from `first_neuron` on into one block; neurons past the last one are
-// zeros. gate, up: [intermediate, hidden], down: [hidden, intermediate]. `scratch`: three times as
+// zeros. gate, up: [intermediate, hidden], down: [hidden, intermediate]. `scratch`: four times as
 // many bytes as the longest row has weights. Returns the number of escapes. Those beyond the
 // block's capacity are lost unless `overflow` has room for all of them.
 int64_t lossless12_encode(int hidden, int neurons, const uint16_t* gate, const uint16_t* up,
@@ -91,24 +132,25 @@ int64_t lossless12_encode(int hidden, int neurons, const uint16_t* gate, const u
     const auto address = static_cast<int64_t>(reinterpret_cast<intptr_t>(overflow));
     std::memset(block, 0, layout.gate());
     std::memcpy(block, &address, sizeof address);
-    uint8_t* flags = scratch;
-    auto padded = reinterpret_cast<uint16_t*>(scratch + std::max(hidden, neurons));
+    const size_t longest = std::max(hidden, neurons);
+    auto padded = reinterpret_cast<uint16_t*>(scratch);
+    uint8_t *high = scratch + 2 * longest, *flags = high + longest;
     uint32_t row_number = 0, found = 0;
 
     auto add = [&](const uint16_t* row, int width, char* to) {
-        const int base = choose_base(row, width);
+        const int base = choose_base(row, width, high);
         bases[row_number] = static_cast<uint8_t>(base);
         firsts[row_number++] = found;
-        pack_row(row, width, base, reinterpret_cast<uint8_t*>(to), flags);
-        for (int i = 0; i < width; i += 8) {
-            uint64_t any;
-            std::memcpy(&any, flags + i, sizeof any);
-            if (!any) continue;
-            for (int k = i; k < i + 8; ++k)
-                if (flags[k]) {
-                    if (found < room) escapes[found] = {static_cast<uint16_t>(k), row[k]};
-                    ++found;
-                }
+        pack_row(row, high, width, base, reinterpret_cast<uint8_t*>(to), flags);
+        for (int i = 0; i < width; ++i) {
+            if (i % GROUP == 0 && !flags[i / GROUP]) {
+                i += GROUP - 1;
+                continue;
+            }
+            const int index = high[i] - base;
+            if (high[i] == 0 || (index > 0 && index <= PAIRS)) continue;
+            if (found < room) escapes[found] = {static_cast<uint16_t>(i), row[i]};
+            ++found;
         }
     };
     auto add_rows = [&](const uint16_t* matrix, char* to) {

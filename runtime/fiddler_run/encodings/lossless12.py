@@ -79,7 +79,7 @@ class Lossless12(Encoding):
             )
         matrices = [matrix.to(torch.bfloat16).contiguous() for matrix in (gate, up, down)]
         sizes = self.hidden_size, self.block_neurons
-        scratch = torch.empty(3 * max(sizes), dtype=torch.uint8)
+        scratch = torch.empty(4 * max(sizes), dtype=torch.uint8)
         encode = partial(
             library.lossless12_encode,
             *sizes,
