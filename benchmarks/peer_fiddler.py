@@ -2,10 +2,10 @@
 
     python benchmarks/peer_fiddler.py CLONE CONFIG --gpu-bytes N
 
-CLONE is a clone of its repository. Its Mixtral needs transformers 4.36.2 and a CUDA device. Nothing
-of it is changed, but it is given a model with random weights instead of a checkpoint, a tokenizer
-that returns random ids, and --gpu-bytes as the GPU's memory. Prints a JSON object with ttft_s and
-decode_tokens_per_s.
+CLONE is a clone of its repository. Its Mixtral needs transformers 4.36.2, a CUDA device, and a
+model of 32 layers with 8 experts. Nothing of it is changed, but it is given a model with random
+weights instead of a checkpoint, a tokenizer that returns random ids, and --gpu-bytes as the GPU's
+memory. Prints a JSON object with ttft_s and decode_tokens_per_s.
 """
 
 import argparse
@@ -36,6 +36,7 @@ def main() -> None:
 def measure(flags: argparse.Namespace) -> list[tuple[float, float]]:
     """Seconds of the prompt and of all later tokens, for each run after the first."""
     config = transformers.MixtralConfig.from_json_file(flags.config)
+    torch.cuda.init()  # it reads the real properties of the GPU
     gpu = types.SimpleNamespace(total_memory=flags.gpu_bytes)
     arguments = types.SimpleNamespace(model=flags.config, cpu_offload=1, beam_width=1)
     with (

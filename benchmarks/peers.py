@@ -11,7 +11,7 @@
 They run one after the other in separate processes, with random weights, one sequence of the plan's
 prompt and output (fewer output tokens for accelerate), and the plan's GPU memory. llama.cpp takes
 as much as its options say: the table shows how much of the GPU's memory was in use. Results are
-added to peers.json, and written to peers.md and peers.png.
+added to peers.json, and written to peers.md and peers.png, after each program.
 """
 
 import argparse
@@ -58,11 +58,11 @@ def main() -> None:
         except Failed as error:
             found[name] = {"why_not": str(error)}
         write_whole(file, json.dumps(found, indent=1))
-    ours = found.get("fiddler-run", {}).get("decode_tokens_per_s")
-    table = markdown(COLUMNS, [row(name, result, ours) for name, result in found.items()])
-    write_whole(folder / "peers.md", table)
+        ours = found.get("fiddler-run", {}).get("decode_tokens_per_s")
+        table = markdown(COLUMNS, [row(name, result, ours) for name, result in found.items()])
+        write_whole(folder / "peers.md", table)
+        figure(found).savefig(folder / "peers.png", dpi=130)
     print(table)
-    figure(found).savefig(folder / "peers.png", dpi=130)
 
 
 def row(name: str, result: dict, ours: float | None) -> tuple[str, ...]:
@@ -204,6 +204,8 @@ def llama(plan: Plan, flags: argparse.Namespace, folder: Path) -> dict:
     arguments = ["-m", flags.gguf, "-t", threads, "-p", str(prompt), "-n", output, *flags.llama]
     printed = run([program, *arguments, "-o", "json"], folder / "llama-bench.log")
     prefill, decode = json.loads(printed)
+    if shutil.which("nvidia-smi") and not prefill["gpu_info"]:
+        raise Failed("llama-bench did not use the GPU")
     return {
         "command": " ".join(["llama-bench", *arguments]),
         "ttft_s": prompt / prefill["avg_ts"],
@@ -233,7 +235,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--fiddler-python", default=sys.executable, metavar="FILE", help="an interpreter for it")
     add("--gguf", metavar="FILE", help="a BF16 GGUF of the model")
     add("-o", "--output", default="build/peers", metavar="FOLDER", help=default)
-    options = "for llama-bench, after --, such as `-ngl 99 -ncmoe 26`"
+    options = "for llama-bench, after --, such as `-ngl 99 -ncmoe 26 -lm none`"
     add("llama", nargs="*", metavar="OPTION", help=options)
     flags = parser.parse_args()
     if flags.offload_tokens < 2:

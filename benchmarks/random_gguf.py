@@ -55,7 +55,7 @@ def add_keys(writer: gguf.GGUFWriter, config: dict) -> None:
     writer.add_head_count(heads)
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_dimension_count(config["hidden_size"] // heads)
-    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_freq_base(config.get("rope_theta") or config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_expert_count(config["num_local_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -104,7 +104,8 @@ def write_tensors(writer: gguf.GGUFWriter) -> None:
 
 
 def noise(random: np.random.Generator, count: int) -> np.ndarray:
-    return random.standard_normal(count, np.float32) * np.float32(0.02)
+    """Normal noise. The same numbers are repeated, because drawing all would take a minute."""
+    return np.resize(random.standard_normal(2**20, np.float32) * np.float32(0.02), count)
 
 
 if __name__ == "__main__":

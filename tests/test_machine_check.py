@@ -1,11 +1,12 @@
 """Checks of a plan against this machine: cores, host memory, GPU memory."""
 
 import pytest
-from conftest import demo_shape, make_plan, with_rank
+from conftest import ROOT, demo_shape, make_plan, with_rank
 from damage import assert_listed, simulate_2_gb, write_plan
 
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
+from fiddler_run.loading import check
 from fiddler_run.loading.check import (
     check_plan,
     core_problem,
@@ -14,6 +15,7 @@ from fiddler_run.loading.check import (
     host_memory_problem,
     machine_problems,
 )
+from fiddler_run.plan.schema import Plan
 from fiddler_run.system.gpu import Gpu
 
 GPU_PART_IN_RAM = "the GPU part is kept in host memory and computed by the CPU"
@@ -71,6 +73,17 @@ def test_needed_host_memory_by_hand(tmp_path, monkeypatch):
     assert machine_problems(with_embedding, None, "p")[0].startswith(
         "p: its experts and embedding need 1.01 GB of host memory"
     )
+
+
+def test_shipped_plan_fits_a_machine_with_64_gb(tmp_path, monkeypatch):
+    """8 GB of them are left to other programs. Experts in bfloat16 would not fit."""
+    plan = Plan.load(ROOT / "plans" / "rtx4090.yaml")
+    root = simulate_2_gb(tmp_path, monkeypatch)
+    (root / "proc/meminfo").write_text(f"MemAvailable: {56 * 10**9 // 1024} kB\n")
+    monkeypatch.setattr(check, "num_cores", lambda: 32)
+    assert machine_problems(plan, gpu(25 * 10**9), "plan") == []
+    assert plan.rank.host_memory_bytes.experts < 50 * 10**9
+    assert plan.num_host_blocks * 6 * 4096 * plan.block_neurons > 56 * 10**9
 
 
 def test_note_says_where_the_gpu_part_is_held():
