@@ -5,7 +5,7 @@ import sys
 
 from rich.console import Console
 
-from fiddler_opt.commands import calibrate, diff, doctor, plan, profile, show, whatif
+from fiddler_opt.commands import calibrate, diff, doctor, pack, plan, profile, show, whatif
 from fiddler_run.command import exit_status
 from fiddler_run.flags import add_version
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "diff": diff,
     "calibrate": calibrate,
     "doctor": doctor,
+    "pack": pack,
 }
 
 

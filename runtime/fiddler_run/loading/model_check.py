@@ -17,6 +17,7 @@ from fiddler_run.models.table import FAMILIES, read_config
 from fiddler_run.plan.shape import ModelShape
 from fiddler_run.system.files import exists, is_file
 from fiddler_run.weights.model_folder import local_folder, model_config_file, model_folder
+from fiddler_run.weights.packed import expert_tensors
 from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE, TensorFiles, other_weights
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class ModelCheck:
             from fiddler_run.generation.model import dense_tensors
 
             expected = {
-                **FAMILIES[self.config.family].expert_tensors(self._shape),
+                **expert_tensors(self.files, FAMILIES[self.config.family], self._shape),
                 **dense_tensors(self.skeleton),
             }
         self.problems += self.files.problems(expected, self._shape.dtype)

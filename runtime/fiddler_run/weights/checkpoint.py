@@ -5,11 +5,18 @@ from typing import Protocol
 
 import torch
 
+from fiddler_run.encodings.base import Encoding
 from fiddler_run.models.family import Family
 from fiddler_run.plan.shape import ModelShape
+from fiddler_run.weights.packed import PackedFormat, check_sum
 from fiddler_run.weights.tensor_files import TensorFiles
 
-STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+STORED_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "U8": torch.uint8,
+}
 
 
 # gate [intermediate, hidden], up [intermediate, hidden], down [hidden, intermediate]
@@ -19,6 +26,9 @@ Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Weights(Protocol):
     def expert(self, layer: int, expert: int) -> Matrices:
         """An expert's matrices in host memory. The caller must not write to them."""
+
+    def blocks(self, layer: int, expert: int, encoding: Encoding) -> torch.Tensor | None:
+        """An expert's blocks, uint8 [count, block_bytes], if they are stored in this encoding."""
 
 
 class DummyWeights:
@@ -44,6 +54,9 @@ class DummyWeights:
         )
         return gate.view(self._size), up.view(self._size), down.view(self._size[::-1])
 
+    def blocks(self, layer: int, expert: int, encoding: Encoding) -> None:
+        return None
+
 
 class Checkpoint:
     """The tensors of a checkpoint.
@@ -60,10 +73,34 @@ class Checkpoint:
         """
         self.files = files
         self._family = family
+        self._packed = PackedFormat.of(files)
 
     def expert(self, layer: int, expert: int) -> Matrices:
+        blocks = self._stored_blocks(layer, expert)
+        if blocks is not None:
+            return self._packed.matrices(blocks)
         gate, up, down = map(self.read, self._family.expert_names(layer, expert))
         return gate, up, down
+
+    def blocks(self, layer: int, expert: int, encoding: Encoding) -> torch.Tensor | None:
+        if self._packed is None or not self._packed.holds(encoding):
+            return None
+        return self._stored_blocks(layer, expert)
+
+    def _stored_blocks(self, layer: int, expert: int) -> torch.Tensor | None:
+        """The stored blocks of an expert. None if its matrices are stored instead.
+
+        Raises:
+            FiddlerError: they are damaged.
+        """
+        if self._packed is None:
+            return None
+        name = self._packed.name(self._family, layer, expert)
+        if name not in self.files:
+            return None
+        blocks = self.read(name)
+        check_sum(self.files.shard(name), name, memoryview(blocks.numpy()).cast("B"))
+        return blocks
 
     def read(self, name: str) -> torch.Tensor:
         """Reads a tensor by its checkpoint name, in its shape and dtype. The caller owns it."""

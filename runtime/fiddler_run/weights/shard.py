@@ -28,7 +28,7 @@ class StoredTensor:
 class Shard:
     """A safetensors file: 8 bytes of header length, the header in JSON, then the data.
 
-    `tensors` holds its tensors by name.
+    `tensors` holds its tensors by name, `metadata` the strings of its header.
 
     Raises:
         FiddlerError: the file is missing, damaged, truncated or unreadable.
@@ -53,7 +53,7 @@ class Shard:
             raise FiddlerError(
                 f"{path}: damaged or truncated ({reason(error)}); download it again"
             ) from None
-        header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.path = path
         self.tensors = {}
         for name, entry in header.items():

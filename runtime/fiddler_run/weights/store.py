@@ -78,25 +78,29 @@ class ExpertStore:
         )
 
     def _place(self, weights: Weights, layer: int, expert: int) -> int:
-        """Encodes one expert into its three places. Returns its bytes."""
+        """Puts one expert into its three places, encoded. Returns its bytes."""
         resident = self.resident[layer][expert]
         host = self.host[layer][expert]
         on_disk = self.on_disk[layer][expert]
-        matrices = weights.expert(layer, expert)
+        stored = weights.blocks(layer, expert, self.block_format)
+        matrices = weights.expert(layer, expert) if stored is None else ()
         neurons = self.block_format.block_neurons
 
-        def encode(blocks: torch.Tensor, first: int) -> None:
+        def fill(blocks: torch.Tensor, first: int) -> None:
+            if stored is not None:
+                blocks.copy_(stored[first : first + len(blocks)])
+                return
             self._referred += self.block_format.encode(blocks, *matrices, first * neurons)
 
-        encode(host, len(resident))
-        encode(on_disk, len(resident) + len(host))
+        fill(host, len(resident))
+        fill(on_disk, len(resident) + len(host))
         if resident.is_cuda:
             staged = torch.empty_like(resident[:1], device="cpu", pin_memory=True)
             for number, block in enumerate(resident):
-                encode(staged, number)
+                fill(staged, number)
                 block.copy_(staged[0])
         else:
-            encode(resident, 0)
+            fill(resident, 0)
         return resident.nbytes + host.nbytes + on_disk.nbytes
 
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from fiddler_run.encodings.table import ENCODINGS
 from fiddler_run.errors import FiddlerError
 from fiddler_run.system.files import is_file
 from fiddler_run.system.parsing import read_json_object
@@ -41,6 +42,20 @@ class TensorFiles:
                 self._shards[path] = Shard(path)
             except FiddlerError as error:
                 self._damage[path] = str(error)
+
+    def __contains__(self, name: str) -> bool:
+        """True if the index names the tensor."""
+        return name in self._file_of
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that the index names."""
+        return list(self._file_of)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The files that can be read."""
+        return list(self._shards.values())
 
     def shard(self, name: str) -> "Shard":
         """The file that contains tensor `name`."""
@@ -117,7 +132,8 @@ class TensorFiles:
             return (
                 f"{path}: tensor {name} has shape {stored.shape}, but config.json implies {shape}"
             )
-        if stored.dtype not in LOSSLESS[dtype]:
+        is_packed = name.rpartition(".")[2] in ENCODINGS
+        if stored.dtype not in ({"U8"} if is_packed else LOSSLESS[dtype]):
             return (
                 f"{path}: tensor {name} is {stored.dtype}, which the plan's {dtype} cannot hold"
                 " without loss; "
