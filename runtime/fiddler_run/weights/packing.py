@@ -28,6 +28,7 @@ from fiddler_run.weights.checkpoint import Checkpoint, Matrices
 from fiddler_run.weights.model_folder import SMALL_FILES
 from fiddler_run.weights.packed import PackedFormat, checksum_key
 from fiddler_run.weights.shard import INDEX, Shard
+from fiddler_run.weights.store import one_thread_each
 from fiddler_run.weights.tensor_files import TensorFiles
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -103,11 +104,12 @@ class Packer:
             found = LAYER.search(name)
             dense.setdefault(int(found[1]) if found else None, []).append(name)
         weight_map = self._write("dense.safetensors", self._read(dense.pop(None, [])), {})
-        for layer in range(self._shape.num_layers):
-            tensors = self._read(dense.pop(layer, []))
-            originals = self._encode(layer, tensors)
-            weight_map |= self._write(f"layer-{layer:05}.safetensors", tensors, originals)
-            on_layer()
+        with one_thread_each():
+            for layer in range(self._shape.num_layers):
+                tensors = self._read(dense.pop(layer, []))
+                originals = self._encode(layer, tensors)
+                weight_map |= self._write(f"layer-{layer:05}.safetensors", tensors, originals)
+                on_layer()
         for name in SMALL_FILES:
             if name != INDEX and is_file(source / name):
                 write_whole(self._folder / name, (source / name).read_bytes())

@@ -55,7 +55,7 @@ class ExpertStore:
         experts = [
             (layer, expert) for layer, row in enumerate(self.resident) for expert in range(len(row))
         ]
-        with _one_thread_each(), ThreadPoolExecutor(LOADING_THREADS) as threads:
+        with one_thread_each(), ThreadPoolExecutor(LOADING_THREADS) as threads:
             try:
                 placing = [threads.submit(self._place, weights, *each) for each in experts]
                 for placed in as_completed(placing):
@@ -105,7 +105,7 @@ class ExpertStore:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Restricts PyTorch's operations to the calling thread, because several threads call them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
