@@ -69,6 +69,29 @@ def test_the_faster_encoding_is_chosen(planned):
     assert slow.encoding == "bf16"
 
 
+def test_an_encoding_that_alone_fits_into_ram_is_chosen(tmp_path):
+    def plan(available_bytes: int, *flags: str) -> tuple[Plan, str]:
+        memory = PLAIN.memory.model_copy(update={"available_bytes": available_bytes})
+        with_packed(PLAIN, 1.5).model_copy(update={"memory": memory}).save(tmp_path / "m.yaml")
+        words = ("--machine", "m.yaml", "--gpu-mem", "24GB", *flags, "-o", "p.yaml")
+        result = run("fiddler-opt", "plan", *words, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return Plan.load(tmp_path / "p.yaml"), " ".join(result.stderr.split())
+
+    plain, printed = plan(75 * 10**9)
+    assert plain.encoding == "bf16"
+    assert plain.loading_ram_bytes == pytest.approx(74.7e9, rel=1e-3)
+    assert "of RAM" not in printed
+    packed, printed = plan(60 * 10**9)
+    assert packed.encoding == "lossless12"
+    assert "of RAM" not in printed
+    _, printed = plan(60 * 10**9, "--encoding", "bf16")
+    assert (
+        "loading this plan takes 74.71 GB of RAM, but according to m.yaml, 60.00 GB were" in printed
+    )
+    assert plan(40 * 10**9)[0].encoding == "bf16"
+
+
 def test_plans_of_two_encodings_are_explained_and_compared(planned, tmp_path):
     planned(RATIO)
     planned(RATIO, "--encoding", "bf16")

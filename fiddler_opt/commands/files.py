@@ -70,9 +70,14 @@ def stored_models(
 
 
 def best_plan(
-    models: list[ModelSpec], make: Callable[[ModelSpec], Plan], cost: Callable[[Plan], object]
+    models: list[ModelSpec],
+    make: Callable[[ModelSpec], Plan],
+    cost: Callable[[Plan], object],
+    machine: MachineProfile,
 ) -> Plan:
     """The plan with the lowest `cost` over the encodings that have a plan.
+
+    Plans that the machine's RAM can hold come first.
 
     Raises:
         FiddlerError: none has; the reason is the last one's.
@@ -86,7 +91,8 @@ def best_plan(
             refusals.append(error)
     if not plans:
         raise refusals[-1]
-    return min(plans, key=cost)
+    available_bytes = machine.memory.available_bytes
+    return min(plans, key=lambda plan: (plan.loading_ram_bytes > available_bytes, cost(plan)))
 
 
 def machine_file(flags: argparse.Namespace) -> Path:

@@ -128,9 +128,11 @@ def run(flags: argparse.Namespace, console: Console) -> None:
 
     with console.status("solving"):
         if rate is None:
-            plan = best_plan(models, partial(solve, gpu_bytes=gpu_bytes), workload_s)
+            plan = best_plan(models, partial(solve, gpu_bytes=gpu_bytes), workload_s, machine)
         else:
-            plan = best_plan(models, least, lambda each: (each.budget.gpu_bytes, workload_s(each)))
+            plan = best_plan(
+                models, least, lambda each: (each.budget.gpu_bytes, workload_s(each)), machine
+            )
         problem = Problem.of(plan, model, machine)
         plan = compared(plan, problem, routing)
     if flags.emit is not None:

@@ -51,6 +51,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
             models,
             lambda each: compile_plan(each, machine, routing, workload, budget, made),
             workload_s,
+            machine,
         )
 
     with console.status("solving"):

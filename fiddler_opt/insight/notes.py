@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.units import format_bytes
 from fiddler_run.plan.schema import Plan
 
 MIN_NOTED_DRIFT = 0.1  # a smaller drift changes predictions too little to mention
@@ -14,6 +15,7 @@ def plan_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> list[s
         *_origin_notes(plan, machine, machine_file),
         *_shape_notes(plan, machine, machine_file),
         *_device_notes(plan, machine, machine_file),
+        *_memory_notes(plan, machine, machine_file),
     ]
 
 
@@ -68,4 +70,14 @@ def _device_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Ite
         yield (
             "the machine profile has no GPU: the GPU part will be kept in host memory, which"
             " gains nothing"
+        )
+
+
+def _memory_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Iterator[str]:
+    available_bytes = machine.memory.available_bytes
+    if plan.loading_ram_bytes > available_bytes:
+        yield (
+            f"loading this plan takes {format_bytes(plan.loading_ram_bytes)} of RAM, but according"
+            f" to {machine_file}, {format_bytes(available_bytes)} were free; close other programs,"
+            " add memory, or plan with more --gpu-mem or with --host-mem"
         )

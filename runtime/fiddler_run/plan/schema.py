@@ -134,6 +134,13 @@ class Plan(YamlFile):
         return self.block_format.blocks_per_expert(self.model.intermediate_size)
 
     @property
+    def loading_ram_bytes(self) -> int:
+        """Host memory for experts and the embedding table while the model is loaded."""
+        host = self.rank.host_memory_bytes
+        gpu_part = 0 if self.rank.device == "cuda" else self.rank.gpu_memory_bytes.experts
+        return host.experts + host.embedding + gpu_part + self.model.loading_bytes
+
+    @property
     def num_host_blocks(self) -> int:
         return self._host_blocks_of(self.rank)
 
