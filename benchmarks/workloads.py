@@ -49,7 +49,7 @@ class Row:
 
     `rate`: how fast CPU and link together processed one token's host blocks just before the run,
     as a fraction of the profile's rate. None without a decode path or host blocks. `ram_bytes`: of
-    the process, after loading.
+    the process, after the run.
     """
 
     gpu_mem: str

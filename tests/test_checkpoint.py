@@ -54,7 +54,7 @@ def test_missing_shard_is_refused(model):
 def test_truncated_shard_is_refused(model, keep):
     shard = model / SHARDS[0]
     shard.write_bytes(shard.read_bytes()[:keep])
-    assert_refused(model, rf"{SHARDS[0]}: damaged or truncated .*; download it again")
+    assert_refused(model, rf"{SHARDS[0]}: damaged or truncated .*; download or pack it again")
 
 
 def test_folder_without_weights_is_refused(model):
@@ -109,7 +109,9 @@ def test_expert_of_wrong_shape_is_refused(model):
 
 def test_shard_copied_over_another_is_refused(model):
     shutil.copy(model / SHARDS[0], model / SHARDS[1])
-    assert_refused(model, f"{SHARDS[1]}: tensor .* is missing; download the checkpoint again")
+    assert_refused(
+        model, f"{SHARDS[1]}: tensor .* is missing; download or pack the checkpoint again"
+    )
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_key_value_heads", 4), ("vocab_size", 512)])

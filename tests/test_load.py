@@ -35,6 +35,9 @@ def test_loading_can_be_interrupted():
     read = []
 
     class Counting:
+        def blocks(self, layer, expert, encoding):
+            return None
+
         def expert(self, layer, expert):
             read.append((layer, expert))
             time.sleep(0.01)

@@ -45,6 +45,8 @@ def assert_lossless(matrices: Matrices, neurons: int, first: int = 0) -> list:
     """Returns the memory that the blocks refer to, one tensor for each with too many escapes."""
     encoding, blocks, referred = encoded(matrices, neurons, first)
     gate_up, down = encoding.decode(blocks)
+    for found, other in zip((gate_up, down), encoding.decode_with_pytorch(blocks), strict=True):
+        assert torch.equal(found.view(torch.int16), other.view(torch.int16))
     found = (
         gate_up[:, :neurons].flatten(0, 1),
         gate_up[:, neurons:].flatten(0, 1),

@@ -1,5 +1,6 @@
 """`fiddler-opt pack`: the packed checkpoint holds the same weights, and loads faster."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -41,6 +42,11 @@ def demo_packed(tmp_path_factory) -> Path:
     return packed(DEMO, folder, "48 experts: 9.44 MB -> 7.39 MB; all were read back")
 
 
+def names(folder: Path) -> list[str]:
+    """The tensors that the index names."""
+    return list(json.loads((folder / INDEX).read_text())["weight_map"])
+
+
 def assert_same_weights(folder: Path, original: Path) -> None:
     found, expected = (Checkpoint(TensorFiles(each), MIXTRAL) for each in (folder, original))
     for layer in range(6):
@@ -49,13 +55,13 @@ def assert_same_weights(folder: Path, original: Path) -> None:
             assert all(
                 torch.equal(one.view(torch.int16), two.view(torch.int16)) for one, two in pairs
             )
-    names = [name for name in expected.files.names if ".experts." not in name]
-    assert all(torch.equal(found.read(name), expected.read(name)) for name in names)
+    dense = [name for name in names(original) if ".experts." not in name]
+    assert all(torch.equal(found.read(name), expected.read(name)) for name in dense)
 
 
 def test_packed_weights_are_the_original_ones(demo_packed):
     assert_same_weights(demo_packed, DEMO)
-    assert len(TensorFiles(demo_packed).names) == len(TensorFiles(DEMO).names) - 2 * 48
+    assert len(names(demo_packed)) == len(names(DEMO)) - 2 * 48
     files = files_in(demo_packed)
     assert not [name for name in files if "partial" in name]
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
@@ -105,10 +111,10 @@ def test_experts_with_unusual_weights_are_stored_unchanged(model, tmp_path):
         return name, tensor
 
     change_experts(model, change)
-    folder = packed(model, tmp_path, "note: 1 experts have too many unusual weights")
-    names = [name for name in TensorFiles(folder).names if ".layers.1." in name]
-    assert sum(".experts.5." in name for name in names) == 3
-    assert sum(".experts.4." in name for name in names) == 1
+    folder = packed(model, tmp_path, "note: 1 of them have too many unusual weights")
+    of_layer = [name for name in names(folder) if ".layers.1." in name]
+    assert sum(".experts.5." in name for name in of_layer) == 3
+    assert sum(".experts.4." in name for name in of_layer) == 1
     assert_same_weights(folder, model)
     plan = random_plan(demo_shape("bfloat16"), random.Random(1), 64, encoding="lossless12")
     load_model(plan, folder)
@@ -132,7 +138,7 @@ def test_damaged_blocks_are_refused(demo_packed, tmp_path):
     [
         ('"lossless12"', '"lossless99"', "the metadata name no known encoding"),
         ('"block_neurons":"64"', '"block_neurons":"65"', "encoding lossless12: 65 is not a mult"),
-        ('"block_neurons":"64"', '"block_neurons":"0" ', "the metadata name no known encoding"),
+        ('"block_neurons":"64"', '"block_neurons":"0" ', "the metadata name no valid sizes"),
         ('"hidden_size":"128"', '"hidden_size":"192"', "stored unlike the files next to it"),
     ],
 )
@@ -147,11 +153,46 @@ def test_damaged_metadata_are_refused(demo_packed, tmp_path, old, new, message):
     assert f"{file}: {message}" in result.stdout
 
 
+@pytest.mark.parametrize("size", [192, 320])
+def test_a_config_of_other_experts_is_refused(demo_packed, tmp_path, size):
+    folder = shutil.copytree(demo_packed, tmp_path / "model")
+    change_config(folder, intermediate_size=size)
+    plan = write_plan(tmp_path, model__intermediate_size=size)
+    result = run("fiddler-run", "--plan", plan, "--dry-run", cwd=tmp_path)
+    assert result.returncode == 1
+    implied = f"but config.json implies 128 x {size} in bfloat16"
+    assert f"{folder}: the packed experts are 128 x 256 in bfloat16, {implied}" in result.stdout
+
+
+def test_tensors_that_no_layer_reads_are_left_out(model, tmp_path):
+    """Whatever their dtype: transformers once stored masks and positions."""
+    from safetensors.torch import load_file, save_file
+
+    index = json.loads((model / INDEX).read_text())
+    file = index["weight_map"]["lm_head.weight"]
+    more = {"model.position_ids": torch.arange(9), "model.layers.6.bias": torch.tensor(1.0)}
+    save_file(load_file(model / file) | more, model / file, {"format": "pt"})
+    index["weight_map"] |= dict.fromkeys([*more, "model.gone"], file)
+    (model / INDEX).write_text(json.dumps(index))
+    folder = packed(model, tmp_path)
+    assert set(names(folder)).isdisjoint({*more, "model.gone"})
+    load_model(random_plan(demo_shape("bfloat16"), random.Random(1), 64), folder)
+
+
+def test_files_can_be_read_like_others(demo_packed):
+    modes = {path.stat().st_mode for path in demo_packed.iterdir()}
+    assert len(modes) == 1
+
+
 def test_nothing_is_overwritten(demo_packed, tmp_path, model):
     before = files_in(demo_packed)
     result = run("fiddler-opt", "pack", DEMO, "-o", demo_packed, cwd=tmp_path)
-    assert_refused(result, f"{demo_packed}: already holds {INDEX}; name a new folder with -o")
+    assert_refused(result, f"{demo_packed}: not empty; name a new folder with -o")
     assert files_in(demo_packed) == before
+    (tmp_path / "mine").write_text("mine")
+    for name, reason in (("mine", "mine: a file"), ("", ".: not empty"), ("a\0b", "cannot write")):
+        assert_refused(run("fiddler-opt", "pack", DEMO, "-o", name, cwd=tmp_path), reason)
+    assert (tmp_path / "mine").read_text() == "mine"
     change_config(model, torch_dtype="float16", dtype="float16")
     result = run("fiddler-opt", "pack", model, "-o", "p", cwd=tmp_path)
     assert_refused(result, "lossless12 cannot store the float16 weights")
@@ -168,20 +209,18 @@ def test_a_full_disk_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, FiddlerError])
 def test_an_interrupted_pack_leaves_no_checkpoint(tmp_path, monkeypatch, error):
     """And can be repeated."""
-    verify = packing.Packer._verify
+    settle = packing._settle
 
-    def interrupted(self, path, *rest):
-        verify(self, path, *rest)
+    def interrupted(path: Path) -> None:
+        settle(path)
         if "00003" in path.name:
             raise error("stop")
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing.Packer, "_verify", interrupted)
+        patch.setattr(packing, "_settle", interrupted)
         result = run("fiddler-opt", "pack", DEMO, "-o", "packed", cwd=tmp_path)
     assert result.returncode == (130 if error is KeyboardInterrupt else 1)
-    left = files_in(tmp_path / "packed")
-    assert INDEX not in left
-    assert sorted(left) == ["dense.safetensors", *(f"layer-0000{n}.safetensors" for n in range(3))]
+    assert not (tmp_path / "packed").exists()
     assert_same_weights(packed(DEMO, tmp_path), DEMO)
 
 

@@ -111,7 +111,7 @@ FILES = {
         lambda model: change_json(
             model / INDEX, weight_map={FIRST_EXPERT: "../model/" + SHARDS[0]}
         ),
-        "is not the name of a file next to it; download the checkpoint again",
+        "is not the name of a file next to it; download or pack the checkpoint again",
     ),
     "an index with a number for a file name": (
         lambda model: change_json(model / INDEX, weight_map={FIRST_EXPERT: 7}),

@@ -43,7 +43,7 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help=(
             "how experts are stored; auto: the fastest of those that the machine profile has timed"
-            " (default: %(default)s)"
+            " and that RAM can hold (default: %(default)s)"
         ),
     )
 

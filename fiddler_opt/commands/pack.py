@@ -1,6 +1,7 @@
 """`fiddler-opt pack`: writes a checkpoint whose experts are stored encoded."""
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -10,16 +11,15 @@ from fiddler_opt.units import format_bytes
 from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.errors import FiddlerError
 from fiddler_run.models.table import FAMILIES
-from fiddler_run.system.files import cannot_write, is_file
-from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE
+from fiddler_run.system.files import cannot_write
 
-HELP = "write a checkpoint whose experts are stored in 12 bits, which loads faster"
+HELP = "write a checkpoint whose experts are stored in 12 bits: a quarter less to read from disk"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hugging Face id")
     parser.add_argument(
-        "-o", "--output", metavar="DIR", required=True, help="folder to write the checkpoint to"
+        "-o", "--output", metavar="DIR", required=True, help="new folder for the checkpoint"
     )
 
 
@@ -27,60 +27,64 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     with console.status("importing torch and transformers"):
         from rich.progress import Progress
 
+        from fiddler_run.generation.model import dense_tensors
         from fiddler_run.loading.model_check import ModelCheck
         from fiddler_run.weights.packed import PackedFormat
         from fiddler_run.weights.packing import Packer, require_space
 
-    folder = Path(flags.output)
-    require_no_checkpoint(folder)
     model = load_spec(flags.model, console).in_encoding(Lossless12.name)
-    checked = ModelCheck(model.shape, flags.model, flags.model, fetch=True)
-    checked.refuse()
+    folder = Path(flags.output)
     made = make_folder(folder)
     try:
+        # before a download
+        require_space(folder, model.all_expert_bytes + model.non_expert_bytes)
+        checked = ModelCheck(model.shape, flags.model, flags.model, fetch=True)
+        checked.refuse()
         packed = PackedFormat(model.block_format, model.shape.intermediate_size)
         family = FAMILIES[checked.config.family]
-        packer = Packer(checked.files, family, model.shape, packed, folder)
-        require_space(folder, packer.needed_bytes)
+        dense = dense_tensors(checked.skeleton)
+        packer = Packer(checked.files, family, model.shape, packed, dense, folder)
         with Progress(console=console) as progress:
             task = progress.add_task("packing layers", total=model.shape.num_layers)
             result = packer.pack(checked.folder, lambda: progress.advance(task))
-    finally:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
+    except BaseException:
+        forget(folder, made)
+        raise
     console.print(
         f"{result.experts} experts: {format_bytes(result.original_bytes)} ->"
         f" {format_bytes(result.expert_bytes)}; all were read back and compared with the original"
     )
     if result.raw_experts:
         console.print(
-            f"note: {result.raw_experts} experts have too many unusual weights for"
+            f"note: {result.raw_experts} of them have too many unusual weights for"
             f" {Lossless12.name}, and are stored unchanged",
             style="yellow",
         )
     print(flags.output)
 
 
-def require_no_checkpoint(folder: Path) -> None:
-    """Checks that writing to `folder` overwrites no checkpoint.
-
-    Raises:
-        FiddlerError: it holds one.
-    """
-    for name in (INDEX, SINGLE_FILE):
-        if is_file(folder / name):
-            raise FiddlerError(f"{folder}: already holds {name}; name a new folder with -o")
-
-
 def make_folder(folder: Path) -> bool:
-    """Makes a folder. Returns True if it did not exist.
+    """Makes a folder, or takes an empty one. Returns True if it was made.
 
     Raises:
-        FiddlerError: the system refuses.
+        FiddlerError: it is not empty or not a folder, or the system refuses.
     """
-    existed = folder.is_dir()
     try:
+        existed = folder.is_dir()
+        if existed and any(folder.iterdir()):
+            raise FiddlerError(f"{folder}: not empty; name a new folder with -o")
+        if not existed and folder.exists():
+            raise FiddlerError(f"{folder}: a file; name a new folder with -o")
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise cannot_write(folder, error) from None
     return not existed
+
+
+def forget(folder: Path, made: bool) -> None:
+    """Removes what an unfinished pack has written to a folder that was empty before."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            path.unlink()
+        if made:
+            folder.rmdir()

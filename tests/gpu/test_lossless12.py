@@ -9,6 +9,9 @@ if not torch.cuda.is_available():
 from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.engine.engine import make_engine
 from fiddler_run.kernels.gpu import GpuKernels
+from fiddler_run.kernels.limits import MAX_DECODED_BLOCKS
+from fiddler_run.kernels.pytorch import apply_blocks
+from fiddler_run.kernels.table import kernels_for
 from gpu.conftest import CUDA, assert_layer_matches, page_locked
 
 BLOCKS = Lossless12(hidden_size=256, block_neurons=192)
@@ -71,3 +74,25 @@ def test_layer_matches_float64(tokens, outliers):
     splits = ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5))
     assert_layer_matches(engine, stored, inputs, expected, splits)
     del referred  # blocks refer to it until here
+
+
+def test_unpacking_takes_the_memory_that_plans_count():
+    """More blocks than are unpacked at once, for few tokens, in which weights take the most."""
+    torch.manual_seed(0)
+    _, stored, referred = packed(1e-3)
+    blocks = torch.cat(stored * 2).to(CUDA)
+    assert len(blocks) > 2 * MAX_DECODED_BLOCKS
+    states = torch.randn(30, BLOCKS.hidden_size, dtype=torch.bfloat16, device=CUDA)
+    apply = kernels_for(BLOCKS, CUDA, threads=2).apply
+    apply(blocks, states)  # cuBLAS allocates its workspace
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = apply(blocks, states)
+    used = torch.cuda.max_memory_allocated() - before
+    per_token_block = 4 * (4 * BLOCKS.block_neurons + 2 * BLOCKS.hidden_size)
+    products = len(states) * MAX_DECODED_BLOCKS * per_token_block
+    assert used <= 1.1 * (MAX_DECODED_BLOCKS * BLOCKS.decoded_bytes + products)
+    expected = apply_blocks(BLOCKS, blocks, states)
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+    del referred

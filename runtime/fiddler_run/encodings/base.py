@@ -30,6 +30,17 @@ class Encoding(ABC):
         self.hidden_size = hidden_size
         self.block_neurons = block_neurons
 
+    def __eq__(self, other: object) -> bool:
+        """True if blocks of the other encoding have the same layout."""
+        return isinstance(other, Encoding) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[str, int, int]:
+        return self.name, self.hidden_size, self.block_neurons
+
     @property
     @abstractmethod
     def block_bytes(self) -> int:

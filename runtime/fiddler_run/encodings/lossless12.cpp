@@ -1,4 +1,5 @@
-// Encodes weights as lossless12. lossless12.py uses the plain C interface through ctypes.
+// Encodes weights as lossless12, and decodes them. lossless12.py uses the plain C interface through
+// ctypes.
 // Build: g++ -O3 -std=c++20 -shared -fPIC lossless12.cpp
 
 #include "lossless12.h"
@@ -107,6 +108,24 @@ FOR_EACH_CPU void pack_row(const uint16_t* row, const uint8_t* high, int width, 
     }
 }
 
+// Unpacks `width` weights without escapes.
+FOR_EACH_CPU void unpack_row(const uint8_t* lows, int width, int base, uint16_t* to) {
+    constexpr int RUN = 8;  // consecutive places that hold consecutive weights
+    const uint8_t* codes = lows + width;
+    for (int group = 0; group < width; group += GROUP)
+        for (int place = 0; place < GROUP; place += RUN) {
+            const uint8_t* low = lows + group + place;
+            const uint8_t* code = codes + group / 2 + place % (GROUP / 2);
+            const int shift = place / (GROUP / 2) * 4;
+            uint16_t* weights = to + group + place / 8 % 2 * 32 + place / 16 * 8;
+            for (int i = 0; i < RUN; ++i) {
+                const int own = code[i] >> shift & 15, index = own & 7;
+                const int pair = index ? index + base : 0;
+                weights[i] = static_cast<uint16_t>((own & 8) << 12 | pair << 8 | low[i]);
+            }
+        }
+}
+
 }  // namespace
 
 extern "C" {
@@ -175,5 +194,29 @@ int64_t lossless12_encode(int hidden, int neurons, const uint16_t* gate, const u
     }
     firsts[row_number] = found;
     return found;
+}
+
+// Decodes a block: gate rows above up rows [2 neurons, hidden], and down [hidden, neurons].
+void lossless12_decode(int hidden, int neurons, const char* block, uint16_t* gate_up,
+                       uint16_t* down) {
+    const Layout layout{hidden, neurons};
+    auto bases = reinterpret_cast<const uint8_t*>(block + layout.bases());
+    auto firsts = reinterpret_cast<const uint32_t*>(block + layout.firsts());
+    int64_t overflow;
+    std::memcpy(&overflow, block, sizeof overflow);
+    auto escapes = overflow ? reinterpret_cast<const Escape*>(static_cast<intptr_t>(overflow))
+                            : reinterpret_cast<const Escape*>(block + layout.escapes());
+    auto from = reinterpret_cast<const uint8_t*>(block + layout.gate());
+    const int rows = static_cast<int>(layout.rows());
+    for (int number = 0; number < rows; ++number) {
+        const bool in_down = number >= 2 * neurons;
+        const int width = in_down ? neurons : hidden;
+        uint16_t*& to = in_down ? down : gate_up;
+        unpack_row(from, width, bases[number], to);
+        for (uint32_t e = firsts[number]; e < firsts[number + 1]; ++e)
+            to[escapes[e].column] = escapes[e].value;
+        from += Layout::row_bytes(width);
+        to += width;
+    }
 }
 }

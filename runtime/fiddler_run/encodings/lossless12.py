@@ -102,6 +102,20 @@ class Lossless12(Encoding):
     def decode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         import torch
 
+        library = _library()
+        if library is None or blocks.device.type != "cpu":
+            return self.decode_with_pytorch(blocks)
+        sizes = self.hidden_size, self.block_neurons
+        gate_up = torch.empty((len(blocks), 2 * sizes[1], sizes[0]), dtype=torch.bfloat16)
+        down = torch.empty((len(blocks), *sizes), dtype=torch.bfloat16)
+        for parts in zip(blocks.contiguous(), gate_up, down, strict=True):
+            library.lossless12_decode(*sizes, *(part.data_ptr() for part in parts))
+        return gate_up, down
+
+    def decode_with_pytorch(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """As `decode`, on any device. Takes several times as much memory, and more time."""
+        import torch
+
         hidden, neurons = self.hidden_size, self.block_neurons
         at_bases, at_firsts, at_escapes, at_weights = self.offsets()
         bases = blocks[:, at_bases : at_bases + self.rows].split((2 * neurons, hidden), dim=1)
@@ -174,4 +188,6 @@ def _library() -> ctypes.CDLL | None:
         *(integer, integer, pointer, pointer, pointer),
     ]
     loaded.lossless12_encode.restype = ctypes.c_int64
+    loaded.lossless12_decode.argtypes = [integer, integer, pointer, pointer, pointer]
+    loaded.lossless12_decode.restype = None
     return loaded

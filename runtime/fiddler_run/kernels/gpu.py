@@ -37,10 +37,9 @@ class GpuKernels:
 
     def __init__(self, block_format: Encoding):
         self.block_format = block_format
-        self._packed = isinstance(block_format, Lossless12)
         self._block_kernels = kernels  # the kernels that read blocks
         self._layout: dict[str, int] = {}
-        if self._packed:
+        if isinstance(block_format, Lossless12):
             self._block_kernels = packed_kernels
             parts = ("BASES", "FIRSTS", "ESCAPES", "WEIGHTS")
             self._layout = dict(zip(parts, block_format.offsets(), strict=True))
@@ -71,6 +70,8 @@ class GpuKernels:
             results = self.expert_gemv(table, 1, 1, states, weights)
             cpu_output = torch.zeros((tokens, hidden), pin_memory=True)
             self.combine(results, index, 1, cpu_output, flag, gave_up, 0, states)
+        if self.block_format.decoded_bytes:
+            self.unpack(block)
         torch.cuda.synchronize()
 
     def publish_inputs(
@@ -217,9 +218,7 @@ class GpuKernels:
         return output
 
     def unpack(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Encoding.decode`, for blocks uint8 [count, block_bytes] on a GPU."""
-        if not self._packed:
-            return self.block_format.decode(blocks)
+        """As `Lossless12.decode`, for blocks uint8 [count, block_bytes] on a GPU."""
         hidden, neurons = self.block_format.hidden_size, self.block_format.block_neurons
         like = {"dtype": torch.bfloat16, "device": blocks.device}
         gate_up = torch.empty((len(blocks), 2 * neurons, hidden), **like)

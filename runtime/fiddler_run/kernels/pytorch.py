@@ -1,7 +1,6 @@
 """Applies blocks to tokens with PyTorch's own operations: any encoding, device and dtype."""
 
 from collections.abc import Callable
-from functools import reduce
 
 import torch
 from torch.nn.functional import linear, silu
@@ -28,10 +27,14 @@ def apply_blocks(
     """
     if blocks.is_cuda:
         at_once = max(1, MAX_TOKEN_BLOCKS // max(1, len(hidden_states)))
-        if encoding.decoded_bytes:
-            at_once = min(at_once, MAX_DECODED_BLOCKS)
-        batches = map(decode or encoding.decode, blocks.split(at_once))
-        return reduce(torch.Tensor.add_, (_batched(*batch, hidden_states) for batch in batches))
+        if encoding.decoded_bytes:  # PyTorch's operations need several times as much memory
+            at_once = min(at_once, MAX_DECODED_BLOCKS if decode else 1)
+        total = None
+        for some in blocks.split(at_once):
+            # no name keeps the decoded weights while the next ones are decoded
+            part = _batched(*(decode or encoding.decode)(some), hidden_states)
+            total = part if total is None else total.add_(part)
+        return total
     # One by one: on the CPU, the batched product of bfloat16 matrices is 40 times slower than
     # linear.
     output = torch.zeros_like(hidden_states, dtype=torch.float32)

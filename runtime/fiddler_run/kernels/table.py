@@ -59,9 +59,10 @@ def kernels_for(
     cpu = make_cpu(block_format, threads, spin_us, pinned) or PyTorchExperts(block_format)
     if not on_gpu:
         return Kernels(cpu, None, cpu.apply)
-    gpu = GPU.get(block_format.name, lambda _: None)(block_format)
-    apply = partial(apply_blocks, block_format, decode=gpu and gpu.unpack)
+    gpu = None
     # While the GPU waits for the CPU's threads, they must not depend on Python's.
+    if cpu.finishes_alone or block_format.decoded_bytes:
+        gpu = GPU.get(block_format.name, lambda _: None)(block_format)
     if not cpu.finishes_alone:
         _say_once(
             "decode will be slower: it needs the CPU kernel with at least two threads, and"
@@ -69,6 +70,8 @@ def kernels_for(
         )
     elif block_format.name not in GPU:
         _say_once(f"decode will be slower: there are no GPU kernels for {block_format.name}")
+    decode = gpu.unpack if gpu and block_format.decoded_bytes else None
+    apply = partial(apply_blocks, block_format, decode=decode)
     return Kernels(cpu, gpu if cpu.finishes_alone else None, apply)
 
 

@@ -46,11 +46,12 @@ void pack_group(const Job& job, const Call& call, int group) {
 }
 
 // The 16 rows as bfloat16: in place or, if they are packed, unpacked into `memory`. Unpacking takes
-// so long that the rows `ahead` are prefetched meanwhile, if they are not null.
+// so long that the 16 rows at `ahead`, if any, are prefetched meanwhile.
 inline const uint16_t* plain(const BlockLayout& layout, const Rows& rows, int width,
-                             const Rows& ahead, uint16_t* memory) {
+                             const Rows* ahead, uint16_t* memory) {
     if (layout.encoding == BF16) return reinterpret_cast<const uint16_t*>(rows.weights);
-    auto window = avx512bf16::window(layout, ahead, TOKENS * layout.row_bytes(width));
+    avx512bf16::Ahead window;
+    if (ahead) window = avx512bf16::window(layout, *ahead, TOKENS * layout.row_bytes(width));
     avx512bf16::unpack_rows(layout, rows, TOKENS, width, window, memory);
     return memory;
 }
@@ -111,12 +112,12 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     const int width = job.layout.hidden;
     uint16_t* memory = scratch(2 * UNIT_NEURONS * static_cast<size_t>(width));
     const GateUpUnit& ahead = next ? *next : unit;
-    const uint16_t* gate =
-        plain(job.layout, job.layout.gate(unit.block, unit.first_neuron), width,
-              job.layout.gate(ahead.block, ahead.first_neuron), memory);
+    const Rows next_gate = job.layout.gate(ahead.block, ahead.first_neuron);
+    const Rows next_up = job.layout.up(ahead.block, ahead.first_neuron);
+    const uint16_t* gate = plain(job.layout, job.layout.gate(unit.block, unit.first_neuron), width,
+                                 next ? &next_gate : nullptr, memory);
     const uint16_t* up = plain(job.layout, job.layout.up(unit.block, unit.first_neuron), width,
-                               job.layout.up(ahead.block, ahead.first_neuron),
-                               memory + UNIT_NEURONS * width);
+                               next ? &next_up : nullptr, memory + UNIT_NEURONS * width);
     configure();
     for (int group = 0, groups = call.groups(); group < groups; group += 2)
         if (group + 1 < groups) gate_up_groups<2>(job, unit, next, call, group, gate, up);
@@ -173,18 +174,21 @@ void run_down(const Job& job, const DownUnit& unit, const DownUnit* next, const 
     auto rows = [&](int block) {
         return job.layout.down(job.down_pieces[first + block].block, unit.first_row);
     };
-    // The rows two blocks after piece `i`, if need be of the next unit.
-    auto after = [&](int i) {
-        const int pieces = static_cast<int>(job.down_pieces.size());
-        const DownUnit& of = i + 2 < pieces || !next ? unit : *next;
-        return job.layout.down(job.down_pieces[(i + 2) % pieces].block, of.first_row);
+    const int pieces = static_cast<int>(job.down_pieces.size());
+    // Unpacks the rows of a block of the call, and prefetches those two pieces later, which may be
+    // the next unit's.
+    auto unpack = [&](int block, uint16_t* to) {
+        const int later = first + block + 2;
+        const DownUnit* of = later < pieces ? &unit : next;
+        const Rows ahead = job.layout.down(job.down_pieces[later % pieces].block,
+                                           of ? of->first_row : unit.first_row);
+        plain(job.layout, rows(block), width, of ? &ahead : nullptr, to);
     };
     uint16_t* memory = nullptr;
     if (job.layout.encoding != BF16) {
         memory = scratch(call.num_blocks * unit_weights);
         for (int block = 0; block < call.num_blocks; ++block)
-            plain(job.layout, rows(block), width, after(first + block),
-                  memory + block * unit_weights);
+            unpack(block, memory + block * unit_weights);
     }
     auto rows_of = [&](int block) {
         return memory ? memory + block * unit_weights

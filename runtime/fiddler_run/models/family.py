@@ -52,8 +52,8 @@ def sum_parts(parts: tuple[Tensor, ...]) -> Tensor:
 class Family(ABC):
     """One `model_type` of transformers: its config.json, its checkpoint and its classes.
 
-    `config`, `expert_names`, `dense_name` and `expert_tensors` need no torch. The other methods
-    import transformers when called.
+    `config`, `expert_prefix`, `expert_names`, `dense_name` and `expert_tensors` need no torch. The
+    other methods import transformers when called.
     """
 
     model_type: ClassVar[str]
@@ -65,6 +65,10 @@ class Family(ABC):
         Raises:
             FiddlerError: the runtime cannot run such a model.
         """
+
+    @abstractmethod
+    def expert_prefix(self, layer: int, expert: int) -> str:
+        """What the names of an expert's tensors in a checkpoint begin with, without a dot."""
 
     @abstractmethod
     def expert_names(self, layer: int, expert: int) -> ExpertNames:

@@ -111,8 +111,11 @@ class Mixtral(Family):
             raw=config,
         )
 
+    def expert_prefix(self, layer: int, expert: int) -> str:
+        return f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+
     def expert_names(self, layer: int, expert: int) -> ExpertNames:
-        prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+        prefix = self.expert_prefix(layer, expert)
         return ExpertNames(f"{prefix}.w1.weight", f"{prefix}.w3.weight", f"{prefix}.w2.weight")
 
     def dense_name(self, parameter: str) -> str:

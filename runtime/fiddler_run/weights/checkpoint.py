@@ -8,14 +8,13 @@ import torch
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.models.family import Family
 from fiddler_run.plan.shape import ModelShape
-from fiddler_run.weights.packed import PackedFormat, check_sum
+from fiddler_run.weights.packed import PackedFormat, blocks_of
 from fiddler_run.weights.tensor_files import TensorFiles
 
 STORED_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
-    "U8": torch.uint8,
 }
 
 
@@ -76,31 +75,39 @@ class Checkpoint:
         self._packed = PackedFormat.of(files)
 
     def expert(self, layer: int, expert: int) -> Matrices:
-        blocks = self._stored_blocks(layer, expert)
-        if blocks is not None:
-            return self._packed.matrices(blocks)
+        packed = self._packed_name(layer, expert)
+        if packed is not None:
+            return self._decoded(packed)
         gate, up, down = map(self.read, self._family.expert_names(layer, expert))
         return gate, up, down
 
     def blocks(self, layer: int, expert: int, encoding: Encoding) -> torch.Tensor | None:
-        if self._packed is None or not self._packed.holds(encoding):
+        packed = self._packed_name(layer, expert)
+        if packed is None or self._packed.encoding != encoding:
             return None
-        return self._stored_blocks(layer, expert)
+        stored = torch.empty(self._packed.tensor_shape, dtype=torch.uint8)
+        for number, block in enumerate(blocks_of(self.files.shard(packed), packed)):
+            stored[number] = block[0]
+        return stored
 
-    def _stored_blocks(self, layer: int, expert: int) -> torch.Tensor | None:
-        """The stored blocks of an expert. None if its matrices are stored instead.
-
-        Raises:
-            FiddlerError: they are damaged.
-        """
+    def _packed_name(self, layer: int, expert: int) -> str | None:
+        """The tensor that holds the expert's blocks. None if its matrices are stored instead."""
         if self._packed is None:
             return None
         name = self._packed.name(self._family, layer, expert)
-        if name not in self.files:
-            return None
-        blocks = self.read(name)
-        check_sum(self.files.shard(name), name, memoryview(blocks.numpy()).cast("B"))
-        return blocks
+        return name if name in self.files else None
+
+    def _decoded(self, name: str) -> Matrices:
+        packed = self._packed
+        dtype = getattr(torch, packed.encoding.dtype)
+        row = packed.intermediate_size, packed.encoding.hidden_size
+        gate, up, down = (torch.empty(size, dtype=dtype) for size in (row, row, row[::-1]))
+        for number, block in enumerate(blocks_of(self.files.shard(name), name)):
+            here, gate_rows, up_rows, columns = packed.decoded(number, block)
+            gate[here] = gate_rows
+            up[here] = up_rows
+            down[:, here] = columns
+        return gate, up, down
 
     def read(self, name: str) -> torch.Tensor:
         """Reads a tensor by its checkpoint name, in its shape and dtype. The caller owns it."""

@@ -8,8 +8,8 @@ each tensor. Experts that do not fit the encoding are stored as in any checkpoin
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from fiddler_run.encodings.base import Encoding
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ENCODING = "encoding"
 SIZES = ("hidden_size", "block_neurons", "intermediate_size")
+MAX_DIGITS = 9  # of a size
 AGAIN = "pack the model again with `fiddler-opt pack`"
 
 
@@ -56,8 +57,10 @@ class PackedFormat:
     def _of_shard(cls, shard: Shard) -> PackedFormat:
         name = shard.metadata[ENCODING]
         sizes = [shard.metadata.get(key, "") for key in SIZES]
-        if name not in ENCODINGS or not all(size.isdecimal() and int(size) for size in sizes):
+        if name not in ENCODINGS:
             raise FiddlerError(f"{shard.path}: the metadata name no known encoding; {AGAIN}")
+        if not all(size.isdecimal() and len(size) <= MAX_DIGITS and int(size) for size in sizes):
+            raise FiddlerError(f"{shard.path}: the metadata name no valid sizes; {AGAIN}")
         hidden, neurons, intermediate = map(int, sizes)
         problem = ENCODINGS[name].size_problem(hidden) or ENCODINGS[name].size_problem(neurons)
         if problem is not None:
@@ -75,39 +78,48 @@ class PackedFormat:
         blocks = self.encoding.blocks_per_expert(self.intermediate_size)
         return [blocks, self.encoding.block_bytes]
 
-    def holds(self, encoding: Encoding) -> bool:
-        """True if the stored blocks are those of `encoding`."""
-        return type(encoding) is type(self.encoding) and vars(encoding) == vars(self.encoding)
-
     def name(self, family: Family, layer: int, expert: int) -> str:
         """The name of an expert's tensor."""
-        matrices = commonprefix(family.expert_names(layer, expert))
-        return f"{matrices.rpartition('.')[0]}.{self.encoding.name}"
+        return f"{family.expert_prefix(layer, expert)}.{self.encoding.name}"
 
-    def matrices(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gate, up and down matrices of an expert, from its blocks."""
-        import torch
+    def shape_problem(self, shape: ModelShape) -> str | None:
+        """Why these are not the experts of a model of this shape. None if they may be."""
+        found = self.encoding.hidden_size, self.intermediate_size, self.encoding.dtype
+        expected = shape.hidden_size, shape.intermediate_size, shape.dtype
+        if found == expected:
+            return None
+        return (
+            f"the packed experts are {found[0]} x {found[1]} in {found[2]}, but config.json implies"
+            f" {expected[0]} x {expected[1]} in {expected[2]}; {AGAIN}"
+        )
 
-        hidden, neurons = self.encoding.hidden_size, self.encoding.block_neurons
-        rows = len(blocks) * neurons
-        dtype = getattr(torch, self.encoding.dtype)
-        gate, up = (torch.empty((rows, hidden), dtype=dtype) for _ in range(2))
-        down = torch.empty((hidden, rows), dtype=dtype)
-        for number, block in enumerate(blocks):  # one by one, because decoding takes memory
-            gate_up, columns = self.encoding.decode(block.unsqueeze(0))
-            here = slice(number * neurons, (number + 1) * neurons)
-            gate[here], up[here] = gate_up[0].split(neurons)
-            down[:, here] = columns[0]
-        size = self.intermediate_size
-        return gate[:size], up[:size], down[:, :size].contiguous()
+    def decoded(self, number: int, block: Tensor) -> tuple[slice, Tensor, Tensor, Tensor]:
+        """Decodes block `number` of an expert, uint8 [1, block_bytes].
+
+        Returns:
+            Its neurons, and their gate rows, up rows and down columns.
+        """
+        neurons = self.encoding.block_neurons
+        first = number * neurons
+        count = min(neurons, self.intermediate_size - first)
+        gate_up, down = self.encoding.decode(block)
+        gate, up = gate_up[0].split(neurons)
+        return slice(first, first + count), gate[:count], up[:count], down[0, :, :count]
 
 
 def expert_tensors(files: TensorFiles, family: Family, shape: ModelShape) -> dict[str, list[int]]:
-    """The names and shapes of the expert tensors that the files should contain."""
+    """The names and shapes of the expert tensors that the files should contain.
+
+    Raises:
+        FiddlerError: the files contain packed experts of another shape.
+    """
     packed = PackedFormat.of(files)
     expected = family.expert_tensors(shape)
     if packed is None:
         return expected
+    problem = packed.shape_problem(shape)
+    if problem is not None:
+        raise FiddlerError(f"{files.folder}: {problem}")
     for layer in range(shape.num_layers):
         for expert in range(shape.num_experts):
             name = packed.name(family, layer, expert)
@@ -123,11 +135,23 @@ def checksum_key(name: str) -> str:
     return f"sha256 {name}"
 
 
-def check_sum(shard: Shard, name: str, content: memoryview) -> None:
-    """Compares the content of a tensor with its checksum.
+def blocks_of(shard: Shard, name: str) -> Iterator[Tensor]:
+    """Reads the blocks of an expert one after the other, uint8 [1, block_bytes] each.
+
+    They share memory: each is overwritten by the next.
 
     Raises:
-        FiddlerError: they differ.
+        FiddlerError: the file cannot be read or, after the last block, the checksum differs.
     """
-    if hashlib.sha256(content).hexdigest() != shard.metadata.get(checksum_key(name)):
+    import torch
+
+    count, block_bytes = shard.tensors[name].shape
+    block = torch.empty((1, block_bytes), dtype=torch.uint8)
+    content = memoryview(block.numpy()).cast("B")
+    checksum = hashlib.sha256()
+    for number in range(count):
+        shard.read(name, content, number * block_bytes)
+        checksum.update(content)
+        yield block
+    if checksum.hexdigest() != shard.metadata.get(checksum_key(name)):
         raise FiddlerError(f"{shard.path}: tensor {name} is damaged: its SHA-256 differs; {AGAIN}")

@@ -26,12 +26,13 @@ from fiddler_run.plan.shape import LOADING_THREADS, ModelShape
 from fiddler_run.system.files import cannot_write, is_file, reason, write_whole
 from fiddler_run.weights.checkpoint import Checkpoint, Matrices
 from fiddler_run.weights.model_folder import SMALL_FILES
-from fiddler_run.weights.packed import PackedFormat, checksum_key
+from fiddler_run.weights.packed import PackedFormat, blocks_of, checksum_key
 from fiddler_run.weights.shard import INDEX, Shard
 from fiddler_run.weights.store import one_thread_each
 from fiddler_run.weights.tensor_files import TensorFiles
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
+REST = "dense.safetensors"  # what belongs to no layer
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Packer:
         family: Family,
         shape: ModelShape,
         packed: PackedFormat,
+        dense: Iterable[str],
         folder: Path,
     ):
         """Prepares to write.
@@ -60,35 +62,21 @@ class Packer:
         Args:
             files: the checkpoint, already checked.
             packed: how to store experts.
-            folder: exists, and holds no checkpoint.
+            dense: the names of the tensors outside the experts.
+            folder: an empty folder.
         """
-        self._files = files
         self._weights = Checkpoint(files, family)
         self._family = family
         self._shape = shape
         self._packed = packed
         self._folder = folder
-        self._experts = {
-            name for layer in range(shape.num_layers) for name in self._matrices_of(layer)
-        }
-        self.result = Packed()
-
-    @property
-    def needed_bytes(self) -> int:
-        """Bytes of disk space, if all experts fit the encoding."""
-        blocks, block_bytes = self._packed.tensor_shape
-        experts = self._shape.num_layers * self._shape.num_experts
-        dense = (self._files.shard(name).tensors[name] for name in self._dense_names)
-        return experts * blocks * block_bytes + sum(each.num_bytes for each in dense)
-
-    @property
-    def _dense_names(self) -> list[str]:
-        names = set(self._files.names) - self._experts
-        return [name for name in sorted(names) if not name.endswith(f".{self._name}")]
-
-    @property
-    def _name(self) -> str:
-        return self._packed.encoding.name
+        self._dense: dict[str, list[str]] = {REST: []}
+        for name in dense:
+            found = LAYER.search(name)
+            self._dense.setdefault(_file_of_layer(int(found[1])) if found else REST, []).append(
+                name
+            )
+        self._result = Packed()
 
     def pack(self, source: Path, on_layer: Callable[[], None]) -> Packed:
         """Writes all files. Calls `on_layer` after each layer.
@@ -99,16 +87,13 @@ class Packer:
         Raises:
             FiddlerError: a file cannot be written, or was not written correctly.
         """
-        dense: dict[int | None, list[str]] = {}
-        for name in self._dense_names:
-            found = LAYER.search(name)
-            dense.setdefault(int(found[1]) if found else None, []).append(name)
-        weight_map = self._write("dense.safetensors", self._read(dense.pop(None, [])), {})
+        weight_map = self._write(REST, self._read(REST), {})
         with one_thread_each():
             for layer in range(self._shape.num_layers):
-                tensors = self._read(dense.pop(layer, []))
+                file = _file_of_layer(layer)
+                tensors = self._read(file)
                 originals = self._encode(layer, tensors)
-                weight_map |= self._write(f"layer-{layer:05}.safetensors", tensors, originals)
+                weight_map |= self._write(file, tensors, originals)
                 on_layer()
         for name in SMALL_FILES:
             if name != INDEX and is_file(source / name):
@@ -116,14 +101,10 @@ class Packer:
         size = sum((self._folder / file).stat().st_size for file in set(weight_map.values()))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         write_whole(self._folder / INDEX, json.dumps(index, indent=1))
-        return self.result
+        return self._result
 
-    def _matrices_of(self, layer: int) -> Iterable[str]:
-        for expert in range(self._shape.num_experts):
-            yield from self._family.expert_names(layer, expert)
-
-    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: self._weights.read(name) for name in names}
+    def _read(self, file: str) -> dict[str, torch.Tensor]:
+        return {name: self._weights.read(name) for name in self._dense.get(file, [])}
 
     def _encode(self, layer: int, tensors: dict[str, torch.Tensor]) -> dict[str, Matrices]:
         """Adds a layer's experts to `tensors`. Returns the matrices of those that were encoded."""
@@ -135,15 +116,13 @@ class Packer:
             return matrices, None if referred else blocks
 
         originals = {}
-        with ThreadPoolExecutor(LOADING_THREADS) as threads:
-            found = list(threads.map(encoded, range(self._shape.num_experts)))
-        for expert, (matrices, blocks) in enumerate(found):
+        for expert, (matrices, blocks) in enumerate(_all(encoded, range(self._shape.num_experts))):
             size = sum(matrix.nbytes for matrix in matrices)
-            self.result.experts += 1
-            self.result.original_bytes += size
-            self.result.expert_bytes += size if blocks is None else blocks.nbytes
+            self._result.experts += 1
+            self._result.original_bytes += size
+            self._result.expert_bytes += size if blocks is None else blocks.nbytes
             if blocks is None:
-                self.result.raw_experts += 1
+                self._result.raw_experts += 1
                 names = self._family.expert_names(layer, expert)
                 tensors |= dict(zip(names, matrices, strict=True))
             else:
@@ -162,9 +141,21 @@ class Packer:
         metadata = {"format": "pt", **self._packed.metadata, **sums}
         try:
             save_file(tensors, partial, metadata)
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
-            self._verify(partial, tensors, originals)
+            _settle(partial)
+            shard = Shard(partial)
+
+            def differs(name: str) -> bool:
+                if name in originals:
+                    return not self._holds(shard, name, originals[name])
+                return not _holds_tensor(shard, name, tensors[name])
+
+            found = _all(differs, tensors)
+            wrong = [name for name, is_wrong in zip(tensors, found, strict=True) if is_wrong]
+            if wrong:
+                raise FiddlerError(
+                    f"{path}: tensor {wrong[0]} differs from the original after writing; check the"
+                    " disk and the memory of this machine"
+                )
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             raise cannot_write(path, error) from None
@@ -173,31 +164,55 @@ class Packer:
                 partial.unlink(missing_ok=True)
         return dict.fromkeys(tensors, file)
 
-    def _verify(
-        self, path: Path, tensors: dict[str, torch.Tensor], originals: dict[str, Matrices]
-    ) -> None:
-        """Compares a written file with the original weights.
+    def _holds(self, shard: Shard, name: str, original: Matrices) -> bool:
+        """True if an expert's tensor in a file decodes to the original."""
+        gate, up, down = original
+        try:
+            for number, block in enumerate(blocks_of(shard, name)):
+                here, *found = self._packed.decoded(number, block)
+                expected = gate[here], up[here], down[:, here]
+                if not all(map(_same_bits, found, expected)):
+                    return False
+        except FiddlerError:  # the checksum
+            return False
+        return True
 
-        Raises:
-            FiddlerError: they differ.
-        """
-        shard = Shard(path)
 
-        def is_equal(name: str) -> bool:
-            stored = torch.empty_like(tensors[name])
-            shard.read(name, memoryview(stored.view(torch.uint8).numpy()).cast("B"))
-            pairs = [(stored, tensors[name])]
-            if name in originals:
-                pairs = zip(self._packed.matrices(stored), originals[name], strict=True)
-            return all(torch.equal(bits(one), bits(other)) for one, other in pairs)
+def _file_of_layer(layer: int) -> str:
+    return f"layer-{layer:05}.safetensors"
 
-        with ThreadPoolExecutor(LOADING_THREADS) as threads:
-            for name, equal in zip(tensors, threads.map(is_equal, tensors), strict=True):
-                if not equal:
-                    raise FiddlerError(
-                        f"{path}: tensor {name} differs from the original after writing; check the"
-                        " disk and the memory of this machine"
-                    )
+
+def _all(function: Callable, items: Iterable) -> list:
+    """The function's results, several items at a time. An interrupt does not start more."""
+    threads = ThreadPoolExecutor(LOADING_THREADS)
+    try:
+        return list(threads.map(function, items))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _settle(path: Path) -> None:
+    """Waits until a file is on disk, so that it is read back from there, and gives it the usual
+    permissions.
+    """
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _holds_tensor(shard: Shard, name: str, tensor: torch.Tensor) -> bool:
+    """True if a tensor in a file has the same bits."""
+    found = torch.empty(tensor.nbytes, dtype=torch.uint8)
+    shard.read(name, memoryview(found.numpy()))
+    return torch.equal(found, tensor.contiguous().view(-1).view(torch.uint8))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True also for equal NaN."""
+    return torch.equal(one.view(torch.int16), other.view(torch.int16))
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
@@ -219,8 +234,3 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 def sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(memoryview(tensor.numpy()).cast("B")).hexdigest()
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes, so that NaN and signed zeros are compared too."""
-    return tensor.contiguous().view(torch.uint8)

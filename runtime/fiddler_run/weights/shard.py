@@ -12,7 +12,7 @@ from fiddler_run.system.files import cannot_read, is_file, reason
 
 INDEX = "model.safetensors.index.json"
 READ_BYTES = 2**25  # per read
-AGAIN = "download the checkpoint again"
+AGAIN = "download or pack the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Shard:
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             self._file.close()
             raise FiddlerError(
-                f"{path}: damaged or truncated ({reason(error)}); download it again"
+                f"{path}: damaged or truncated ({reason(error)}); download or pack it again"
             ) from None
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.path = path
         self.tensors = {}
         for name, entry in header.items():
@@ -62,13 +62,13 @@ class Shard:
                 entry["dtype"], entry["shape"], 8 + length + start, stop - start
             )
 
-    def read(self, name: str, target: memoryview) -> None:
-        """Reads a tensor into `target`, which must have its size.
+    def read(self, name: str, target: memoryview, first_byte: int = 0) -> None:
+        """Reads a tensor from `first_byte` on into `target`, which must not exceed the rest.
 
         Raises:
             FiddlerError: the file cannot be read, or has become shorter.
         """
-        start = self.tensors[name].start
+        start = self.tensors[name].start + first_byte
         done = 0
         while done < len(target):
             try:
@@ -78,5 +78,7 @@ class Shard:
             except OSError as error:
                 raise cannot_read(self.path, error) from None
             if count == 0:
-                raise FiddlerError(f"{self.path}: truncated while it was read; download it again")
+                raise FiddlerError(
+                    f"{self.path}: truncated while it was read; download or pack it again"
+                )
             done += count

@@ -48,9 +48,8 @@ class TensorFiles:
         return name in self._file_of
 
     @property
-    def names(self) -> list[str]:
-        """The tensors that the index names."""
-        return list(self._file_of)
+    def folder(self) -> Path:
+        return self._folder
 
     @property
     def shards(self) -> list[Shard]:
@@ -128,11 +127,10 @@ class TensorFiles:
         if path is None or name not in self._shards[path].tensors:
             return f"{path or self._folder}: tensor {name} is missing; {AGAIN}"
         stored = self._shards[path].tensors[name]
-        if stored.shape != shape:
-            return (
-                f"{path}: tensor {name} has shape {stored.shape}, but config.json implies {shape}"
-            )
         is_packed = name.rpartition(".")[2] in ENCODINGS
+        if stored.shape != shape:
+            source = "the file's metadata imply" if is_packed else "config.json implies"
+            return f"{path}: tensor {name} has shape {stored.shape}, but {source} {shape}"
         if stored.dtype not in ({"U8"} if is_packed else LOSSLESS[dtype]):
             return (
                 f"{path}: tensor {name} is {stored.dtype}, which the plan's {dtype} cannot hold"

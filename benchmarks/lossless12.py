@@ -1,6 +1,6 @@
 """Benchmarks one expert of Mixtral-8x7B in lossless12 and in bf16, in turn.
 
-    python benchmarks/packed.py [--json FILE] [--threads N]
+    python benchmarks/lossless12.py [--json FILE] [--threads N]
 
 On the CPU, each kernel computes it; with a GPU, it is also resident, or in host memory with a
 share of it streamed. Figures are medians; ratios are medians of paired ratios.
