@@ -25,7 +25,8 @@ def four_layers(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def plan_command(four_layers):
-    return ("plan", "--machine", MACHINE, "--model", four_layers, "-o", "p.yaml")
+    flags = ("--machine", MACHINE, "--model", four_layers, "--encoding", "bf16")
+    return ("plan", *flags, "-o", "p.yaml")
 
 
 @pytest.fixture(scope="module")
