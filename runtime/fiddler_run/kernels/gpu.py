@@ -25,6 +25,7 @@ TILE_WIDTH = 128
 # Loads in flight by tokens of a tile; these fit 99 KB of shared memory.
 STAGES = {16: 4, 32: 3, 64: 2}
 PIECE = 512  # table entries copied by one program
+ADDED = 1024  # elements added by one program
 
 
 def supports(block_format: Encoding) -> bool:
@@ -60,16 +61,15 @@ class GpuKernels:
             states = torch.zeros((tokens, hidden), dtype=torch.bfloat16, device="cuda")
             index = torch.zeros((tokens, 2), dtype=torch.int64, device="cuda")
             weights = torch.zeros((tokens, 2), device="cuda")
-            host = [
-                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                for tensor in (states, index, weights)
-            ]
-            self.publish_inputs((states, index, weights), host, flag, 0)
+            sent = states, index, weights
+            host = [torch.empty_like(each, device="cpu", pin_memory=True) for each in sent]
+            self.publish_inputs(sent, host, flag, 0)
             table = torch.tensor([1, block.data_ptr(), 0, 0, 1, 0, 2 * tokens, *range(2 * tokens)])
             table = self.wait_for_table(table.pin_memory(), flag, gave_up, 0, states.device)
             results = self.expert_gemv(table, 1, 1, states, weights)
             cpu_output = torch.zeros((tokens, hidden), pin_memory=True)
             self.combine(results, index, 1, cpu_output, flag, gave_up, 0, states)
+            self.add_from_host(torch.zeros_like(cpu_output, device="cuda"), cpu_output)
         if self.block_format.decoded_bytes:
             self.unpack(block)
         torch.cuda.synchronize()
@@ -150,9 +150,7 @@ class GpuKernels:
         tile_tokens = min(max(STAGES), max(min(STAGES), triton.next_power_of_2(tokens)))
         tiles = triton.cdiv(tokens, tile_tokens)
         products = hidden_states.new_empty((max_blocks, tiles * tile_tokens, neurons))
-        results = torch.empty(
-            (tokens, top_k, hidden), dtype=torch.float32, device=hidden_states.device
-        )
+        results = hidden_states.new_empty((tokens, top_k, hidden), dtype=torch.float32)
         shape = {"HIDDEN": hidden, "NEURONS": neurons, "TOP_K": top_k, "TOKENS": tile_tokens}
         shape |= self._layout
         launch = {"num_warps": 4, "num_stages": STAGES[tile_tokens]}
@@ -216,6 +214,15 @@ class GpuKernels:
             CHOICES=results.shape[1],
         )
         return output
+
+    def add_from_host(self, output: torch.Tensor, cpu_output: torch.Tensor) -> None:
+        """Adds `cpu_output`, page-locked, to `output`; both float32, contiguous, of one shape.
+
+        The GPU reads it in place. A copy would wait for all copies of blocks that are queued.
+        """
+        size = output.numel()
+        pieces = triton.cdiv(size, ADDED)
+        kernels.add_from_host[pieces,](output, cpu_output, size, WIDTH=ADDED, num_warps=4)
 
     def unpack(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Lossless12.decode`, for blocks uint8 [count, block_bytes] on a GPU."""
