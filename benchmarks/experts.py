@@ -44,7 +44,7 @@ EXPERTS = 10
 SLOTS = 8
 CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 REPETITIONS = 15
-WARM_UP = 2  # repetitions
+WARM_UP = 2
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 Experts = list[torch.Tensor]  # uint8 [BLOCKS, block_bytes] each
@@ -68,7 +68,7 @@ def main() -> None:
 def random_experts(encoding: Encoding = ENCODING) -> Experts:
     """Experts with equal weights at separate addresses, page-locked for a GPU."""
     host = Arena(EXPERTS * BLOCKS, encoding.block_bytes, torch.device("cpu"))
-    experts = [*host.blocks.split(BLOCKS)]
+    experts = list(host.blocks.split(BLOCKS))
     torch.manual_seed(0)
     shapes = [(INTERMEDIATE, HIDDEN)] * 2 + [(HIDDEN, INTERMEDIATE)]
     weights = (torch.randn(shape).mul_(0.02).bfloat16() for shape in shapes)

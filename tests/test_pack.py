@@ -1,4 +1,4 @@
-"""`fiddler-opt pack`: the packed checkpoint holds the same weights, and loads faster."""
+"""`fiddler-opt pack`: the packed checkpoint holds the same weights, and runs like the original."""
 
 import json
 import random

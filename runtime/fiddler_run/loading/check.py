@@ -104,16 +104,16 @@ def machine_problems(
         gpu: the GPU for the plan's GPU part. None if that part is kept in host memory.
         config: the model's sizes. None: checks that need them are left out.
     """
-    host = plan.rank.host_memory_bytes
+    embedding_bytes = plan.rank.host_memory_bytes.embedding
     besides = 0 if config is None else besides_experts_bytes(plan, config)
-    what = "experts and embedding" if host.embedding else "experts"
-    held = host.experts + host.embedding + (0 if gpu else plan.rank.gpu_memory_bytes.experts)
+    what = "experts and embedding" if embedding_bytes else "experts"
+    held = plan.held_ram_bytes(gpu is not None)
     loading = plan.model.loading_bytes
     problems = [
         core_problem(plan.rank.cpu_threads, num_cores()),
         host_memory_problem(what, held, loading, available_memory_bytes(), 0 if gpu else besides),
         gpu and gpu_memory_problem(plan.rank.gpu_memory_bytes, gpu),
-        gpu and gpu_part_problem(plan.rank.gpu_memory_bytes, besides - host.embedding),
+        gpu and gpu_part_problem(plan.rank.gpu_memory_bytes, besides - embedding_bytes),
     ]
     return [f"{origin}: {problem}" for problem in problems if problem]
 

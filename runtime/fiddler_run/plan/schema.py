@@ -133,12 +133,18 @@ class Plan(YamlFile):
     def blocks_per_expert(self) -> int:
         return self.block_format.blocks_per_expert(self.model.intermediate_size)
 
+    def held_ram_bytes(self, on_gpu: bool) -> int:
+        """Host memory for experts and the embedding table.
+
+        `on_gpu`: the GPU part is on a GPU. Otherwise, it is in host memory, too.
+        """
+        host = self.rank.host_memory_bytes
+        return host.experts + host.embedding + (0 if on_gpu else self.rank.gpu_memory_bytes.experts)
+
     @property
     def loading_ram_bytes(self) -> int:
-        """Host memory for experts and the embedding table while the model is loaded."""
-        host = self.rank.host_memory_bytes
-        gpu_part = 0 if self.rank.device == "cuda" else self.rank.gpu_memory_bytes.experts
-        return host.experts + host.embedding + gpu_part + self.model.loading_bytes
+        """The same on the plan's device, while the model is loaded."""
+        return self.held_ram_bytes(self.rank.device == "cuda") + self.model.loading_bytes
 
     @property
     def num_host_blocks(self) -> int:
