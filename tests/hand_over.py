@@ -86,10 +86,9 @@ class Gpu:
         self.weights = torch.rand(tokens, top_k)
         self.layer = layer
         self.buffers = buffers
-        max_blocks = layer.decode.max_blocks(tokens * top_k)
-        self.inputs = buffers.decode_inputs(
-            self.states, self.index, self.weights, layer.experts, max_blocks
-        )
+        choices = tokens * top_k
+        bounds = layer.decode.max_blocks(choices), layer.decode.max_groups(choices)
+        self.inputs = buffers.decode_inputs(self.states, self.index, self.weights, *bounds)
         self.output = torch.full((tokens, HIDDEN), torch.nan)
         self.traffic = np.zeros(3, dtype=np.int64)
 
@@ -116,7 +115,7 @@ class Gpu:
 
     def check(self) -> None:
         """Asserts that both parts add up to the layer's output, and that the split is Python's."""
-        addresses, _, _, _, choices = self._table()
+        addresses, _, _, choices = self._table()
         found = self.output + self.sums()
         expected = self.expected()
         assert (found - expected).norm() <= TOLERANCE * expected.norm()
@@ -138,18 +137,22 @@ class Gpu:
 
     def sums(self) -> torch.Tensor:
         """The weighted sums of the blocks that the table assigns to the GPU."""
-        addresses, experts, first_block, first_choice, choices = self._table()
+        addresses, group_of_block, groups, choices = self._table()
         sums = torch.zeros(self.index.shape + (HIDDEN,))
-        for expert in range(self.layer.experts):
-            blocks = range(first_block[expert], first_block[expert + 1])
-            assert all(experts[block] == expert for block in blocks)
-            for choice in choices[first_choice[expert] : first_choice[expert + 1]]:
+        called = set()
+        for group, (first_block, last_block, first_choice, last_choice) in enumerate(groups):
+            blocks = range(first_block, last_block)
+            assert all(group_of_block[block] == group for block in blocks)
+            for choice in choices[first_choice:last_choice]:
                 token, place = divmod(choice, self.index.shape[1])
-                assert self.index[token, place] == expert
+                called.add((self.index[token, place].item(), group))
                 for block in blocks:
                     sums[token, place] += applied(
                         self.layer.by_address[addresses[block]][None], self.states[token]
                     )
+        # each called expert has one group, and these come first
+        assert len({expert for expert, _ in called}) == len(called)
+        assert sorted(group for _, group in called) == list(range(len(called)))
         return (sums * self.weights.unsqueeze(2)).sum(dim=1)
 
     def expected(self) -> torch.Tensor:
@@ -166,21 +169,18 @@ class Gpu:
                     )
         return expected
 
-    def _table(self) -> list[list[int]]:
-        max_blocks = self.inputs.max_blocks
-        table = self.inputs.table.tolist()
-        num_blocks = table[0]
-        rest = table[1:]
-        sizes = (
-            max_blocks,
-            max_blocks,
-            self.layer.experts + 1,
-            self.layer.experts + 1,
-            self.index.numel(),
+    def _table(self) -> tuple[list[int], list[int], list[list[int]], list[int]]:
+        """Addresses of blocks, their groups, the groups, and the choices."""
+        inputs = self.inputs
+        num_blocks = inputs.table[0].item()
+        sizes = (inputs.max_blocks, inputs.max_blocks, 4 * inputs.max_groups, self.index.numel())
+        addresses, group_of_block, groups, choices = inputs.table[1:].split(sizes)
+        return (
+            addresses[:num_blocks].tolist(),
+            group_of_block[:num_blocks].tolist(),
+            groups.view(-1, 4).tolist(),
+            choices.tolist(),
         )
-        parts = torch.tensor(rest).split(sizes)
-        addresses, experts, *others = (part.tolist() for part in parts)
-        return [addresses[:num_blocks], experts[:num_blocks], *others]
 
 
 def wait_for(flag: torch.Tensor, job: int) -> None:

@@ -45,15 +45,16 @@ class Stream:
         self.queue(lambda: (wait_for(table_ready, job), copied.copy_(table)))
         return copied
 
-    def expert_gemv(self, table, max_blocks, num_experts, states, weights):
+    def expert_gemv(self, table, max_blocks, max_groups, states, weights):
         results = torch.zeros((*weights.shape, states.shape[1]))
 
         def work():
             rows = table.tolist()
-            choices = rows[1 + 2 * max_blocks + 2 * (num_experts + 1) :]
-            firsts = rows[1 + 2 * max_blocks + num_experts + 1 :]
-            for address, expert in zip(rows[1 : 1 + rows[0]], rows[1 + max_blocks :], strict=False):
-                for choice in choices[firsts[expert] : firsts[expert + 1]]:
+            groups = table[1 + 2 * max_blocks :][: 4 * max_groups].view(-1, 4).tolist()
+            choices = rows[1 + 2 * max_blocks + 4 * max_groups :]
+            for address, group in zip(rows[1 : 1 + rows[0]], rows[1 + max_blocks :], strict=False):
+                _, _, first, last = groups[group]
+                for choice in choices[first:last]:
                     token, place = divmod(choice, weights.shape[1])
                     results[token, place] += weights[token, place] * applied(
                         self.by_address[address][None], states[token], self.encoding
@@ -62,11 +63,12 @@ class Stream:
         self.queue(work)
         return results
 
-    def combine(self, results, index, num_experts, cpu_output, output_ready, gave_up, job, like):
+    def wait(self, flag, gave_up, job):
+        self.queue(lambda: wait_for(flag, job))
+
+    def combine(self, results, index, num_experts, cpu_output, like):
         output = torch.empty_like(like)
-        self.queue(
-            lambda: (wait_for(output_ready, job), output.copy_(results.sum(dim=1) + cpu_output))
-        )
+        self.queue(lambda: output.copy_(results.sum(dim=1) + cpu_output))
         return output
 
 

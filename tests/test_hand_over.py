@@ -69,7 +69,7 @@ def test_interrupt_leaves_no_job_pending(monkeypatch):
     states = torch.randn(1, HIDDEN).bfloat16()
     index = torch.tensor([[0, 3]])
     weights = torch.rand(1, 2)
-    for broken in ("publish_inputs", "wait_for_table", "expert_gemv", "combine"):
+    for broken in ("publish_inputs", "wait_for_table", "expert_gemv", "wait", "combine"):
         with monkeypatch.context() as patch:
 
             def interrupt(*_):

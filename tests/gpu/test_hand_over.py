@@ -29,7 +29,8 @@ def test_gpu_waits_for_cpu_output():
     index = torch.zeros((3, 2), dtype=torch.int64, device=CUDA)
 
     def combined(job: int) -> torch.Tensor:
-        return kernels.combine(results, index, 1, cpu_output, output_ready, gave_up, job, states)
+        kernels.wait(output_ready, gave_up, job)
+        return kernels.combine(results, index, 1, cpu_output, states)
 
     combined(0)  # compiles the kernel
     torch.cuda.synchronize()

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from fiddler_run.kernels.decode_layer import DecodeInputs, table_size
+from fiddler_run.kernels.block_table import table_size
+from fiddler_run.kernels.decode_layer import DecodeInputs
 from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
 
 
@@ -63,14 +65,14 @@ class PinnedBuffers:
         states: torch.Tensor,
         index: torch.Tensor,
         weights: torch.Tensor,
-        num_experts: int,
         max_blocks: int,
+        max_groups: int,
     ) -> DecodeInputs:
         """Buffers for a job's inputs and table, valid until the next call.
 
         The GPU sends nothing before the previous job is done.
         """
-        size = table_size(max_blocks, num_experts, index.numel())
+        size = table_size(max_blocks, max_groups, index.numel())
         return DecodeInputs(
             *self._inputs(states, index, weights),
             inputs_ready=self._inputs_ready,
@@ -78,7 +80,18 @@ class PinnedBuffers:
             table_ready=self._table_ready,
             timed_out=self._timed_out,
             max_blocks=max_blocks,
+            max_groups=max_groups,
         )
+
+    def prefill_table(self, table: np.ndarray) -> torch.Tensor:
+        """A page-locked copy of an int64 table, valid until the next call.
+
+        The GPU has read it once it has sent the next layer's tokens.
+        """
+        room = 1 << (len(table) - 1).bit_length()  # seldom grows
+        held = self._buffer("prefill_table", torch.Size([room]), torch.int64)[: len(table)]
+        held.numpy()[:] = table
+        return held
 
     def _inputs(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         named = zip(("states", "index", "weights"), tensors, strict=True)

@@ -67,8 +67,9 @@ class DecodePath:
 
         timeline.begin(Lane.PYTHON, Work.QUEUE)
         max_blocks = layer.max_blocks(tokens * top_k)
+        max_groups = layer.max_groups(tokens * top_k)
         tensors = (hidden_states, top_k_index, top_k_weights)
-        inputs = buffers.decode_inputs(*tensors, layer.num_experts, max_blocks)
+        inputs = buffers.decode_inputs(*tensors, max_blocks, max_groups)
         cpu_output = buffers.output(hidden_states.shape)
         host = [inputs.states, inputs.index, inputs.weights]
         kernels.publish_inputs(tensors, host, inputs.inputs_ready, jobs.last)
@@ -77,20 +78,10 @@ class DecodePath:
             inputs.table, inputs.table_ready, buffers.gave_up, jobs.last, resources.device
         )
         timeline.begin(*work)
-        results = kernels.expert_gemv(
-            table, max_blocks, layer.num_experts, hidden_states, top_k_weights
-        )
+        results = kernels.expert_gemv(table, max_blocks, max_groups, hidden_states, top_k_weights)
         timeline.end(*work)
-        total = kernels.combine(
-            results,
-            top_k_index,
-            layer.num_experts,
-            cpu_output,
-            buffers.output_ready,
-            buffers.gave_up,
-            jobs.last,
-            hidden_states,
-        )
+        kernels.wait(buffers.output_ready, buffers.gave_up, jobs.last)
+        total = kernels.combine(results, top_k_index, layer.num_experts, cpu_output, hidden_states)
         timeline.end(Lane.PYTHON, Work.QUEUE)
         jobs.finish(max_pending=1)  # this layer's job has just been submitted
         return total

@@ -63,7 +63,7 @@ namespace {
 extern "C" {
 
 // Raised whenever this interface changes.
-int fiddler_version() { return 2; }
+int fiddler_version() { return 3; }
 
 int fiddler_supports(const char* variant) { return find_variant(variant) != nullptr; }
 

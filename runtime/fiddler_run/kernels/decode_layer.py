@@ -66,6 +66,10 @@ class DecodeLayer:
         """Upper bound on the GPU's blocks for this many (token, expert) pairs. At least 1."""
         return max(1, sum(self._num_blocks[:choices]))
 
+    def max_groups(self, choices: int) -> int:
+        """Upper bound on the called experts for this many (token, expert) pairs. At least 1."""
+        return max(1, min(choices, self.num_experts))
+
 
 @dataclass(frozen=True)
 class DecodeInputs:
@@ -74,7 +78,8 @@ class DecodeInputs:
     Flags hold job numbers and only grow. The layer's `states` [tokens, hidden] and the router's
     `index` [tokens, k] int64 and `weights` [tokens, k] float32 are complete when each of
     `inputs_ready` [tokens] int64 is at least the job's number. `table` [table_size()] int64 has
-    room for `max_blocks` blocks and is complete when `table_ready` [1] int64 is the job's number.
+    room for `max_blocks` blocks and `max_groups` called experts, and is complete when `table_ready`
+    [1] int64 is the job's number.
     `timed_out` [1] int64 is set to the number of a job whose inputs did not arrive in time.
     """
 
@@ -86,16 +91,7 @@ class DecodeInputs:
     table_ready: torch.Tensor
     timed_out: torch.Tensor
     max_blocks: int
-
-
-def table_size(max_blocks: int, num_experts: int, choices: int) -> int:
-    """Elements of the table that tells a GPU its part of a layer.
-
-    Number of blocks | address of each | expert of each | first block of each expert, and the number
-    of blocks | first choice of each expert, and the number of choices | choices [tokens * k], by
-    expert.
-    """
-    return 1 + 2 * max_blocks + 2 * (num_experts + 1) + choices
+    max_groups: int
 
 
 def route_arguments(
@@ -116,6 +112,7 @@ def route_arguments(
         layer.num_experts,
         inputs.index.shape[1],
         inputs.max_blocks,
+        inputs.max_groups,
     )
 
 
@@ -143,4 +140,5 @@ class _Route(ctypes.Structure):
         ("num_experts", ctypes.c_int),
         ("top_k", ctypes.c_int),
         ("max_blocks", ctypes.c_int),
+        ("max_groups", ctypes.c_int),
     ]

@@ -1,31 +1,24 @@
-"""The decode path's GPU kernels. The CPU's threads tell them what to do.
+"""The GPU's side of the hand-over with the CPU's threads, and the kernels that apply blocks.
 
-`publish_inputs` gives these threads the tokens and the router's choices. They answer with a table;
-decode_layer.py describes it. After `wait_for_table`, the GPU works on the table (`expert_gemv`)
-while the CPU computes the other blocks, and `combine` waits for the CPU's result. The GPU waits for
-flags in page-locked memory, so all of this can be queued long before, along with the next layer.
-
-The kernels read a block in page-locked host memory directly over the link, like one in GPU memory:
-no copy, no staging, no wait between the two. Each weight is read once for each tile of an expert's
-tokens, and usually there is one tile.
+On the decode path, `publish_inputs` gives the threads the tokens and the router's choices. They
+answer with a table (block_table.py). After `wait_for_table`, the GPU works on the table
+(`expert_gemv`) while the CPU computes the other blocks, and `combine` waits for the CPU's result.
+The GPU waits for flags in page-locked memory, so all of this can be queued long before, along with
+the next layer.
 """
 
 import torch
 import triton
 
 from fiddler_run.encodings.base import Encoding
-from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.kernels import triton_kernels as kernels
-from fiddler_run.kernels import triton_lossless12 as packed_kernels
 from fiddler_run.kernels.decode_layer import GPU_TIMEOUT_S
+from fiddler_run.kernels.table_kernels import TILE_NEURONS, TableKernels, width
 
-TILE_NEURONS = 32
-TILE_ROWS = 16
-TILE_WIDTH = 128
-# Loads in flight by tokens of a tile; these fit 99 KB of shared memory.
-STAGES = {16: 4, 32: 3, 64: 2}
 PIECE = 512  # table entries copied by one program
 ADDED = 1024  # elements added by one program
+CHOICES = 16  # a token's choices that a program loads at once
+COMBINED = 256  # columns combined by one program
 
 
 def supports(block_format: Encoding) -> bool:
@@ -33,45 +26,33 @@ def supports(block_format: Encoding) -> bool:
     return block_format.hidden_size % 64 == 0 and block_format.block_neurons % TILE_NEURONS == 0
 
 
-class GpuKernels:
+class GpuKernels(TableKernels):
     """The kernels for blocks of one size. Flags are [1] int64 in page-locked memory."""
 
-    def __init__(self, block_format: Encoding):
-        self.block_format = block_format
-        self._block_kernels = kernels  # the kernels that read blocks
-        self._layout: dict[str, int] = {}
-        if isinstance(block_format, Lossless12):
-            self._block_kernels = packed_kernels
-            parts = ("BASES", "FIRSTS", "ESCAPES", "WEIGHTS")
-            self._layout = dict(zip(parts, block_format.offsets(), strict=True))
-
     def compile(self) -> None:
-        """Compiles the variants for small batches, which takes seconds the first time.
+        """Compiles all variants, which takes seconds the first time.
 
-        Otherwise, compilation would interrupt decode.
+        Otherwise, compilation would interrupt generation. No variant depends on how many experts a
+        token chooses.
 
         Raises:
             Exception: of many types, if Triton does not work.
         """
         hidden = self.block_format.hidden_size
-        flag = torch.zeros(max(STAGES), dtype=torch.int64, pin_memory=True)
+        flag = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         gave_up = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-        block = torch.zeros((1, self.block_format.block_bytes), dtype=torch.uint8, device="cuda")
-        for tokens in STAGES:
-            states = torch.zeros((tokens, hidden), dtype=torch.bfloat16, device="cuda")
-            index = torch.zeros((tokens, 2), dtype=torch.int64, device="cuda")
-            weights = torch.zeros((tokens, 2), device="cuda")
-            sent = states, index, weights
-            host = [torch.empty_like(each, device="cpu", pin_memory=True) for each in sent]
-            self.publish_inputs(sent, host, flag, 0)
-            table = torch.tensor([1, block.data_ptr(), 0, 0, 1, 0, 2 * tokens, *range(2 * tokens)])
-            table = self.wait_for_table(table.pin_memory(), flag, gave_up, 0, states.device)
-            results = self.expert_gemv(table, 1, 1, states, weights)
-            cpu_output = torch.zeros((tokens, hidden), pin_memory=True)
-            self.combine(results, index, 1, cpu_output, flag, gave_up, 0, states)
-            self.add_from_host(torch.zeros_like(cpu_output, device="cuda"), cpu_output)
-        if self.block_format.decoded_bytes:
-            self.unpack(block)
+        states = torch.zeros((1, hidden), dtype=torch.bfloat16, device="cuda")
+        index = torch.zeros((1, 1), dtype=torch.int64, device="cuda")
+        sent = states, index, torch.zeros((1, 1), device="cuda")
+        host = [torch.empty_like(each, device="cpu", pin_memory=True) for each in sent]
+        self.publish_inputs(sent, host, flag, 0)
+        self.wait_for_table(flag, flag, gave_up, 0, states.device)
+        results = torch.zeros((1, 1, hidden), device="cuda")
+        cpu_output = torch.zeros((1, hidden), pin_memory=True)
+        for each in (cpu_output, None):
+            self.combine(results, index, 1, each, states)
+        self.add_from_host(results.view(1, hidden), cpu_output)
+        self.compile_blocks()
         torch.cuda.synchronize()
 
     def publish_inputs(
@@ -89,16 +70,15 @@ class GpuKernels:
             inputs_ready: [tokens] int64, each set to `job`.
         """
         tokens, hidden = tensors[0].shape
-        top_k = tensors[1].shape[1]
         kernels.publish_inputs[tokens,](
             *tensors,
             *host,
             inputs_ready,
             job,
+            tensors[1].shape[1],
             HIDDEN=hidden,
-            WIDTH=_width(hidden, most=1024),
-            TOP_K=top_k,
-            CHOICES=triton.next_power_of_2(top_k),
+            WIDTH=width(hidden, most=1024),
+            CHOICES=CHOICES,
             num_warps=4,
         )
 
@@ -122,72 +102,27 @@ class GpuKernels:
 
         If the GPU timed out, it is a table of no blocks.
         """
-        copied = torch.empty(table.shape, dtype=table.dtype, device=device)
         self.wait(table_ready, gave_up, job)
+        return self.read_table(table, gave_up, device)
+
+    def read_table(
+        self, table: torch.Tensor, gave_up: torch.Tensor, device: torch.device
+    ) -> torch.Tensor:
+        """A copy of the page-locked table on the GPU. If the GPU timed out, a table of no blocks.
+
+        The GPU reads it in place. A copy would wait for all copies of blocks that are queued.
+        """
+        copied = torch.empty(table.shape, dtype=table.dtype, device=device)
         pieces = triton.cdiv(len(table), PIECE)
         kernels.read_table[pieces,](table, copied, gave_up, len(table), PIECE=PIECE)
         return copied
-
-    def expert_gemv(
-        self,
-        table: torch.Tensor,
-        max_blocks: int,
-        num_experts: int,
-        hidden_states: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """Applies the blocks of a table: each choice's weighted result, [tokens, k, hidden]
-        float32.
-
-        Args:
-            table: on the GPU.
-            hidden_states: [tokens, hidden].
-            weights: of the router, [tokens, k] float32, contiguous.
-        """
-        tokens, hidden = hidden_states.shape
-        top_k = weights.shape[1]
-        neurons = self.block_format.block_neurons
-        tile_tokens = min(max(STAGES), max(min(STAGES), triton.next_power_of_2(tokens)))
-        tiles = triton.cdiv(tokens, tile_tokens)
-        products = hidden_states.new_empty((max_blocks, tiles * tile_tokens, neurons))
-        results = hidden_states.new_empty((tokens, top_k, hidden), dtype=torch.float32)
-        shape = {"HIDDEN": hidden, "NEURONS": neurons, "TOP_K": top_k, "TOKENS": tile_tokens}
-        shape |= self._layout
-        launch = {"num_warps": 4, "num_stages": STAGES[tile_tokens]}
-        self._block_kernels.gate_up[max_blocks * (neurons // TILE_NEURONS), tiles](
-            table,
-            max_blocks,
-            num_experts,
-            hidden_states,
-            products,
-            **shape,
-            TILE=TILE_NEURONS,
-            WIDTH=_width(hidden),
-            **launch,
-        )
-        self._block_kernels.down[hidden // TILE_ROWS, num_experts, tiles](
-            table,
-            max_blocks,
-            num_experts,
-            products,
-            weights,
-            results,
-            **shape,
-            TILE=TILE_ROWS,
-            WIDTH=_width(neurons),
-            **launch,
-        )
-        return results
 
     def combine(
         self,
         results: torch.Tensor,
         index: torch.Tensor,
         num_experts: int,
-        cpu_output: torch.Tensor,
-        output_ready: torch.Tensor,
-        gave_up: torch.Tensor,
-        job: int,
+        cpu_output: torch.Tensor | None,
         like: torch.Tensor,
     ) -> torch.Tensor:
         """The layer's output, with the shape [tokens, hidden], dtype and device of `like`.
@@ -196,22 +131,22 @@ class GpuKernels:
             results: [tokens, k, hidden] float32, of the GPU's blocks.
             index: the router's choices [tokens, k] int64; choices of nonexistent experts are
                 ignored.
-            cpu_output: [tokens, hidden] float32, page-locked. Complete when `output_ready` holds
-                the job's number; the GPU waits for that, not Python.
+            cpu_output: [tokens, hidden] float32, page-locked and complete. None if the CPU has no
+                part.
         """
         output = torch.empty_like(like)
         tokens, hidden = like.shape
-        width = _width(hidden, most=1024)
-        self.wait(output_ready, gave_up, job)
-        kernels.combine[tokens, hidden // width](
+        combined = width(hidden, COMBINED)
+        kernels.combine[tokens, hidden // combined](
             results,
             index,
             num_experts,
+            results.shape[1],
             cpu_output,
             output,
             HIDDEN=hidden,
-            WIDTH=width,
-            CHOICES=results.shape[1],
+            WIDTH=combined,
+            CHOICES=CHOICES,
         )
         return output
 
@@ -223,28 +158,3 @@ class GpuKernels:
         size = output.numel()
         pieces = triton.cdiv(size, ADDED)
         kernels.add_from_host[pieces,](output, cpu_output, size, WIDTH=ADDED, num_warps=4)
-
-    def unpack(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Lossless12.decode`, for blocks uint8 [count, block_bytes] on a GPU."""
-        hidden, neurons = self.block_format.hidden_size, self.block_format.block_neurons
-        like = {"dtype": torch.bfloat16, "device": blocks.device}
-        gate_up = torch.empty((len(blocks), 2 * neurons, hidden), **like)
-        down = torch.empty((len(blocks), hidden, neurons), **like)
-        packed_kernels.unpack[(2 * neurons + hidden) // TILE_ROWS, len(blocks)](
-            blocks,
-            gate_up,
-            down,
-            BLOCK_BYTES=self.block_format.block_bytes,
-            HIDDEN=hidden,
-            NEURONS=neurons,
-            TILE=TILE_ROWS,
-            HIDDEN_WIDTH=_width(hidden),
-            NEURONS_WIDTH=_width(neurons),
-            **self._layout,
-        )
-        return gate_up, down
-
-
-def _width(length: int, most: int = TILE_WIDTH) -> int:
-    """The largest power of two up to `most` that divides `length`."""
-    return min(most, length & -length)

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-VERSION = 2  # of the interface; a library left from an older installation has another
+VERSION = 3  # of the interface; a library left from an older installation has another
 VARIANTS = ("amx", "avx512bf16", "avx512", "avx2", "portable")  # best first
 
 

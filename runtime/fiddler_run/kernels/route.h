@@ -17,12 +17,12 @@ struct RouteArguments {
     const int64_t* index;  // [tokens, top_k] experts, from the GPU
     const float* weights;  // [tokens, top_k] of the router, from the GPU
     const int64_t* inputs_ready;  // [tokens] flags of the GPU: the token's inputs are complete
-    int64_t* table;               // for the GPU; see `table_size` in decode_layer.py
+    int64_t* table;               // for the GPU; see block_table.py
     int64_t* table_ready;         // flag for the GPU: the table is complete
     int64_t* timed_out;           // flag for Python: the job's inputs did not arrive in time
     int64_t* traffic;             // running counts of blocks: resident, streamed, on the CPU
     int64_t patience_ns;          // timeout for the GPU's inputs
-    int num_experts, top_k, max_blocks;
+    int num_experts, top_k, max_blocks, max_groups;
 };
 
 class Route {
@@ -54,20 +54,17 @@ class Route {
     void divide(int tokens, const BlockLayout& layout, std::vector<Call>& calls) {
         const RouteArguments& a = arguments;
         group(tokens);
-        int64_t num_blocks = 0;
-        int64_t *addresses = a.table + 1, *experts = addresses + a.max_blocks,
-                *first_block = experts + a.max_blocks;
-        int64_t *first_choice = first_block + a.num_experts + 1,
-                *choices = first_choice + a.num_experts + 1;
-        auto add = [&](int64_t address, int count, int expert) {
+        int64_t num_blocks = 0, num_groups = 0;
+        int64_t *addresses = a.table + 1, *group_of_block = addresses + a.max_blocks,
+                *groups = group_of_block + a.max_blocks, *choices = groups + 4 * a.max_groups;
+        auto add = [&](int64_t address, int count) {
             for (int i = 0; i < count; ++i, ++num_blocks) {
                 addresses[num_blocks] = address + i * static_cast<int64_t>(layout.bytes);
-                experts[num_blocks] = expert;
+                group_of_block[num_blocks] = num_groups;
             }
         };
         double remainder = 0;
         for (int e = 0; e < a.num_experts; ++e) {
-            first_block[e] = num_blocks, first_choice[e] = first_[e];
             int called_by = first_[e + 1] - first_[e];
             if (!called_by) continue;
             const ExpertPlaces& expert = a.experts[e];
@@ -75,8 +72,11 @@ class Route {
             int streamed =
                 std::clamp(static_cast<int>(std::floor(remainder + 0.5)), 0, expert.num_host);
             remainder -= streamed;
-            add(reinterpret_cast<int64_t>(expert.host), streamed, e);
-            add(expert.resident, expert.num_resident, e);
+            int64_t first_block = num_blocks;
+            add(reinterpret_cast<int64_t>(expert.host), streamed);
+            add(expert.resident, expert.num_resident);
+            int64_t group[] = {first_block, num_blocks, first_[e], first_[e + 1]};
+            std::copy_n(group, 4, groups + 4 * num_groups++);
             a.traffic[0] += expert.num_resident, a.traffic[1] += streamed,
                 a.traffic[2] += expert.num_host - streamed;
             if (streamed == expert.num_host) continue;
@@ -87,8 +87,7 @@ class Route {
                              0,
                              0});
         }
-        first_block[a.num_experts] = num_blocks,
-        first_choice[a.num_experts] = first_[a.num_experts];
+        std::fill(groups + 4 * num_groups, choices, 0);
         std::copy(choices_.begin(), choices_.end(), choices);
         a.table[0] = num_blocks;
     }
@@ -96,7 +95,7 @@ class Route {
     // Replaces `divide` after a timeout.
     void divide_nothing() const {
         const RouteArguments& a = arguments;
-        std::fill_n(a.table, 1 + 2 * a.max_blocks + 2 * (a.num_experts + 1), 0);
+        std::fill_n(a.table, 1 + 2 * a.max_blocks + 4 * a.max_groups, 0);
     }
 
     void time_out(int64_t number) const {

@@ -4,22 +4,23 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["job"])
+@triton.jit(do_not_specialize=["job", "top_k"])
 def publish_inputs(
-    states, index, weights, host_states, host_index, host_weights, inputs_ready, job,
-    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr,
+    states, index, weights, host_states, host_index, host_weights, inputs_ready, job, top_k,
+    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """Copies one token's inputs, then sets its flag."""
+    """Copies one token's inputs, then sets its flag. Copies CHOICES choices at once."""
     token = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     for start in range(0, HIDDEN, WIDTH):
         at = token * HIDDEN + start + column
         tl.store(host_states + at, tl.load(states + at))
-    choice = tl.arange(0, CHOICES)
-    exists = choice < TOP_K
-    choice += token * TOP_K
-    tl.store(host_index + choice, tl.load(index + choice, mask=exists), mask=exists)
-    tl.store(host_weights + choice, tl.load(weights + choice, mask=exists), mask=exists)
+    for start in range(0, top_k, CHOICES):
+        choice = start + tl.arange(0, CHOICES)
+        exists = choice < top_k
+        choice += token * top_k
+        tl.store(host_index + choice, tl.load(index + choice, mask=exists), mask=exists)
+        tl.store(host_weights + choice, tl.load(weights + choice, mask=exists), mask=exists)
     tl.debug_barrier()  # all threads have written
     _mark(inputs_ready + token, job)
 
@@ -44,42 +45,39 @@ def read_table(table, fetched, gave_up, size, PIECE: tl.constexpr):
 
 
 @triton.jit
-def _tile(table, max_blocks, num_experts, expert, tile, TOKENS: tl.constexpr):
-    """One tile of an expert's choices [TOKENS], a mask of those that exist, and whether any
-    exists.
-    """
-    first_choice = table + 1 + 2 * max_blocks + num_experts + 1
-    start = tl.load(first_choice + expert) + tile * TOKENS
-    stop = tl.load(first_choice + expert + 1)
+def _tile(table, max_blocks, max_groups, group, tile, TOKENS: tl.constexpr):
+    """One tile of a group's choices [TOKENS], a mask of those that exist, and whether any does."""
+    of_group = table + 1 + 2 * max_blocks + 4 * group
+    start = tl.load(of_group + 2) + tile * TOKENS
+    stop = tl.load(of_group + 3)
     position = start + tl.arange(0, TOKENS)
     exists = position < stop
-    return (
-        tl.load(first_choice + num_experts + 1 + position, mask=exists, other=0),
-        exists,
-        start < stop,
-    )
+    choices = table + 1 + 2 * max_blocks + 4 * max_groups
+    return tl.load(choices + position, mask=exists, other=0), exists, start < stop
 
 
-@triton.jit(do_not_specialize=["max_blocks", "num_experts"])
+@triton.jit(do_not_specialize=["max_blocks", "max_groups", "first_block", "top_k"])
 def gate_up(
-    table, max_blocks, num_experts, states, products,
-    HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
+    table, max_blocks, max_groups, first_block, states, top_k, products,
+    HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOKENS: tl.constexpr,
     TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """products[block, token, neuron] = silu(gate x) * (up x), for TILE neurons and TOKENS
-    tokens.
+    tokens. `products` begins with the table's block `first_block`.
     """
-    block = tl.program_id(0) // (NEURONS // TILE)
+    place = tl.program_id(0) // (NEURONS // TILE)
     tile = tl.program_id(1)
+    block = first_block + place
     if block < tl.load(table):
         neuron = tl.program_id(0) % (NEURONS // TILE) * TILE + tl.arange(0, TILE)
-        expert = tl.load(table + 1 + max_blocks + block)
-        choice, exists, any_exists = _tile(table, max_blocks, num_experts, expert, tile, TOKENS)
+        group = tl.load(table + 1 + max_blocks + block)
+        choice, exists, any_exists = _tile(table, max_blocks, max_groups, group, tile, TOKENS)
         if any_exists:
             weights = tl.load(table + 1 + block).to(tl.pointer_type(products.dtype.element_ty))
             column = tl.arange(0, WIDTH)
             gate_rows = weights + neuron[:, None] * HIDDEN + column[None, :]
-            state_columns = states + (choice // TOP_K)[None, :] * HIDDEN + column[:, None]
+            token = choice.to(tl.int32) // top_k
+            state_columns = states + token[None, :] * HIDDEN + column[:, None]
             gate = tl.zeros((TILE, TOKENS), tl.float32)
             up = tl.zeros((TILE, TOKENS), tl.float32)
             for start in range(0, HIDDEN, WIDTH):
@@ -89,44 +87,56 @@ def gate_up(
                 gate = tl.dot(tl.load(gate_pointers), x, gate)
                 up = tl.dot(tl.load(up_pointers), x, up)
             product = gate * tl.sigmoid(gate) * up
-            row = (block * tl.num_programs(1) + tile) * TOKENS + tl.arange(0, TOKENS)
+            row = (place * tl.num_programs(1) + tile) * TOKENS + tl.arange(0, TOKENS)
             tl.store(
                 products + row[None, :] * NEURONS + neuron[:, None],
                 product.to(products.dtype.element_ty),
             )
 
 
-@triton.jit(do_not_specialize=["max_blocks", "num_experts"])
+@triton.jit(do_not_specialize=["max_blocks", "max_groups", "first_block", "first_group"])
 def down(
-    table, max_blocks, num_experts, products, router_weights, results,
-    HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
-    TILE: tl.constexpr, WIDTH: tl.constexpr,
+    table, max_blocks, max_groups, first_block, first_group, products, router_weights, results,
+    HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr,
+    WIDTH: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """results[choice, row] = router weight * sum over the expert's blocks of down * products.
+    """results[choice, row] = router weight * sum over the group's blocks of down * products.
 
-    For TILE rows of one expert and TOKENS tokens.
+    For TILE rows of one group and TOKENS tokens. ADD: adds to the results.
     """
-    expert = tl.program_id(1)
+    group = first_group + tl.program_id(1)
     tile = tl.program_id(2)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    choice, exists, any_exists = _tile(table, max_blocks, num_experts, expert, tile, TOKENS)
+    choice, exists, any_exists = _tile(table, max_blocks, max_groups, group, tile, TOKENS)
     if any_exists:
-        first_block = table + 1 + 2 * max_blocks
+        of_group = table + 1 + 2 * max_blocks + 4 * group
         column = tl.arange(0, WIDTH)
         total = tl.zeros((TILE, TOKENS), tl.float32)
-        for block in range(tl.load(first_block + expert), tl.load(first_block + expert + 1)):
-            weights = (
-                tl.load(table + 1 + block).to(tl.pointer_type(products.dtype.element_ty))
-                + 2 * NEURONS * HIDDEN
-            )
+        # one loop, so that the loads of the next block do not wait for the end of this one
+        steps = NEURONS // WIDTH
+        for step in range(tl.load(of_group) * steps, tl.load(of_group + 1) * steps):
+            block = step // steps
+            start = step % steps * WIDTH
+            weights = tl.load(table + 1 + block).to(tl.pointer_type(products.dtype.element_ty))
+            weights += 2 * NEURONS * HIDDEN + start
             down_rows = weights + row[:, None] * NEURONS + column[None, :]
-            token = (block * tl.num_programs(2) + tile) * TOKENS + tl.arange(0, TOKENS)
-            product_columns = products + token[None, :] * NEURONS + column[:, None]
-            for start in range(0, NEURONS, WIDTH):
-                down_pointers = tl.multiple_of(down_rows + start, [16, 16])
-                total = tl.dot(tl.load(down_pointers), tl.load(product_columns + start), total)
-        total *= tl.load(router_weights + choice, mask=exists, other=0.0)[None, :]
-        tl.store(results + choice[None, :] * HIDDEN + row[:, None], total, mask=exists[None, :])
+            place = (block - first_block) * tl.num_programs(2) + tile
+            token = place * TOKENS + tl.arange(0, TOKENS)
+            product_columns = products + start + token[None, :] * NEURONS + column[:, None]
+            down_pointers = tl.multiple_of(down_rows, [16, 16])
+            total = tl.dot(tl.load(down_pointers), tl.load(product_columns), total)
+        _store(results, total, router_weights, choice, exists, row, HIDDEN, ADD)
+
+
+@triton.jit
+def _store(results, total, router_weights, choice, exists, row, HIDDEN: tl.constexpr,
+           ADD: tl.constexpr):  # fmt: skip
+    """Weights the rows `row` of choices, [TILE, TOKENS], and stores or adds them."""
+    total *= tl.load(router_weights + choice, mask=exists, other=0.0)[None, :]
+    at = results + choice[None, :] * HIDDEN + row[:, None]
+    if ADD:
+        total += tl.load(at, mask=exists[None, :], other=0.0)
+    tl.store(at, total, mask=exists[None, :])
 
 
 @triton.jit(do_not_specialize=["job", "patience_ns"])
@@ -162,21 +172,27 @@ def _now_ns():
     )
 
 
-@triton.jit(do_not_specialize=["num_experts"])
+@triton.jit(do_not_specialize=["num_experts", "top_k"])
 def combine(
-    results, index, num_experts, cpu_output, output,
+    results, index, num_experts, top_k, cpu_output, output,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """output[token, column] = sum of its choices' results and the CPU's, for WIDTH columns."""
+    """output[token, column] = sum of its choices' results and the CPU's, for WIDTH columns.
+
+    Loads CHOICES choices at once. `cpu_output`: None if the CPU has no part.
+    """
     token = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    total = tl.load(cpu_output + token * HIDDEN + column, volatile=True)
-    for choice in tl.static_range(CHOICES):
-        expert = tl.load(index + token * CHOICES + choice)
+    total = tl.zeros((WIDTH,), tl.float32)
+    if cpu_output is not None:
+        total += tl.load(cpu_output + token * HIDDEN + column, volatile=True)
+    for start in range(0, top_k, CHOICES):
+        choice = start + tl.arange(0, CHOICES)
+        chosen = token.to(tl.int64) * top_k + choice
+        expert = tl.load(index + chosen, mask=choice < top_k, other=-1)
         exists = (expert >= 0) & (expert < num_experts)
-        total += tl.load(
-            results + (token * CHOICES + choice) * HIDDEN + column, mask=exists, other=0.0
-        )
+        at = results + chosen[:, None] * HIDDEN + column[None, :]
+        total += tl.sum(tl.load(at, mask=exists[:, None], other=0.0), axis=0)
     tl.store(output + token * HIDDEN + column, total.to(output.dtype.element_ty))
 
 

@@ -7,7 +7,7 @@ multiplied in the order of their places, and the activations are loaded in that 
 import triton
 import triton.language as tl
 
-from fiddler_run.kernels.triton_kernels import _tile
+from fiddler_run.kernels.triton_kernels import _store, _tile
 
 
 @triton.jit
@@ -74,23 +74,24 @@ def _with_escapes(total, block, row, x, exists, FIRSTS: tl.constexpr, ESCAPES: t
     return total
 
 
-@triton.jit(do_not_specialize=["max_blocks", "num_experts"])
+@triton.jit(do_not_specialize=["max_blocks", "max_groups", "first_block", "top_k"])
 def gate_up(
-    table, max_blocks, num_experts, states, products,
-    HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
-    TILE: tl.constexpr, WIDTH: tl.constexpr, BASES: tl.constexpr, FIRSTS: tl.constexpr,
-    ESCAPES: tl.constexpr, WEIGHTS: tl.constexpr,
+    table, max_blocks, max_groups, first_block, states, top_k, products,
+    HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr,
+    WIDTH: tl.constexpr, BASES: tl.constexpr, FIRSTS: tl.constexpr, ESCAPES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """As triton_kernels.gate_up."""
-    number = tl.program_id(0) // (NEURONS // TILE)
+    place = tl.program_id(0) // (NEURONS // TILE)
     tile = tl.program_id(1)
+    number = first_block + place
     if number < tl.load(table):
         neuron = tl.program_id(0) % (NEURONS // TILE) * TILE + tl.arange(0, TILE)
-        expert = tl.load(table + 1 + max_blocks + number)
-        choice, exists, any_exists = _tile(table, max_blocks, num_experts, expert, tile, TOKENS)
+        group = tl.load(table + 1 + max_blocks + number)
+        choice, exists, any_exists = _tile(table, max_blocks, max_groups, group, tile, TOKENS)
         if any_exists:
             block = tl.load(table + 1 + number).to(tl.pointer_type(tl.uint8))
-            x = states + choice // TOP_K * HIDDEN
+            x = states + choice.to(tl.int32) // top_k * HIDDEN
             rows = block + WEIGHTS + neuron * (HIDDEN // 2 * 3)
             base = tl.load(block + BASES + neuron).to(tl.int32)
             gate = tl.zeros((TILE, TOKENS), tl.float32)
@@ -102,38 +103,37 @@ def gate_up(
             up = _multiplied(up, rows, base, x, exists, HIDDEN, WIDTH, TILE)
             up = _with_escapes(up, block, NEURONS + neuron, x, exists, FIRSTS, ESCAPES, 16)
             product = gate * tl.sigmoid(gate) * up
-            row = (number * tl.num_programs(1) + tile) * TOKENS + tl.arange(0, TOKENS)
+            row = (place * tl.num_programs(1) + tile) * TOKENS + tl.arange(0, TOKENS)
             tl.store(
                 products + row[None, :] * NEURONS + neuron[:, None],
                 product.to(products.dtype.element_ty),
             )
 
 
-@triton.jit(do_not_specialize=["max_blocks", "num_experts"])
+@triton.jit(do_not_specialize=["max_blocks", "max_groups", "first_block", "first_group"])
 def down(
-    table, max_blocks, num_experts, products, router_weights, results,
-    HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
-    TILE: tl.constexpr, WIDTH: tl.constexpr, BASES: tl.constexpr, FIRSTS: tl.constexpr,
+    table, max_blocks, max_groups, first_block, first_group, products, router_weights, results,
+    HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr,
+    WIDTH: tl.constexpr, ADD: tl.constexpr, BASES: tl.constexpr, FIRSTS: tl.constexpr,
     ESCAPES: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """As triton_kernels.down."""
-    expert = tl.program_id(1)
+    group = first_group + tl.program_id(1)
     tile = tl.program_id(2)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    choice, exists, any_exists = _tile(table, max_blocks, num_experts, expert, tile, TOKENS)
+    choice, exists, any_exists = _tile(table, max_blocks, max_groups, group, tile, TOKENS)
     if any_exists:
-        first_block = table + 1 + 2 * max_blocks
+        of_group = table + 1 + 2 * max_blocks + 4 * group
         total = tl.zeros((TILE, TOKENS), tl.float32)
-        for number in range(tl.load(first_block + expert), tl.load(first_block + expert + 1)):
+        for number in range(tl.load(of_group), tl.load(of_group + 1)):
             block = tl.load(table + 1 + number).to(tl.pointer_type(tl.uint8))
-            token = (number * tl.num_programs(2) + tile) * TOKENS + tl.arange(0, TOKENS)
-            x = products + token * NEURONS
+            place = (number - first_block) * tl.num_programs(2) + tile
+            x = products + (place * TOKENS + tl.arange(0, TOKENS)) * NEURONS
             rows = block + WEIGHTS + 3 * NEURONS * HIDDEN + row * (NEURONS // 2 * 3)
             base = tl.load(block + BASES + 2 * NEURONS + row).to(tl.int32)
             total = _multiplied(total, rows, base, x, exists, NEURONS, WIDTH, TILE)
             total = _with_escapes(total, block, 2 * NEURONS + row, x, exists, FIRSTS, ESCAPES, 16)
-        total *= tl.load(router_weights + choice, mask=exists, other=0.0)[None, :]
-        tl.store(results + choice[None, :] * HIDDEN + row[:, None], total, mask=exists[None, :])
+        _store(results, total, router_weights, choice, exists, row, HIDDEN, ADD)
 
 
 @triton.jit
