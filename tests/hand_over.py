@@ -9,7 +9,7 @@ import torch
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.encodings.plain import Bf16
 from fiddler_run.engine.buffers import PinnedBuffers
-from fiddler_run.engine.calls import Traffic, expert_groups
+from fiddler_run.engine.calls import sorted_choices
 from fiddler_run.engine.engine import ExpertEngine
 from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.kernels.cpu import CompiledExperts
@@ -120,18 +120,14 @@ class Gpu:
         expected = self.expected()
         assert (found - expected).norm() <= TOLERANCE * expected.norm()
         calls = self.layer.layer.split(
-            expert_groups(self.index.numpy(), self.weights.numpy(), self.layer.experts)
+            sorted_choices(self.index.numpy(), self.weights.numpy(), self.layer.experts)
         )
-        wanted = Traffic(
-            sum(call.expert.num_resident for call in calls),
-            sum(call.num_streamed for call in calls),
-            sum(call.num_on_cpu for call in calls),
-        )
-        assert Traffic(*self.traffic.tolist()) == wanted
-        streamed = {
-            call.expert.host[n].data_ptr() for call in calls for n in range(call.num_streamed)
-        }
-        resident = {block.data_ptr() for call in calls for block in call.expert.resident}
+        assert self.traffic.tolist() == calls.traffic.tolist()
+        runs = calls.runs()
+        parts = zip(runs.blocks, runs.counts, strict=True)
+        streamed = {block.data_ptr() for blocks, count in parts for block in blocks[:count]}
+        called = calls.choices.experts.tolist()
+        resident = {block.data_ptr() for e in called for block in self.layer.resident[e]}
         assert set(addresses) == streamed | resident
         assert sorted(choices) == list(range(self.index.numel()))
 

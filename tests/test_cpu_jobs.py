@@ -19,7 +19,7 @@ from hand_over import (
 )
 
 from fiddler_run.engine.buffers import PinnedBuffers
-from fiddler_run.kernels.cpu import CpuCall
+from fiddler_run.kernels.cpu_calls import CpuCall
 from fiddler_run.kernels.decode_layer import DecodeLayer
 from fiddler_run.kernels.library import library, supported_variants
 from fiddler_run.kernels.limits import MAX_DECODE_TOKENS

@@ -13,7 +13,8 @@ from hand_over import BLOCKS, CPU, HIDDEN, NEURONS, TOLERANCE, compiled, random_
 from fiddler_run.encodings.plain import Bf16, Fp32
 from fiddler_run.kernels import library as kernel_library
 from fiddler_run.kernels import table
-from fiddler_run.kernels.cpu import CompiledExperts, CpuCall, PyTorchExperts
+from fiddler_run.kernels.cpu import CompiledExperts, PyTorchExperts
+from fiddler_run.kernels.cpu_calls import CpuCall, CpuCalls
 from fiddler_run.kernels.library import library, supported_variants
 from fiddler_run.kernels.table import kernels_for
 
@@ -61,7 +62,7 @@ def test_kernel_matches_float64(variant, tokens):
         calls = random_calls(rng, tokens)
         states = torch.randn(tokens, HIDDEN).bfloat16()
         output = torch.full(states.shape, torch.nan)
-        kernel.submit(calls, states, output)
+        kernel.submit(CpuCalls.of(calls), states, output)
         kernel.wait()
         expected = exact(calls, states)
         assert (output - expected).norm() <= TOLERANCE * expected.norm()
@@ -78,7 +79,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(variant):
             kernel = compiled(threads, variant)
             for _ in range(5):
                 outputs.append(torch.empty(states.shape))
-                kernel.submit(calls, states, outputs[-1])
+                kernel.submit(CpuCalls.of(calls), states, outputs[-1])
                 kernel.wait()
         assert all(torch.equal(output, outputs[0]) for output in outputs)
 
@@ -95,13 +96,13 @@ def test_back_to_back_jobs_are_correct():
     expected = []
     for calls, states in jobs:
         expected.append(torch.empty(states.shape))
-        kernel.submit(calls, states, expected[-1])
+        kernel.submit(CpuCalls.of(calls), states, expected[-1])
         kernel.wait()
     for step in range(3000):
         (calls, states) = jobs[step % len(jobs)]
         right = expected[step % len(jobs)]
         output = torch.empty(states.shape)
-        kernel.submit(calls, states, output)
+        kernel.submit(CpuCalls.of(calls), states, output)
         if step % 7:
             kernel.wait()
             assert torch.equal(output, right)
@@ -135,7 +136,8 @@ def test_finished_job_is_marked():
     for kernel in (compiled(1), compiled(3), PyTorchExperts(BLOCKS)):
         states = torch.randn(2, HIDDEN).bfloat16()
         output = torch.empty(2, HIDDEN)
-        kernel.submit(random_calls(random.Random(0), 2), states, output, finished, 7)
+        calls = CpuCalls.of(random_calls(random.Random(0), 2))
+        kernel.submit(calls, states, output, finished, 7)
         kernel.wait()
         assert finished.item() == 7
         finished.zero_()
@@ -147,7 +149,7 @@ def test_job_finishes_without_a_wait():
     finished = torch.zeros(1, dtype=torch.int64)
     assert kernel.finishes_alone
     kernel.submit(
-        random_calls(random.Random(0), 2),
+        CpuCalls.of(random_calls(random.Random(0), 2)),
         torch.randn(2, HIDDEN).bfloat16(),
         torch.empty(2, HIDDEN),
         finished,
@@ -180,9 +182,8 @@ def test_deleted_pool_finishes_its_job():
     finished = torch.zeros(1, dtype=torch.int64)
     output = torch.full((2, HIDDEN), torch.nan)
     kernel = compiled(2)
-    kernel.submit(
-        random_calls(random.Random(0), 2), torch.randn(2, HIDDEN).bfloat16(), output, finished, 1
-    )
+    calls = CpuCalls.of(random_calls(random.Random(0), 2))
+    kernel.submit(calls, torch.randn(2, HIDDEN).bfloat16(), output, finished, 1)
     del kernel
     assert finished.item() == 1
     assert not output.isnan().any()

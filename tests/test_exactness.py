@@ -17,7 +17,7 @@ from models import Stock, move_experts
 
 from fiddler_run import load_model
 from fiddler_run.encodings.table import ENCODINGS
-from fiddler_run.engine.calls import expert_groups
+from fiddler_run.engine.calls import sorted_choices
 from fiddler_run.engine.engine import make_engine
 from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.models.table import FAMILIES
@@ -192,6 +192,20 @@ def test_same_input_gives_same_bits(place, device):
 def test_every_choice_is_grouped_once():
     index = np.array([[2, 0], [0, 3], [2, 3]])
     weights = np.array([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1]])
-    groups = expert_groups(index, weights, 5)
-    calls = {group.expert: (group.rows.tolist(), group.weights.tolist()) for group in groups}
-    assert calls == {0: ([0, 1], [0.4, 0.7]), 2: ([0, 2], [0.6, 0.9]), 3: ([1, 2], [0.3, 0.1])}
+    choices = sorted_choices(index, weights, 5)
+    assert choices.experts.tolist() == [0, 2, 3]
+    assert choices.starts.tolist() == [0, 2, 4, 6]
+    assert choices.tokens.tolist() == [2, 2, 2]
+    assert choices.numbers.tolist() == [1, 2, 0, 4, 3, 5]
+    assert choices.rows.tolist() == [0, 1, 0, 2, 1, 2]
+    assert choices.weights.tolist() == [0.4, 0.7, 0.6, 0.9, 0.3, 0.1]
+
+
+def test_choices_of_unknown_experts_are_left_out():
+    index = np.array([[2, -1], [5, 2], [5, 9]])
+    choices = sorted_choices(index, np.ones((3, 2), dtype=np.float32), 5)
+    assert choices.experts.tolist() == [2]
+    assert choices.numbers.tolist() == [0, 3]
+    nothing = sorted_choices(index[2:], np.ones((1, 2), dtype=np.float32), 5)
+    assert len(nothing.experts) == len(nothing.numbers) == 0
+    assert nothing.starts.tolist() == [0]

@@ -22,7 +22,8 @@ from hand_over import (
 from fiddler_run.engine.buffers import PinnedBuffers
 from fiddler_run.errors import FiddlerError
 from fiddler_run.kernels import decode_layer
-from fiddler_run.kernels.cpu import CompiledExperts, CpuCall
+from fiddler_run.kernels.cpu import CompiledExperts
+from fiddler_run.kernels.cpu_calls import CpuCall, CpuCalls
 from fiddler_run.kernels.library import library
 
 if library() is None:
@@ -112,15 +113,16 @@ def test_interrupt_ends_a_long_job():
     blocks = random_blocks(4)
     tokens = 60_000
     call = CpuCall(blocks, np.arange(tokens), np.ones(tokens, dtype=np.float32))
+    calls = CpuCalls.of([call])
     states = torch.randn(tokens, HIDDEN).bfloat16()
     output = torch.empty(tokens, HIDDEN)
     finished = torch.zeros(1, dtype=torch.int64)
     for threads in (1, 2):
         kernel = compiled(threads, "portable")
-        kernel.submit([call], states, output, finished, threads)
+        kernel.submit(calls, states, output, finished, threads)
         timer = interrupt_soon()
         with pytest.raises(KeyboardInterrupt):
-            submit_repeatedly(kernel, [call], states, output, finished, threads)
+            submit_repeatedly(kernel, calls, states, output, finished, threads)
         timer.join()
         kernel.abandon(finished)
         expected = kernel.apply(blocks, states[:3])

@@ -8,7 +8,7 @@ import torch
 from conftest import DEMO, demo_shape, make_plan, random_plan
 
 from fiddler_run import load_model
-from fiddler_run.engine.calls import ExpertCall, expert_groups
+from fiddler_run.engine.calls import ExpertCalls, sorted_choices
 from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.engine.timeline import Timeline
 from fiddler_run.plan.split import fading, scale_odds
@@ -16,12 +16,12 @@ from fiddler_run.plan.split import fading, scale_odds
 CPU = torch.device("cpu")
 
 
-def split(share: float, host: list[int], tokens: int, seed: int = 0) -> list[ExpertCall]:
+def split(share: float, host: list[int], tokens: int, seed: int = 0) -> ExpertCalls:
     blocks = [torch.empty(count, 6) for count in host]
     layer = ExpertsLayer(0, [torch.empty(0, 6)] * len(host), blocks, lambda _: share, None)
     generator = torch.Generator().manual_seed(seed)
     index = torch.stack([torch.randperm(len(host), generator=generator)[:2] for _ in range(tokens)])
-    return layer.split(expert_groups(index.numpy(), torch.rand(tokens, 2).numpy(), len(host)))
+    return layer.split(sorted_choices(index.numpy(), torch.rand(tokens, 2).numpy(), len(host)))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.27, 0.5, 0.93, 1.0])
@@ -29,10 +29,9 @@ def test_layer_streams_its_share_to_half_a_block(share):
     rng = random.Random(1)
     for seed in range(200):
         calls = split(share, [rng.randint(0, 16) for _ in range(8)], rng.choice([1, 2, 9]), seed)
-        streamed = sum(call.num_streamed for call in calls)
-        host = sum(call.expert.num_host for call in calls)
-        assert abs(streamed - share * host) <= 0.5
-        assert all(0 <= call.num_streamed <= call.expert.num_host for call in calls)
+        assert abs(calls.num_streamed.sum() - share * calls.num_host.sum()) <= 0.5
+        assert ((calls.num_streamed >= 0) & (calls.num_streamed <= calls.num_host)).all()
+        assert (calls.num_on_cpu == calls.num_host - calls.num_streamed).all()
 
 
 def test_odds_are_scaled_and_faded():
@@ -50,7 +49,7 @@ class Engine:
 
     def __init__(self):
         self.timeline = Timeline(CPU)
-        self.calls = []
+        self.calls = None
         self.prefetched = []
         self.lock = threading.RLock()
         self.resources = self.decode = self.prefill = self
@@ -65,15 +64,15 @@ class Engine:
         self.calls = calls
         return hidden_states
 
-    def prefetch(self, calls):
-        self.prefetched = calls
+    def prefetch(self, runs):
+        self.prefetched = runs.counts
 
 
 @pytest.mark.parametrize(
     ("tokens", "odds", "streamed"), [(300, 3.0, 12), (300, 1.0, 8), (256, 3.0, 8)]
 )
 def test_prefill_odds_apply_to_long_prompts_only(tokens, odds, streamed):
-    """Prefetched calls use the same odds."""
+    """Prefetched blocks have the same odds."""
     engine = Engine()
     nothing = [torch.empty(0, 6)] * 4
     blocks = [torch.zeros(16, 6)] * 4
@@ -83,9 +82,9 @@ def test_prefill_odds_apply_to_long_prompts_only(tokens, odds, streamed):
         layer.prefill_odds = odds
     index = torch.arange(2 * tokens).view(tokens, 2) % 4
     layers[0](torch.zeros(tokens, 2), index, torch.ones(tokens, 2))
-    assert [call.num_streamed for call in engine.calls] == [streamed] * 4
+    assert engine.calls.num_streamed.tolist() == [streamed] * 4
     expected = [streamed] * 4 if tokens > 256 else []
-    assert [call.num_streamed for call in engine.prefetched] == expected
+    assert engine.prefetched == expected
 
 
 def test_layer_takes_strided_and_empty_states(device):

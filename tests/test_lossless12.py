@@ -10,7 +10,8 @@ from hand_over import TOLERANCE
 
 from fiddler_run import load_model
 from fiddler_run.encodings.lossless12 import GROUP, Lossless12, _library
-from fiddler_run.kernels.cpu import CompiledExperts, CpuCall
+from fiddler_run.kernels.cpu import CompiledExperts
+from fiddler_run.kernels.cpu_calls import CpuCall, CpuCalls
 from fiddler_run.kernels.library import library, supported_variants
 from fiddler_run.kernels.pool import Pool
 from fiddler_run.models.table import FAMILIES
@@ -170,7 +171,7 @@ def test_kernel_matches_float64(variant, tokens):
         for threads in (1, 3):
             output = torch.full((tokens, hidden), torch.nan)
             kernel = CompiledExperts(encoding, Pool(threads, variant=variant))
-            kernel.submit([CpuCall(blocks, rows, weights)], states, output)
+            kernel.submit(CpuCalls.of([CpuCall(blocks, rows, weights)]), states, output)
             kernel.wait()
             outputs.append(output)
             assert (output - expected).norm() <= TOLERANCE * expected.norm()

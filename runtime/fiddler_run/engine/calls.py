@@ -1,8 +1,14 @@
-"""The work of a layer's experts for the current tokens, as plain data for both paths."""
+"""The work of a layer's experts for the current tokens, as plain data for both paths.
+
+Layers may have hundreds of experts, and the device waits while Python groups their tokens. So the
+calls of a layer are arrays, not objects.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,57 +55,124 @@ class Expert:
         self.num_blocks = max(1, self.num_resident + self.num_host + self.num_on_disk)
 
 
-@dataclass(frozen=True)
-class ExpertCall:
-    """The tokens that chose one expert, and how many of its host blocks to stream.
+class Place:
+    """The blocks of a layer's experts in one place: `address` and `count` [num_experts] int64."""
 
-    If the layer's choices are sorted by expert, the call holds choices `start` to `start +
-    len(rows)`: `rows` [n] int64 index the layer's tokens, `weights` [n] float32 are the router's.
-    The CPU computes the blocks that are neither resident nor streamed.
+    def __init__(self, blocks: Sequence[torch.Tensor]):
+        self.blocks = blocks
+        self.address = np.array([each.data_ptr() for each in blocks], dtype=np.int64)
+        self.count = np.array([len(each) for each in blocks], dtype=np.int64)
+
+
+class LayerExperts:
+    """A layer's experts. `block_bytes` is the size of a block."""
+
+    def __init__(self, experts: Sequence[Expert]):
+        self.resident = Place([expert.resident for expert in experts])
+        self.host = Place([expert.host for expert in experts])
+        self.on_disk = Place([expert.on_disk for expert in experts])
+        self.num_blocks = np.array([expert.num_blocks for expert in experts], dtype=np.int64)
+        self.block_bytes = experts[0].host[:1].element_size() * experts[0].host.shape[1]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The router's choices of existing experts, sorted by expert.
+
+    `experts` [c] int64 are the called experts. Expert `experts[i]` has the choices `starts[i]` to
+    `starts[i + 1]` of `numbers`, `rows` and `weights` [n]: `numbers` int64 are token * k + place,
+    `rows` int64 index the layer's tokens, `weights` float32 are the router's.
     """
 
-    expert: Expert
-    start: int
+    experts: np.ndarray
+    starts: np.ndarray
+    numbers: np.ndarray
     rows: np.ndarray
     weights: np.ndarray
-    num_streamed: int
 
-    @property
-    def num_on_cpu(self) -> int:
-        return self.expert.num_host - self.num_streamed + self.expert.num_on_disk
-
-    @property
-    def on_device(self) -> bool:
-        return self.expert.num_resident > 0 or self.num_streamed > 0
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """Tokens of each called expert, [c] int64."""
+        return np.diff(self.starts)
 
 
 @dataclass(frozen=True)
-class Group:
-    """The choices of one expert: `rows` [n] int64 index the tokens, `weights` [n] float32."""
+class ExpertCalls:
+    """The calls of a layer's experts, and how many host blocks of each to stream, [c] int64.
 
-    expert: int
-    rows: np.ndarray
-    weights: np.ndarray
+    The CPU computes the blocks that are neither resident nor streamed. Other arrays are [c], too.
+    """
+
+    layer: LayerExperts
+    choices: Choices
+    num_streamed: np.ndarray
+
+    @cached_property
+    def num_resident(self) -> np.ndarray:
+        return self.layer.resident.count[self.choices.experts]
+
+    @cached_property
+    def num_host(self) -> np.ndarray:
+        return self.layer.host.count[self.choices.experts]
+
+    @cached_property
+    def num_on_disk(self) -> np.ndarray:
+        return self.layer.on_disk.count[self.choices.experts]
+
+    @cached_property
+    def num_on_cpu(self) -> np.ndarray:
+        return self.num_host - self.num_streamed + self.num_on_disk
+
+    @cached_property
+    def traffic(self) -> np.ndarray:
+        """Blocks of all calls, [3] int64: resident, streamed, on the CPU."""
+        return np.array([self.num_resident.sum(), self.num_streamed.sum(), self.num_on_cpu.sum()])
+
+    @cached_property
+    def streaming(self) -> np.ndarray:
+        """The calls with blocks to stream."""
+        return self.num_streamed.nonzero()[0]
+
+    def runs(self) -> Runs:
+        """The blocks to stream, one run for each of `streaming`."""
+        return Runs.of(self.layer, self.choices.experts, self.num_streamed)
 
 
-def expert_groups(
-    top_k_index: np.ndarray, top_k_weights: np.ndarray, num_experts: int
-) -> list[Group]:
-    """Groups the router's choices [tokens, k] by expert. Leaves out experts without a token.
+@dataclass(frozen=True)
+class Runs:
+    """Blocks to stream: run i is the first `counts[i]` of `blocks[i]`, uint8 [*, block_bytes]."""
+
+    blocks: list[torch.Tensor]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, layer: LayerExperts, experts: np.ndarray, num_streamed: np.ndarray) -> Runs:
+        """The first host blocks of each expert [c] that streams any, `num_streamed` [c] of them."""
+        some = num_streamed.nonzero()[0]
+        blocks = [layer.host.blocks[expert] for expert in experts[some].tolist()]
+        return cls(blocks, num_streamed[some].tolist())
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def addresses(self) -> list[int]:
+        """Where each run begins."""
+        return [blocks.data_ptr() for blocks in self.blocks]
+
+
+def sorted_choices(top_k_index: np.ndarray, top_k_weights: np.ndarray, num_experts: int) -> Choices:
+    """Sorts the router's choices [tokens, k] by expert.
 
     Choices of nonexistent experts are ignored: transformers uses the index `num_experts` for
     experts that other processes compute.
     """
     chosen = top_k_index.ravel()
     chosen = np.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts)
-    order = chosen.argsort(kind="stable")
-    rows = order // top_k_index.shape[1]
-    weights = top_k_weights.ravel()[order]
-    stops = np.bincount(chosen, minlength=num_experts)[:num_experts].cumsum().tolist()
-    groups = []
-    start = 0
-    for expert, stop in enumerate(stops):
-        if stop > start:
-            groups.append(Group(expert, rows[start:stop], weights[start:stop]))
-        start = stop
-    return groups
+    counts = np.bincount(chosen, minlength=num_experts)[:num_experts]
+    experts = counts.nonzero()[0]
+    starts = np.concatenate(([0], counts[experts].cumsum()))
+    if num_experts < 2**15:
+        chosen = chosen.astype(np.int16)  # which NumPy sorts in linear time
+    numbers = chosen.argsort(kind="stable")[: starts[-1]]
+    rows = numbers // top_k_index.shape[1]
+    return Choices(experts, starts, numbers, rows, top_k_weights.ravel()[numbers])

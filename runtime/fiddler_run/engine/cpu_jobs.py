@@ -3,13 +3,13 @@
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from fiddler_run.engine.timeline import Lane, Place, Timeline, Work
-from fiddler_run.kernels.cpu import CpuCall, CpuExperts
+from fiddler_run.kernels.cpu import CpuExperts
+from fiddler_run.kernels.cpu_calls import CpuCalls
 from fiddler_run.kernels.decode_layer import DecodeInputs, DecodeLayer
 
 
@@ -29,7 +29,7 @@ class CpuJobs:
         """Number of unfinished jobs."""
         return len(self._under_way)
 
-    def submit(self, calls: Sequence[CpuCall], states: torch.Tensor, output: torch.Tensor) -> None:
+    def submit(self, calls: CpuCalls, states: torch.Tensor, output: torch.Tensor) -> None:
         """Starts a job; see `CpuExperts.submit`."""
         self.begin(None)
         self._cpu.submit(calls, states, output, self._flag, self.last)

@@ -21,7 +21,14 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from fiddler_run.engine.calls import Expert, ExpertCall, Group, expert_groups
+from fiddler_run.engine.calls import (
+    Choices,
+    Expert,
+    ExpertCalls,
+    LayerExperts,
+    Runs,
+    sorted_choices,
+)
 from fiddler_run.engine.engine import ExpertEngine
 from fiddler_run.engine.timeline import Lane, Work
 from fiddler_run.errors import FiddlerError
@@ -64,6 +71,13 @@ class ExpertsLayer:
         self.prefill_odds = 1.0
         self.next: ExpertsLayer | None = None
         self._engine = engine
+        self._shares: dict[tuple[int, float], float] = {}  # by tokens and odds
+        self._expected: dict[tuple[int, float], Runs] = {}  # by choices and odds
+
+    @cached_property
+    def places(self) -> LayerExperts:
+        """The places of the experts' blocks."""
+        return LayerExperts(self.experts)
 
     @cached_property
     def decode(self) -> DecodeLayer | None:
@@ -116,30 +130,40 @@ class ExpertsLayer:
         timeline.begin(Lane.PYTHON, Work.ROUTER)
         host_states, index, weights = engine.prefill.receive(*tensors)
         timeline.end(Lane.PYTHON, Work.ROUTER)
-        groups = expert_groups(index.numpy(), weights.numpy(), len(self.experts))
+        choices = sorted_choices(index.numpy(), weights.numpy(), len(self.experts))
         is_prompt = len(hidden_states) > MAX_DECODE_TOKENS
-        calls = self.split(groups, self.prefill_odds if is_prompt else 1.0)
+        calls = self.split(choices, self.prefill_odds if is_prompt else 1.0)
         output = engine.prefill.run(calls, host_states, *tensors)
         if self.next is not None and is_prompt:
-            engine.prefill.prefetch(self.next.expected_calls(index.numel()))
+            engine.prefill.prefetch(self.next.expected_runs(index.numel()))
         return output
 
-    def split(self, groups: list[Group], odds: float = 1.0) -> list[ExpertCall]:
+    def split(self, choices: Choices, odds: float = 1.0) -> ExpertCalls:
         """Splits the blocks of each called expert, with the plan's odds scaled by `odds`."""
-        experts = [self.experts[group.expert] for group in groups]
-        streamed = split(
-            (scale_odds(self.stream_share(len(group.rows)), odds), expert.num_host)
-            for group, expert in zip(groups, experts, strict=True)
-        )
-        calls = []
-        start = 0
-        for group, expert, num_streamed in zip(groups, experts, streamed, strict=True):
-            calls.append(ExpertCall(expert, start, group.rows, group.weights, num_streamed))
-            start += len(group.rows)
-        return calls
+        streamed = self._split(choices.experts, choices.tokens, odds)
+        return ExpertCalls(self.places, choices, streamed)
 
-    def expected_calls(self, choices: int) -> list[ExpertCall]:
-        """The calls of a long prompt, if every expert is chosen equally often."""
-        each = np.zeros(max(1, choices // len(self.experts)), dtype=np.int64)
-        groups = [Group(number, each, each) for number in range(len(self.experts))]
-        return self.split(groups, self.prefill_odds)
+    def expected_runs(self, choices: int) -> Runs:
+        """The blocks that a long prompt streams if every expert is chosen equally often."""
+        key = (choices, self.prefill_odds)
+        if key not in self._expected:
+            experts = np.arange(len(self.experts))
+            tokens = np.full(len(experts), max(1, choices // len(experts)))
+            streamed = self._split(experts, tokens, self.prefill_odds)
+            self._expected = {key: Runs.of(self.places, experts, streamed)}
+        return self._expected[key]
+
+    def _split(self, experts: np.ndarray, tokens: np.ndarray, odds: float) -> np.ndarray:
+        """The number of host blocks to stream, [c] int64, of experts [c] that `tokens` call."""
+        numbers, which = np.unique(tokens, return_inverse=True)
+        shares = np.array([self._share(number, odds) for number in numbers.tolist()])
+        counts = self.places.host.count[experts]
+        of_each = zip(shares[which].tolist(), counts.tolist(), strict=True)
+        return np.fromiter(split(of_each), np.int64, len(experts))
+
+    def _share(self, tokens: int, odds: float) -> float:
+        """The share of the host blocks to stream of an expert that `tokens` tokens call."""
+        key = (tokens, odds)
+        if key not in self._shares:
+            self._shares[key] = scale_odds(self.stream_share(tokens), odds)
+        return self._shares[key]

@@ -6,30 +6,17 @@ in between. The compiled kernel also accepts jobs whose tokens and experts a GPU
 
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fiddler_run.encodings.base import Encoding
+from fiddler_run.kernels.cpu_calls import CpuCall, CpuCalls
 from fiddler_run.kernels.decode_layer import DecodeInputs, DecodeLayer, route_arguments
 from fiddler_run.kernels.pool import Pool
 from fiddler_run.kernels.pytorch import apply_blocks
 
 NUMBERED = ("bf16", "lossless12")  # as in layout.h
-
-
-@dataclass(frozen=True)
-class CpuCall:
-    """Some blocks of one expert, uint8 [count, block_bytes], and the tokens that call it.
-
-    `rows` [n] int64 index the layer's tokens. `weights` [n] float32 are the router's, contiguous.
-    """
-
-    blocks: torch.Tensor
-    rows: np.ndarray
-    weights: np.ndarray
 
 
 class CpuExperts:
@@ -44,7 +31,7 @@ class CpuExperts:
 
     def submit(
         self,
-        calls: Sequence[CpuCall],
+        calls: CpuCalls,
         states: torch.Tensor,
         output: torch.Tensor,
         flag: torch.Tensor | None = None,
@@ -99,7 +86,7 @@ class CpuExperts:
         weights = np.ones(len(states), dtype=np.float32)
         everything = CpuCall(blocks, np.arange(len(states)), weights)
         with self.lock:
-            self.submit([everything], states.contiguous(), output)
+            self.submit(CpuCalls.of([everything]), states.contiguous(), output)
             self.wait()
         return output
 
@@ -154,7 +141,7 @@ class PyTorchExperts(CpuExperts):
         calls, states, output, flag, job = self._job
         self._job = None
         output.zero_()
-        for call in calls:
+        for call in calls.each(self.block_format.block_bytes):
             rows = torch.from_numpy(call.rows)
             weights = torch.from_numpy(call.weights).unsqueeze(1)
             output.index_add_(

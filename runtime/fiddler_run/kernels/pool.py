@@ -6,9 +6,11 @@ import threading
 from collections import deque
 from functools import cache
 
+import numpy as np
 import torch
 
 from fiddler_run.errors import FiddlerError
+from fiddler_run.kernels.cpu_calls import CpuCalls
 from fiddler_run.kernels.library import library, supported_variants
 from fiddler_run.system.host import core_order
 
@@ -47,7 +49,7 @@ class Pool:
 
         `layout`: hidden size, neurons of a block, and the encoding's number.
         """
-        described = (_Call * len(calls))(*map(_describe, calls))
+        described = _described(calls)
         with self.lock:
             self._finish(max_pending=1)  # here, because signals are handled here
             self._in_use.append((flag, None, (calls, states, output)))
@@ -56,8 +58,8 @@ class Pool:
                 *layout,
                 states.data_ptr(),
                 len(states),
-                described,
-                len(calls),
+                described.ctypes.data,
+                len(described),
                 output.data_ptr(),
                 None if flag is None else flag.data_ptr(),
                 job,
@@ -134,23 +136,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=shared_pool.cache_clear)
 
 
-class _Call(ctypes.Structure):
-    """CallArguments of job.h."""
-
-    _fields_ = [
-        ("blocks", ctypes.c_void_p),
-        ("rows", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("num_blocks", ctypes.c_int),
-        ("tokens", ctypes.c_int),
+# CallArguments of job.h
+_CALL = np.dtype(
+    [
+        ("blocks", np.int64),
+        ("rows", np.int64),
+        ("weights", np.int64),
+        ("num_blocks", np.int32),
+        ("tokens", np.int32),
     ]
+)
 
 
-def _describe(call) -> _Call:
-    return _Call(
-        call.blocks.data_ptr(),
-        call.rows.ctypes.data,
-        call.weights.ctypes.data,
-        len(call.blocks),
-        len(call.rows),
-    )
+def _described(calls: CpuCalls) -> np.ndarray:
+    for array, dtype in ((calls.rows, np.int64), (calls.weights, np.float32)):
+        assert array.dtype == dtype
+        assert array.flags.c_contiguous
+    described = np.empty(len(calls), _CALL)
+    described["blocks"] = calls.address
+    described["rows"] = calls.rows.ctypes.data + calls.rows.itemsize * calls.start
+    described["weights"] = calls.weights.ctypes.data + calls.weights.itemsize * calls.start
+    described["num_blocks"] = calls.count
+    described["tokens"] = calls.stop - calls.start
+    return described

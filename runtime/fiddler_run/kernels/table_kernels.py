@@ -151,6 +151,14 @@ class TableKernels:
             num_stages=self._down_stages(stages),
         )
 
+    def group_tokens(self, tokens: float) -> int:
+        """The best size of groups, a key of WIDE_STAGES, for experts of `tokens` tokens on average.
+
+        Most groups should hold all tokens of an expert, so that its weights are read once.
+        """
+        fitting = (size for size in sorted(WIDE_STAGES) if size >= 2 * tokens)
+        return next(fitting, max(WIDE_STAGES))
+
     def max_launch_blocks(self, group_tokens: int) -> int:
         """The most blocks of a launch of `expert_gemm`, counted once for each group.
 
