@@ -13,8 +13,8 @@ import torch
 
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.measure.stopwatch import BUSY_CYCLES, CALLS_PER_SAMPLE, Stopwatch, difference
-from fiddler_opt.solve.memory import STAGED_BLOCKS
-from fiddler_run.encodings.base import Encoding
+from fiddler_opt.solve.memory import staged_blocks
+from fiddler_run.engine.device_part import computed_singly
 from fiddler_run.engine.engine import ExpertEngine, make_engine
 from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.engine.timeline import Work, whole_s
@@ -44,6 +44,7 @@ class ExpertBench:
             host_bytes: host memory to fill, at most the size of the model's experts.
         """
         shape = model.shape
+        self.model = model
         self.device = device
         self.on_gpu = device.type == "cuda"
         self.stopwatch = stopwatch
@@ -76,7 +77,7 @@ class ExpertBench:
         torch.set_num_threads(threads)
         if self._threads != (threads, pinned):
             self._threads = (threads, pinned)
-            self.engine = engine_for(self.block_format, self.device, threads, pinned)
+            self.engine = engine_for(self.model, self.device, threads, pinned)
 
     @property
     def kernel(self) -> str:
@@ -101,13 +102,16 @@ class ExpertBench:
 
     def resident_expert(self, tokens: int) -> float:
         """Microseconds of one resident expert called by `tokens` tokens."""
-        if self._is_prompt(tokens):
-            return self.stopwatch.gather(self._prefill(tokens))[0]
         blocks = self.blocks_per_expert
+        singly = self.engine.resources.kernels.decode is None or computed_singly(
+            self.block_format, tokens * blocks
+        )
+        if self._is_prompt(tokens) and singly:
+            return self.stopwatch.gather(self._prefill(tokens))[0]
         return self.stopwatch.gather(self._spans(tokens, blocks, 0.0, (Work.RESIDENT,)))[0]
 
     def _prefill(self, tokens: int) -> Callable[[], list[float]]:
-        """Returns a sampler of a resident expert's computation on the prefill path.
+        """Returns a sampler of a resident expert's computation on the prefill path, if it is large.
 
         A sample is one value in microseconds: the GPU's time, or Python's time to queue the work
         if that is longer.
@@ -219,15 +223,13 @@ class ExpertBench:
         return call
 
 
-def engine_for(
-    block_format: Encoding, device: torch.device, threads: int, pinned: bool
-) -> ExpertEngine:
+def engine_for(model: ModelSpec, device: torch.device, threads: int, pinned: bool) -> ExpertEngine:
     """An engine as a plan would use it: with the staging ring on a GPU, and `threads` CPU threads.
 
     `pinned`: each thread stays on its own core.
     """
-    slots = STAGED_BLOCKS if device.type == "cuda" else 0
-    return make_engine(block_format, device, threads, slots, pinned)
+    slots = staged_blocks(model) if device.type == "cuda" else 0
+    return make_engine(model.block_format, device, threads, slots, pinned)
 
 
 def _page_locked(arena: Arena) -> bool:

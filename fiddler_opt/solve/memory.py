@@ -16,13 +16,24 @@ LIBRARY_WORKSPACE_BYTES = 2**28
 ALLOCATOR_SLACK = 1.1
 # the GPU maps page-locked memory with 8 bytes per 4 KiB; measured: 140.5 MB for 72 GB
 PINNED_BYTES_PER_GPU_BYTE = 512
-STAGED_BLOCKS = 8  # the GPU reads one half while the other half arrives
+# The staging ring, of which the GPU reads one half while the other half arrives: at least
+# STAGED_BLOCKS, and up to STAGED_BYTES of the blocks of small experts, but no more than a part of a
+# layer's. A half must take the link longer than Python takes to queue it.
+STAGED_BLOCKS = 8
+STAGED_BYTES = 64_000_000
+STAGED_PART_OF_LAYER = 16
 PREFILL_CHUNKS = (256, 512, 1024, 2048, 4096)
 
 
 def chunk_candidates(workload: Workload) -> list[int]:
     """The candidate numbers of prompt tokens that pass through the layers at once."""
     return sorted({min(chunk, workload.max_seq_len) for chunk in PREFILL_CHUNKS})
+
+
+def staged_blocks(model: ModelSpec) -> int:
+    """Blocks of the staging ring."""
+    of_layer = model.shape.num_experts * model.blocks_per_expert // STAGED_PART_OF_LAYER
+    return max(STAGED_BLOCKS, min(of_layer, STAGED_BYTES // model.block_bytes))
 
 
 def host_embedding_bytes(model: ModelSpec, machine: MachineProfile, gpu_bytes: int) -> int:
@@ -61,7 +72,7 @@ def fixed_memory(
             model.non_expert_bytes - host_embedding_bytes(model, machine, total)
         ),
         "kv_cache": model.kv_bytes_per_token * workload.max_seq_len * workload.sequences,
-        "staging": STAGED_BLOCKS * model.block_bytes if streams else 0,
+        "staging": staged_blocks(model) * model.block_bytes if streams else 0,
         "activations": activation_bytes(model, machine.kernels, workload, chunk_tokens),
         "reserve": model.all_expert_bytes // PINNED_BYTES_PER_GPU_BYTE if streams else 0,
     }

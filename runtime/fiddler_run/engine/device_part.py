@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from fiddler_run.encodings.base import Encoding
 from fiddler_run.engine.calls import ExpertCalls
 from fiddler_run.engine.resources import Resources
 from fiddler_run.engine.ring import Piece, Stream
@@ -44,9 +45,19 @@ def device_part(
 ) -> DevicePart:
     """The faster way to compute these calls."""
     on_device = len(pieces) or calls.num_resident.any()
-    if resources.kernels.decode is None or not on_device or _takes_long(resources, calls):
+    if resources.kernels.decode is None or not on_device:
+        return SinglePart(resources, calls, inputs)
+    blocks = calls.layer.num_blocks[calls.choices.experts]
+    work = float((calls.choices.tokens * blocks).mean())
+    if computed_singly(resources.kernels.cpu.block_format, work):
         return SinglePart(resources, calls, inputs)
     return GroupedPart(resources, calls, inputs, pieces)
+
+
+def computed_singly(block_format: Encoding, token_blocks: float) -> bool:
+    """True if calls of this many tokens times blocks, on average, are for `SinglePart`."""
+    weights = 3 * block_format.hidden_size * block_format.block_neurons
+    return token_blocks * weights > MAX_GROUPED_WORK
 
 
 def queue(part: DevicePart, stream: Stream | None, resources: Resources) -> None:
@@ -66,15 +77,6 @@ def queue(part: DevicePart, stream: Stream | None, resources: Resources) -> None
         next(resident, None)
     for _ in resident:
         pass
-
-
-def _takes_long(resources: Resources, calls: ExpertCalls) -> bool:
-    """True if the calls' average work is for `SinglePart`."""
-    block_format = resources.kernels.cpu.block_format
-    tokens = calls.choices.tokens
-    blocks = calls.layer.num_blocks[calls.choices.experts]
-    weights = 3 * block_format.hidden_size * block_format.block_neurons
-    return float((tokens * blocks).mean()) * weights > MAX_GROUPED_WORK
 
 
 class GroupedPart:
