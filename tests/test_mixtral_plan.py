@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 from conftest import ROOT
+from planning import small_model
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import DEFAULT_MODEL, ModelSpec
@@ -12,7 +13,7 @@ from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.insight.scaling import ram_rate, with_rates
 from fiddler_opt.solve.comparison import compared
 from fiddler_opt.solve.compiler import by_rule, compile_plan
-from fiddler_opt.solve.memory import activation_bytes, host_embedding_bytes
+from fiddler_opt.solve.memory import activation_bytes, host_embedding_bytes, staged_blocks
 from fiddler_opt.solve.problem import Problem
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Budget, Plan, Workload
@@ -63,6 +64,20 @@ def plan_on(machine: MachineProfile, gpu_bytes: int, placer=None, encoding: str 
     routing = Routing.uniform(model)
     budget = Budget(gpu_bytes=gpu_bytes)
     return compile_plan(model, machine, routing, WORKLOAD, budget, PROVENANCE, placer=placer)
+
+
+def test_small_experts_have_a_larger_staging_ring():
+    assert staged_blocks(mixtral()) == 8
+    sizes = {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "hidden_size": 2048,
+        "intermediate_size": 768,
+    }
+    small = small_model(**sizes)  # 12 blocks of 64 neurons an expert
+    assert small.block_bytes == 786_432
+    assert staged_blocks(small) == 64_000_000 // 786_432
+    assert staged_blocks(small_model(**sizes | {"num_experts": 16})) == 16 * 12 // 16
 
 
 def test_bytes_by_purpose_by_hand():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from fiddler_run.encodings.plain import Bf16
+from fiddler_run.engine import device_part
 from fiddler_run.engine.engine import ExpertEngine
+from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.engine.tuning import RouterSizes, measure_prompt
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.kernels.table import kernels_for
@@ -18,6 +21,7 @@ from gpu.conftest import CUDA, assert_layer_matches, page_locked
 
 BLOCKS = Bf16(hidden_size=256, block_neurons=96)
 EXPERTS = 3
+MANY_EXPERTS = 40
 BLOCKS_PER_EXPERT = 4
 SLOTS = 3
 
@@ -41,13 +45,13 @@ def exact_sums(
     `experts`: the blocks of each expert, uint8 [count, block_bytes].
     """
     sums = torch.zeros(states.shape, dtype=torch.float64)
-    for token, chosen in enumerate(index.tolist()):
-        state = states[token].double()
-        for expert, weight in zip(chosen, weights[token].double(), strict=True):
-            for gate_up, down in zip(*BLOCKS.decode(experts[expert]), strict=True):
-                gate, up = (gate_up.double() @ state).chunk(2)
-                products = torch.nn.functional.silu(gate) * up
-                sums[token] += weight * (down.double() @ products)
+    for expert in index.unique().tolist():
+        tokens, places = (index == expert).nonzero(as_tuple=True)
+        for gate_up, down in zip(*BLOCKS.decode(experts[expert]), strict=True):
+            gate, up = (states[tokens].double() @ gate_up.double().T).chunk(2, dim=1)
+            products = torch.nn.functional.silu(gate) * up
+            weighted = weights[tokens, places].double().unsqueeze(1) * (products @ down.double().T)
+            sums.index_add_(0, tokens, weighted)
     return sums
 
 
@@ -66,6 +70,63 @@ def test_both_paths_match_float64(tokens: int):
     splits = ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5), (3, 0.0))
     for engine in engines():
         assert_layer_matches(engine, experts, inputs, expected, splits)
+
+
+@pytest.mark.parametrize("tokens", [270, 700])
+@pytest.mark.parametrize("work", [0, 2**62])
+def test_prompt_of_many_experts_matches_float64(
+    tokens: int, work: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Together and one by one; pieces of the ring then hold blocks of several experts."""
+    monkeypatch.setattr(device_part, "MAX_GROUPED_WORK", work)
+    torch.manual_seed(tokens)
+    count = MANY_EXPERTS * BLOCKS_PER_EXPERT
+    stored = torch.randn(count, BLOCKS.block_bytes // 2).mul_(0.05).bfloat16()
+    experts = page_locked(stored.view(torch.uint8)).split(BLOCKS_PER_EXPERT)
+    states = torch.randn(tokens, BLOCKS.hidden_size).bfloat16()
+    index = torch.stack([torch.randperm(MANY_EXPERTS)[:5] for _ in range(tokens)])
+    index[: tokens // 2, 0] = 7  # an expert with many tokens
+    index[: tokens // 2, 1:] = 8 + torch.arange(4)
+    index[1, 2] = MANY_EXPERTS
+    weights = torch.rand(tokens, 5).softmax(dim=1)
+    known = weights.clone()
+    known[1, 2] = 0.0
+    expected = exact_sums(experts, states, index.clamp(max=MANY_EXPERTS - 1), known)
+    inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
+    splits = ((0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5))
+    engine = ExpertEngine(BLOCKS, kernels_for(BLOCKS, CUDA, threads=2), CUDA, 11)
+    assert_layer_matches(engine, experts, inputs, expected, splits)
+
+
+def test_prefetched_blocks_are_used():
+    """Layers that prefetch for each other, with other numbers of tokens than expected."""
+    torch.manual_seed(0)
+    count = MANY_EXPERTS * BLOCKS_PER_EXPERT
+    layers = []
+    places = []
+    engine = ExpertEngine(BLOCKS, kernels_for(BLOCKS, CUDA, threads=2), CUDA, 11)
+
+    def share_at(tokens: int) -> float:
+        return min(0.9, tokens / 60)
+
+    for number in range(3):
+        stored = torch.randn(count, BLOCKS.block_bytes // 2).mul_(0.05).bfloat16()
+        experts = page_locked(stored.view(torch.uint8)).split(BLOCKS_PER_EXPERT)
+        nothing = [blocks[:0].to(CUDA) for blocks in experts]
+        layers.append(ExpertsLayer(number, nothing, experts, share_at, engine))
+        places.append(experts)
+    for layer, following in pairwise(layers):
+        layer.next = following
+    for tokens in (300, 301, 420):
+        states = torch.randn(tokens, BLOCKS.hidden_size).bfloat16()
+        index = torch.randn(tokens, MANY_EXPERTS).topk(5).indices
+        weights = torch.rand(tokens, 5).softmax(dim=1)
+        inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
+        for layer, experts in zip(layers, places, strict=True):
+            expected = exact_sums(experts, states, index, weights)
+            output = layer(*inputs).cpu().double()
+            assert (output - expected).norm() <= 3e-3 * expected.norm()
+    engine.resources.settle()
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 300])

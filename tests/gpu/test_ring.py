@@ -9,14 +9,14 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from fiddler_run.encodings.plain import Bf16
+from fiddler_run.engine.calls import Runs
 from fiddler_run.engine.ring import StagingRing
 from fiddler_run.engine.timeline import Timeline
 from fiddler_run.kernels.pytorch import apply_blocks
 from gpu.conftest import CUDA, page_locked
 
 BLOCKS = Bf16(hidden_size=512, block_neurons=256)
-PIECES = 1000
-PIECES_PER_STREAM = 50
+STREAMS = 60
 
 
 @pytest.mark.parametrize("slots", [3, 6])
@@ -30,17 +30,27 @@ def test_streamed_blocks_match_resident_blocks(slots: int):
     timeline = Timeline(CUDA)
     states = torch.randn(5, BLOCKS.hidden_size, dtype=torch.bfloat16, device=CUDA)
     rng = random.Random(0)
-    firsts = [rng.randrange(38) for _ in range(PIECES)]
-    where = [(first, first + rng.randint(1, ring.at_once)) for first in firsts]
-    pieces = [blocks[first:stop] for first, stop in where]
     torch.cuda._sleep(int(2e8))  # about 0.1 s, in which the host queues work ahead of the device
     results = []
-    for start in range(0, PIECES, PIECES_PER_STREAM):
-        # The right pieces or wrong ones.
-        ring.prefetch(pieces[start + rng.randint(0, 1) :], timeline)
-        stream = ring.stream(pieces[start : start + PIECES_PER_STREAM], timeline)
-        for _ in range(PIECES_PER_STREAM):
-            with stream.next() as staged:
-                results.append(apply_blocks(BLOCKS, staged, states))
-    for (first, stop), result in zip(where, results, strict=True):
+    following = random_runs(blocks, rng)
+    for _ in range(STREAMS):
+        runs, following = following, random_runs(blocks, rng)
+        stream = ring.stream(runs, timeline)
+        for _ in stream.pieces:
+            with stream.next() as piece:
+                for part in piece.parts:
+                    staged = piece.place[part.slot : part.slot + part.count]
+                    first = (runs.addresses()[part.run] - blocks.data_ptr()) // BLOCKS.block_bytes
+                    where = (first + part.first, first + part.first + part.count)
+                    results.append((where, apply_blocks(BLOCKS, staged, states)))
+        # the right blocks or wrong ones
+        ring.prefetch(following if rng.random() < 0.7 else random_runs(blocks, rng), timeline)
+    for (first, stop), result in results:
         assert torch.equal(result, apply_blocks(BLOCKS, resident[first:stop], states))
+
+
+def random_runs(blocks: torch.Tensor, rng: random.Random) -> Runs:
+    """Some runs of consecutive blocks."""
+    bounds = sorted(rng.sample(range(len(blocks) + 1), 24))
+    runs = [blocks[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
+    return Runs(runs, [len(run) for run in runs])
