@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fiddler_run.encodings.plain import Fp32
+from fiddler_run.encodings.plain import Bf16, Fp32
 from fiddler_run.engine.calls import Choices, Expert, ExpertCalls, LayerExperts, Runs
 from fiddler_run.engine.device_part import SinglePart, queue
 from fiddler_run.engine.prefill_path import takes_long
@@ -140,15 +140,19 @@ def test_ring_works_after_an_interrupt():
 
 
 def test_gpu_waits_only_for_short_cpu_work():
-    """CPU work is counted in tokens times experts; reading disk blocks is always too long."""
+    """CPU work is counted in tokens times weights; reading disk blocks is always too long."""
 
     def call(tokens: int, resident: int, host: int, streamed: int, on_disk: int = 0) -> tuple:
         expert = Expert(*(torch.empty(count, 6) for count in (resident, host, on_disk)))
         return tokens, expert, streamed
 
-    assert not takes_long(calls_of(call(512, 0, 4, 0)))
-    assert takes_long(calls_of(call(513, 0, 4, 0)))
-    assert not takes_long(calls_of(call(2000, 3, 13, 10)))
-    assert takes_long(calls_of(*[call(100, 0, 4, 0)] * 6))
-    assert not takes_long(calls_of(call(10**6, 4, 0, 0), call(10**6, 0, 4, 4)))
-    assert takes_long(calls_of(call(1, 3, 0, 0, on_disk=1)))
+    def long(*calls: tuple, neurons: int = 14336 // 4) -> bool:
+        return takes_long(calls_of(*calls), Bf16(4096, neurons))
+
+    assert not long(call(512, 0, 4, 0))
+    assert long(call(513, 0, 4, 0))
+    assert not long(call(513, 0, 4, 0), neurons=3552)
+    assert not long(call(2000, 0, 11, 10))
+    assert long(*[call(100, 0, 4, 0)] * 6)
+    assert not long(call(10**6, 4, 0, 0), call(10**6, 0, 4, 4))
+    assert long(call(1, 3, 0, 0, on_disk=1))

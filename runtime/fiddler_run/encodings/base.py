@@ -47,6 +47,11 @@ class Encoding(ABC):
         """Bytes of one block. All blocks of an encoding have the same size."""
 
     @property
+    def block_weights(self) -> int:
+        """Weights of one block."""
+        return 3 * self.hidden_size * self.block_neurons
+
+    @property
     def decoded_bytes(self) -> int:
         """Bytes of a block's weights as returned by `decode`. 0 if they are views of the block."""
         return 0

@@ -56,8 +56,7 @@ def device_part(
 
 def computed_singly(block_format: Encoding, token_blocks: float) -> bool:
     """True if calls of this many tokens times blocks, on average, are for `SinglePart`."""
-    weights = 3 * block_format.hidden_size * block_format.block_neurons
-    return token_blocks * weights > MAX_GROUPED_WORK
+    return token_blocks * block_format.block_weights > MAX_GROUPED_WORK
 
 
 def queue(part: DevicePart, stream: Stream | None, resources: Resources) -> None:

@@ -133,10 +133,10 @@ class ExpertsLayer:
         choices = sorted_choices(index.numpy(), weights.numpy(), len(self.experts))
         is_prompt = len(hidden_states) > MAX_DECODE_TOKENS
         calls = self.split(choices, self.prefill_odds if is_prompt else 1.0)
-        output = engine.prefill.run(calls, host_states, *tensors)
+        next_runs = None
         if self.next is not None and is_prompt:
-            engine.prefill.prefetch(self.next.expected_runs(index.numel()))
-        return output
+            next_runs = self.next.expected_runs(index.numel())
+        return engine.prefill.run(calls, host_states, *tensors, next_runs=next_runs)
 
     def split(self, choices: Choices, odds: float = 1.0) -> ExpertCalls:
         """Splits the blocks of each called expert, with the plan's odds scaled by `odds`."""

@@ -9,6 +9,7 @@ and in layers with blocks on disk.
 import numpy as np
 import torch
 
+from fiddler_run.encodings.base import Encoding
 from fiddler_run.engine.calls import ExpertCalls, Runs
 from fiddler_run.engine.device_part import Inputs, device_part, queue
 from fiddler_run.engine.resources import Resources
@@ -16,9 +17,9 @@ from fiddler_run.engine.timeline import Lane, Work
 from fiddler_run.kernels.cpu_calls import CpuCalls
 from fiddler_run.weights.arena import will_need
 
-# Tokens times experts on the CPU beyond which Python waits for the CPU's job, rather than a kernel:
-# a long-spinning kernel trips the display watchdog.
-MAX_GPU_WAIT = 512
+# Tokens times weights on the CPU beyond which Python waits for the CPU's job, rather than a kernel:
+# a long-spinning kernel trips the display watchdog. 512 tokens of one of Mixtral-8x7B's experts.
+MAX_GPU_WAIT = 512 * 3 * 4096 * 14336
 
 
 class PrefillPath:
@@ -37,13 +38,21 @@ class PrefillPath:
         """
         return self._resources.buffers.receive(*tensors, meanwhile=self._resources.jobs.finish)
 
-    def run(self, calls: ExpertCalls, host_states: torch.Tensor, *inputs: *Inputs) -> torch.Tensor:
+    def run(
+        self,
+        calls: ExpertCalls,
+        host_states: torch.Tensor,
+        *inputs: *Inputs,
+        next_runs: Runs | None = None,
+    ) -> torch.Tensor:
         """Queues the calls' weighted sums [tokens, hidden] on the device, in the states' dtype.
 
         Args:
             calls: of one layer.
             host_states: the states in host memory.
             inputs: states, index and weights on the device.
+            next_runs: what the next layer will probably stream. The link begins with it once it has
+                carried this layer's blocks.
         """
         resources = self._resources
         resources.check_dtype(inputs[0])
@@ -60,6 +69,8 @@ class PrefillPath:
         stream = ring.stream(calls.runs(), timeline) if ring else None
         part = device_part(resources, calls, inputs, stream.pieces if stream else [])
         queue(part, stream, resources)
+        if next_runs is not None and ring is not None and ring.copy_stream is not None:
+            ring.prefetch(next_runs, timeline)
 
         def receive() -> torch.Tensor | None:
             if cpu_output is not None:
@@ -69,12 +80,6 @@ class PrefillPath:
         output = part.output(receive)
         timeline.end(Lane.PYTHON, Work.QUEUE)
         return output
-
-    def prefetch(self, runs: Runs) -> None:
-        """Starts to copy the first of the blocks that the next layer will probably stream."""
-        ring = self._resources.ring
-        if ring is not None and ring.copy_stream is not None:
-            ring.prefetch(runs, self._resources.timeline)
 
     def _start_cpu(self, calls: ExpertCalls, host_states: torch.Tensor) -> torch.Tensor | None:
         """Starts the CPU's part of all calls. Returns its result, or None if it has no part."""
@@ -110,15 +115,14 @@ class PrefillPath:
     def _wait_for_cpu(self, calls: ExpertCalls) -> None:
         resources = self._resources
         decode = resources.kernels.decode
-        if decode is not None and not takes_long(calls):
+        if decode is not None and not takes_long(calls, resources.kernels.cpu.block_format):
             buffers = resources.buffers
             decode.wait(buffers.output_ready, buffers.gave_up, resources.jobs.last)
         else:
             resources.jobs.finish()
 
 
-def takes_long(calls: ExpertCalls) -> bool:
+def takes_long(calls: ExpertCalls, block_format: Encoding) -> bool:
     """True if the CPU's part of the calls takes too long for a GPU to wait for."""
-    num_blocks = calls.layer.num_blocks[calls.choices.experts]
-    whole_experts = (calls.choices.tokens * calls.num_on_cpu / num_blocks).sum()
-    return bool(whole_experts > MAX_GPU_WAIT or calls.num_on_disk.any())
+    work = int((calls.choices.tokens * calls.num_on_cpu).sum()) * block_format.block_weights
+    return work > MAX_GPU_WAIT or bool(calls.num_on_disk.any())

@@ -34,8 +34,8 @@ class Kernels:
     """The kernels for blocks of one encoding.
 
     `cpu` serves blocks in host memory. `decode` serves small batches on a GPU, together with the
-    CPU's threads; None: the prefill path takes small batches too. `apply(blocks, states)` serves
-    large batches on the device.
+    CPU's threads, and large batches of small experts; None: the prefill path takes small batches
+    too. `apply(blocks, states)` serves large batches on the device, one expert at a time.
     """
 
     cpu: CpuExperts
