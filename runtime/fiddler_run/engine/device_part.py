@@ -1,7 +1,7 @@
 """The device's part of one layer on the prefill path: resident blocks, and blocks that arrive.
 
-Few launches take many experts (`GroupedPart`), unless the experts are large and have many tokens:
-then matrix products of one expert each (`SinglePart`) are faster and keep the device busy, too.
+A few launches take many experts (`GroupedPart`). If experts are large and have many tokens, matrix
+products of one expert each (`SinglePart`) are faster, and take longer than their launches.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ class DevicePart(Protocol):
     """A way to compute the device's part of a layer."""
 
     def add_resident(self) -> Iterator[None]:
-        """Queues the resident blocks' work, one step after each yield."""
+        """Queues the resident blocks' work, one step before each yield."""
 
     def add_piece(self, number: int, piece: Piece) -> None:
         """Queues the work of a streamed piece, which is on the device."""
