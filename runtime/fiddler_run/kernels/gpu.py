@@ -18,6 +18,7 @@ from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.kernels import triton_kernels as kernels
 from fiddler_run.kernels import triton_lossless12 as packed_kernels
 from fiddler_run.kernels.decode_layer import GPU_TIMEOUT_S
+from fiddler_run.plan.activation import SILU, Activation
 
 TILE_NEURONS = 32
 TILE_ROWS = 16
@@ -36,8 +37,9 @@ def supports(block_format: Encoding) -> bool:
 class GpuKernels:
     """The kernels for blocks of one size. Flags are [1] int64 in page-locked memory."""
 
-    def __init__(self, block_format: Encoding):
+    def __init__(self, block_format: Encoding, activation: Activation = SILU):
         self.block_format = block_format
+        self._activation = {key.upper(): value for key, value in activation}
         self._block_kernels = kernels  # the kernels that read blocks
         self._layout: dict[str, int] = {}
         if isinstance(block_format, Lossless12):
@@ -46,9 +48,7 @@ class GpuKernels:
             self._layout = dict(zip(parts, block_format.offsets(), strict=True))
 
     def compile(self) -> None:
-        """Compiles the variants for small batches, which takes seconds the first time.
-
-        Otherwise, compilation would interrupt decode.
+        """Compiles the variants for small batches, which would interrupt decode for seconds.
 
         Raises:
             Exception: of many types, if Triton does not work.
@@ -136,8 +136,7 @@ class GpuKernels:
         hidden_states: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Applies the blocks of a table: each choice's weighted result, [tokens, k, hidden]
-        float32.
+        """Applies a table's blocks: each choice's weighted result, float32 [tokens, k, hidden].
 
         Args:
             table: on the GPU.
@@ -161,6 +160,7 @@ class GpuKernels:
             hidden_states,
             products,
             **shape,
+            **self._activation,
             TILE=TILE_NEURONS,
             WIDTH=_width(hidden),
             **launch,

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fiddler_run.kernels.triton_activation import glu
+
 
 @triton.jit(do_not_specialize=["job"])
 def publish_inputs(
@@ -64,11 +66,10 @@ def _tile(table, max_blocks, num_experts, expert, tile, TOKENS: tl.constexpr):
 def gate_up(
     table, max_blocks, num_experts, states, products,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
-    TILE: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """products[block, token, neuron] = silu(gate x) * (up x), for TILE neurons and TOKENS
-    tokens.
-    """
+    """products[block, token, neuron] = glu(gate x, up x), for TILE neurons and TOKENS tokens."""
     block = tl.program_id(0) // (NEURONS // TILE)
     tile = tl.program_id(1)
     if block < tl.load(table):
@@ -88,7 +89,7 @@ def gate_up(
                 up_pointers = tl.multiple_of(gate_rows + NEURONS * HIDDEN + start, [16, 16])
                 gate = tl.dot(tl.load(gate_pointers), x, gate)
                 up = tl.dot(tl.load(up_pointers), x, up)
-            product = gate * tl.sigmoid(gate) * up
+            product = glu(gate, up, FUNCTION, ALPHA, OFFSET, LIMIT)
             row = (block * tl.num_programs(1) + tile) * TOKENS + tl.arange(0, TOKENS)
             tl.store(
                 products + row[None, :] * NEURONS + neuron[:, None],

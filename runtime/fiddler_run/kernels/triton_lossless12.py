@@ -7,6 +7,7 @@ multiplied in the order of their places, and the activations are loaded in that 
 import triton
 import triton.language as tl
 
+from fiddler_run.kernels.triton_activation import glu
 from fiddler_run.kernels.triton_kernels import _tile
 
 
@@ -79,7 +80,8 @@ def gate_up(
     table, max_blocks, num_experts, states, products,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
     TILE: tl.constexpr, WIDTH: tl.constexpr, BASES: tl.constexpr, FIRSTS: tl.constexpr,
-    ESCAPES: tl.constexpr, WEIGHTS: tl.constexpr,
+    ESCAPES: tl.constexpr, WEIGHTS: tl.constexpr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """As triton_kernels.gate_up."""
     number = tl.program_id(0) // (NEURONS // TILE)
@@ -101,7 +103,7 @@ def gate_up(
             up = tl.zeros((TILE, TOKENS), tl.float32)
             up = _multiplied(up, rows, base, x, exists, HIDDEN, WIDTH, TILE)
             up = _with_escapes(up, block, NEURONS + neuron, x, exists, FIRSTS, ESCAPES, 16)
-            product = gate * tl.sigmoid(gate) * up
+            product = glu(gate, up, FUNCTION, ALPHA, OFFSET, LIMIT)
             row = (number * tl.num_programs(1) + tile) * TOKENS + tl.arange(0, TOKENS)
             tl.store(
                 products + row[None, :] * NEURONS + neuron[:, None],
