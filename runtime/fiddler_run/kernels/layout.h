@@ -1,6 +1,6 @@
 // Included by cpu.cpp: where the weights of a block are.
 
-enum Encoding { BF16, LOSSLESS12 };  // as NUMBERED in cpu.py
+enum Encoding : int { BF16, LOSSLESS12 };  // as NUMBERED in cpu.py
 
 // Consecutive rows of one matrix of a block. `number` is the first one's, over gate, up and down.
 struct Rows {

@@ -72,12 +72,13 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
                     float gate[ROWS][MAX_TOKENS], up[ROWS][MAX_TOKENS];
                     multiply(count, gate_rows, x, beyond_gate.part(part, parts), gate);
                     multiply(count, up_rows, x, beyond_up.part(part, parts), up);
-                    for (int t = 0; t < count; ++t)
-                        for (int row = 0; row < ROWS; ++row) {
-                            int neuron = unit.first_neuron + g / 2 * ROWS + row;
-                            pack(swiglu(gate[row][t], up[row][t]), neuron,
-                                 products + (first + t) * neurons);
-                        }
+                    job.activation.select([&](const auto& glu) {
+                        for (int t = 0; t < count; ++t)
+                            for (int row = 0; row < ROWS; ++row)
+                                pack(glu(gate[row][t], up[row][t]),
+                                     unit.first_neuron + g / 2 * ROWS + row,
+                                     products + (first + t) * neurons);
+                    });
                 });
             });
         });
