@@ -14,7 +14,6 @@ import torch
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.measure.stopwatch import BUSY_CYCLES, CALLS_PER_SAMPLE, Stopwatch, difference
 from fiddler_opt.solve.memory import STAGED_BLOCKS
-from fiddler_run.encodings.base import Encoding
 from fiddler_run.engine.engine import ExpertEngine, make_engine
 from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.engine.timeline import Work, whole_s
@@ -48,6 +47,7 @@ class ExpertBench:
         self.on_gpu = device.type == "cuda"
         self.stopwatch = stopwatch
         self.top_k = shape.num_experts_per_tok
+        self.model = model
         self.block_format = model.block_format
         self.blocks_per_expert = model.blocks_per_expert
         everything = shape.num_layers * shape.num_experts
@@ -76,7 +76,7 @@ class ExpertBench:
         torch.set_num_threads(threads)
         if self._threads != (threads, pinned):
             self._threads = (threads, pinned)
-            self.engine = engine_for(self.block_format, self.device, threads, pinned)
+            self.engine = engine_for(self.model, self.device, threads, pinned)
 
     @property
     def kernel(self) -> str:
@@ -219,15 +219,13 @@ class ExpertBench:
         return call
 
 
-def engine_for(
-    block_format: Encoding, device: torch.device, threads: int, pinned: bool
-) -> ExpertEngine:
+def engine_for(model: ModelSpec, device: torch.device, threads: int, pinned: bool) -> ExpertEngine:
     """An engine as a plan would use it: with the staging ring on a GPU, and `threads` CPU threads.
 
     `pinned`: each thread stays on its own core.
     """
     slots = STAGED_BLOCKS if device.type == "cuda" else 0
-    return make_engine(block_format, device, threads, slots, pinned)
+    return make_engine(model.block_format, device, threads, slots, pinned, model.shape.activation)
 
 
 def _page_locked(arena: Arena) -> bool:

@@ -118,7 +118,7 @@ class MachineBench:
 
     @cached_property
     def _dense(self) -> DenseBench:
-        engine = engine_for(self.model.block_format, self.device, *self._threads)
+        engine = engine_for(self.model, self.device, *self._threads)
         return DenseBench(self.model, self.device, self._stopwatch, engine)
 
     def _host(self) -> dict:
