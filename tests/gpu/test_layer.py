@@ -9,11 +9,14 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from activations import exact_glu, with_each_activation
+
 from fiddler_run.encodings.plain import Bf16
 from fiddler_run.engine.engine import ExpertEngine
 from fiddler_run.engine.tuning import RouterSizes, measure_prompt
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.kernels.table import kernels_for
+from fiddler_run.plan.activation import Activation
 from gpu.conftest import CUDA, assert_layer_matches, page_locked
 
 BLOCKS = Bf16(hidden_size=256, block_neurons=96)
@@ -22,9 +25,9 @@ BLOCKS_PER_EXPERT = 4
 SLOTS = 3
 
 
-def engines() -> Iterator[ExpertEngine]:
+def engines(activation: Activation) -> Iterator[ExpertEngine]:
     """Yields an engine with the decode path, then one without it."""
-    kernels = kernels_for(BLOCKS, CUDA, threads=2)
+    kernels = kernels_for(BLOCKS, CUDA, threads=2, activation=activation)
     assert kernels.decode is not None
     for each in (kernels, replace(kernels, decode=None)):
         yield ExpertEngine(BLOCKS, each, CUDA, SLOTS)
@@ -35,6 +38,7 @@ def exact_sums(
     states: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,
+    activation: Activation,
 ) -> torch.Tensor:
     """The experts' weighted sums, float64 [tokens, hidden].
 
@@ -46,13 +50,14 @@ def exact_sums(
         for expert, weight in zip(chosen, weights[token].double(), strict=True):
             for gate_up, down in zip(*BLOCKS.decode(experts[expert]), strict=True):
                 gate, up = (gate_up.double() @ state).chunk(2)
-                products = torch.nn.functional.silu(gate) * up
+                products = exact_glu(activation, gate, up)
                 sums[token] += weight * (down.double() @ products)
     return sums
 
 
+@with_each_activation
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 64, 130])
-def test_both_paths_match_float64(tokens: int):
+def test_both_paths_match_float64(tokens: int, activation: Activation):
     """For several splits; a second call gives the same bits."""
     torch.manual_seed(tokens)
     count = EXPERTS * BLOCKS_PER_EXPERT
@@ -61,10 +66,10 @@ def test_both_paths_match_float64(tokens: int):
     states = torch.randn(tokens, BLOCKS.hidden_size).bfloat16()
     index = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(tokens)])
     weights = torch.rand(tokens, 2).softmax(dim=1)
-    expected = exact_sums(experts, states, index, weights)
+    expected = exact_sums(experts, states, index, weights, activation)
     inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
     splits = ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5), (3, 0.0))
-    for engine in engines():
+    for engine in engines(activation):
         assert_layer_matches(engine, experts, inputs, expected, splits)
 
 
