@@ -1,12 +1,14 @@
 // Included by cpu.cpp: the activation of an expert's neurons; plan/activation.py has its formula.
 
-enum Function : int { SILU, GELU_TANH };  // as FUNCTIONS in cpu.py
+enum Function : int { SILU, GELU_TANH, RELU2 };  // as FUNCTIONS in cpu.py
 
 struct Activation {
     Function function;
     float alpha, offset, limit;  // limit: infinite if there is none
 
+    // For experts without a gate, `gate` is up.
     float operator()(float gate, float up) const {
+        if (function == RELU2) return std::max(gate, 0.0f) * up;
         gate = std::min(gate, limit), up = std::clamp(up, -limit, limit);  // NaN stays NaN
         // (1 + tanh(x)) / 2 is sigmoid(2 * x).
         constexpr float SCALE = 1.5957691216057308f;  // 2 * sqrt(2 / pi)

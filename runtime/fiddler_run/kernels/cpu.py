@@ -19,7 +19,7 @@ from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.plan.activation import SILU, Activation
 
 NUMBERED = ("bf16", "lossless12")  # as in layout.h
-FUNCTIONS = ("silu", "gelu_tanh")  # as in activation.h
+FUNCTIONS = ("silu", "gelu_tanh", "relu2")  # as in activation.h
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ while the CPU computes the other blocks, and `combine` waits for the CPU's resul
 flags in page-locked memory, so all of this can be queued long before, along with the next layer.
 
 The kernels read a block in page-locked host memory directly over the link, like one in GPU memory:
-no copy, no staging, no wait between the two. Each weight is read once for each tile of an expert's
-tokens, and usually there is one tile.
+no copy, no staging, no wait. Each weight is read once for each tile of tokens, usually one tile.
 """
 
 import torch
@@ -41,11 +40,11 @@ class GpuKernels:
         self.block_format = block_format
         self._activation = {key.upper(): value for key, value in activation}
         self._block_kernels = kernels  # the kernels that read blocks
-        self._layout: dict[str, int] = {}
+        self._layout = {"ROWS": block_format.rows_per_neuron}
         if isinstance(block_format, Lossless12):
             self._block_kernels = packed_kernels
             parts = ("BASES", "FIRSTS", "ESCAPES", "WEIGHTS")
-            self._layout = dict(zip(parts, block_format.offsets(), strict=True))
+            self._layout |= zip(parts, block_format.offsets(), strict=True)
 
     def compile(self) -> None:
         """Compiles the variants for small batches, which would interrupt decode for seconds.
@@ -228,9 +227,10 @@ class GpuKernels:
         """As `Lossless12.decode`, for blocks uint8 [count, block_bytes] on a GPU."""
         hidden, neurons = self.block_format.hidden_size, self.block_format.block_neurons
         like = {"dtype": torch.bfloat16, "device": blocks.device}
-        gate_up = torch.empty((len(blocks), 2 * neurons, hidden), **like)
+        rows = self.block_format.rows_per_neuron * neurons
+        gate_up = torch.empty((len(blocks), rows, hidden), **like)
         down = torch.empty((len(blocks), hidden, neurons), **like)
-        packed_kernels.unpack[(2 * neurons + hidden) // TILE_ROWS, len(blocks)](
+        packed_kernels.unpack[(rows + hidden) // TILE_ROWS, len(blocks)](
             blocks,
             gate_up,
             down,

@@ -111,7 +111,8 @@ class Pool {
                    float* output, int64_t* output_ready, int64_t number) {
         Slot& slot = next_slot();
         slot.output_ready = output_ready, slot.number = number;
-        slot.job.layout = {experts.hidden, experts.neurons, experts.encoding};
+        const bool gated = experts.activation.function != RELU2;
+        slot.job.layout = {experts.hidden, experts.neurons, experts.encoding, gated};
         slot.job.activation = experts.activation;
         slot.job.states = states, slot.job.tokens = tokens, slot.job.output = output;
         slot.job.calls.clear();

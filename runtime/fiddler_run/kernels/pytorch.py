@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, linear, relu, silu
 
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.kernels.limits import MAX_DECODED_BLOCKS, MAX_TOKEN_BLOCKS
@@ -42,14 +42,19 @@ def apply_blocks(
     output = torch.zeros_like(hidden_states, dtype=torch.float32)
     for some in blocks.split(DECODED_AT_ONCE):
         for rows, columns in zip(*encoding.decode(some), strict=True):
-            gate, up = linear(hidden_states, rows).chunk(2, dim=-1)
-            products = glu(activation, gate.float(), up.float())
+            products = glu(activation, linear(hidden_states, rows).float())
             output += linear(products.to(hidden_states.dtype), columns)
     return output
 
 
-def glu(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Applies an activation to float32 values. Overwrites `gate` and `up` to save memory."""
+def glu(activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
+    """Applies an activation to float32 values [..., 2 * b], or [..., b] without a gate: [..., b].
+
+    Overwrites `gate_up` to save memory.
+    """
+    if not activation.gated:
+        return relu(gate_up).mul_(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
     if activation.limit is not None:
         gate.clamp_(max=activation.limit)
         up.clamp_(-activation.limit, activation.limit)
@@ -68,8 +73,10 @@ def _batched(
     hidden_states: torch.Tensor,
     activation: Activation,
 ) -> torch.Tensor:
-    """[count, 2 * b, hidden] and [count, hidden, b] applied to [n, hidden]: [n, hidden] float32."""
+    """Rows [count, 2 * b, hidden], or [count, b, hidden] without a gate, and columns [count,
+    hidden, b] applied to [n, hidden]: [n, hidden] float32.
+    """
     states = hidden_states.expand(len(down), -1, -1)
-    gate, up = torch.bmm(states, gate_up_rows.mT, out_dtype=torch.float32).chunk(2, dim=-1)
-    products = glu(activation, gate, up).to(hidden_states.dtype)
+    gate_up = torch.bmm(states, gate_up_rows.mT, out_dtype=torch.float32)
+    products = glu(activation, gate_up).to(hidden_states.dtype)
     return torch.bmm(products, down.mT, out_dtype=torch.float32).sum(dim=0)

@@ -71,7 +71,9 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
                     for (int t = 0; t < count; ++t) x[t] = state(job, call, first + t);
                     float gate[ROWS][MAX_TOKENS], up[ROWS][MAX_TOKENS];
                     multiply(count, gate_rows, x, beyond_gate.part(part, parts), gate);
-                    multiply(count, up_rows, x, beyond_up.part(part, parts), up);
+                    if (job.layout.gated)
+                        multiply(count, up_rows, x, beyond_up.part(part, parts), up);
+                    else std::memcpy(up, gate, sizeof up);
                     job.activation.select([&](const auto& glu) {
                         for (int t = 0; t < count; ++t)
                             for (int row = 0; row < ROWS; ++row)

@@ -59,6 +59,7 @@ def kernels_for(
         pinned: keep each thread on its own core.
         activation: of the experts.
     """
+    assert activation.gated == block_format.gated
     on_gpu = device.type == "cuda"
     spin_us = SPIN_US if on_gpu else SPIN_BESIDE_PYTORCH_US
     make_cpu = CPU.get(block_format.name, lambda *_: None)

@@ -118,8 +118,10 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     const Rows next_up = job.layout.up(ahead.block, ahead.first_neuron);
     const uint16_t* gate = plain(job.layout, job.layout.gate(unit.block, unit.first_neuron), width,
                                  next ? &next_gate : nullptr, memory);
-    const uint16_t* up = plain(job.layout, job.layout.up(unit.block, unit.first_neuron), width,
-                               next ? &next_up : nullptr, memory + UNIT_NEURONS * width);
+    const uint16_t* up = gate;
+    if (job.layout.gated)
+        up = plain(job.layout, job.layout.up(unit.block, unit.first_neuron), width,
+                   next ? &next_up : nullptr, memory + UNIT_NEURONS * width);
     configure();
     for (int group = 0, groups = call.groups(); group < groups; group += 2)
         if (group + 1 < groups) gate_up_groups<2>(job, unit, next, call, group, gate, up);

@@ -67,9 +67,12 @@ def gate_up(
     table, max_blocks, num_experts, states, products,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
     TILE: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr,
-    OFFSET: tl.constexpr, LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """products[block, token, neuron] = glu(gate x, up x), for TILE neurons and TOKENS tokens."""
+    """products[block, token, neuron] = glu(gate x, up x), for TILE neurons and TOKENS tokens.
+
+    `ROWS` of a neuron: 2, or 1 without a gate.
+    """
     block = tl.program_id(0) // (NEURONS // TILE)
     tile = tl.program_id(1)
     if block < tl.load(table):
@@ -88,7 +91,10 @@ def gate_up(
                 gate_pointers = tl.multiple_of(gate_rows + start, [16, 16])
                 up_pointers = tl.multiple_of(gate_rows + NEURONS * HIDDEN + start, [16, 16])
                 gate = tl.dot(tl.load(gate_pointers), x, gate)
-                up = tl.dot(tl.load(up_pointers), x, up)
+                if ROWS == 2:
+                    up = tl.dot(tl.load(up_pointers), x, up)
+            if ROWS == 1:
+                up = gate
             product = glu(gate, up, FUNCTION, ALPHA, OFFSET, LIMIT)
             row = (block * tl.num_programs(1) + tile) * TOKENS + tl.arange(0, TOKENS)
             tl.store(
@@ -101,7 +107,7 @@ def gate_up(
 def down(
     table, max_blocks, num_experts, products, router_weights, results,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
-    TILE: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """results[choice, row] = router weight * sum over the expert's blocks of down * products.
 
@@ -118,7 +124,7 @@ def down(
         for block in range(tl.load(first_block + expert), tl.load(first_block + expert + 1)):
             weights = (
                 tl.load(table + 1 + block).to(tl.pointer_type(products.dtype.element_ty))
-                + 2 * NEURONS * HIDDEN
+                + ROWS * NEURONS * HIDDEN
             )
             down_rows = weights + row[:, None] * NEURONS + column[None, :]
             token = (block * tl.num_programs(2) + tile) * TOKENS + tl.arange(0, TOKENS)
