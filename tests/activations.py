@@ -11,6 +11,7 @@ ACTIVATIONS = {
     "clamped": Activation(function="silu", alpha=1.702, offset=1.0, limit=0.5),
     "gelu_tanh": Activation(function="gelu_tanh"),
 }
+RELU2 = Activation(function="relu2")  # of experts without a gate
 with_each_activation = pytest.mark.parametrize(
     "activation", ACTIVATIONS.values(), ids=list(ACTIVATIONS)
 )

@@ -39,7 +39,8 @@ def test_formulas_are_those_of_transformers(module, experts, act_fn, activation)
     if module == "gpt_oss":  # gate and up alternate
         gate_up = torch.stack([gate, up], dim=2).flatten(1)
     expected = stock._apply_gate(SimpleNamespace(act_fn=ACT2FN[act_fn], **CONSTANTS), gate_up)
-    for found in (exact_glu(activation, gate, up), glu(activation, gate.clone(), up.clone())):
+    found_by_kernel = glu(activation, torch.cat([gate, up], dim=1))
+    for found in (exact_glu(activation, gate, up), found_by_kernel):
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -75,7 +76,10 @@ def test_defaults_may_be_left_out():
     ("activation", "message"),
     [
         ("{}", "model.activation.function: missing"),
-        ("{function: relu}", "model.activation.function: Input should be 'silu' or 'gelu_tanh'"),
+        (
+            "{function: relu}",
+            "model.activation.function: Input should be 'silu', 'gelu_tanh' or 'relu2'",
+        ),
         ("{function: silu, beta: 1}", "model.activation.beta: unknown key"),
         ("{function: silu, limit: 0}", "model.activation.limit: Input should be greater than 0"),
         ("{function: silu, limit: .inf}", "model.activation.limit: Input should be a finite"),
@@ -83,6 +87,7 @@ def test_defaults_may_be_left_out():
             "{function: gelu_tanh, alpha: 1.702}",
             "model.activation.alpha: 1.702, but gelu_tanh has no alpha",
         ),
+        ("{function: relu2, limit: 7}", "model.activation.limit: 7, but relu2 has no limit"),
     ],
 )
 def test_wrong_activation_is_refused(activation, message):

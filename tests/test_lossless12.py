@@ -127,7 +127,9 @@ def test_trained_weights_need_few_escapes():
 def test_both_languages_agree_on_the_layout():
     for hidden, neurons in ((64, 64), (128, 192), (4096, 896), (2048, 64)):
         block_bytes = Lossless12(hidden, neurons).block_bytes
-        assert _library().lossless12_bytes(hidden, neurons) == block_bytes
+        assert _library().lossless12_bytes(hidden, neurons, True) == block_bytes
+        block_bytes = Lossless12(hidden, neurons, gated=False).block_bytes
+        assert _library().lossless12_bytes(hidden, neurons, False) == block_bytes
 
 
 def test_columns_of_long_rows_are_exact():

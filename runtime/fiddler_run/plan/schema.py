@@ -124,7 +124,10 @@ class Plan(YamlFile):
     @property
     def block_format(self) -> Encoding:
         """The encoding of the plan's blocks, for its sizes."""
-        return ENCODINGS[self.encoding](self.model.hidden_size, self.block_neurons)
+        model = self.model
+        return ENCODINGS[self.encoding](
+            model.hidden_size, self.block_neurons, model.activation.gated
+        )
 
     @property
     def block_bytes(self) -> int:

@@ -45,7 +45,8 @@ class ModelShape(Section):
     @property
     def expert_elements(self) -> int:
         """Number of weights of one expert."""
-        return 3 * self.hidden_size * self.intermediate_size
+        matrices = 3 if self.activation.gated else 2
+        return matrices * self.hidden_size * self.intermediate_size
 
     @property
     def loading_bytes(self) -> int:
