@@ -49,6 +49,7 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     const size_t group_bytes = ROWS * job.layout.row_bytes(job.layout.hidden);
     int groups = 2 * UNIT_NEURONS / ROWS,
         distance = std::max(1, AHEAD_BYTES / static_cast<int>(group_bytes));
+    if (!job.layout.gated) distance *= 2;  // without a gate, both groups of a pair are the same
     // Group g of ROWS rows: gate and up in turn.
     auto rows = [&](const GateUpUnit& of, int g) {
         int neuron = of.first_neuron + g / 2 * ROWS;
