@@ -70,7 +70,7 @@ class Plan(YamlFile):
         'Written by `fiddler-opt plan`; run it with `fiddler-run --plan <this file> "prompt"`.'
     )
     key_comments: ClassVar[dict[str, str]] = {
-        "activation": "act(min(gate, limit)) * (min(max(up, -limit), limit) + offset)",
+        "activation": "act(min(gate, limit)) * (clamp(up, -limit, limit) + offset), or relu(up)^2",
         "encoding": "how blocks are stored",
         "budget": "what the planner was given",
         "block_neurons": "an expert is cut into blocks of this many neurons",
