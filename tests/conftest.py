@@ -94,7 +94,7 @@ def make_plan(
 ) -> Plan:
     """A plan with these resident and disk blocks, for 1 GiB of GPU memory."""
     encoding = encoding or plain_encoding(shape.dtype)
-    blocks = ENCODINGS[encoding](shape.hidden_size, block_neurons)
+    blocks = ENCODINGS[encoding](shape.hidden_size, block_neurons, shape.activation.gated)
     block_bytes = blocks.block_bytes
     resident_bytes, disk_bytes = (
         sum(map(sum, rows)) * block_bytes for rows in (resident, on_disk or [[]])

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import torch
+from activations import exact_glu
 
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.encodings.plain import Bf16
@@ -16,6 +17,7 @@ from fiddler_run.kernels.cpu import CompiledExperts
 from fiddler_run.kernels.decode_layer import DecodeLayer
 from fiddler_run.kernels.pool import Pool
 from fiddler_run.kernels.table import Kernels
+from fiddler_run.plan.activation import SILU, Activation
 
 CPU = torch.device("cpu")
 HIDDEN = 96
@@ -29,9 +31,11 @@ def random_blocks(count: int) -> torch.Tensor:
     return torch.randn(count, 3 * NEURONS * HIDDEN).mul_(0.1).bfloat16().view(torch.uint8)
 
 
-def compiled(threads: int, variant: str | None = None, spin_us: int = 20) -> CompiledExperts:
+def compiled(
+    threads: int, variant: str | None = None, spin_us: int = 20, activation: Activation = SILU
+) -> CompiledExperts:
     """The compiled kernel on its own pool."""
-    return CompiledExperts(BLOCKS, Pool(threads, spin_us, variant=variant))
+    return CompiledExperts(BLOCKS, Pool(threads, spin_us, variant=variant), activation)
 
 
 def make_engine(decode: object | None = None) -> ExpertEngine:
@@ -40,11 +44,16 @@ def make_engine(decode: object | None = None) -> ExpertEngine:
     return ExpertEngine(BLOCKS, Kernels(cpu, decode, cpu.apply), CPU, 4)
 
 
-def applied(blocks: torch.Tensor, state: torch.Tensor, encoding: Encoding = BLOCKS) -> torch.Tensor:
+def applied(
+    blocks: torch.Tensor,
+    state: torch.Tensor,
+    encoding: Encoding = BLOCKS,
+    activation: Activation = SILU,
+) -> torch.Tensor:
     """Blocks applied to one state in float32."""
     gate_up, down = encoding.decode(blocks)
     gate, up = (gate_up.float() @ state.float()).chunk(2, dim=1)
-    products = torch.nn.functional.silu(gate) * up
+    products = exact_glu(activation, gate, up)
     return (down.float() @ products.unsqueeze(2)).squeeze(2).sum(dim=0)
 
 
@@ -76,9 +85,16 @@ class Gpu:
     """The GPU's side of one CPU job: sends the inputs and checks the table and the output."""
 
     def __init__(
-        self, tokens: int, layer: Layer, buffers: PinnedBuffers, top_k: int = 2, alike: bool = False
+        self,
+        tokens: int,
+        layer: Layer,
+        buffers: PinnedBuffers,
+        top_k: int = 2,
+        alike: bool = False,
+        activation: Activation = SILU,
     ):
-        """`alike`: all tokens choose the same experts."""
+        """`alike`: all tokens choose the same experts. `activation`: of the experts."""
+        self.activation = activation
         self.states = torch.randn(tokens, HIDDEN).bfloat16()
         self.index = torch.stack([torch.randperm(layer.experts)[:top_k] for _ in range(tokens)])
         if alike:
@@ -144,7 +160,9 @@ class Gpu:
                 called.add((self.index[token, place].item(), group))
                 for block in blocks:
                     sums[token, place] += applied(
-                        self.layer.by_address[addresses[block]][None], self.states[token]
+                        self.layer.by_address[addresses[block]][None],
+                        self.states[token],
+                        activation=self.activation,
                     )
         # each called expert has one group, and these come first
         assert len({expert for expert, _ in called}) == len(called)
@@ -161,7 +179,7 @@ class Gpu:
             for blocks in (self.layer.resident[expert], self.layer.host[expert]):
                 if len(blocks):
                     expected[token] += self.weights[token, place] * applied(
-                        blocks, self.states[token]
+                        blocks, self.states[token], activation=self.activation
                     )
         return expected
 

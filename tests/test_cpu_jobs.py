@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from activations import with_each_activation
 from hand_over import (
     CPU,
     HIDDEN,
@@ -45,11 +46,12 @@ def test_cpu_and_gpu_together_compute_the_layer(tokens, share):
         gpu.check()
 
 
+@with_each_activation
 @pytest.mark.parametrize("variant", supported_variants())
-def test_odd_shapes_are_computed(variant):
+def test_odd_shapes_are_computed(variant, activation):
     torch.manual_seed(0)
     rng = random.Random(0)
-    kernel = compiled(3, variant)
+    kernel = compiled(3, variant, activation=activation)
     buffers = PinnedBuffers(CPU)
     shapes = (
         (1, 1, 1, False),
@@ -59,7 +61,7 @@ def test_odd_shapes_are_computed(variant):
         (5, 2, MAX_DECODE_TOKENS, True),
     )
     for job, (experts, top_k, tokens, alike) in enumerate(shapes, start=1):
-        gpu = Gpu(tokens, Layer(rng, 0.6, experts), buffers, top_k, alike)
+        gpu = Gpu(tokens, Layer(rng, 0.6, experts), buffers, top_k, alike, activation)
         gpu.submit(kernel, job)
         gpu.send(job)
         kernel.wait()

@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from activations import exact_glu, with_each_activation
 from hand_over import BLOCKS, CPU, HIDDEN, NEURONS, TOLERANCE, compiled, random_blocks
 
 from fiddler_run.encodings.plain import Bf16, Fp32
@@ -17,12 +18,13 @@ from fiddler_run.kernels.cpu import CompiledExperts, PyTorchExperts
 from fiddler_run.kernels.cpu_calls import CpuCall, CpuCalls
 from fiddler_run.kernels.library import library, supported_variants
 from fiddler_run.kernels.table import kernels_for
+from fiddler_run.plan.activation import Activation
 
 if library() is None:
     pytest.skip("the kernel is not built", allow_module_level=True)
 
 
-def exact(calls: list[CpuCall], states: torch.Tensor) -> torch.Tensor:
+def exact(calls: list[CpuCall], states: torch.Tensor, activation: Activation) -> torch.Tensor:
     output = torch.zeros(states.shape, dtype=torch.float64)
     for call in calls:
         rows = torch.from_numpy(call.rows)
@@ -32,7 +34,7 @@ def exact(calls: list[CpuCall], states: torch.Tensor) -> torch.Tensor:
             gate = gate.view(NEURONS, HIDDEN)
             up = up.view(NEURONS, HIDDEN)
             down = down.view(HIDDEN, NEURONS)
-            product = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+            product = exact_glu(activation, x @ gate.T, x @ up.T)
             output.index_add_(
                 0, rows, product @ down.T * torch.from_numpy(call.weights).double().unsqueeze(1)
             )
@@ -52,19 +54,20 @@ def random_calls(rng: random.Random, tokens: int) -> list[CpuCall]:
     return calls
 
 
+@with_each_activation
 @pytest.mark.parametrize("variant", supported_variants())
 @pytest.mark.parametrize("tokens", [1, 2, 5, 7, 12, 17, 33, 70])
-def test_kernel_matches_float64(variant, tokens):
+def test_kernel_matches_float64(variant, tokens, activation):
     torch.manual_seed(tokens)
     rng = random.Random(tokens)
-    kernel = compiled(2, variant)
+    kernel = compiled(2, variant, activation=activation)
     for _ in range(4):
         calls = random_calls(rng, tokens)
         states = torch.randn(tokens, HIDDEN).bfloat16()
         output = torch.full(states.shape, torch.nan)
         kernel.submit(CpuCalls.of(calls), states, output)
         kernel.wait()
-        expected = exact(calls, states)
+        expected = exact(calls, states, activation)
         assert (output - expected).norm() <= TOLERANCE * expected.norm()
 
 
@@ -109,11 +112,14 @@ def test_back_to_back_jobs_are_correct():
     kernel.wait()
 
 
-def test_nan_is_propagated():
-    states = torch.ones(1, HIDDEN).bfloat16()
-    states[0, 3] = torch.nan
-    for variant in supported_variants():
-        assert compiled(1, variant).apply(random_blocks(1), states).isnan().all()
+@with_each_activation
+def test_nan_is_propagated(activation):
+    states = torch.ones(20, HIDDEN).bfloat16()
+    states[:, 3] = torch.nan
+    kernels = [compiled(1, variant, activation=activation) for variant in supported_variants()]
+    for kernel in (*kernels, PyTorchExperts(BLOCKS, activation)):
+        for tokens in (1, len(states)):
+            assert kernel.apply(random_blocks(1), states[:tokens]).isnan().all()
 
 
 def test_pytorch_computes_blocks_that_the_kernel_cannot():

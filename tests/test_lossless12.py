@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from activations import exact_glu, with_each_activation
 from conftest import DEMO, demo_shape, make_plan, random_plan
 from hand_over import TOLERANCE
 
@@ -127,7 +128,9 @@ def test_trained_weights_need_few_escapes():
 def test_both_languages_agree_on_the_layout():
     for hidden, neurons in ((64, 64), (128, 192), (4096, 896), (2048, 64)):
         block_bytes = Lossless12(hidden, neurons).block_bytes
-        assert _library().lossless12_bytes(hidden, neurons) == block_bytes
+        assert _library().lossless12_bytes(hidden, neurons, True) == block_bytes
+        block_bytes = Lossless12(hidden, neurons, gated=False).block_bytes
+        assert _library().lossless12_bytes(hidden, neurons, False) == block_bytes
 
 
 def test_columns_of_long_rows_are_exact():
@@ -145,9 +148,10 @@ def test_a_block_takes_three_quarters_of_bf16():
     assert encoding.block_bytes / (3 * 4096 * 896 * 2) == pytest.approx(0.7552, abs=1e-4)
 
 
+@with_each_activation
 @pytest.mark.parametrize("variant", supported_variants())
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 17, 40])
-def test_kernel_matches_float64(variant, tokens):
+def test_kernel_matches_float64(variant, tokens, activation):
     torch.manual_seed(tokens)
     hidden, neurons = 128, 192
     for outliers in (False, True):  # escapes in the blocks, and elsewhere
@@ -164,13 +168,13 @@ def test_kernel_matches_float64(variant, tokens):
         weights = np.random.rand(len(rows)).astype(np.float32)
         gate, up, down = (matrix.double() for matrix in matrices)
         x = states[rows].double()
-        product = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+        product = exact_glu(activation, x @ gate.T, x @ up.T) @ down.T
         expected = torch.zeros(tokens, hidden, dtype=torch.float64)
         expected[rows] = product * torch.from_numpy(weights).double().unsqueeze(1)
         outputs = []
         for threads in (1, 3):
             output = torch.full((tokens, hidden), torch.nan)
-            kernel = CompiledExperts(encoding, Pool(threads, variant=variant))
+            kernel = CompiledExperts(encoding, Pool(threads, variant=variant), activation)
             kernel.submit(CpuCalls.of([CpuCall(blocks, rows, weights)]), states, output)
             kernel.wait()
             outputs.append(output)

@@ -86,7 +86,10 @@ class Link(Section):
 
 
 class MeasuredShape(Section):
-    """The sizes of the experts that were timed. For other sizes, times scale with bytes."""
+    """The sizes of the experts that were timed. For other sizes, times scale with bytes.
+
+    `gated`: they have a gate.
+    """
 
     hidden_size: Width
     intermediate_size: Width
@@ -96,6 +99,7 @@ class MeasuredShape(Section):
     expert_bytes: Bytes
     dense_layer_bytes: Bytes
     head_bytes: Bytes
+    gated: bool = True
 
     def problems(self) -> list[str]:
         return self._size_problems("shape", self.encoding, self)
@@ -115,7 +119,7 @@ class MeasuredShape(Section):
         problem = ENCODINGS[name].size_problem(sizes.block_neurons)
         if problem is not None:
             return [f"{key}.block_neurons: {problem}"]
-        encoding = ENCODINGS[name](self.hidden_size, sizes.block_neurons)
+        encoding = ENCODINGS[name](self.hidden_size, sizes.block_neurons, self.gated)
         needed = encoding.expert_bytes(self.intermediate_size)
         if sizes.expert_bytes == needed:
             return []
@@ -132,6 +136,7 @@ class MeasuredShape(Section):
             expert_bytes=model.expert_bytes,
             dense_layer_bytes=model.dense_layer_bytes,
             head_bytes=model.head_bytes,
+            gated=model.shape.activation.gated,
         )
 
 

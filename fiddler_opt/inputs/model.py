@@ -105,7 +105,10 @@ class ModelSpec:
     @property
     def block_format(self) -> Encoding:
         """The encoding for blocks of this model's sizes."""
-        return ENCODINGS[self.encoding](self.shape.hidden_size, self.block_neurons)
+        shape = self.shape
+        return ENCODINGS[self.encoding](
+            shape.hidden_size, self.block_neurons, shape.activation.gated
+        )
 
     @property
     def blocks_per_expert(self) -> int:

@@ -22,7 +22,7 @@ def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
         print_gpu_memory(console, plan)
     print_host_memory(console, plan)
     if plan.encoding != plain_encoding(plan.model.dtype):
-        bits = 8 * plan.block_bytes / (3 * plan.block_neurons * plan.model.hidden_size)
+        bits = 8 * plan.block_bytes / plan.block_format.block_weights
         console.print(f"experts are stored as {plan.encoding}: {bits:.1f} bits per weight, exact")
     print_alternatives(console, plan)
     console.print(

@@ -229,7 +229,7 @@ def engine_for(model: ModelSpec, device: torch.device, threads: int, pinned: boo
     `pinned`: each thread stays on its own core.
     """
     slots = staged_blocks(model) if device.type == "cuda" else 0
-    return make_engine(model.block_format, device, threads, slots, pinned)
+    return make_engine(model.block_format, device, threads, slots, pinned, model.shape.activation)
 
 
 def _page_locked(arena: Arena) -> bool:

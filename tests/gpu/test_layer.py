@@ -10,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from activations import exact_glu, with_each_activation
+
 from fiddler_run.encodings.plain import Bf16
 from fiddler_run.engine import device_part
 from fiddler_run.engine.engine import ExpertEngine
@@ -17,6 +19,7 @@ from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.engine.tuning import RouterSizes, measure_prompt
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.kernels.table import kernels_for
+from fiddler_run.plan.activation import SILU, Activation
 from gpu.conftest import CUDA, assert_layer_matches, page_locked
 
 BLOCKS = Bf16(hidden_size=256, block_neurons=96)
@@ -26,9 +29,9 @@ BLOCKS_PER_EXPERT = 4
 SLOTS = 3
 
 
-def engines() -> Iterator[ExpertEngine]:
+def engines(activation: Activation) -> Iterator[ExpertEngine]:
     """Yields an engine with the decode path, then one without it."""
-    kernels = kernels_for(BLOCKS, CUDA, threads=2)
+    kernels = kernels_for(BLOCKS, CUDA, threads=2, activation=activation)
     assert kernels.decode is not None
     for each in (kernels, replace(kernels, decode=None)):
         yield ExpertEngine(BLOCKS, each, CUDA, SLOTS)
@@ -39,6 +42,7 @@ def exact_sums(
     states: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,
+    activation: Activation,
 ) -> torch.Tensor:
     """The experts' weighted sums, float64 [tokens, hidden].
 
@@ -49,14 +53,15 @@ def exact_sums(
         tokens, places = (index == expert).nonzero(as_tuple=True)
         for gate_up, down in zip(*BLOCKS.decode(experts[expert]), strict=True):
             gate, up = (states[tokens].double() @ gate_up.double().T).chunk(2, dim=1)
-            products = torch.nn.functional.silu(gate) * up
+            products = exact_glu(activation, gate, up)
             weighted = weights[tokens, places].double().unsqueeze(1) * (products @ down.double().T)
             sums.index_add_(0, tokens, weighted)
     return sums
 
 
+@with_each_activation
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 64, 130])
-def test_both_paths_match_float64(tokens: int):
+def test_both_paths_match_float64(tokens: int, activation: Activation):
     """For several splits; a second call gives the same bits."""
     torch.manual_seed(tokens)
     count = EXPERTS * BLOCKS_PER_EXPERT
@@ -65,17 +70,18 @@ def test_both_paths_match_float64(tokens: int):
     states = torch.randn(tokens, BLOCKS.hidden_size).bfloat16()
     index = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(tokens)])
     weights = torch.rand(tokens, 2).softmax(dim=1)
-    expected = exact_sums(experts, states, index, weights)
+    expected = exact_sums(experts, states, index, weights, activation)
     inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
     splits = ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5), (3, 0.0))
-    for engine in engines():
+    for engine in engines(activation):
         assert_layer_matches(engine, experts, inputs, expected, splits)
 
 
+@with_each_activation
 @pytest.mark.parametrize("tokens", [270, 700])
 @pytest.mark.parametrize("work", [0, 2**62])
 def test_prompt_of_many_experts_matches_float64(
-    tokens: int, work: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int, work: int, activation: Activation, monkeypatch: pytest.MonkeyPatch
 ):
     """Together and one by one; pieces of the ring then hold blocks of several experts."""
     monkeypatch.setattr(device_part, "MAX_GROUPED_WORK", work)
@@ -91,10 +97,11 @@ def test_prompt_of_many_experts_matches_float64(
     weights = torch.rand(tokens, 5).softmax(dim=1)
     known = weights.clone()
     known[1, 2] = 0.0
-    expected = exact_sums(experts, states, index.clamp(max=MANY_EXPERTS - 1), known)
+    expected = exact_sums(experts, states, index.clamp(max=MANY_EXPERTS - 1), known, activation)
     inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
     splits = ((0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5))
-    engine = ExpertEngine(BLOCKS, kernels_for(BLOCKS, CUDA, threads=2), CUDA, 11)
+    kernels = kernels_for(BLOCKS, CUDA, threads=2, activation=activation)
+    engine = ExpertEngine(BLOCKS, kernels, CUDA, 11)
     assert_layer_matches(engine, experts, inputs, expected, splits)
 
 
@@ -123,7 +130,7 @@ def test_prefetched_blocks_are_used():
         weights = torch.rand(tokens, 5).softmax(dim=1)
         inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
         for layer, experts in zip(layers, places, strict=True):
-            expected = exact_sums(experts, states, index, weights)
+            expected = exact_sums(experts, states, index, weights, SILU)
             output = layer(*inputs).cpu().double()
             assert (output - expected).norm() <= 3e-3 * expected.norm()
     engine.resources.settle()

@@ -6,6 +6,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from activations import exact_glu, with_each_activation
+
 from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.engine.engine import make_engine
 from fiddler_run.kernels.gpu import GpuKernels
@@ -53,9 +55,10 @@ def test_blocks_are_unpacked_bit_for_bit(outliers):
             assert torch.equal(found.cpu().view(torch.int16), expected.view(torch.int16))
 
 
+@with_each_activation
 @pytest.mark.parametrize("outliers", [1e-3, 0.1])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 33, 130, 300])
-def test_layer_matches_float64(tokens, outliers):
+def test_layer_matches_float64(tokens, outliers, activation):
     torch.manual_seed(tokens)
     experts, stored, referred = packed(outliers)
     states = torch.randn(tokens, BLOCKS.hidden_size).bfloat16()
@@ -66,9 +69,9 @@ def test_layer_matches_float64(tokens, outliers):
         state = states[token].double()
         for expert, weight in zip(chosen, weights[token].double(), strict=True):
             gate, up, down = (matrix.double() for matrix in experts[expert])
-            products = torch.nn.functional.silu(gate @ state) * (up @ state)
+            products = exact_glu(activation, gate @ state, up @ state)
             expected[token] += weight * (down @ products)
-    engine = make_engine(BLOCKS, CUDA, threads=2, slots=SLOTS)
+    engine = make_engine(BLOCKS, CUDA, threads=2, slots=SLOTS, activation=activation)
     assert engine.resources.kernels.decode is not None
     inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
     splits = ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5))

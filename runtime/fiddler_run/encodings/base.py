@@ -2,7 +2,8 @@
 
 An expert's neurons are cut into blocks of `block_neurons` consecutive neurons. A block holds their
 gate rows, up rows and down columns, so it is a small dense expert and one contiguous copy over the
-link. Only an encoding knows what the bytes of a block mean.
+link. Experts without a gate have only up rows. Only an encoding knows what the bytes of a block
+mean.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ class Encoding(ABC):
     multiple: ClassVar[int] = 1
     max_row: ClassVar[int] = 2**31
 
-    def __init__(self, hidden_size: int, block_neurons: int):
+    def __init__(self, hidden_size: int, block_neurons: int, gated: bool = True):
         self.hidden_size = hidden_size
         self.block_neurons = block_neurons
+        self.gated = gated
 
     def __eq__(self, other: object) -> bool:
         """True if blocks of the other encoding have the same layout."""
@@ -38,18 +40,23 @@ class Encoding(ABC):
         return hash(self._key)
 
     @property
-    def _key(self) -> tuple[str, int, int]:
-        return self.name, self.hidden_size, self.block_neurons
+    def _key(self) -> tuple[str, int, int, bool]:
+        return self.name, self.hidden_size, self.block_neurons, self.gated
+
+    @property
+    def rows_per_neuron(self) -> int:
+        """2: gate and up, or 1: up alone."""
+        return 2 if self.gated else 1
+
+    @property
+    def block_weights(self) -> int:
+        """Number of weights of a block."""
+        return (self.rows_per_neuron + 1) * self.block_neurons * self.hidden_size
 
     @property
     @abstractmethod
     def block_bytes(self) -> int:
         """Bytes of one block. All blocks of an encoding have the same size."""
-
-    @property
-    def block_weights(self) -> int:
-        """Weights of one block."""
-        return 3 * self.hidden_size * self.block_neurons
 
     @property
     def decoded_bytes(self) -> int:
@@ -58,7 +65,7 @@ class Encoding(ABC):
 
     @abstractmethod
     def encode(
-        self, blocks: Tensor, gate: Tensor, up: Tensor, down: Tensor, first_neuron: int
+        self, blocks: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, first_neuron: int
     ) -> list[Tensor]:
         """Encodes the expert's neurons from `first_neuron` on into `blocks`.
 
@@ -67,6 +74,7 @@ class Encoding(ABC):
         Args:
             blocks: uint8 [count, block_bytes] in host memory, overwritten.
             gate, up: [intermediate, hidden], of a dtype that converts to `dtype` without loss.
+                Without a gate, `gate` is ignored.
             down: [hidden, intermediate].
 
         Returns:
@@ -78,8 +86,8 @@ class Encoding(ABC):
         """Decodes `blocks`, uint8 [count, block_bytes], on their device.
 
         Returns:
-            Gate rows above up rows [count, 2 * block_neurons, hidden], and down columns [count,
-            hidden, block_neurons]. Views of `blocks` if the encoding allows it.
+            Gate rows above up rows [count, rows_per_neuron * block_neurons, hidden], and down
+            columns [count, hidden, block_neurons]. Views of `blocks` if the encoding allows it.
         """
 
     @classmethod

@@ -130,8 +130,8 @@ FOR_EACH_CPU void unpack_row(const uint8_t* lows, int width, int base, uint16_t*
 
 extern "C" {
 
-int64_t lossless12_bytes(int hidden, int neurons) {
-    return static_cast<int64_t>(Layout{hidden, neurons}.bytes());
+int64_t lossless12_bytes(int hidden, int neurons, int gated) {
+    return static_cast<int64_t>(Layout{hidden, neurons, gated != 0}.bytes());
 }
 
 // Encodes the expert's neurons from `first_neuron` on into one block; neurons past the last one are
@@ -140,8 +140,8 @@ int64_t lossless12_bytes(int hidden, int neurons) {
 // block's capacity are lost unless `overflow` has room for all of them.
 int64_t lossless12_encode(int hidden, int neurons, const uint16_t* gate, const uint16_t* up,
                           const uint16_t* down, int intermediate, int first_neuron, char* block,
-                          Escape* overflow, uint8_t* scratch) {
-    const Layout layout{hidden, neurons};
+                          Escape* overflow, uint8_t* scratch, int gated) {
+    const Layout layout{hidden, neurons, gated != 0};
     const int here = std::clamp(intermediate - first_neuron, 0, neurons);
     auto bases = reinterpret_cast<uint8_t*>(block + layout.bases());
     auto firsts = reinterpret_cast<uint32_t*>(block + layout.firsts());
@@ -180,7 +180,7 @@ int64_t lossless12_encode(int hidden, int neurons, const uint16_t* gate, const u
             add(row, hidden, to);
         }
     };
-    add_rows(gate, block + layout.gate());
+    if (gated) add_rows(gate, block + layout.gate());
     add_rows(up, block + layout.up());
     char* to = block + layout.down();
     for (int r = 0; r < hidden; ++r, to += Layout::row_bytes(neurons)) {
@@ -196,10 +196,11 @@ int64_t lossless12_encode(int hidden, int neurons, const uint16_t* gate, const u
     return found;
 }
 
-// Decodes a block: gate rows above up rows [2 neurons, hidden], and down [hidden, neurons].
+// Decodes a block: gate rows above up rows [2 neurons, hidden], or only up rows, and down [hidden,
+// neurons].
 void lossless12_decode(int hidden, int neurons, const char* block, uint16_t* gate_up,
-                       uint16_t* down) {
-    const Layout layout{hidden, neurons};
+                       uint16_t* down, int gated) {
+    const Layout layout{hidden, neurons, gated != 0};
     auto bases = reinterpret_cast<const uint8_t*>(block + layout.bases());
     auto firsts = reinterpret_cast<const uint32_t*>(block + layout.firsts());
     int64_t overflow;
@@ -209,7 +210,7 @@ void lossless12_decode(int hidden, int neurons, const char* block, uint16_t* gat
     auto from = reinterpret_cast<const uint8_t*>(block + layout.gate());
     const int rows = static_cast<int>(layout.rows());
     for (int number = 0; number < rows; ++number) {
-        const bool in_down = number >= 2 * neurons;
+        const bool in_down = number >= static_cast<int>(layout.first_down());
         const int width = in_down ? neurons : hidden;
         uint16_t*& to = in_down ? down : gate_up;
         unpack_row(from, width, bases[number], to);

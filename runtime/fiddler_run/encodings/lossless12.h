@@ -6,6 +6,8 @@
 //   Escape   escapes[capacity]
 //   char     gate[neurons][3/2 hidden], up[neurons][3/2 hidden], down[hidden][3/2 neurons]
 //
+// Experts without a gate have only up and down.
+//
 // Each part starts at a multiple of 64 bytes. The rows are numbered in this order: gate, up, down.
 // A row of `width` weights is `width` low bytes, then `width` / 2 bytes of codes. It is cut into
 // groups of 64 weights. Place 16 i + j of a group holds weight 8 i + j, and place 16 i + 8 + j
@@ -30,9 +32,11 @@ constexpr size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Layout {
     int hidden, neurons;
+    bool gated;
 
-    size_t rows() const { return 2 * static_cast<size_t>(neurons) + hidden; }
-    size_t weights() const { return 3 * static_cast<size_t>(hidden) * neurons; }
+    size_t first_down() const { return static_cast<size_t>(gated ? 2 : 1) * neurons; }
+    size_t rows() const { return first_down() + hidden; }
+    size_t weights() const { return (first_down() + neurons) * hidden; }
     size_t capacity() const { return weights() / WEIGHTS_PER_ESCAPE; }
 
     static size_t row_bytes(int width) { return static_cast<size_t>(width) / 2 * 3; }
@@ -40,7 +44,7 @@ struct Layout {
     size_t firsts() const { return bases() + aligned(rows()); }
     size_t escapes() const { return firsts() + aligned((rows() + 1) * sizeof(uint32_t)); }
     size_t gate() const { return escapes() + aligned(capacity() * sizeof(Escape)); }
-    size_t up() const { return gate() + neurons * row_bytes(hidden); }
+    size_t up() const { return gate() + (gated ? neurons * row_bytes(hidden) : 0); }
     size_t down() const { return up() + neurons * row_bytes(hidden); }
     size_t bytes() const { return aligned(down() + hidden * row_bytes(neurons)); }
 };

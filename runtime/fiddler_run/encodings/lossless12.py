@@ -40,21 +40,20 @@ class Lossless12(Encoding):
     @property
     def rows(self) -> int:
         """Rows of gate, up and down."""
-        return 2 * self.block_neurons + self.hidden_size
+        return self.rows_per_neuron * self.block_neurons + self.hidden_size
 
     @property
     def capacity(self) -> int:
         """Escapes for which a block has room."""
-        return 3 * self.hidden_size * self.block_neurons // WEIGHTS_PER_ESCAPE
+        return self.block_weights // WEIGHTS_PER_ESCAPE
 
     @property
     def block_bytes(self) -> int:
-        weights = 3 * self.hidden_size * self.block_neurons
-        return _aligned(self.offsets()[-1] + weights // 2 * 3)
+        return _aligned(self.offsets()[-1] + self.block_weights // 2 * 3)
 
     @property
     def decoded_bytes(self) -> int:
-        return 3 * self.hidden_size * self.block_neurons * 2
+        return 2 * self.block_weights
 
     def offsets(self) -> tuple[int, int, int, int]:
         """Where the bases, the first escapes, the escapes and the weights begin."""
@@ -67,7 +66,7 @@ class Lossless12(Encoding):
         return _library() is not None
 
     def encode(
-        self, blocks: Tensor, gate: Tensor, up: Tensor, down: Tensor, first_neuron: int
+        self, blocks: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, first_neuron: int
     ) -> list[Tensor]:
         import torch
 
@@ -77,25 +76,26 @@ class Lossless12(Encoding):
                 "the encoder of lossless12 is not built; install fiddler-opt again where a C++20"
                 " compiler can build it, or plan with `--encoding bf16`"
             )
-        matrices = [matrix.to(torch.bfloat16).contiguous() for matrix in (gate, up, down)]
+        given = (gate if self.gated else up, up, down)
+        matrices = [matrix.to(torch.bfloat16).contiguous() for matrix in given]
         sizes = self.hidden_size, self.block_neurons
         scratch = torch.empty(4 * max(sizes), dtype=torch.uint8)
         encode = partial(
             library.lossless12_encode,
             *sizes,
             *(matrix.data_ptr() for matrix in matrices),
-            len(gate),
+            len(up),
         )
         overflows = []
         for number, block in enumerate(blocks):
             into = first_neuron + number * self.block_neurons, block.data_ptr()
-            escapes = encode(*into, None, scratch.data_ptr())
+            escapes = encode(*into, None, scratch.data_ptr(), self.gated)
             if escapes > self.capacity:
                 # a GPU reads the list in place
                 overflow = torch.empty(
                     (escapes, 2), dtype=torch.uint16, pin_memory=torch.cuda.is_available()
                 )
-                encode(*into, overflow.data_ptr(), scratch.data_ptr())
+                encode(*into, overflow.data_ptr(), scratch.data_ptr(), self.gated)
                 overflows.append(overflow)
         return overflows
 
@@ -106,10 +106,11 @@ class Lossless12(Encoding):
         if library is None or blocks.device.type != "cpu":
             return self.decode_with_pytorch(blocks)
         sizes = self.hidden_size, self.block_neurons
-        gate_up = torch.empty((len(blocks), 2 * sizes[1], sizes[0]), dtype=torch.bfloat16)
+        rows = self.rows_per_neuron * self.block_neurons
+        gate_up = torch.empty((len(blocks), rows, self.hidden_size), dtype=torch.bfloat16)
         down = torch.empty((len(blocks), *sizes), dtype=torch.bfloat16)
         for parts in zip(blocks.contiguous(), gate_up, down, strict=True):
-            library.lossless12_decode(*sizes, *(part.data_ptr() for part in parts))
+            library.lossless12_decode(*sizes, *(part.data_ptr() for part in parts), self.gated)
         return gate_up, down
 
     def decode_with_pytorch(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,10 +118,11 @@ class Lossless12(Encoding):
         import torch
 
         hidden, neurons = self.hidden_size, self.block_neurons
+        first_down = self.rows_per_neuron * neurons
         at_bases, at_firsts, at_escapes, at_weights = self.offsets()
-        bases = blocks[:, at_bases : at_bases + self.rows].split((2 * neurons, hidden), dim=1)
-        split = at_weights + 3 * neurons * hidden
-        gate_up = _unpacked(blocks[:, at_weights:split].unflatten(1, (2 * neurons, -1)), bases[0])
+        bases = blocks[:, at_bases : at_bases + self.rows].split((first_down, hidden), dim=1)
+        split = at_weights + first_down * hidden // 2 * 3
+        gate_up = _unpacked(blocks[:, at_weights:split].unflatten(1, (first_down, -1)), bases[0])
         stop = split + 3 * neurons * hidden // 2
         down = _unpacked(blocks[:, split:stop].unflatten(1, (hidden, -1)), bases[1])
         firsts = blocks[:, at_firsts : at_firsts + 4 * (self.rows + 1)].view(torch.int32).long()
@@ -132,7 +134,7 @@ class Lossless12(Encoding):
                 escapes = _at_address(overflow, int(first[-1])).to(blocks.device)
             rows = torch.arange(self.rows).repeat_interleave(first.diff()).to(blocks.device)
             columns = escapes[:, 0].long() & 0xFFFF
-            for matrix, start in ((gate_up[number], 0), (down[number], 2 * neurons)):
+            for matrix, start in ((gate_up[number], 0), (down[number], first_down)):
                 here = (rows >= start) & (rows < start + len(matrix))
                 matrix[rows[here] - start, columns[here]] = escapes[here, 1]
         return gate_up.view(torch.bfloat16), down.view(torch.bfloat16)
@@ -181,13 +183,13 @@ def _library() -> ctypes.CDLL | None:
     loaded = ctypes.CDLL(os.fspath(found))
     pointer = ctypes.c_void_p
     integer = ctypes.c_int
-    loaded.lossless12_bytes.argtypes = [integer, integer]
+    loaded.lossless12_bytes.argtypes = [integer, integer, integer]
     loaded.lossless12_bytes.restype = ctypes.c_int64
     loaded.lossless12_encode.argtypes = [
         *(integer, integer, pointer, pointer, pointer),
-        *(integer, integer, pointer, pointer, pointer),
+        *(integer, integer, pointer, pointer, pointer, integer),
     ]
     loaded.lossless12_encode.restype = ctypes.c_int64
-    loaded.lossless12_decode.argtypes = [integer, integer, pointer, pointer, pointer]
+    loaded.lossless12_decode.argtypes = [*(integer, integer, pointer, pointer, pointer), integer]
     loaded.lossless12_decode.restype = None
     return loaded

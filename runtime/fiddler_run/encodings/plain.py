@@ -17,26 +17,28 @@ class Plain(Encoding):
 
     @property
     def block_bytes(self) -> int:
-        return 3 * self.block_neurons * self.hidden_size * self.weight_bytes
+        return self.block_weights * self.weight_bytes
 
     def encode(
-        self, blocks: Tensor, gate: Tensor, up: Tensor, down: Tensor, first_neuron: int
+        self, blocks: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, first_neuron: int
     ) -> list[Tensor]:
         count = len(blocks)
         size = self.block_neurons
-        whole = min(count, max(0, len(gate) - first_neuron) // size)
+        whole = min(count, max(0, len(up) - first_neuron) // size)
         stop = first_neuron + whole * size
-        gate_up_rows, down_columns = self._views(blocks)
-        gate_rows, up_rows = gate_up_rows.split(size, dim=1)
-        gate_rows[:whole] = gate[first_neuron:stop].view(whole, size, self.hidden_size)
-        up_rows[:whole] = up[first_neuron:stop].view(whole, size, self.hidden_size)
+        rows, down_columns = self._views(blocks)
+        matrices = list(
+            zip(rows.split(size, dim=1), (gate, up)[-self.rows_per_neuron :], strict=True)
+        )
+        for stored, matrix in matrices:
+            stored[:whole] = matrix[first_neuron:stop].view(whole, size, self.hidden_size)
         columns = down[:, first_neuron:stop].unflatten(1, (whole, size))
         down_columns[:whole] = columns.transpose(0, 1)
         if whole < count:
-            rest = max(0, len(gate) - stop)
+            rest = max(0, len(up) - stop)
             blocks[whole:].zero_()
-            gate_rows[whole, :rest] = gate[stop:]
-            up_rows[whole, :rest] = up[stop:]
+            for stored, matrix in matrices:
+                stored[whole, :rest] = matrix[stop:]
             down_columns[whole, :, :rest] = down[:, stop:]
         return []
 
@@ -48,7 +50,7 @@ class Plain(Encoding):
 
         matrix = self.block_neurons * self.hidden_size
         weights = blocks.view(getattr(torch, self.dtype))
-        gate_up, down = weights.split((2 * matrix, matrix), dim=1)
+        gate_up, down = weights.split((self.rows_per_neuron * matrix, matrix), dim=1)
         gate_up_rows = gate_up.unflatten(1, (-1, self.hidden_size))
         down_columns = down.unflatten(1, (self.hidden_size, -1))
         return gate_up_rows, down_columns

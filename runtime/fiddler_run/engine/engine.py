@@ -7,6 +7,7 @@ from fiddler_run.engine.decode_path import DecodePath
 from fiddler_run.engine.prefill_path import PrefillPath
 from fiddler_run.engine.resources import Resources
 from fiddler_run.kernels.table import Kernels, kernels_for
+from fiddler_run.plan.activation import SILU, Activation
 
 
 class ExpertEngine:
@@ -23,7 +24,12 @@ class ExpertEngine:
 
 
 def make_engine(
-    block_format: Encoding, device: torch.device, threads: int, slots: int, pinned: bool = False
+    block_format: Encoding,
+    device: torch.device,
+    threads: int,
+    slots: int,
+    pinned: bool = False,
+    activation: Activation = SILU,
 ) -> ExpertEngine:
     """The engine with the fastest kernels for these blocks.
 
@@ -32,7 +38,7 @@ def make_engine(
         threads: number of CPU threads.
         slots: blocks of device memory to stream through. 0 if nothing is streamed.
         pinned: keep each thread on its own core.
+        activation: of the experts.
     """
-    return ExpertEngine(
-        block_format, kernels_for(block_format, device, threads, pinned), device, slots
-    )
+    kernels = kernels_for(block_format, device, threads, pinned, activation)
+    return ExpertEngine(block_format, kernels, device, slots)

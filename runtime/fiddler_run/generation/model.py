@@ -106,7 +106,12 @@ class PlannedModel(PreTrainedModel):
         rank = plan.rank
         slots = rank.gpu_memory_bytes.staging // plan.block_bytes
         engine = make_engine(
-            plan.block_format, self.device, rank.cpu_threads, slots, rank.cpu_pinned
+            plan.block_format,
+            self.device,
+            rank.cpu_threads,
+            slots,
+            rank.cpu_pinned,
+            plan.model.activation,
         )
         self.plan = plan
         self.store = store  # owns the arenas; the layers only hold views

@@ -4,19 +4,19 @@
 // A block of b neurons holds the rows of gate [b, hidden], up [b, hidden] and down [hidden, b]. A
 // job computes
 //     output[row] = sum over its calls that hold `row` of weight * sum over the call's blocks of
-//     down (silu(gate x) * (up x))
+//     down glu(gate x, up x)
 // in phases. Each phase is cut into units that the threads claim from a counter, so that a slower
 // thread takes fewer:
 //   prepare: wait for the GPU and split the blocks (route.h), in jobs that a GPU describes
 //   pack:    reorder activations for the instructions
-//   gate/up: UNIT_NEURONS neurons of one block -> their products silu(gate x) * (up x)
+//   gate/up: UNIT_NEURONS neurons of one block -> their products glu(gate x, up x)
 //   down:    UNIT_ROWS rows of every block's down matrix -> these elements of the output
 // Each element is summed by one thread in one order, so the same input gives the same bits.
 //
-// layout.h defines the layout of weights; unpack.h unpacks lossless12. job.h defines a job, units.h
-// its units. rows.h and tiles.h compute them; variants.h includes both once for each instruction
-// set. route.h handles jobs that a GPU describes. pool.h holds the threads. library.py and pool.py
-// use the plain C interface through ctypes.
+// layout.h defines the layout of weights; unpack.h unpacks lossless12. activation.h has glu, the
+// activation. job.h defines a job, units.h its units. rows.h and tiles.h compute them; variants.h
+// includes both once for each instruction set. route.h handles jobs that a GPU describes. pool.h
+// holds the threads. library.py and pool.py use the plain C interface through ctypes.
 //
 // Build: g++ -O3 -std=c++20 -shared -fPIC -pthread cpu.cpp
 
@@ -48,6 +48,7 @@
 namespace {
 
 #include "layout.h"
+#include "activation.h"
 #include "job.h"
 #include "unpack.h"
 
@@ -63,7 +64,7 @@ namespace {
 extern "C" {
 
 // Raised whenever this interface changes.
-int fiddler_version() { return 3; }
+int fiddler_version() { return 4; }
 
 int fiddler_supports(const char* variant) { return find_variant(variant) != nullptr; }
 
@@ -75,19 +76,17 @@ void* fiddler_pool_create(const char* variant, int threads, int spin_us, const i
 
 void fiddler_pool_destroy(void* pool) { delete static_cast<Pool*>(pool); }
 
-void fiddler_submit(void* pool, int hidden, int block_neurons, int encoding,
-                    const uint16_t* states, int tokens, const CallArguments* calls, int num_calls,
-                    float* output, int64_t* output_ready, int64_t number) {
-    BlockLayout layout(hidden, block_neurons, static_cast<Encoding>(encoding));
-    static_cast<Pool*>(pool)->submit(layout, states, tokens, calls, num_calls, output,
+void fiddler_submit(void* pool, const ExpertArguments* experts, const uint16_t* states, int tokens,
+                    const CallArguments* calls, int num_calls, float* output, int64_t* output_ready,
+                    int64_t number) {
+    static_cast<Pool*>(pool)->submit(*experts, states, tokens, calls, num_calls, output,
                                      output_ready, number);
 }
 
-void fiddler_submit_routed(void* pool, int hidden, int block_neurons, int encoding,
-                           const uint16_t* states, int tokens, const RouteArguments* route,
-                           float* output, int64_t* output_ready, int64_t number) {
-    BlockLayout layout(hidden, block_neurons, static_cast<Encoding>(encoding));
-    static_cast<Pool*>(pool)->submit_routed(layout, states, tokens, *route, output, output_ready,
+void fiddler_submit_routed(void* pool, const ExpertArguments* experts, const uint16_t* states,
+                           int tokens, const RouteArguments* route, float* output,
+                           int64_t* output_ready, int64_t number) {
+    static_cast<Pool*>(pool)->submit_routed(*experts, states, tokens, *route, output, output_ready,
                                             number);
 }
 

@@ -13,20 +13,23 @@ import torch
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.kernels.cpu_calls import CpuCall, CpuCalls
 from fiddler_run.kernels.decode_layer import DecodeInputs, DecodeLayer, route_arguments
-from fiddler_run.kernels.pool import Pool
+from fiddler_run.kernels.pool import Experts, Pool
 from fiddler_run.kernels.pytorch import apply_blocks
+from fiddler_run.plan.activation import SILU, Activation
 
 NUMBERED = ("bf16", "lossless12")  # as in layout.h
+FUNCTIONS = ("silu", "gelu_tanh", "relu2")  # as in activation.h
 
 
 class CpuExperts:
-    """Computes blocks in host memory, stored as `block_format`."""
+    """Computes blocks in host memory, stored as `block_format`, with the experts' activation."""
 
     variant = "PyTorch"
     finishes_alone = False  # True if a job finishes without `wait`
 
-    def __init__(self, block_format: Encoding):
+    def __init__(self, block_format: Encoding, activation: Activation = SILU):
         self.block_format = block_format
+        self.activation = activation
         self.lock = threading.RLock()
 
     def submit(
@@ -94,23 +97,30 @@ class CpuExperts:
 class CompiledExperts(CpuExperts):
     """The kernel of cpu.cpp, for blocks in one of NUMBERED encodings."""
 
-    def __init__(self, block_format: Encoding, pool: Pool):
-        super().__init__(block_format)
+    def __init__(self, block_format: Encoding, pool: Pool, activation: Activation = SILU):
+        super().__init__(block_format, activation)
         self.pool = pool
         self.lock = pool.lock  # several models, each in its own thread, may share a pool
         self.variant = pool.variant
         self.finishes_alone = pool.finishes_alone
-        number = NUMBERED.index(block_format.name)
-        self._layout = (block_format.hidden_size, block_format.block_neurons, number)
+        self._experts = Experts(
+            block_format.hidden_size,
+            block_format.block_neurons,
+            NUMBERED.index(block_format.name),
+            FUNCTIONS.index(activation.function),
+            activation.alpha,
+            activation.offset,
+            activation.bound,
+        )
 
     def submit(self, calls, states, output, flag=None, job=0):
         assert states.dtype == torch.bfloat16, states.dtype
         assert states.is_contiguous()
-        self.pool.submit(self._layout, states, calls, output, flag, job)
+        self.pool.submit(self._experts, states, calls, output, flag, job)
 
     def submit_routed(self, layer, inputs, traffic, output, flag, job):
         route = route_arguments(layer, inputs, traffic)
-        self.pool.submit_routed(self._layout, route, inputs, output, flag, job, (layer, traffic))
+        self.pool.submit_routed(self._experts, route, inputs, output, flag, job, (layer, traffic))
 
     def wait(self, max_pending=0, flag=None):
         self.pool.wait(max_pending, flag)
@@ -125,8 +135,8 @@ class CompiledExperts(CpuExperts):
 class PyTorchExperts(CpuExperts):
     """PyTorch's own operations, for any encoding, dtype and size. A job runs inside `wait`."""
 
-    def __init__(self, block_format: Encoding):
-        super().__init__(block_format)
+    def __init__(self, block_format: Encoding, activation: Activation = SILU):
+        super().__init__(block_format, activation)
         self._job = None
         self._times_s = (0.0, 0.0)
 
@@ -144,9 +154,10 @@ class PyTorchExperts(CpuExperts):
         for call in calls.each(self.block_format.block_bytes):
             rows = torch.from_numpy(call.rows)
             weights = torch.from_numpy(call.weights).unsqueeze(1)
-            output.index_add_(
-                0, rows, apply_blocks(self.block_format, call.blocks, states[rows]) * weights
+            result = apply_blocks(
+                self.block_format, call.blocks, states[rows], activation=self.activation
             )
+            output.index_add_(0, rows, result * weights)
         self._times_s = (started_s, time.perf_counter())
         if flag is not None:
             flag.fill_(job)

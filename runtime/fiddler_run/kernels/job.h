@@ -14,9 +14,13 @@ uint16_t bfloat16_of(float value) {  // rounds to nearest, ties to even; NaN sta
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-float swiglu(float gate, float up) { return gate / (1.0f + std::exp(-gate)) * up; }
-
 struct Job;
+
+struct ExpertArguments {
+    int hidden, neurons;
+    Encoding encoding;
+    Activation activation;
+};
 
 struct CallArguments {
     const char* blocks;      // [num_blocks], one after the other
@@ -56,6 +60,7 @@ struct DownPiece {
 
 struct Job {
     BlockLayout layout;
+    Activation activation;
     int tokens;
     const uint16_t* states;  // [tokens, hidden]
     float* output;           // [tokens, hidden]

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-VERSION = 3  # of the interface; a library left from an older installation has another
+VERSION = 4  # of the interface; a library left from an older installation has another
 VARIANTS = ("amx", "avx512bf16", "avx512", "avx2", "portable")  # best first
 
 
@@ -33,11 +33,11 @@ def library() -> ctypes.CDLL | None:
         "fiddler_pool_create": [ctypes.c_char_p, integer, integer, pointer],
         "fiddler_pool_destroy": [pointer],
         "fiddler_submit": [
-            *(pointer, integer, integer, integer, pointer, integer),
+            *(pointer, pointer, pointer, integer),
             *(pointer, integer, pointer, pointer, long),
         ],
         "fiddler_submit_routed": [
-            *(pointer, integer, integer, integer, pointer, integer),
+            *(pointer, pointer, pointer, integer),
             *(pointer, pointer, pointer, long),
         ],
         "fiddler_wait": [pointer, integer, long],

@@ -32,20 +32,20 @@ class Pool {
     // Starts a job, or queues it behind an unfinished one; at most one may precede it, so older
     // ones are finished first. Arguments must stay valid until the job is finished. Then
     // `*output_ready`, if not null, becomes `number`.
-    void submit(const BlockLayout& layout, const uint16_t* states, int tokens,
+    void submit(const ExpertArguments& experts, const uint16_t* states, int tokens,
                 const CallArguments* calls, int num_calls, float* output, int64_t* output_ready,
                 int64_t number) {
-        Slot& slot = describe(layout, states, tokens, output, output_ready, number);
+        Slot& slot = describe(experts, states, tokens, output, output_ready, number);
         for (int i = 0; i < num_calls; ++i) slot.job.calls.push_back({calls[i], false, 0, 0});
         plan(slot);
         open(slot);
     }
 
     // Like `submit`, for calls that the GPU will name; see `route`.
-    void submit_routed(const BlockLayout& layout, const uint16_t* states, int tokens,
+    void submit_routed(const ExpertArguments& experts, const uint16_t* states, int tokens,
                        const RouteArguments& route, float* output, int64_t* output_ready,
                        int64_t number) {
-        Slot& slot = describe(layout, states, tokens, output, output_ready, number);
+        Slot& slot = describe(experts, states, tokens, output, output_ready, number);
         slot.route.arguments = route;
         slot.phases[PREPARE].set_units(1);
         open(slot);
@@ -107,11 +107,13 @@ class Pool {
         return slot;
     }
 
-    Slot& describe(const BlockLayout& layout, const uint16_t* states, int tokens, float* output,
-                   int64_t* output_ready, int64_t number) {
+    Slot& describe(const ExpertArguments& experts, const uint16_t* states, int tokens,
+                   float* output, int64_t* output_ready, int64_t number) {
         Slot& slot = next_slot();
         slot.output_ready = output_ready, slot.number = number;
-        slot.job.layout = layout;
+        const bool gated = experts.activation.function != RELU2;
+        slot.job.layout = {experts.hidden, experts.neurons, experts.encoding, gated};
+        slot.job.activation = experts.activation;
         slot.job.states = states, slot.job.tokens = tokens, slot.job.output = output;
         slot.job.calls.clear();
         return slot;

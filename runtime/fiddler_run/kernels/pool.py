@@ -17,6 +17,20 @@ from fiddler_run.system.host import core_order
 WAIT_NS = 50_000_000  # per call into the kernel, during which Python cannot handle signals
 
 
+class Experts(ctypes.Structure):
+    """ExpertArguments of job.h: the format of blocks and their activation."""
+
+    _fields_ = [
+        ("hidden", ctypes.c_int),
+        ("neurons", ctypes.c_int),
+        ("encoding", ctypes.c_int),
+        ("function", ctypes.c_int),
+        ("alpha", ctypes.c_float),
+        ("offset", ctypes.c_float),
+        ("limit", ctypes.c_float),
+    ]
+
+
 class Pool:
     """The threads of cpu.cpp. `submit*`, `wait`, `abandon` and `read` hold its lock.
 
@@ -44,18 +58,15 @@ class Pool:
         self._timed_out: set[int] = set()  # flags of jobs that timed out waiting for a GPU
         self._in_use = deque(maxlen=3)  # keeps alive what the unfinished jobs and a new one use
 
-    def submit(self, layout, states, calls, output, flag, job: int) -> None:
-        """Starts a job; see `CpuExperts.submit`.
-
-        `layout`: hidden size, neurons of a block, and the encoding's number.
-        """
+    def submit(self, experts: Experts, states, calls, output, flag, job: int) -> None:
+        """Starts a job; see `CpuExperts.submit`."""
         described = _described(calls)
         with self.lock:
             self._finish(max_pending=1)  # here, because signals are handled here
             self._in_use.append((flag, None, (calls, states, output)))
             self._library.fiddler_submit(
                 self._pool,
-                *layout,
+                ctypes.byref(experts),
                 states.data_ptr(),
                 len(states),
                 described.ctypes.data,
@@ -65,14 +76,14 @@ class Pool:
                 job,
             )
 
-    def submit_routed(self, layout, route, inputs, output, flag, job: int, used) -> None:
+    def submit_routed(self, experts: Experts, route, inputs, output, flag, job: int, used) -> None:
         """Starts a job that first waits for the GPU. `used` is kept alive until it is finished."""
         with self.lock:
             self._finish(max_pending=1)
             self._in_use.append((flag, inputs, (used, output)))
             self._library.fiddler_submit_routed(
                 self._pool,
-                *layout,
+                ctypes.byref(experts),
                 inputs.states.data_ptr(),
                 len(inputs.states),
                 ctypes.byref(route),

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, relu, silu
 
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.kernels.limits import MAX_DECODED_BLOCKS, MAX_TOKEN_BLOCKS
+from fiddler_run.plan.activation import SILU, Activation
 
 DECODED_AT_ONCE = 8  # blocks on a CPU, because decoding may copy them
 Decode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -17,11 +18,12 @@ def apply_blocks(
     blocks: torch.Tensor,
     hidden_states: torch.Tensor,
     decode: Decode | None = None,
+    activation: Activation = SILU,
 ) -> torch.Tensor:
     """The sum of `blocks` [count, block_bytes] applied to `hidden_states` [n, hidden], float32.
 
-    Each block computes silu(x gate^T) * (x up^T) times down^T. On a GPU, the product is rounded to
-    the weights' dtype. On a CPU, the result of every matrix product is rounded.
+    Each block computes glu(x gate^T, x up^T) times down^T. On a GPU, the result of glu is rounded
+    to the weights' dtype. On a CPU, the result of every matrix product is rounded.
 
     `decode` does on a GPU what `encoding.decode` does, and is usually faster.
     """
@@ -32,7 +34,7 @@ def apply_blocks(
         total = None
         for some in blocks.split(at_once):
             # no name keeps the decoded weights while the next ones are decoded
-            part = _batched(*(decode or encoding.decode)(some), hidden_states)
+            part = _batched(*(decode or encoding.decode)(some), hidden_states, activation)
             total = part if total is None else total.add_(part)
         return total
     # One by one: on the CPU, the batched product of bfloat16 matrices is 40 times slower than
@@ -40,16 +42,41 @@ def apply_blocks(
     output = torch.zeros_like(hidden_states, dtype=torch.float32)
     for some in blocks.split(DECODED_AT_ONCE):
         for rows, columns in zip(*encoding.decode(some), strict=True):
-            gate, up = linear(hidden_states, rows).chunk(2, dim=-1)
-            output += linear(silu(gate.float()).mul_(up).to(hidden_states.dtype), columns)
+            products = glu(activation, linear(hidden_states, rows).float())
+            output += linear(products.to(hidden_states.dtype), columns)
     return output
 
 
+def glu(activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
+    """Applies an activation to float32 values [..., 2 * b], or [..., b] without a gate: [..., b].
+
+    Overwrites `gate_up` to save memory.
+    """
+    if not activation.gated:
+        return relu(gate_up).mul_(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    if activation.limit is not None:
+        gate.clamp_(max=activation.limit)
+        up.clamp_(-activation.limit, activation.limit)
+    if activation.offset:
+        up.add_(activation.offset)
+    if activation.function == "gelu_tanh":
+        return gelu(gate, approximate="tanh").mul_(up)
+    if activation.alpha == 1:
+        return silu(gate).mul_(up)
+    return (gate * activation.alpha).sigmoid_().mul_(gate).mul_(up)
+
+
 def _batched(
-    gate_up_rows: torch.Tensor, down: torch.Tensor, hidden_states: torch.Tensor
+    gate_up_rows: torch.Tensor,
+    down: torch.Tensor,
+    hidden_states: torch.Tensor,
+    activation: Activation,
 ) -> torch.Tensor:
-    """[count, 2 * b, hidden] and [count, hidden, b] applied to [n, hidden]: [n, hidden] float32."""
+    """Rows [count, 2 * b, hidden], or [count, b, hidden] without a gate, and columns [count,
+    hidden, b] applied to [n, hidden]: [n, hidden] float32.
+    """
     states = hidden_states.expand(len(down), -1, -1)
-    gate, up = torch.bmm(states, gate_up_rows.mT, out_dtype=torch.float32).chunk(2, dim=-1)
-    products = silu(gate).mul_(up).to(hidden_states.dtype)
+    gate_up = torch.bmm(states, gate_up_rows.mT, out_dtype=torch.float32)
+    products = glu(activation, gate_up).to(hidden_states.dtype)
     return torch.bmm(products, down.mT, out_dtype=torch.float32).sum(dim=0)

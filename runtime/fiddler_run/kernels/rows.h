@@ -49,6 +49,7 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     const size_t group_bytes = ROWS * job.layout.row_bytes(job.layout.hidden);
     int groups = 2 * UNIT_NEURONS / ROWS,
         distance = std::max(1, AHEAD_BYTES / static_cast<int>(group_bytes));
+    if (!job.layout.gated) distance *= 2;  // without a gate, both groups of a pair are the same
     // Group g of ROWS rows: gate and up in turn.
     auto rows = [&](const GateUpUnit& of, int g) {
         int neuron = of.first_neuron + g / 2 * ROWS;
@@ -71,13 +72,16 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
                     for (int t = 0; t < count; ++t) x[t] = state(job, call, first + t);
                     float gate[ROWS][MAX_TOKENS], up[ROWS][MAX_TOKENS];
                     multiply(count, gate_rows, x, beyond_gate.part(part, parts), gate);
-                    multiply(count, up_rows, x, beyond_up.part(part, parts), up);
-                    for (int t = 0; t < count; ++t)
-                        for (int row = 0; row < ROWS; ++row) {
-                            int neuron = unit.first_neuron + g / 2 * ROWS + row;
-                            pack(swiglu(gate[row][t], up[row][t]), neuron,
-                                 products + (first + t) * neurons);
-                        }
+                    if (job.layout.gated)
+                        multiply(count, up_rows, x, beyond_up.part(part, parts), up);
+                    else std::memcpy(up, gate, sizeof up);
+                    job.activation.select([&](const auto& glu) {
+                        for (int t = 0; t < count; ++t)
+                            for (int row = 0; row < ROWS; ++row)
+                                pack(glu(gate[row][t], up[row][t]),
+                                     unit.first_neuron + g / 2 * ROWS + row,
+                                     products + (first + t) * neurons);
+                    });
                 });
             });
         });

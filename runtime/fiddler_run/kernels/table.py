@@ -19,6 +19,7 @@ from fiddler_run.kernels.cpu import CompiledExperts, CpuExperts, PyTorchExperts
 from fiddler_run.kernels.library import compiled
 from fiddler_run.kernels.pool import shared_pool
 from fiddler_run.kernels.pytorch import apply_blocks
+from fiddler_run.plan.activation import SILU, Activation
 from fiddler_run.system.files import reason
 
 if TYPE_CHECKING:  # it imports triton
@@ -44,7 +45,11 @@ class Kernels:
 
 
 def kernels_for(
-    block_format: Encoding, device: torch.device, threads: int, pinned: bool = False
+    block_format: Encoding,
+    device: torch.device,
+    threads: int,
+    pinned: bool = False,
+    activation: Activation = SILU,
 ) -> Kernels:
     """The fastest kernels for such blocks. Without a GPU, the CPU's kernels serve both parts.
 
@@ -52,17 +57,20 @@ def kernels_for(
         device: holds the resident blocks.
         threads: number of CPU threads.
         pinned: keep each thread on its own core.
+        activation: of the experts.
     """
+    assert activation.gated == block_format.gated
     on_gpu = device.type == "cuda"
     spin_us = SPIN_US if on_gpu else SPIN_BESIDE_PYTORCH_US
     make_cpu = CPU.get(block_format.name, lambda *_: None)
-    cpu = make_cpu(block_format, threads, spin_us, pinned) or PyTorchExperts(block_format)
+    cpu = make_cpu(block_format, activation, threads, spin_us, pinned)
+    cpu = cpu or PyTorchExperts(block_format, activation)
     if not on_gpu:
         return Kernels(cpu, None, cpu.apply)
     gpu = None
     # While the GPU waits for the CPU's threads, they must not depend on Python's.
     if cpu.finishes_alone or block_format.decoded_bytes:
-        gpu = GPU.get(block_format.name, lambda _: None)(block_format)
+        gpu = GPU.get(block_format.name, lambda *_: None)(block_format, activation)
     if not cpu.finishes_alone:
         _say_once(
             "decode will be slower: it needs the CPU kernel with at least two threads, and"
@@ -71,29 +79,29 @@ def kernels_for(
     elif block_format.name not in GPU:
         _say_once(f"decode will be slower: there are no GPU kernels for {block_format.name}")
     decode = gpu.unpack if gpu and block_format.decoded_bytes else None
-    apply = partial(apply_blocks, block_format, decode=decode)
+    apply = partial(apply_blocks, block_format, decode=decode, activation=activation)
     return Kernels(cpu, gpu if cpu.finishes_alone else None, apply)
 
 
 def _compiled(
-    block_format: Encoding, threads: int, spin_us: int, pinned: bool
+    block_format: Encoding, activation: Activation, threads: int, spin_us: int, pinned: bool
 ) -> CpuExperts | None:
     aligned = (
         block_format.hidden_size % ALIGNMENT == 0 and block_format.block_neurons % ALIGNMENT == 0
     )
     if not aligned or not compiled():
         return None
-    return CompiledExperts(block_format, shared_pool(threads, spin_us, pinned))
+    return CompiledExperts(block_format, shared_pool(threads, spin_us, pinned), activation)
 
 
-def _triton(block_format: Encoding) -> GpuKernels | None:
+def _triton(block_format: Encoding, activation: Activation) -> GpuKernels | None:
     if not find_spec("triton"):  # included in PyTorch for CUDA on Linux
         return None
     from fiddler_run.kernels.gpu import GpuKernels, supports
 
     if not supports(block_format):
         return None
-    kernels = GpuKernels(block_format)
+    kernels = GpuKernels(block_format, activation)
     try:
         kernels.compile()
     # Triton needs a C compiler and Python's headers, and raises any type

@@ -14,6 +14,7 @@ from fiddler_run.kernels import triton_kernels as kernels
 from fiddler_run.kernels import triton_lossless12 as packed_kernels
 from fiddler_run.kernels.block_table import Launch, table_size
 from fiddler_run.kernels.limits import MAX_TOKEN_BLOCKS
+from fiddler_run.plan.activation import SILU, Activation
 
 TILE_NEURONS = 32
 TILE_ROWS = 16
@@ -26,17 +27,18 @@ WIDE_STAGES = {16: 4, 64: 3}
 
 
 class TableKernels:
-    """The kernels for blocks of one size."""
+    """The kernels for blocks of one size and experts with one activation."""
 
-    def __init__(self, block_format: Encoding):
+    def __init__(self, block_format: Encoding, activation: Activation = SILU):
         self.block_format = block_format
+        self._activation = {key.upper(): value for key, value in activation}
         self._block_kernels = kernels  # the kernels that read blocks
         self._sizes = {"HIDDEN": block_format.hidden_size, "NEURONS": block_format.block_neurons}
-        self._layout: dict[str, int] = {}
+        self._layout = {"ROWS": block_format.rows_per_neuron}
         if isinstance(block_format, Lossless12):
             self._block_kernels = packed_kernels
             parts = ("BASES", "FIRSTS", "ESCAPES", "WEIGHTS")
-            self._layout = dict(zip(parts, block_format.offsets(), strict=True))
+            self._layout |= zip(parts, block_format.offsets(), strict=True)
 
     def expert_gemv(
         self,
@@ -71,6 +73,7 @@ class TableKernels:
             weights.shape[1],
             products,
             **shape,
+            **self._activation,
             TILE=TILE_NEURONS,
             WIDTH=width(hidden),
             num_warps=4,
@@ -129,6 +132,7 @@ class TableKernels:
             weights.shape[1],
             products,
             **shape,
+            **self._activation,
             TILE=tile,
             WIDTH=width(hidden, WIDE_TILE),
             num_warps=4,
@@ -174,15 +178,16 @@ class TableKernels:
 
         In bf16, half of them load the addresses of the blocks.
         """
-        return stages if self._layout else 2 * stages - 1
+        return stages if self._block_kernels is packed_kernels else 2 * stages - 1
 
     def unpack(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Lossless12.decode`, for blocks uint8 [count, block_bytes] on a GPU."""
         hidden, neurons = self.block_format.hidden_size, self.block_format.block_neurons
         like = {"dtype": torch.bfloat16, "device": blocks.device}
-        gate_up = torch.empty((len(blocks), 2 * neurons, hidden), **like)
+        rows = self.block_format.rows_per_neuron * neurons
+        gate_up = torch.empty((len(blocks), rows, hidden), **like)
         down = torch.empty((len(blocks), hidden, neurons), **like)
-        packed_kernels.unpack[(2 * neurons + hidden) // TILE_ROWS, len(blocks)](
+        packed_kernels.unpack[(rows + hidden) // TILE_ROWS, len(blocks)](
             blocks,
             gate_up,
             down,

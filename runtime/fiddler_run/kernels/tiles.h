@@ -94,17 +94,19 @@ void gate_up_groups(const Job& job, const GateUpUnit& unit, const GateUpUnit* ne
         _tile_stored(2, gate[1], 64);
         _tile_stored(3, up[1], 64);
     }
-    for (int g = 0; g < GROUPS; ++g) {
-        uint16_t* products = static_cast<uint16_t*>(job.products) + call.first_product +
-                             (group + g) * TOKENS * call.neurons(job);
-        for (int n = 0; n < UNIT_NEURONS; ++n) {
-            size_t neuron =
-                static_cast<size_t>(unit.index) * job.layout.neurons + unit.first_neuron + n;
-            for (int t = 0; t < TOKENS; ++t)
-                products[neuron / 2 * 2 * TOKENS + t * 2 + neuron % 2] =
-                    bfloat16_of(swiglu(gate[g][n][t], up[g][n][t]));
+    job.activation.select([&](const auto& glu) {
+        for (int g = 0; g < GROUPS; ++g) {
+            uint16_t* products = static_cast<uint16_t*>(job.products) + call.first_product +
+                                 (group + g) * TOKENS * call.neurons(job);
+            for (int n = 0; n < UNIT_NEURONS; ++n) {
+                size_t neuron =
+                    static_cast<size_t>(unit.index) * job.layout.neurons + unit.first_neuron + n;
+                for (int t = 0; t < TOKENS; ++t)
+                    products[neuron / 2 * 2 * TOKENS + t * 2 + neuron % 2] =
+                        bfloat16_of(glu(gate[g][n][t], up[g][n][t]));
+            }
         }
-    }
+    });
 }
 
 void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next) {
@@ -116,8 +118,10 @@ void run_gate_up(const Job& job, const GateUpUnit& unit, const GateUpUnit* next)
     const Rows next_up = job.layout.up(ahead.block, ahead.first_neuron);
     const uint16_t* gate = plain(job.layout, job.layout.gate(unit.block, unit.first_neuron), width,
                                  next ? &next_gate : nullptr, memory);
-    const uint16_t* up = plain(job.layout, job.layout.up(unit.block, unit.first_neuron), width,
-                               next ? &next_up : nullptr, memory + UNIT_NEURONS * width);
+    const uint16_t* up = gate;
+    if (job.layout.gated)
+        up = plain(job.layout, job.layout.up(unit.block, unit.first_neuron), width,
+                   next ? &next_up : nullptr, memory + UNIT_NEURONS * width);
     configure();
     for (int group = 0, groups = call.groups(); group < groups; group += 2)
         if (group + 1 < groups) gate_up_groups<2>(job, unit, next, call, group, gate, up);

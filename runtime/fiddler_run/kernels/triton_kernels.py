@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fiddler_run.kernels.triton_activation import glu
+
 
 @triton.jit(do_not_specialize=["job", "top_k"])
 def publish_inputs(
@@ -60,10 +62,13 @@ def _tile(table, max_blocks, max_groups, group, tile, TOKENS: tl.constexpr):
 def gate_up(
     table, max_blocks, max_groups, first_block, states, top_k, products,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOKENS: tl.constexpr,
-    TILE: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """products[block, token, neuron] = silu(gate x) * (up x), for TILE neurons and TOKENS
-    tokens. `products` begins with the table's block `first_block`.
+    """products[block, token, neuron] = glu(gate x, up x), for TILE neurons and TOKENS tokens.
+
+    `products` begins with the table's block `first_block`. `ROWS` of a neuron: 2, or 1 without a
+    gate.
     """
     place = tl.program_id(0) // (NEURONS // TILE)
     tile = tl.program_id(1)
@@ -85,8 +90,11 @@ def gate_up(
                 gate_pointers = tl.multiple_of(gate_rows + start, [16, 16])
                 up_pointers = tl.multiple_of(gate_rows + NEURONS * HIDDEN + start, [16, 16])
                 gate = tl.dot(tl.load(gate_pointers), x, gate)
-                up = tl.dot(tl.load(up_pointers), x, up)
-            product = gate * tl.sigmoid(gate) * up
+                if ROWS == 2:
+                    up = tl.dot(tl.load(up_pointers), x, up)
+            if ROWS == 1:
+                up = gate
+            product = glu(gate, up, FUNCTION, ALPHA, OFFSET, LIMIT)
             row = (place * tl.num_programs(1) + tile) * TOKENS + tl.arange(0, TOKENS)
             tl.store(
                 products + row[None, :] * NEURONS + neuron[:, None],
@@ -98,7 +106,7 @@ def gate_up(
 def down(
     table, max_blocks, max_groups, first_block, first_group, products, router_weights, results,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr,
-    WIDTH: tl.constexpr, ADD: tl.constexpr,
+    WIDTH: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """results[choice, row] = router weight * sum over the group's blocks of down * products.
 
@@ -118,7 +126,7 @@ def down(
             block = step // steps
             start = step % steps * WIDTH
             weights = tl.load(table + 1 + block).to(tl.pointer_type(products.dtype.element_ty))
-            weights += 2 * NEURONS * HIDDEN + start
+            weights += ROWS * NEURONS * HIDDEN + start
             down_rows = weights + row[:, None] * NEURONS + column[None, :]
             place = (block - first_block) * tl.num_programs(2) + tile
             token = place * TOKENS + tl.arange(0, TOKENS)

@@ -7,6 +7,7 @@ multiplied in the order of their places, and the activations are loaded in that 
 import triton
 import triton.language as tl
 
+from fiddler_run.kernels.triton_activation import glu
 from fiddler_run.kernels.triton_kernels import _store, _tile
 
 
@@ -79,7 +80,8 @@ def gate_up(
     table, max_blocks, max_groups, first_block, states, top_k, products,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr,
     WIDTH: tl.constexpr, BASES: tl.constexpr, FIRSTS: tl.constexpr, ESCAPES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    WEIGHTS: tl.constexpr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr,
+    LIMIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """As triton_kernels.gate_up."""
     place = tl.program_id(0) // (NEURONS // TILE)
@@ -97,12 +99,15 @@ def gate_up(
             gate = tl.zeros((TILE, TOKENS), tl.float32)
             gate = _multiplied(gate, rows, base, x, exists, HIDDEN, WIDTH, TILE)
             gate = _with_escapes(gate, block, neuron, x, exists, FIRSTS, ESCAPES, 16)
-            base = tl.load(block + BASES + NEURONS + neuron).to(tl.int32)
-            rows += NEURONS * (HIDDEN // 2 * 3)
-            up = tl.zeros((TILE, TOKENS), tl.float32)
-            up = _multiplied(up, rows, base, x, exists, HIDDEN, WIDTH, TILE)
-            up = _with_escapes(up, block, NEURONS + neuron, x, exists, FIRSTS, ESCAPES, 16)
-            product = gate * tl.sigmoid(gate) * up
+            if ROWS == 2:
+                base = tl.load(block + BASES + NEURONS + neuron).to(tl.int32)
+                rows += NEURONS * (HIDDEN // 2 * 3)
+                up = tl.zeros((TILE, TOKENS), tl.float32)
+                up = _multiplied(up, rows, base, x, exists, HIDDEN, WIDTH, TILE)
+                up = _with_escapes(up, block, NEURONS + neuron, x, exists, FIRSTS, ESCAPES, 16)
+            else:
+                up = gate
+            product = glu(gate, up, FUNCTION, ALPHA, OFFSET, LIMIT)
             row = (place * tl.num_programs(1) + tile) * TOKENS + tl.arange(0, TOKENS)
             tl.store(
                 products + row[None, :] * NEURONS + neuron[:, None],
@@ -115,7 +120,7 @@ def down(
     table, max_blocks, max_groups, first_block, first_group, products, router_weights, results,
     HIDDEN: tl.constexpr, NEURONS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr,
     WIDTH: tl.constexpr, ADD: tl.constexpr, BASES: tl.constexpr, FIRSTS: tl.constexpr,
-    ESCAPES: tl.constexpr, WEIGHTS: tl.constexpr,
+    ESCAPES: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """As triton_kernels.down."""
     group = first_group + tl.program_id(1)
@@ -124,15 +129,16 @@ def down(
     choice, exists, any_exists = _tile(table, max_blocks, max_groups, group, tile, TOKENS)
     if any_exists:
         of_group = table + 1 + 2 * max_blocks + 4 * group
+        FIRST_DOWN: tl.constexpr = ROWS * NEURONS
         total = tl.zeros((TILE, TOKENS), tl.float32)
         for number in range(tl.load(of_group), tl.load(of_group + 1)):
             block = tl.load(table + 1 + number).to(tl.pointer_type(tl.uint8))
             place = (number - first_block) * tl.num_programs(2) + tile
             x = products + (place * TOKENS + tl.arange(0, TOKENS)) * NEURONS
-            rows = block + WEIGHTS + 3 * NEURONS * HIDDEN + row * (NEURONS // 2 * 3)
-            base = tl.load(block + BASES + 2 * NEURONS + row).to(tl.int32)
+            rows = block + WEIGHTS + FIRST_DOWN * (HIDDEN // 2 * 3) + row * (NEURONS // 2 * 3)
+            base = tl.load(block + BASES + FIRST_DOWN + row).to(tl.int32)
             total = _multiplied(total, rows, base, x, exists, NEURONS, WIDTH, TILE)
-            total = _with_escapes(total, block, 2 * NEURONS + row, x, exists, FIRSTS, ESCAPES, 16)
+            total = _with_escapes(total, block, FIRST_DOWN + row, x, exists, FIRSTS, ESCAPES, 16)
         _store(results, total, router_weights, choice, exists, row, HIDDEN, ADD)
 
 
@@ -141,20 +147,22 @@ def unpack(
     blocks, gate_up, down, BLOCK_BYTES: tl.constexpr, HIDDEN: tl.constexpr, NEURONS: tl.constexpr,
     TILE: tl.constexpr, HIDDEN_WIDTH: tl.constexpr, NEURONS_WIDTH: tl.constexpr,
     BASES: tl.constexpr, FIRSTS: tl.constexpr, ESCAPES: tl.constexpr, WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """gate_up[block, row, column] and down[block, row, column] in bfloat16, for TILE rows."""
     number = tl.program_id(1).to(tl.int64)
     block = blocks + number * BLOCK_BYTES
     row = tl.program_id(0) * TILE
-    if row < 2 * NEURONS:
-        to = gate_up + (number * 2 * NEURONS + row) * HIDDEN
+    FIRST_DOWN: tl.constexpr = ROWS * NEURONS
+    if row < FIRST_DOWN:
+        to = gate_up + (number * FIRST_DOWN + row) * HIDDEN
         _unpack_rows(block, WEIGHTS, row, row, to, HIDDEN, TILE, HIDDEN_WIDTH, BASES, FIRSTS,
                      ESCAPES)  # fmt: skip
     else:
-        of_down = row - 2 * NEURONS
+        of_down = row - FIRST_DOWN
         to = down + (number * HIDDEN + of_down) * NEURONS
-        _unpack_rows(block, WEIGHTS + 3 * NEURONS * HIDDEN, of_down, row, to, NEURONS, TILE,
-                     NEURONS_WIDTH, BASES, FIRSTS, ESCAPES)  # fmt: skip
+        _unpack_rows(block, WEIGHTS + FIRST_DOWN * (HIDDEN // 2 * 3), of_down, row, to, NEURONS,
+                     TILE, NEURONS_WIDTH, BASES, FIRSTS, ESCAPES)  # fmt: skip
 
 
 @triton.jit

@@ -70,6 +70,7 @@ class Plan(YamlFile):
         'Written by `fiddler-opt plan`; run it with `fiddler-run --plan <this file> "prompt"`.'
     )
     key_comments: ClassVar[dict[str, str]] = {
+        "activation": "act(min(gate, limit)) * (clamp(up, -limit, limit) + offset), or relu(up)^2",
         "encoding": "how blocks are stored",
         "budget": "what the planner was given",
         "block_neurons": "an expert is cut into blocks of this many neurons",
@@ -123,7 +124,10 @@ class Plan(YamlFile):
     @property
     def block_format(self) -> Encoding:
         """The encoding of the plan's blocks, for its sizes."""
-        return ENCODINGS[self.encoding](self.model.hidden_size, self.block_neurons)
+        model = self.model
+        return ENCODINGS[self.encoding](
+            model.hidden_size, self.block_neurons, model.activation.gated
+        )
 
     @property
     def block_bytes(self) -> int:

@@ -2,6 +2,9 @@
 
 from typing import Literal
 
+from pydantic import SerializerFunctionWrapHandler, model_serializer
+
+from fiddler_run.plan.activation import SILU, Activation
 from fiddler_run.plan.yaml_file import ExpertCount, LayerCount, Section, Width
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -10,7 +13,10 @@ LOADING_THREADS = 8  # more threads need more memory and do not read faster
 
 
 class ModelShape(Section):
-    """The sizes that determine the geometry of a model's experts."""
+    """The sizes that determine the geometry of a model's experts, and their activation.
+
+    A file lists `activation` only if it is not silu.
+    """
 
     name: str
     num_layers: LayerCount
@@ -19,6 +25,14 @@ class ModelShape(Section):
     hidden_size: Width
     intermediate_size: Width
     dtype: Dtype
+    activation: Activation = SILU
+
+    @model_serializer(mode="wrap")
+    def _omit_silu(self, serialize: SerializerFunctionWrapHandler) -> dict:
+        values = serialize(self)
+        if self.activation == SILU:
+            values.pop("activation", None)
+        return values
 
     def problems(self) -> list[str]:
         if self.num_experts_per_tok <= self.num_experts:
@@ -31,7 +45,8 @@ class ModelShape(Section):
     @property
     def expert_elements(self) -> int:
         """Number of weights of one expert."""
-        return 3 * self.hidden_size * self.intermediate_size
+        matrices = 3 if self.activation.gated else 2
+        return matrices * self.hidden_size * self.intermediate_size
 
     @property
     def loading_bytes(self) -> int:
