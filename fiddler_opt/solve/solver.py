@@ -3,6 +3,7 @@
 from math import isfinite
 
 import highspy
+import numpy as np
 import pulp
 
 from fiddler_opt.solve.time_unit import RELATIVE_GAP
@@ -23,6 +24,7 @@ class Solver(pulp.HiGHS):
 
     def __init__(self, left_out: float, time_limit_s: float | None):
         super().__init__(
+            mip=False,  # PuLP would pass integer variables one by one, in quadratic time
             msg=False,
             gapRel=RELATIVE_GAP,
             timeLimit=time_limit_s,
@@ -52,6 +54,9 @@ class Solver(pulp.HiGHS):
 
     def callSolver(self, lp: pulp.LpProblem) -> None:
         lp.solverModel.changeObjectiveOffset(lp.objective.constant)
+        integer = [each.index for each in lp.variables() if each.cat == pulp.LpInteger]
+        kinds = np.full(len(integer), int(highspy.HighsVarType.kInteger), np.uint8)
+        lp.solverModel.changeColsIntegrality(len(integer), np.array(integer, np.int32), kinds)
         super().callSolver(lp)
 
     def _stop_when_close(self, kind, message, found, answer, _) -> None:
