@@ -1,5 +1,7 @@
 """Chooses the prefill chunk: how many tokens of a prompt pass through the layers at once."""
 
+from dataclasses import replace
+
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.routing import Routing
@@ -33,14 +35,14 @@ def choose_chunk(
         except FiddlerError as error:
             refusal = refusal or error  # of the smallest chunk, which needs the least memory
             continue
-        phases = tuple(workload_phases(workload, chunk))
-        alike.setdefault(phases, []).append((problem, limits))
+        phases = [replace(phase, name="") for phase in workload_phases(workload, chunk)]
+        alike.setdefault(tuple(phases), []).append((problem, limits))
     timed = []
-    for phases, members in alike.items():
+    for members in alike.values():
         problems, memories = zip(*members, strict=True)
-        steps = {phase: phase.steps for phase in phases}
         try:
-            seconds = relaxed_s([problems[0].cost(routing)], memories, steps)
+            cost = problems[0].cost(routing)
+            seconds = relaxed_s([cost], memories, {phase: phase.steps for phase in cost.phases})
             timed += zip(seconds, problems, strict=True)
         except FiddlerError as error:
             refusal = refusal or error
