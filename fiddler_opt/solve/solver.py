@@ -30,6 +30,7 @@ class Solver(pulp.HiGHS):
             timeLimit=time_limit_s,
             callbackTuple=(self._stop_when_close, None),
             callbacksToActivate=[highspy.cb.HighsCallbackType.kCallbackMipInterrupt],
+            presolve="off",  # simplifies little, and may take ten times as long as the rest
         )
         self._left_out = left_out
 
