@@ -80,7 +80,8 @@ class Program:
         Raises:
             FiddlerError: the solver failed.
         """
-        return Solver(self._constant, time_limit_s).run(self.lp)
+        presolve = not any(self.d)  # with (F), it may take ten times as long as the rest
+        return Solver(self._constant, presolve, time_limit_s).run(self.lp)
 
     def solve_again(self, limits: MemoryLimits) -> str:
         """Solves the solved relaxation for other GPU memory, from its present solution."""

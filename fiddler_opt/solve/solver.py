@@ -22,7 +22,7 @@ class Solver(pulp.HiGHS):
     Gaps refer to the objective with its constant, which PuLP drops, and `left_out`.
     """
 
-    def __init__(self, left_out: float, time_limit_s: float | None):
+    def __init__(self, left_out: float, presolve: bool, time_limit_s: float | None):
         super().__init__(
             mip=False,  # PuLP would pass integer variables one by one, in quadratic time
             msg=False,
@@ -30,7 +30,7 @@ class Solver(pulp.HiGHS):
             timeLimit=time_limit_s,
             callbackTuple=(self._stop_when_close, None),
             callbacksToActivate=[highspy.cb.HighsCallbackType.kCallbackMipInterrupt],
-            presolve="off",  # simplifies little, and may take ten times as long as the rest
+            presolve="choose" if presolve else "off",
         )
         self._left_out = left_out
 
