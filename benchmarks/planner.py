@@ -1,24 +1,28 @@
-"""Times the planner for several models.
+"""Times the planner for several models: the better plan of all encodings, and its alternatives.
 
 Needs no GPU and no weights. The machine comes from data sheets.
 """
 
 import argparse
+import gc
 import random
 import time
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from fiddler_opt.commands.files import best_plan
+from fiddler_opt.entry import GC_THRESHOLD
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import DEFAULT_MODEL, ModelSpec
 from fiddler_opt.inputs.routing import PhaseRouting, Routing
 from fiddler_opt.solve.comparison import compared
 from fiddler_opt.solve.compiler import compile_plan
+from fiddler_opt.solve.predict import workload_s
 from fiddler_opt.solve.problem import Problem
-from fiddler_run.plan.schema import Budget, Workload
+from fiddler_run.plan.schema import Budget, Plan, Workload
 
 MACHINE = Path(__file__).parents[1] / "profiles" / "rtx4090.machine.yaml"
 WORKLOAD = Workload(
@@ -27,13 +31,24 @@ WORKLOAD = Workload(
 GPU_BYTES = 24 * 10**9
 HOST_BYTES = 60 * 10**9
 DISK_BYTES_PER_S = 3e9
-LARGE = {
-    "num_hidden_layers": 60,
-    "num_local_experts": 128,
-    "num_experts_per_tok": 8,
-    "hidden_size": 2048,
-    "intermediate_size": 1536,
+SIZES = (
+    "num_hidden_layers",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "hidden_size",
+    "intermediate_size",
+)
+SIZES_OF = {  # Mixtral's, but for these
+    "Phi-3.5-MoE": (32, 16, 2, 4096, 6400),
+    "GLM-4.5-Air": (45, 128, 8, 4096, 1408),
+    "Qwen3-30B-A3B": (48, 128, 8, 2048, 768),
+    "Qwen3-Next-80B-A3B": (48, 512, 10, 2048, 512),
 }
+CASES = (  # skew and host memory
+    (0, None),
+    (3, None),
+    (3, HOST_BYTES),
+)
 MADE = dict.fromkeys(
     ("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "benchmark"
 )
@@ -47,60 +62,67 @@ def skewed_routing(model: ModelSpec, skew: float) -> Routing:
     pair = []
     for _ in range(shape.num_layers):
         weights = [rng.random() ** skew for _ in range(shape.num_experts)]
-        products = {
-            (e, f): weights[e] * weights[f] for e, f in combinations(range(shape.num_experts), 2)
-        }
-        chances = {both: product / sum(products.values()) for both, product in products.items()}
-        chosen = [0.0] * shape.num_experts
-        for both, chance in chances.items():
-            for e in both:
-                chosen[e] += chance * shape.num_experts_per_tok / 2
-        expert.append([min(1.0, chance) for chance in chosen])
-        pair.append(chances if shape.num_experts_per_tok == 2 else {})
+        total = sum(weights)
+        pairs = (total**2 - sum(weight**2 for weight in weights)) / 2
+        top_k = shape.num_experts_per_tok
+        expert.append(
+            [min(1.0, top_k / 2 * weight * (total - weight) / pairs) for weight in weights]
+        )
+        both = combinations(range(shape.num_experts), 2) if top_k == 2 else ()
+        pair.append({(e, f): weights[e] * weights[f] / pairs for e, f in both})
     return Routing("benchmark", PhaseRouting(expert, pair), PhaseRouting(expert, pair))
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    gc.set_threshold(GC_THRESHOLD)  # as in the command
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", metavar="MODEL", help="a part of a model's name (default: all)")
+    only = parser.parse_args().only or ""
     machine = MachineProfile.load(MACHINE).model_copy(update={"disk_bytes_per_s": DISK_BYTES_PER_S})
     mixtral = ModelSpec.load(DEFAULT_MODEL)
-    large = ModelSpec.from_config(
-        {**mixtral.sizes.raw, **LARGE}, "60 layers of 128 experts", "here"
-    )
+    models = [mixtral] + [
+        ModelSpec.from_config(
+            {**mixtral.sizes.raw, **dict(zip(SIZES, sizes, strict=True))}, name, "here"
+        )
+        for name, sizes in SIZES_OF.items()
+    ]
     table = Table(
         "model",
+        "experts",
         "routing",
         "host memory",
         "solver",
         "in total",
+        "processor time",
         "gap",
         "tokens/s",
         "greedy",
         "best alternative",
     )
-    for model, skew, host_bytes in (
-        (mixtral, 0, None),
-        (mixtral, 3, None),
-        (mixtral, 3, HOST_BYTES),
-        (large, 0, None),
-        (large, 3, None),
-        (large, 3, HOST_BYTES),
-    ):
+    chosen = [model for model in models if only in model.shape.name]
+    for model, (skew, host_bytes) in product(chosen, CASES):
         routing = skewed_routing(model, skew)
-        started = time.perf_counter()
         budget = Budget(gpu_bytes=GPU_BYTES, host_bytes=host_bytes)
-        plan = compile_plan(model, machine, routing, WORKLOAD, budget, MADE)
-        seconds = time.perf_counter() - started
+
+        def solve(stored: ModelSpec, routing=routing, budget=budget) -> Plan:
+            return compile_plan(stored, machine, routing, WORKLOAD, budget, MADE)
+
+        started = time.perf_counter(), time.process_time()
+        plan = best_plan(machine.stored(model), solve, workload_s, machine)
         plan = compared(plan, Problem.of(plan, model, machine), routing)
+        ended = time.perf_counter(), time.process_time()
+        seconds, processor_s = (end - start for start, end in zip(started, ended, strict=True))
         predicted = plan.predicted
         rates = {name: other.decode_tokens_per_s for name, other in predicted.alternatives.items()}
         best = max(rates, key=rates.get)
         table.add_row(
             model.shape.name,
+            str(model.shape.num_layers * model.shape.num_experts),
             "skewed" if skew else "uniform",
             f"{host_bytes / 1e9:.0f} GB" if host_bytes else "enough",
             f"{plan.provenance.solve_s:.2f} s",
             f"{seconds:.2f} s",
+            f"{processor_s:.2f} s",
             f"{predicted.gap:.4%}",
             f"{predicted.decode_tokens_per_s:.2f}",
             f"{rates['greedy']:.2f}",

@@ -6,6 +6,8 @@ A machine profile does not depend on prompts or on a placement.
 from statistics import median
 from typing import ClassVar, Literal, Self
 
+import numpy as np
+
 from fiddler_opt.inputs.machine_parts import (
     Cpu,
     Device,
@@ -20,7 +22,6 @@ from fiddler_opt.inputs.machine_parts import (
     Times,
 )
 from fiddler_opt.inputs.model import ModelSpec
-from fiddler_run.plan.split import interpolate
 from fiddler_run.plan.yaml_file import Count, Rate, Ratio, YamlFile
 
 MIN_US = 0.1  # resolution of the times in a file; nothing takes zero time
@@ -189,5 +190,11 @@ def seconds_at(times: Times, tokens: float) -> float:
 
     Beyond the last measured point, time grows in proportion to tokens.
     """
-    beyond = max(1.0, tokens / max(times))
-    return interpolate(times, tokens) * beyond * 1e-6
+    return float(seconds_at_each(times, np.array(tokens)))
+
+
+def seconds_at_each(times: Times, tokens: np.ndarray) -> np.ndarray:
+    """As `seconds_at`, for many numbers of tokens."""
+    points = sorted(times)
+    beyond = np.maximum(1.0, tokens / points[-1])
+    return np.interp(tokens, points, [times[point] for point in points]) * beyond * 1e-6

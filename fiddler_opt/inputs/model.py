@@ -12,8 +12,11 @@ from fiddler_run.plan.shape import DTYPE_BYTES, ModelShape
 from fiddler_run.weights.model_folder import model_config_file
 from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE, TensorFiles
 
-# fine enough to split a call to 3%, coarse enough to copy at full link speed
-BLOCKS_PER_EXPERT = 16
+# 16 blocks split an expert to 3%, and blocks of 1 MiB are copied at full link speed. Small experts
+# do with fewer: all experts that a layer calls are together split to within half a block.
+FULL_SPEED_WEIGHTS = 2**19  # in 16 bits each
+MAX_BLOCKS = 16
+MIN_BLOCKS = 4  # smaller experts are toys: no block is too small for them
 DEFAULT_MODEL = "mistralai/Mixtral-8x7B-v0.1"
 
 
@@ -72,12 +75,18 @@ class ModelSpec:
 
     @property
     def block_neurons(self) -> int:
-        """Neurons of a block, which cut an expert into about BLOCKS_PER_EXPERT blocks.
+        """Neurons of a block: a multiple of 32 and of the encoding's `multiple`.
 
-        A multiple of 32, or of the encoding's `multiple` if that is larger.
+        The size that pads an expert least, from the least useful one to its double.
         """
+        neurons = self.shape.intermediate_size
         multiple = max(32, ENCODINGS[self.encoding].multiple)
-        return max(1, -(-self.shape.intermediate_size // BLOCKS_PER_EXPERT // multiple)) * multiple
+        full_speed = -(-FULL_SPEED_WEIGHTS // (3 * self.shape.hidden_size))
+        least = -(-neurons // MAX_BLOCKS)
+        if neurons >= MIN_BLOCKS * full_speed:
+            least = max(least, full_speed)
+        least = -(-least // multiple) * multiple
+        return min(range(least, 2 * least + 1, multiple), key=lambda size: -neurons % size)
 
     @property
     def encoding(self) -> str:

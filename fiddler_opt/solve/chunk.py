@@ -1,10 +1,13 @@
 """Chooses the prefill chunk: how many tokens of a prompt pass through the layers at once."""
 
+from dataclasses import replace
+
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.solve.ilp import relaxed_s
 from fiddler_opt.solve.memory import chunk_candidates
+from fiddler_opt.solve.phases import workload_phases
 from fiddler_opt.solve.problem import Problem
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Budget, Workload
@@ -23,19 +26,28 @@ def choose_chunk(
     Raises:
         FiddlerError: the budget does not hold even the smallest chunk.
     """
-    found = {}
+    alike = {}  # by phases: the problems, which differ in memory, and that memory
     refusal = None
     for chunk in chunk_candidates(workload):
         problem = Problem(model, machine, workload, budget, chunk)
         try:
-            cost = problem.cost(routing)
-            steps = {phase: phase.steps for phase in cost.phases}
-            found[chunk] = problem, relaxed_s([cost], problem.memory_limits(), steps)
+            limits = problem.memory_limits()
         except FiddlerError as error:
             refusal = refusal or error  # of the smallest chunk, which needs the least memory
-    if not found:
+            continue
+        phases = [replace(phase, name="") for phase in workload_phases(workload, chunk)]
+        alike.setdefault(tuple(phases), []).append((problem, limits))
+    timed = []
+    for members in alike.values():
+        problems, memories = zip(*members, strict=True)
+        try:
+            cost = problems[0].cost(routing)
+            seconds = relaxed_s([cost], memories, {phase: phase.steps for phase in cost.phases})
+            timed += zip(seconds, problems, strict=True)
+        except FiddlerError as error:
+            refusal = refusal or error
+    if not timed:
         raise refusal
-    least_s = min(seconds for _, seconds in found.values())
-    chunk = max(chunk for chunk, (_, seconds) in found.items() if seconds <= EQUAL_TIMES * least_s)
-    problem, _ = found[chunk]
-    return problem
+    least_s = min(seconds for seconds, _ in timed)
+    close = [problem for seconds, problem in timed if seconds <= EQUAL_TIMES * least_s]
+    return max(close, key=lambda problem: problem.chunk_tokens)

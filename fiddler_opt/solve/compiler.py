@@ -91,15 +91,13 @@ def naming_absurd_numbers() -> Iterator[None]:
 def solve(problem: Problem, routing: Routing, worst_of: Sequence[Routing] = ()) -> Solution:
     """The best placement, by the integer program.
 
-    With `worst_of`, it is judged by the worst of these routings; the decode bound is for `routing`.
+    With `worst_of`, it is judged by the worst of these routings.
     """
-    cost = problem.cost(routing)
     limits = problem.memory_limits()
-    best = place([cost], limits)
+    best = place([problem.cost(routing)], limits)
     if not worst_of:
         return best
-    robust = place([problem.cost(each) for each in worst_of], limits, known=[best.placement])
-    return replace(robust, decode_bound_s=best.decode_bound_s)
+    return place([problem.cost(each) for each in worst_of], limits, known=[best.placement])
 
 
 def integer_program(

@@ -19,15 +19,13 @@ EQUAL = 1 + 1e-9  # times within this ratio are equal
 class Solution:
     """A placement and its quality.
 
-    `objective_s` is the workload's time for this placement, `bound_s` a lower bound for any
-    placement within the limits. `decode_bound_s` is a lower bound on a decode step for any
-    placement, even one made for decode alone. All in seconds.
+    `objective_s` is the workload's time in seconds for this placement, `bound_s` a lower bound for
+    any placement within the limits.
     """
 
     placement: Placement
     objective_s: float
     bound_s: float
-    decode_bound_s: float
     status: str
     solve_s: float
     policy: Policy = "together"
@@ -67,15 +65,14 @@ def place(
     found = [*known, solved]
     if limits.host_bytes is None:
         found.insert(0, uniform(costs[0], solved.num_resident))
-    least_s = min(map(longest_s, found))
-    equal = [each for each in found if longest_s(each) <= least_s * EQUAL]
-    placement = max(equal, key=lambda each: round(costs[0].hit_rate(each), 9))
-    objective_s = longest_s(placement)
+    timed = [(each, longest_s(each)) for each in found]
+    least_s = min(seconds for _, seconds in timed)
+    equal = [each for each in timed if each[1] <= least_s * EQUAL]
+    placement, objective_s = max(equal, key=lambda each: round(costs[0].hit_rate(each[0]), 9))
     return Solution(
         placement=placement,
         objective_s=objective_s,
         bound_s=min(objective_s, program.bound_s),
-        decode_bound_s=max(decode_bound_s(cost, limits) for cost in costs),
         status=status,
         solve_s=time.perf_counter() - started,
     )
@@ -99,22 +96,25 @@ def uniform(cost: CostModel, num_blocks: int) -> Placement:
     return Placement.of(resident)
 
 
-def decode_bound_s(cost: CostModel, limits: MemoryLimits) -> float:
-    """A lower bound on the seconds of a decode step for any placement within the limits."""
-    return relaxed_s([cost], limits, {cost.decode: 1})
+def relaxed_s(
+    costs: Sequence[CostModel], memories: Sequence[MemoryLimits], steps: dict[Phase, int]
+) -> list[float]:
+    """Lower bounds on the seconds of `steps`, from the program's linear relaxation.
 
-
-def relaxed_s(costs: Sequence[CostModel], limits: MemoryLimits, steps: dict[Phase, int]) -> float:
-    """A lower bound on the seconds of `steps`, from the program's linear relaxation.
+    Args:
+        memories: limits that differ in GPU memory alone. There is a bound for each.
 
     Raises:
         FiddlerError: no placement is within the limits, or the solver fails.
     """
-    program = Program(costs, limits, steps, relaxed=True)
-    status = program.solve()
-    if status != "optimal":
-        raise FiddlerError(
-            f"the solver found no placement in this memory (status: {status}); give more with"
-            " --gpu-mem or --host-mem"
-        )
-    return program.objective_s
+    program = Program(costs, memories[0], steps, relaxed=True)
+    found = []
+    for number, limits in enumerate(memories):
+        status = program.solve_again(limits) if number else program.solve()
+        if status != "optimal":
+            raise FiddlerError(
+                f"the solver found no placement in this memory (status: {status}); give more with"
+                " --gpu-mem or --host-mem"
+            )
+        found.append(program.objective_s)
+    return found

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Literal
 
 from fiddler_opt.inputs.routing import Routing
-from fiddler_opt.solve.ilp import Solution, decode_bound_s
+from fiddler_opt.solve.ilp import Solution, relaxed_s
 from fiddler_opt.solve.problem import Problem
 from fiddler_run.plan.prediction import Predicted
 from fiddler_run.plan.schema import Plan
@@ -19,8 +19,9 @@ def predict(problem: Problem, routing: Routing, solution: Solution) -> Predicted
     limits = problem.memory_limits()
     best = problem.cost(routing)
     more = replace(limits, gpu_bytes=limits.gpu_bytes + GB)
-    bound_rate = best.decode_tokens_per_s(solution.decode_bound_s)
-    gained_rate = best.decode_tokens_per_s(decode_bound_s(best, more)) - bound_rate
+    bound_rate, more_rate = map(
+        best.decode_tokens_per_s, relaxed_s([best], [limits, more], {best.decode: 1})
+    )
     rate = rounded(cost.decode_tokens_per_s(cost.decode_step_s(placement)), 3)
     bound = rounded(bound_rate, 3)
     return Predicted(
@@ -32,7 +33,7 @@ def predict(problem: Problem, routing: Routing, solution: Solution) -> Predicted
         decode_ms=milliseconds(cost.step_parts(cost.decode, placement)),
         ttft_ms=milliseconds(cost.ttft_parts(placement)),
         binding=binding(problem, solution),
-        next_gb_tokens_per_s=round(max(0.0, gained_rate), 3),
+        next_gb_tokens_per_s=round(max(0.0, more_rate - bound_rate), 3),
         regret={},
         alternatives={},
     )

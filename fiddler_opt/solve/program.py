@@ -14,32 +14,29 @@ subject to  t[p,l,s] >= sum over e called in s of  resident_s(e) * r / blocks   
             sum over l, e of (blocks - r - d) * block_bytes <= host_bytes                        (E)
             r[l,e] + d[l,e] <= blocks                                                            (F)
 
-Where nothing overlaps, t is the sum of the right sides of (A) and (B). Without a limit on host
-memory, d = 0 and (E), (F) are left out. For several routings, the longest of their objectives is
-minimised. A small reward for resident blocks of popular experts, POPULARITY_WEIGHT, fills memory
-where the objective is flat; the relaxation omits it.
+Experts of a layer that are equal in every scenario share an r and a d, which are named after the
+first of them and bounded by the blocks of all. Where nothing overlaps, t is the sum of the right
+sides of (A) and (B). Without a limit on host memory, d = 0 and (E), (F) are left out. For several
+routings, the longest of their objectives is minimised. A small reward for resident blocks of
+popular experts, POPULARITY_WEIGHT, fills memory where the objective is flat; the relaxation omits
+it.
 """
 
 import tempfile
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path
 
 import highspy
 import pulp
 
 from fiddler_opt.solve.cost import CostModel
+from fiddler_opt.solve.equal import equal_experts, spread
 from fiddler_opt.solve.phases import Phase
 from fiddler_opt.solve.placement import MemoryLimits, Placement
 from fiddler_opt.solve.scenarios import Scenario
-from fiddler_opt.solve.time_unit import RELATIVE_GAP, time_unit
-from fiddler_run.errors import FiddlerError
-from fiddler_run.system.files import reason
+from fiddler_opt.solve.solver import Solver
+from fiddler_opt.solve.time_unit import time_unit
 
-# Equal experts can be exchanged, which gives many equally good solutions, and the last steps of the
-# bound take minutes. So the accepted gap grows with the cube of the elapsed seconds: 0.01% after
-# one second, 0.27% after three.
-MAX_GAP = 0.004
 # Relative to the workload's time. A smaller reward falls below the solver's tolerance of 1e-7 for
 # reduced costs; a larger one loosens the bound.
 POPULARITY_WEIGHT = 1e-6
@@ -59,21 +56,23 @@ class Program:
         self._cost = costs[0]
         self._unit = time_unit(costs, steps)  # the program's units of time per second
         self._relaxed = relaxed
-        blocks = self._cost.blocks_per_expert
-        sizes = [len(row) for row in self._cost.called]
-        self.r = self._rows("r", sizes)
+        layers = range(len(self._cost.called))
+        self._groups = [equal_experts(costs, list(steps), layer) for layer in layers]
+        self.r = self._variables("r")
         limited = limits.host_bytes is not None
-        self.d = self._rows("d", sizes) if limited else [[0] * size for size in sizes]
+        self.d = self._variables("d") if limited else [{} for _ in layers]
         self._set_objective(costs, limits, steps)
-        resident = pulp.lpSum(variable for row in self.r for variable in row)
-        self.lp += resident <= limits.gpu_bytes / limits.block_bytes  # (D)
+        resident = pulp.lpSum(r for row in self.r for r in row.values())
+        self._gpu_limit = resident <= limits.gpu_bytes / limits.block_bytes
+        self.lp += self._gpu_limit  # (D)
         if limited:
-            on_disk = pulp.lpSum(variable for row in self.d for variable in row)
-            host = blocks * sum(sizes) - resident - on_disk
+            on_disk = pulp.lpSum(d for row in self.d for d in row.values())
+            all_blocks = self._cost.blocks_per_expert * sum(map(len, self._cost.called))
+            host = all_blocks - resident - on_disk
             self.lp += host <= limits.host_bytes / limits.block_bytes  # (E)
             for resident_row, disk_row in zip(self.r, self.d, strict=True):
-                for r, d in zip(resident_row, disk_row, strict=True):
-                    self.lp += r + d <= blocks  # (F)
+                for expert, r in resident_row.items():
+                    self.lp += r + disk_row[expert] <= r.upBound  # (F)
 
     def solve(self, time_limit_s: float | None = None) -> str:
         """Solves the program. Returns the status in words.
@@ -81,34 +80,24 @@ class Program:
         Raises:
             FiddlerError: the solver failed.
         """
-        interrupt = highspy.cb.HighsCallbackType.kCallbackMipInterrupt
-        solver = _Solver(
-            msg=False,
-            gapRel=RELATIVE_GAP,
-            timeLimit=time_limit_s,
-            callbackTuple=(self._stop_when_close, None),
-            callbacksToActivate=[interrupt],
-        )
-        try:
-            self.lp.solve(solver)
-        except Exception as error:  # HiGHS and PuLP raise many types for numbers out of range
-            raise FiddlerError(
-                f"the solver failed ({reason(error)}); look for absurd times in the machine profile"
-            ) from None
-        if self.lp.sol_status == pulp.LpSolutionIntegerFeasible:
-            ended = self.lp.solverModel.getModelStatus()
-            return "stopped early" if ended == highspy.HighsModelStatus.kInterrupt else "time limit"
-        if self.lp.sol_status == pulp.LpSolutionOptimal:
-            return "optimal"
-        return pulp.LpSolution[self.lp.sol_status]
+        presolve = not any(self.d)  # with (F), it may take ten times as long as the rest
+        return Solver(self._constant, presolve, time_limit_s).run(self.lp)
+
+    def solve_again(self, limits: MemoryLimits) -> str:
+        """Solves the solved relaxation for other GPU memory, from its present solution."""
+        solver = self.lp.solverModel
+        gpu_blocks = limits.gpu_bytes / limits.block_bytes
+        solver.changeRowBounds(self._gpu_limit.index, -highspy.kHighsInf, gpu_blocks)
+        solver.run()
+        return solver.modelStatusToString(solver.getModelStatus()).lower()
 
     @property
     def is_solved(self) -> bool:
-        return all(variable.varValue is not None for row in self.r for variable in row)
+        return all(r.varValue is not None for row in self.r for r in row.values())
 
     @property
     def objective_s(self) -> float:
-        return (self.lp.objective.value() + self._constant) / self._unit
+        return (self.lp.solverModel.getObjectiveValue() + self._constant) / self._unit
 
     @property
     def bound_s(self) -> float:
@@ -117,8 +106,19 @@ class Program:
 
     def placement(self) -> Placement:
         """The placement in the solution."""
-        resident = [[round(variable.varValue) for variable in row] for row in self.r]
-        on_disk = [[round(pulp.value(variable)) for variable in row] for row in self.d]
+        resident = [[0] * len(row) for row in self._cost.called]
+        on_disk = [[0] * len(row) for row in self._cost.called]
+        for layer, groups in enumerate(self._groups):
+            for experts in groups:
+                first = experts[0]
+                in_gpu = round(self.r[layer][first].varValue)
+                not_in_host = in_gpu
+                if self.d[layer]:
+                    not_in_host += round(self.d[layer][first].varValue)
+                counts = (spread(blocks, len(experts)) for blocks in (in_gpu, not_in_host))
+                for expert, gpu, both in zip(experts, *counts, strict=True):
+                    resident[layer][expert] = gpu
+                    on_disk[layer][expert] = both - gpu
         return Placement(resident, on_disk)
 
     def text(self) -> str:
@@ -128,15 +128,18 @@ class Program:
             self.lp.writeLP(str(path))
             return path.read_text()
 
-    def _rows(self, name: str, sizes: list[int]) -> list[list[pulp.LpVariable]]:
-        most = self._cost.blocks_per_expert
+    def _variables(self, name: str) -> list[dict[int, pulp.LpVariable]]:
+        """A variable for each group of equal experts, by layer and the group's first expert."""
+        blocks = self._cost.blocks_per_expert
         category = pulp.LpContinuous if self._relaxed else pulp.LpInteger
         return [
-            [
-                pulp.LpVariable(f"{name}_{layer}_{expert}", 0, most, category)
-                for expert in range(size)
-            ]
-            for layer, size in enumerate(sizes)
+            {
+                experts[0]: pulp.LpVariable(
+                    f"{name}_{layer}_{experts[0]}", 0, blocks * len(experts), category
+                )
+                for experts in groups
+            }
+            for layer, groups in enumerate(self._groups)
         ]
 
     def _set_objective(
@@ -181,9 +184,12 @@ class Program:
             for count in (0, alike)
         )
         weight = POPULARITY_WEIGHT * self._unit * simple_s / (2 * mean * len(chances) * blocks)
-        variables = [r for row in self.r for r in row]
         return pulp.LpAffineExpression(
-            [(r, weight * (chance + mean)) for r, chance in zip(variables, chances, strict=True)]
+            [
+                (r, weight * (called[expert] + mean))
+                for row, called in zip(self.r, cost.called, strict=True)
+                for expert, r in row.items()
+            ]
         )
 
     def _objective(
@@ -214,28 +220,12 @@ class Program:
         per_block = self._unit / cost.blocks_per_expert
         r = self.r[layer]
         d = self.d[layer]
-        resident = [(r[e], per_block * s) for e, s in scenario.resident_s.items()]
-        host = [(r[e], -per_block * s) for e, s in scenario.host_s.items()]
-        if any(isinstance(variable, pulp.LpVariable) for variable in d):
-            host += [
-                (d[e], per_block * (scenario.disk_s[e] - s)) for e, s in scenario.host_s.items()
-            ]
+        resident = [(r[e], per_block * s) for e, s in scenario.resident_s.items() if e in r]
+        host = [(r[e], -per_block * s) for e, s in scenario.host_s.items() if e in r]
+        host += [
+            (d[e], per_block * (scenario.disk_s[e] - s))
+            for e, s in scenario.host_s.items()
+            if e in d
+        ]
         all_in_host = self._unit * sum(scenario.host_s.values())
         return pulp.LpAffineExpression(resident), pulp.LpAffineExpression(host, all_in_host)
-
-    def _stop_when_close(self, kind, message, found, answer, _) -> None:
-        """A HiGHS callback that ends a long search once the solution is good enough."""
-        if not isfinite(found.mip_primal_bound) or found.running_time <= 1:
-            return
-        accepted = min(RELATIVE_GAP * found.running_time**3, MAX_GAP)
-        whole = found.mip_primal_bound + self._constant
-        if found.mip_primal_bound - found.mip_dual_bound <= accepted * whole:
-            answer.user_interrupt = True
-
-
-class _Solver(pulp.HiGHS):
-    """HiGHS with the objective's constant, which PuLP drops, so that gaps refer to the whole."""
-
-    def callSolver(self, lp: pulp.LpProblem) -> None:
-        lp.solverModel.changeObjectiveOffset(lp.objective.constant)
-        super().callSolver(lp)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from fiddler_opt.inputs.routing import PhaseRouting
 from fiddler_opt.solve.phases import Phase
 
@@ -35,7 +37,7 @@ def layer_scenarios(
     layer: int,
     phase: Phase,
     top_k: int,
-    expert_times: Callable[[float], tuple[float, float, float]],
+    expert_times: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> list[Scenario]:
     """The scenarios of one layer.
 
@@ -44,7 +46,7 @@ def layer_scenarios(
     choose the same experts.
 
     Args:
-        expert_times: maps a number of tokens to the seconds of an expert that is resident, in host
+        expert_times: maps numbers of tokens to the seconds of experts that are resident, in host
             memory, and on disk.
     """
     different = phase.tokens // phase.copies
@@ -54,17 +56,14 @@ def layer_scenarios(
     elif different == 1 and top_k == 2 and routing.pair[layer]:
         called = routing.pair[layer].items()
     if called is not None:
-        times = expert_times(phase.copies)
+        times = [float(seconds) for seconds in expert_times(np.array(phase.copies))]
         return [
             Scenario(p, *(dict.fromkeys(experts, seconds) for seconds in times))
             for experts, p in called
             if p > 0
         ]
-    by_place = ({}, {}, {})
-    for expert, probability in enumerate(routing.expert[layer]):
-        if probability > 0:
-            chance = chance_called(probability, different)
-            times = expert_times(phase.tokens * probability / chance)
-            for place, seconds in zip(by_place, times, strict=True):
-                place[expert] = chance * seconds
-    return [Scenario(1.0, *by_place)]
+    experts = {e: p for e, p in enumerate(routing.expert[layer]) if p > 0}
+    chances = np.array([chance_called(p, different) for p in experts.values()])
+    tokens = phase.tokens * np.array(list(experts.values())) / chances
+    by_place = ((chances * times).tolist() for times in expert_times(tokens))
+    return [Scenario(1.0, *(dict(zip(experts, times, strict=True)) for times in by_place))]

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fiddler_opt.inputs.machine import MachineProfile, Times, seconds_at
+import numpy as np
+
+from fiddler_opt.inputs.machine import MachineProfile, Times, seconds_at, seconds_at_each
 from fiddler_opt.inputs.model import ModelSpec
 
 # What serves host blocks. `better`: the faster of `cpu` and `link` for each number of tokens.
@@ -24,16 +26,18 @@ class ModelTimes:
         """True if GPU, link and CPU work at the same time."""
         return self.machine.device.kind == "cuda" and not self.cpu_alone
 
-    def expert_s(self, tokens: float) -> tuple[float, float, float]:
-        """Seconds of one expert that is resident, in host memory, and on disk."""
+    def expert_s(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Seconds of an expert that is resident, in host memory, and on disk, by tokens."""
         machine = self.machine
-        scale = self.model.expert_bytes / machine.shape.expert_bytes
+        expert_bytes = self.model.expert_bytes
+        scale = expert_bytes / machine.shape.expert_bytes
         host_us = machine.cpu_expert_us if self.cpu_alone else host_times(machine, self.policy)
-        disk_s = float("inf")
-        if machine.disk_bytes_per_s:
-            disk_s = self.model.expert_bytes / machine.disk_bytes_per_s
-        resident_s = seconds_at(machine.resident_expert_us, tokens)
-        return resident_s * scale, seconds_at(host_us, tokens) * scale, disk_s
+        disk_rate = machine.disk_bytes_per_s
+        return (
+            seconds_at_each(machine.resident_expert_us, tokens) * scale,
+            seconds_at_each(host_us, tokens) * scale,
+            np.full(tokens.shape, expert_bytes / disk_rate if disk_rate else np.inf),
+        )
 
     def dense_s(self, tokens: int) -> tuple[float, float]:
         """Seconds of one layer without its experts, and its launch overhead.
