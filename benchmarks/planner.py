@@ -65,7 +65,7 @@ def main() -> None:
     machine = MachineProfile.load(MACHINE).model_copy(update={"disk_bytes_per_s": DISK_BYTES_PER_S})
     mixtral = ModelSpec.load(DEFAULT_MODEL)
     large = ModelSpec.from_config(
-        {**mixtral.sizes.raw, **LARGE}, "60 layers of 128 experts", "here"
+        {**mixtral.config.raw, **LARGE}, "60 layers of 128 experts", "here"
     )
     table = Table(
         "model",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan, random_plan
+from models import open_checkpoint
 from hand_over import TOLERANCE
 
 from fiddler_run import load_model
@@ -13,7 +14,6 @@ from fiddler_run.encodings.lossless12 import GROUP, Lossless12, _library
 from fiddler_run.kernels.cpu import CompiledExperts, CpuCall
 from fiddler_run.kernels.library import library, supported_variants
 from fiddler_run.kernels.pool import Pool
-from fiddler_run.models.table import FAMILIES
 from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
 from fiddler_run.weights.store import ExpertStore
 from fiddler_run.weights.tensor_files import TensorFiles
@@ -109,7 +109,7 @@ def test_random_weights_and_shapes():
 
 
 def test_trained_weights_need_few_escapes():
-    checkpoint = Checkpoint(TensorFiles(DEMO), FAMILIES["mixtral"])
+    checkpoint = open_checkpoint(DEMO)
     escapes = weights = 0
     for layer in range(6):
         for expert in range(8):

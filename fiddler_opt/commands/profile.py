@@ -14,6 +14,8 @@ from fiddler_opt.commands.files import (
     routing_file,
 )
 from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.model import model_file
+from fiddler_opt.inputs.model_file import file_name
 from fiddler_opt.insight.machine_report import print_machine
 from fiddler_opt.insight.routing_report import print_routing
 from fiddler_opt.measure.unfinished import forget_unfinished
@@ -58,7 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--only",
-        choices=["machine", "routing"],
+        choices=["model", "machine", "routing"],
         help="profile only one part; `routing` needs --plan or an existing machine profile",
     )
     parser.add_argument(
@@ -79,14 +81,20 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     model = load_spec(flags.model, console)
     machine_path = machine_file(flags)
     routing_path = routing_file(flags, model)
+    model_path = Path(flags.profiles) / file_name(model.shape.name)
     prompts = prompts_files(flags)
     runs_by = Plan.load(shipped_file(flags.plan)) if flags.plan else None
     machine = None
     if flags.only == "routing" and runs_by is None:
         machine = MachineProfile.load(machine_path)
-    for path in (machine_path, routing_path, flags.trace):
+    for path in (model_path, machine_path, routing_path, flags.trace):
         if path is not None:
             require_writable(path)
+    if flags.only in (None, "model"):
+        model_file(model, command_line()).save(model_path)
+        print(model_path, flush=True)
+    if flags.only == "model":
+        return
     context = model.max_position_embeddings
     if runs_by is not None:
         context = min(context, runs_by.workload.max_seq_len)
@@ -132,10 +140,10 @@ def prompts_files(flags: argparse.Namespace) -> list[Path]:
     Raises:
         FiddlerError: --only contradicts the other flags.
     """
-    if flags.only == "machine":
+    if flags.only in ("model", "machine"):
         if flags.prompts or flags.plan or flags.trace:
             raise FiddlerError(
-                "--only machine does not record routing; remove --prompts, --plan and --trace"
+                f"--only {flags.only} does not record routing; remove --prompts, --plan and --trace"
             )
         return []
     if flags.prompts:

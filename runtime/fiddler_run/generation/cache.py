@@ -4,56 +4,50 @@ transformers' default cache copies everything for each token, and needs memory f
 """
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 
 class KeyValueCache(DynamicCache):
-    """A DynamicCache whose keys and values stay in place. Call `reset()` before each generation."""
+    """A DynamicCache whose keys and values stay in place. Call `reset()` before each generation.
 
-    def __init__(
-        self,
-        num_layers: int,
-        sequences: int,
-        num_heads: int,
-        max_tokens: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        """Allocates room for `sequences` of `max_tokens`. Beyond that, the cache grows like
-        DynamicCache.
+    Layers that keep something else, such as a window or a recurrent state, are transformers' own.
+    """
+
+    def __init__(self, config: PreTrainedConfig, sequences: int, max_tokens: int):
+        """Has room for `sequences` of `max_tokens`, allocated at the first use.
+
+        Beyond that, the cache grows like DynamicCache.
         """
-        # One tensor, because PyTorch's allocator would leave gaps between many. Made outside
-        # inference mode, because it could otherwise not be written to outside of it.
-        with torch.inference_mode(False):
-            memory = torch.empty(
-                (num_layers, 2, sequences, num_heads, max_tokens, head_dim),
-                dtype=dtype,
-                device=device,
-            )
+        super().__init__(config=config)
+        self._config = config
         self._sequences = sequences
         self._max_tokens = max_tokens
-        self._token_bytes = 2 * num_layers * num_heads * head_dim * dtype.itemsize
-        Cache.__init__(self, layers=[_Layer(*of_layer) for of_layer in memory])
+        self.layers = [
+            _Layer(sequences, max_tokens) if type(layer) is DynamicLayer else layer
+            for layer in self.layers
+        ]
+
+    def reset(self) -> None:
+        fresh = DynamicCache(config=self._config).layers
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, _Layer):
+                layer.reset()
+            else:  # its state may be of another number of sequences
+                self.layers[number] = fresh[number]
 
     def has_room(self, sequences: int, tokens: int) -> bool:
         """True if the memory holds `sequences` of `tokens`."""
         return sequences <= self._sequences and tokens <= self._max_tokens
 
     def bytes_for(self, sequences: int, tokens: int) -> int:
-        """Bytes of the keys and values of `sequences` of `tokens`."""
-        return sequences * tokens * self._token_bytes
+        """Bytes of the keys and values of `sequences` of `tokens`, once the cache was used."""
+        held = sum(layer.nbytes for layer in self.layers if isinstance(layer, _Layer))
+        return held * sequences * tokens // (self._sequences * self._max_tokens)
 
     def copy_sequences(self, copies: int) -> None:
         """Replaces each sequence by `copies` copies of it."""
-        for layer in self.layers:
-            states = (
-                layer.keys.repeat_interleave(copies, dim=0),
-                layer.values.repeat_interleave(copies, dim=0),
-            )
-            layer.reset()
-            layer.update(*states)
+        self.batch_repeat_interleave(copies)
 
 
 class _Layer(DynamicLayer):
@@ -62,9 +56,14 @@ class _Layer(DynamicLayer):
     If that has no room, they are separate tensors.
     """
 
-    def __init__(self, *memory: torch.Tensor):
+    def __init__(self, sequences: int, max_tokens: int):
         super().__init__()
-        self._memory = memory
+        self._room = sequences, max_tokens
+        self._memory: list[torch.Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.nbytes for memory in self._memory)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -72,7 +71,9 @@ class _Layer(DynamicLayer):
         """Appends [sequences, heads, new tokens, head_dim]. Returns all keys and values so far."""
         sequences, _, tokens, _ = key_states.shape
         start = self.get_seq_length()
-        room, _, stop_at, _ = self._memory[0].shape
+        if not self._memory:
+            self._allocate(key_states, value_states)
+        room, stop_at = self._room
         # because there was no room before
         elsewhere = start > 0 and self.keys.data_ptr() != self._memory[0].data_ptr()
         if elsewhere or sequences > room or start + tokens > stop_at:
@@ -91,6 +92,29 @@ class _Layer(DynamicLayer):
         for states in (self.keys, self.values):
             states.copy_(states.index_select(0, beam_idx.to(states.device)))
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Replaces each sequence by `repeats` copies of it."""
+        if not self.is_initialized:
+            return
+        states = (
+            self.keys.repeat_interleave(repeats, dim=0),
+            self.values.repeat_interleave(repeats, dim=0),
+        )
+        self.reset()
+        self.update(*states)
+
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
+
+    def _allocate(self, *states: torch.Tensor) -> None:
+        # Tensors made in inference mode cannot be written to outside it.
+        with torch.inference_mode(False):
+            self._memory = [
+                torch.empty(
+                    (self._room[0], each.shape[1], self._room[1], each.shape[3]),
+                    dtype=each.dtype,
+                    device=each.device,
+                )
+                for each in states
+            ]

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fiddler_run.generation.cuda_graphs import Recorder
-from fiddler_run.models.family import Family, sum_parts
+from fiddler_run.models.mixtral_layer import segments_of, sum_parts
 
 HANDLED = {
     "input_ids",
@@ -32,25 +32,26 @@ MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logi
 class DecodeStep:
     """The decode step of one model."""
 
-    def __init__(self, model: PreTrainedModel, family: Family):
-        self._model = model.model
-        self._head = model.lm_head
+    def __init__(self, model: PreTrainedModel):
+        self._model = model.base_model
+        self._head = model.get_output_embeddings()
         self._config = model.config
+        self._weights = _weights(model)
         recorder = Recorder(model.device)
-        layers = model.model.layers
+        layers = self._model.layers
         # A layer of an unknown class is run by transformers' own forward.
-        segments = [family.segments(layer) for layer in layers]
+        segments = [segments_of(layer) for layer in layers]
         self._is_stock = None not in segments
+        if not self._is_stock:
+            return
         self._layers = [
             each._replace(before=recorder.segment(each.before), after=recorder.segment(each.after))
             for each in segments
-            if self._is_stock
         ]
         fixed = self._model.rotary_emb.rope_type == "default"  # others depend on the positions
         self._rotary = recorder.segment(self._model.rotary_emb) if fixed else self._model.rotary_emb
         # Neither the step nor a recording would call hooks that were put on these.
         self._hookable = [self._model, *(part for layer in layers for part in layer.modules())]
-        self._weights = _weights(model)
 
     def is_current(self, model: PreTrainedModel) -> bool:
         """False if a module or parameter of the model was replaced or moved since the step was

@@ -89,20 +89,12 @@ class Session:
     def decode(self) -> DecodeStep:
         """The model's decode step, made on first use."""
         if self._decode is None:
-            self._decode = DecodeStep(self._model, self._model.family)
+            self._decode = DecodeStep(self._model)
         return self._decode
 
     def make_cache(self, sequences: int, max_tokens: int) -> None:
-        """Allocates keys and values for `sequences` of `max_tokens`."""
-        config = self._model.config
-        head_dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        heads = config.num_key_value_heads
-        where = {"dtype": self._model.dtype, "device": self._model.device}
-        self.cache = KeyValueCache(
-            config.num_hidden_layers, sequences, heads, max_tokens, head_dim, **where
-        )
+        """Makes a KV cache for `sequences` of `max_tokens`."""
+        self.cache = KeyValueCache(self._model.config, sequences, max_tokens)
 
     def forget_decode(self) -> None:
         """Drops the decode step, because something that it holds has changed."""
@@ -171,14 +163,14 @@ class Session:
     def _may_use_own_cache(self, arguments: dict, asked) -> bool:
         """False if the caller provides or keeps the cache, or a generation is using it.
 
-        Also False for a model with a sliding window, of which transformers keeps only the window.
+        Also False for a model with a cache of its own class.
         """
         other = arguments.get("past_key_values") is not None or asked("cache_implementation")
         handed_out = asked("return_dict_in_generate")
         return (
             not other
             and not handed_out
-            and self._model.config.sliding_window is None
+            and self._model._supports_default_dynamic_cache()
             and not self._cache_is_taken
         )
 
@@ -208,7 +200,7 @@ class Session:
         for start in range(0, ids.shape[1] - 1, chunk):
             stop = min(start + chunk, ids.shape[1] - 1)
             of_chunk = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
-            self._model.model(
+            self._model.base_model(
                 **of_chunk,
                 attention_mask=mask[:, :stop],
                 past_key_values=self.cache,

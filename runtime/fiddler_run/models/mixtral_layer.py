@@ -1,9 +1,36 @@
 """A Mixtral decoder layer, split into segments of transformers' own modules."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from torch import Tensor, nn
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
-from fiddler_run.models.family import Segments, sum_parts
+
+class Segments(NamedTuple):
+    """One decoder layer in a decode step: `before`, attention, `after`, `experts`, in this order.
+
+    `before(cos, sin, *parts)` takes the rotary embedding and the addends of the residual stream. It
+    returns the residual [sequences, 1, hidden], and query, key and value [sequences, heads, 1,
+    head_dim]. `eager_attention` is the family's plain attention function, and `attention` the
+    module that it takes as an argument. `after(residual, attended)`, with `attended` [sequences, 1,
+    heads, head_dim], returns the residual, the experts' input [tokens, hidden], and the router's
+    choice and weights [tokens, k]. `experts` is the module that computes them.
+    """
+
+    before: Callable
+    attention: nn.Module
+    eager_attention: Callable
+    after: Callable
+    experts: nn.Module
+
+
+def sum_parts(parts: tuple[Tensor, ...]) -> Tensor:
+    """The sum of the parts, in the shape of the first."""
+    total, *others = parts
+    for part in others:
+        total = total + part.view_as(total)
+    return total
 
 
 class Before:
@@ -40,7 +67,7 @@ class After:
         return residual, normed, index, weights
 
 
-def segments(layer: nn.Module) -> Segments | None:
+def segments_of(layer: nn.Module) -> Segments | None:
     """The segments of a layer. None if a part was replaced by another class."""
     is_stock = (
         type(layer) is mixtral.MixtralDecoderLayer
