@@ -87,17 +87,16 @@ def test_dtype_defaults_to_that_of_the_weights(tmp_path, model):
     assert spec.note.endswith("config.json names no dtype: bfloat16 is assumed")
 
 
-def test_absent_and_null_keys_are_read_as_transformers_reads_them(model):
+def test_absent_keys_are_read_as_transformers_reads_them(model):
     config = json.loads((model / "config.json").read_text())
-    config.update(num_attention_heads=16, num_key_value_heads=8)
+    config.update(num_attention_heads=16, num_key_value_heads=4)
     per_token = ModelSpec.from_config(config, "m", "here").sizes.kv_bytes_per_token
-    without = {key: value for key, value in config.items() if key != "num_key_value_heads"}
-    for changed, heads in ((without, 8), ({**config, "num_key_value_heads": None}, 16)):
-        spec = ModelSpec.from_config(changed, "m", "here")
-        assert MixtralConfig(**changed).num_key_value_heads == heads
-        assert spec.sizes.kv_bytes_per_token == per_token * heads // 8
-    del config["max_position_embeddings"]
+    with pytest.raises(FiddlerError, match="'num_key_value_heads' expected int, got NoneType"):
+        ModelSpec.from_config({**config, "num_key_value_heads": None}, "m", "here")
+    del config["num_key_value_heads"], config["max_position_embeddings"]
     spec = ModelSpec.from_config(config, "m", "here")
+    assert MixtralConfig(**config).num_key_value_heads == 8
+    assert spec.sizes.kv_bytes_per_token == per_token * 2
     assert spec.max_position_embeddings == MixtralConfig().max_position_embeddings
 
 

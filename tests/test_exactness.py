@@ -20,9 +20,7 @@ from fiddler_run.encodings.table import ENCODINGS
 from fiddler_run.engine.calls import expert_groups
 from fiddler_run.engine.engine import make_engine
 from fiddler_run.engine.layer import ExpertsLayer
-from fiddler_run.weights.checkpoint import Checkpoint
 from fiddler_run.weights.store import ExpertStore
-from fiddler_run.weights.tensor_files import TensorFiles
 
 LOGITS_TOLERANCE = 1e-4
 BF16_TOLERANCE = 5e-3

@@ -17,9 +17,7 @@ from fiddler_run.plan.schema import Plan
 COMMON = ("mixtral", "qwen3_moe", "qwen3_next", "glm4_moe", "glm4_moe_lite", "granitemoe", "phimoe")
 PROMPT = torch.tensor([[3, 17, 42, 5, 88, 23, 9, 31, 77, 12]])
 PADDED = torch.tensor([[0, 0, 0, 42, 5, 88], [7, 3, 17, 42, 11, 2]])
-ALL = [
-    pytest.param(name, marks=() if name in COMMON else pytest.mark.slow) for name in FAMILIES
-]
+ALL = [pytest.param(name, marks=() if name in COMMON else pytest.mark.slow) for name in FAMILIES]
 
 
 class Case:

@@ -14,9 +14,7 @@ from models import open_checkpoint
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
 from fiddler_run.loading.load import _warm_up
-from fiddler_run.weights.checkpoint import Checkpoint
 from fiddler_run.weights.store import ExpertStore
-from fiddler_run.weights.tensor_files import TensorFiles
 
 
 def test_deleted_model_frees_its_memory():

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan, random_plan
-from models import open_checkpoint
 from hand_over import TOLERANCE
+from models import open_checkpoint
 
 from fiddler_run import load_model
 from fiddler_run.encodings.lossless12 import GROUP, Lossless12, _library
 from fiddler_run.kernels.cpu import CompiledExperts, CpuCall
 from fiddler_run.kernels.library import library, supported_variants
 from fiddler_run.kernels.pool import Pool
-from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
+from fiddler_run.weights.checkpoint import DummyWeights
 from fiddler_run.weights.store import ExpertStore
-from fiddler_run.weights.tensor_files import TensorFiles
 
 if library() is None or not Lossless12.available():
     pytest.skip("needs a C++ compiler", allow_module_level=True)

@@ -44,7 +44,9 @@ def test_indivisible_expert_is_padded(mixtral):
 
 
 def test_tied_embeddings_count_once(mixtral):
-    tied = ModelSpec.from_config({**mixtral.config.raw, "tie_word_embeddings": True}, "tied", "here")
+    tied = ModelSpec.from_config(
+        {**mixtral.config.raw, "tie_word_embeddings": True}, "tied", "here"
+    )
     assert mixtral.head_bytes - tied.head_bytes == 32_000 * 4096 * 2
 
 

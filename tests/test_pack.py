@@ -16,8 +16,7 @@ from fiddler_run import load_model
 from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.errors import FiddlerError
 from fiddler_run.weights import packing
-from fiddler_run.weights.checkpoint import Checkpoint
-from fiddler_run.weights.tensor_files import INDEX, TensorFiles
+from fiddler_run.weights.tensor_files import INDEX
 
 if not Lossless12.available():
     pytest.skip("needs a C++ compiler", allow_module_level=True)

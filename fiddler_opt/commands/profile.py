@@ -61,7 +61,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         choices=["model", "machine", "routing"],
-        help="profile only one part; `routing` needs --plan or an existing machine profile",
+        help=(
+            "only one part: `model` writes the sizes of any model in seconds, `routing` needs"
+            " --plan or an existing machine profile"
+        ),
     )
     parser.add_argument(
         "--quick", action="store_true", help="take fewer and shorter measurements, in less memory"
@@ -71,6 +74,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace, console: Console) -> None:
     """Checks every input before the minutes of timing, then runs the requested parts."""
+    if flags.only == "model":
+        write_model_file(flags, console)
+    else:
+        profile(flags, console)
+
+
+def write_model_file(flags: argparse.Namespace, console: Console) -> None:
+    """Writes the model's sizes, with which `plan` needs neither transformers nor torch."""
+    prompts_files(flags)
+    model = load_spec(flags.model, console)
+    path = Path(flags.profiles) / file_name(model.shape.name)
+    require_writable(path)
+    model_file(model, command_line()).save(path)
+    print(path)
+
+
+def profile(flags: argparse.Namespace, console: Console) -> None:
+    """Times the machine, records the routing, or both."""
     from fiddler_opt.measure.profiling import (
         cpu_plan,
         profile_machine,
@@ -81,20 +102,14 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     model = load_spec(flags.model, console)
     machine_path = machine_file(flags)
     routing_path = routing_file(flags, model)
-    model_path = Path(flags.profiles) / file_name(model.shape.name)
     prompts = prompts_files(flags)
     runs_by = Plan.load(shipped_file(flags.plan)) if flags.plan else None
     machine = None
     if flags.only == "routing" and runs_by is None:
         machine = MachineProfile.load(machine_path)
-    for path in (model_path, machine_path, routing_path, flags.trace):
+    for path in (machine_path, routing_path, flags.trace):
         if path is not None:
             require_writable(path)
-    if flags.only in (None, "model"):
-        model_file(model, command_line()).save(model_path)
-        print(model_path, flush=True)
-    if flags.only == "model":
-        return
     context = model.max_position_embeddings
     if runs_by is not None:
         context = min(context, runs_by.workload.max_seq_len)

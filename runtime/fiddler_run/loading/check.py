@@ -58,7 +58,8 @@ class PlanCheck(ModelCheck):
         near = self.folder if self.folder is not None and load_format != "dummy" else Path()
         self.disk_folder = near if disk_folder is None else Path(disk_folder)
         self._try(lambda: refuse(disk_problems(plan, self.disk_folder)))
-        self.problems += machine_problems(plan, self.gpu, origin, self.sizes)
+        sizes = self.sizes if self.skeleton is not None else None  # of another model
+        self.problems += machine_problems(plan, self.gpu, origin, sizes)
         notes = device_note(plan, on_gpu=self.gpu is not None), prediction_note(plan, origin)
         self.notes += [note for note in notes if note]
 

@@ -175,7 +175,7 @@ class ModelCheck:
         problems = files.problems(expected, self._shape.dtype)
         if problems:
             return problems
-        problem = self.tensors.conversion_problem(lambda name: files.shard(name).tensors[name].shape)
+        problem = self.tensors.conversion_problem(files.shape)
         return [f"{files.folder}: {problem}"] if problem else []
 
     def _look_at_defaults(self, config: ModelConfig) -> None:
@@ -216,7 +216,8 @@ def shape_problems(
     """The sizes in which a model differs from the one that a plan was made for."""
     remedy = "make a plan for this model with `fiddler-opt plan --model`"
     return [
-        f"{origin}: model.{key} is {value}, but {getattr(found, key)} in {config_file}; {remedy}"
+        f"{origin}: model.{key} is {value}, but {config_file} implies {getattr(found, key)};"
+        f" {remedy}"
         for key, value in planned.model_dump().items()
         if value != getattr(found, key)
     ]

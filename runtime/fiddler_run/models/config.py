@@ -11,10 +11,10 @@ from fiddler_run.system.parsing import read_json_object
 ASSUMED_DTYPE = "bfloat16"
 CONFIGS = Path(__file__).parent / "configs"
 # Models whose config.json is included in this package, by Hugging Face id.
-BUNDLED_CONFIGS = {
-    name: CONFIGS / "Mixtral-8x7B.json"
-    for name in ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1")
-}
+BUNDLED_CONFIGS = dict.fromkeys(
+    ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+    CONFIGS / "Mixtral-8x7B.json",
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ def _refuse_quantised(config: dict, origin: str) -> None:
     if not quantization:
         return
     method = (
-        quantization.get("quant_method", "unknown")
-        if isinstance(quantization, dict)
-        else "unknown"
+        quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
     )
     raise FiddlerError(
         f"{origin}: quantization_config says that the weights are quantised ({short(method)});"

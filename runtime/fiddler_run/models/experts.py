@@ -52,8 +52,7 @@ def strip(model: PreTrainedModel) -> dict[str, torch.Size]:
         problem = _problem(module)
         if problem is not None:
             raise FiddlerError(
-                f"the experts of {model.config.model_type!r} {problem}, which is not"
-                " supported"
+                f"the experts of {model.config.model_type!r} {problem}, which is not supported"
             )
         for parameter in PARAMETERS:
             shapes[f"{name}.{parameter}"] = module._parameters.pop(parameter).shape

@@ -89,9 +89,7 @@ def _cache_bytes(model: DispatchedModel, tokens: int, choices: _Choices) -> int:
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
-    held = {
-        id(each): each for part in (cache, *cache.layers) for each in _tensors(vars(part))
-    }
+    held = {id(each): each for part in (cache, *cache.layers) for each in _tensors(vars(part))}
     return sum(tensor.nbytes for tensor in held.values())
 
 

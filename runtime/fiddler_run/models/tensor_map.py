@@ -70,7 +70,9 @@ class TensorMap:
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
         self._prefix = model.base_model_prefix
         self.sources: dict[str, Source] = {}
-        by_pattern = {pattern: each for each in self._converters for pattern in each.source_patterns}
+        by_pattern = {
+            pattern: each for each in self._converters for pattern in each.source_patterns
+        }
         for name in sorted(names):
             target, pattern = self._renamed(name)
             if target in self._shapes:

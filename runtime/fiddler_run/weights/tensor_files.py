@@ -64,6 +64,9 @@ class TensorFiles:
         """The file that contains tensor `name`."""
         return self._shards[self._file_of[name]]
 
+    def shape(self, name: str) -> list[int]:
+        return self.shard(name).tensors[name].shape
+
     @property
     def paths(self) -> set[Path]:
         """The files."""
@@ -120,7 +123,9 @@ class TensorFiles:
                     found[path] = problem
         return list(found.values())
 
-    def _problem(self, name: str, path: Path | None, shape: list[int] | None, dtype: str) -> str | None:
+    def _problem(
+        self, name: str, path: Path | None, shape: list[int] | None, dtype: str
+    ) -> str | None:
         if path is None or name not in self._shards[path].tensors:
             return f"{path or self._folder}: tensor {name} is missing; {AGAIN}"
         stored = self._shards[path].tensors[name]
