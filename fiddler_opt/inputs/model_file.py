@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from fiddler_run.models.config import ModelConfig
+from fiddler_run.models.config import BUNDLED_CONFIGS, ModelConfig
 from fiddler_run.models.sizes import ModelSizes
 from fiddler_run.plan.shape import ModelShape
 from fiddler_run.plan.yaml_file import Section, YamlFile
@@ -57,7 +57,8 @@ class ModelFile(YamlFile):
 
 def file_name(model: str) -> str:
     """The name of the file for a model with this name."""
-    return f"{short_name(model)}.model.yaml"
+    bundled = BUNDLED_CONFIGS.get(model)
+    return f"{short_name(model) if bundled is None else bundled.stem}.model.yaml"
 
 
 def short_name(model: str) -> str:

@@ -11,10 +11,23 @@ from fiddler_run.system.parsing import read_json_object
 ASSUMED_DTYPE = "bfloat16"
 CONFIGS = Path(__file__).parent / "configs"
 # Models whose config.json is included in this package, by Hugging Face id.
-BUNDLED_CONFIGS = dict.fromkeys(
-    ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
-    CONFIGS / "Mixtral-8x7B.json",
-)
+BUNDLED_CONFIGS = {
+    name: CONFIGS / f"{stem}.json"
+    for name, stem in {
+        "mistralai/Mixtral-8x7B-v0.1": "Mixtral-8x7B",
+        "mistralai/Mixtral-8x7B-Instruct-v0.1": "Mixtral-8x7B",
+        "mistralai/Mixtral-8x22B-v0.1": "Mixtral-8x22B-v0.1",
+        "Qwen/Qwen2-57B-A14B": "Qwen2-57B-A14B",
+        "Qwen/Qwen3-30B-A3B": "Qwen3-30B-A3B",
+        "Qwen/Qwen3-Next-80B-A3B-Instruct": "Qwen3-Next-80B-A3B-Instruct",
+        "Qwen/Qwen3.5-35B-A3B": "Qwen3.5-35B-A3B",
+        "zai-org/GLM-4.5-Air": "GLM-4.5-Air",
+        "zai-org/GLM-4.7-Flash": "GLM-4.7-Flash",
+        "deepseek-ai/DeepSeek-V2-Lite-Chat": "DeepSeek-V2-Lite-Chat",
+        "moonshotai/Kimi-Linear-48B-A3B-Instruct": "Kimi-Linear-48B-A3B-Instruct",
+        "LiquidAI/LFM2-8B-A1B": "LFM2-8B-A1B",
+    }.items()
+}
 
 
 @dataclass(frozen=True)
