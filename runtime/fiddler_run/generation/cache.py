@@ -4,7 +4,7 @@ transformers' default cache copies everything for each token, and needs memory f
 """
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 
@@ -28,13 +28,25 @@ class KeyValueCache(DynamicCache):
             for layer in self.layers
         ]
 
-    def reset(self) -> None:
+    def reset(self, sequences: int | None = None) -> None:
+        """Forgets all tokens. Prepares for this many sequences, if they are known."""
         fresh = DynamicCache(config=self._config).layers
         for number, layer in enumerate(self.layers):
-            if isinstance(layer, _Layer):
+            states = _recurrent_states(layer)
+            # a recurrent state stays where it is, unless it is of another number of sequences
+            if isinstance(layer, _Layer) or (states and len(states[0]) == sequences):
                 layer.reset()
-            else:  # its state may be of another number of sequences
+            else:
                 self.layers[number] = fresh[number]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Replaces each sequence by the one with the given index. All states stay in place."""
+        for layer in self.layers:
+            before = _recurrent_states(layer)
+            layer.reorder_cache(beam_idx)
+            for old, new in zip(before, _recurrent_states(layer), strict=True):
+                old.copy_(new)
+            _set_recurrent_states(layer, before)
 
     def has_room(self, sequences: int, tokens: int) -> bool:
         """True if the memory holds `sequences` of `tokens`."""
@@ -48,6 +60,48 @@ class KeyValueCache(DynamicCache):
     def copy_sequences(self, copies: int) -> None:
         """Replaces each sequence by `copies` copies of it."""
         self.batch_repeat_interleave(copies)
+
+
+class CacheState:
+    """What a step changes in a cache, so that the cache can return to it."""
+
+    def __init__(self, cache: Cache):
+        self._saved = []
+        for layer in cache.layers:
+            attributes = {name: _copied(value) for name, value in vars(layer).items()}
+            states = [(tensor, tensor.clone()) for tensor in _recurrent_states(layer)]
+            self._saved.append((layer, attributes, states))
+
+    def restore(self) -> None:
+        """Returns the cache to this state."""
+        for layer, attributes, states in self._saved:
+            vars(layer).clear()
+            vars(layer).update({name: _copied(value) for name, value in attributes.items()})
+            for tensor, saved in states:
+                tensor.copy_(saved)
+
+
+def fixed_addresses(cache: Cache) -> list[int]:
+    """The addresses of the states that steps update in place."""
+    return [state.data_ptr() for layer in cache.layers for state in _recurrent_states(layer)]
+
+
+def _recurrent_states(layer: object) -> list[torch.Tensor]:
+    """The states of a layer with linear attention or a convolution. None in other layers."""
+    found = (getattr(layer, name, {}) for name in ("conv_states", "recurrent_states"))
+    return [state for states in found for state in states.values() if state is not None]
+
+
+def _set_recurrent_states(layer: object, found: list[torch.Tensor]) -> None:
+    """Puts tensors in the place of the layer's states, in the order of `_recurrent_states`."""
+    rest = iter(found)
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name, {})
+        states.update({key: next(rest) for key, state in states.items() if state is not None})
+
+
+def _copied(value: object) -> object:
+    return value.copy() if isinstance(value, dict | list) else value
 
 
 class _Layer(DynamicLayer):

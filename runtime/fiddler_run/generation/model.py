@@ -53,9 +53,9 @@ class PlannedModel(DispatchedModel):
         if self.session is None:
             return super().forward(*arguments, **named)
         with self.session.turn():
-            if not arguments and self.session.decode.serves(named):
-                return self.session.decode(**named)
-            return super().forward(*arguments, **named)
+            decode = self.session.decode
+            output = decode(**named) if not arguments and decode.serves(named) else None
+            return super().forward(*arguments, **named) if output is None else output
 
     def generate(self, inputs=None, generation_config=None, *more, **arguments):
         """Like transformers', but in the plan's chunks and KV cache unless the arguments say

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from fiddler_run.engine.resources import Resources
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.cache import KeyValueCache
+from fiddler_run.generation.cuda_graphs import Capture
 from fiddler_run.generation.decode_step import DecodeStep
 from fiddler_run.system.process_settings import allowed_gpu_bytes, while_running
 
@@ -38,6 +39,7 @@ class Session:
         self._cpu_threads = cpu_threads
         self.cache: KeyValueCache | None = None
         self._decode: DecodeStep | None = None
+        self.make_capture: Callable[[], Capture] | None = None  # see `DecodeStep`
         # layers that are called outside the model also wait for the turn
         self._lock = resources.lock
         self._depth = 0  # a generation calls the model, and may itself run inside another one
@@ -89,7 +91,7 @@ class Session:
     def decode(self) -> DecodeStep:
         """The model's decode step, made on first use."""
         if self._decode is None:
-            self._decode = DecodeStep(self._model)
+            self._decode = DecodeStep(self._model, self.make_capture)
         return self._decode
 
     def make_cache(self, sequences: int, max_tokens: int) -> None:
@@ -131,7 +133,7 @@ class Session:
         own_cache = self._may_use_own_cache(arguments, asked)
         if own_cache:
             self._cache_is_taken = True
-            self.cache.reset()
+            self.cache.reset(None if ids is None else len(ids) * copies)
             arguments["past_key_values"] = self.cache
         if ids is None:
             return
@@ -156,6 +158,7 @@ class Session:
             1, at_once // (len(ids) * (1 if shared else copies))
         )
         if shared:
+            self.cache.reset(len(ids))
             self._prefill_once(ids, mask, copies, chunk)
         elif ids.shape[1] > chunk:
             arguments["prefill_chunk_size"] = chunk

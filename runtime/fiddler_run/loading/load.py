@@ -125,7 +125,7 @@ class ModelLoader:
         return model
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _warm_up(model: PlannedModel) -> None:
     """Loads and compiles the GPU's kernels, which would otherwise delay the first token.
 
