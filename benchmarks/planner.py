@@ -82,7 +82,7 @@ def main() -> None:
     mixtral = ModelSpec.load(DEFAULT_MODEL)
     models = [mixtral] + [
         ModelSpec.from_config(
-            {**mixtral.sizes.raw, **dict(zip(SIZES, sizes, strict=True))}, name, "here"
+            {**mixtral.config.raw, **dict(zip(SIZES, sizes, strict=True))}, name, "here"
         )
         for name, sizes in SIZES_OF.items()
     ]

@@ -6,7 +6,9 @@ import torch
 from transformers import MixtralForCausalLM
 
 from fiddler_run.generation.model import PlannedModel
-from fiddler_run.models.table import FAMILIES
+from fiddler_run.models.config import ModelConfig
+from fiddler_run.models.dispatched import skeleton
+from fiddler_run.models.tensor_map import TensorMap
 from fiddler_run.plan.schema import Plan
 from fiddler_run.weights.checkpoint import Checkpoint
 from fiddler_run.weights.store import ExpertStore
@@ -61,5 +63,12 @@ def answer(model, tokenizer, text: str, new_tokens: int = 6, **arguments: object
 def move_experts(model: PlannedModel, plan: Plan, folder: Path) -> None:
     """Applies another plan to a loaded model; its experts are read from `folder`."""
     store = ExpertStore(plan, model.device, folder)
-    store.load(Checkpoint(TensorFiles(folder), FAMILIES[model.family.model_type]))
+    store.load(open_checkpoint(folder))
     model.attach_experts(plan, store)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder."""
+    files = TensorFiles(folder)
+    model = skeleton(ModelConfig.read(folder / "config.json"), torch.float32)
+    return Checkpoint(files, TensorMap(model, files))

@@ -65,7 +65,7 @@ def small_model(**overrides) -> ModelSpec:
 def few_layers(folder: Path, layers: int) -> str:
     """Writes a model folder with Mixtral's config cut to `layers` layers; returns its name."""
     folder.mkdir()
-    config = {**ModelSpec.load(DEFAULT_MODEL).sizes.raw, "num_hidden_layers": layers}
+    config = {**ModelSpec.load(DEFAULT_MODEL).config.raw, "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 

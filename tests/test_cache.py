@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MixtralConfig
 
 from fiddler_run.generation.cache import KeyValueCache
 
 
 def small_cache() -> KeyValueCache:
-    """2 layers, 3 sequences, 2 heads, 4 tokens of 2 numbers each."""
-    return KeyValueCache(2, 3, 2, 4, 2, torch.float32, torch.device("cpu"))
+    """2 layers, 3 sequences of 4 tokens."""
+    return KeyValueCache(MixtralConfig(num_hidden_layers=2), 3, 4)
 
 
-PROMPT = torch.arange(24.0).view(3, 2, 2, 2)  # 2 tokens of such a cache
+PROMPT = torch.arange(24.0).view(3, 2, 2, 2)  # 3 sequences, 2 heads, 2 tokens, 2 numbers
 
 
 def test_cache_keeps_its_address():

@@ -51,8 +51,8 @@ def test_all_problems_are_listed(tmp_path, model, monkeypatch):
             (plan, "ranks[0].resident_blocks[3][1]: 20 is more than the 8 blocks of an expert"),
             (plan, "ranks[0].resident_blocks[5]: 2 numbers for 8 experts"),
             (plan, "ranks[0].gpu_memory_bytes.total: 5 is less than the sum of its parts"),
-            (plan, f"model.num_experts is 8, but num_local_experts is 16 in {config}"),
-            (plan, f"model.intermediate_size is 256, but intermediate_size is 512 in {config}"),
+            (plan, f"model.num_experts is 8, but {config} implies 16"),
+            (plan, f"model.intermediate_size is 256, but {config} implies 512"),
             (model / SHARDS[0], "damaged or truncated"),
             (model / SHARDS[1], "missing, though model.safetensors.index.json names it"),
             (plan, f"cpu_threads is 4096, but {host.num_cores()} cores are available"),
@@ -142,7 +142,10 @@ def test_config_without_weights_is_checked_against_the_shape(tmp_path, model):
     assert problems == []
     assert notes[0].startswith("the weights of ./model are missing or incomplete")
     change_config(model, hidden_size=64)
-    assert_listed(check_plan(plan)[0], [(plan, "model.hidden_size is 128, but hidden_size is 64")])
+    config = model / "config.json"
+    assert_listed(
+        check_plan(plan)[0], [(plan, f"model.hidden_size is 128, but {config} implies 64")]
+    )
 
 
 def test_invalid_plan_cannot_be_constructed():

@@ -17,7 +17,6 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.generate import generate
 from fiddler_run.generation.sampling import Options
 from fiddler_run.loading.check import check_plan
-from fiddler_run.models.mixtral import DEFAULTS
 from fiddler_run.plan.shape import ModelShape
 
 
@@ -88,18 +87,17 @@ def test_dtype_defaults_to_that_of_the_weights(tmp_path, model):
     assert spec.note.endswith("config.json names no dtype: bfloat16 is assumed")
 
 
-def test_config_defaults_match_transformers(model):
-    stock = MixtralConfig()
-    assert {key: getattr(stock, key) for key in DEFAULTS} == DEFAULTS
+def test_absent_keys_are_read_as_transformers_reads_them(model):
     config = json.loads((model / "config.json").read_text())
-    config.update(num_attention_heads=16)
-    nothing = {**config, "num_key_value_heads": None}  # transformers refuses it as well
-    with pytest.raises(FiddlerError, match="key 'num_key_value_heads' is None"):
-        ModelSpec.from_config(nothing, "m", "here")
+    config.update(num_attention_heads=16, num_key_value_heads=4)
+    per_token = ModelSpec.from_config(config, "m", "here").sizes.kv_bytes_per_token
+    with pytest.raises(FiddlerError, match="'num_key_value_heads' expected int, got NoneType"):
+        ModelSpec.from_config({**config, "num_key_value_heads": None}, "m", "here")
     del config["num_key_value_heads"], config["max_position_embeddings"]
     spec = ModelSpec.from_config(config, "m", "here")
-    assert spec.sizes.num_key_value_heads == stock.num_key_value_heads
-    assert spec.max_position_embeddings == stock.max_position_embeddings
+    assert MixtralConfig(**config).num_key_value_heads == 8
+    assert spec.sizes.kv_bytes_per_token == per_token * 2
+    assert spec.max_position_embeddings == MixtralConfig().max_position_embeddings
 
 
 @pytest.mark.parametrize(

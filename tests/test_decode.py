@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from captures import record_on_any_device
 from conftest import DEMO, demo_shape, random_plan
 from transformers import DynamicCache, MixtralForCausalLM, StaticCache
 
@@ -17,16 +18,17 @@ TEXTS = ["Once upon a time there was a kind bear", "3 + 4 ="]
 
 @pytest.fixture(scope="module")
 def planned():
-    return load_model(random_plan(demo_shape("bfloat16"), random.Random(3)), DEMO)
+    model, tokenizer = load_model(random_plan(demo_shape("bfloat16"), random.Random(3)), DEMO)
+    record_on_any_device(model)
+    return model, tokenizer
 
 
 def caches(model) -> dict:
     config = model.config
-    sizes = (6, 2, config.num_key_value_heads, 64, 32, model.dtype, model.device)
     return {
         "dynamic": lambda: DynamicCache(config=config),
         "static": lambda: StaticCache(config=config, max_cache_len=64),
-        "ours": lambda: KeyValueCache(*sizes),
+        "ours": lambda: KeyValueCache(config, 2, 64),
     }
 
 
@@ -56,15 +58,16 @@ def test_decode_step_matches_stock_forward(planned, kind, padded, device, monkey
     run_step = DecodeStep.__call__
 
     def count_step(self, **named):
-        steps.append(1)
-        return run_step(self, **named)
+        output = run_step(self, **named)
+        steps.append(output is not None)
+        return output
 
     monkeypatch.setattr(DecodeStep, "__call__", count_step)
     texts = TEXTS if padded else TEXTS[:1]
     encoded = tokenizer(texts, return_tensors="pt", padding=True).to(device)
     make_cache = caches(model)[kind]
     step = greedy_logits(model, type(model).forward, encoded, make_cache())
-    assert len(steps) == 5  # every pass but the prompt's
+    assert steps == [True] * 5  # every pass but the prompt's
     whole = greedy_logits(model, MixtralForCausalLM.forward, encoded, make_cache())
     assert all(torch.equal(*pair) for pair in zip(step, whole, strict=True))
 
@@ -109,6 +112,7 @@ def test_options_of_the_full_forward_pass_are_supported(planned, device):
 @torch.no_grad()
 def test_changed_weights_are_used(device):
     model, tokenizer = load_model(random_plan(demo_shape(), random.Random(3)), DEMO)
+    record_on_any_device(model)
     encoded = tokenizer(TEXTS[:1], return_tensors="pt").to(device)
     greedy_logits(model, type(model).forward, encoded, DynamicCache(config=model.config))
     for layer in model.model.layers:  # the new weights have other addresses

@@ -13,17 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan, random_plan, with_rank
-from models import Stock, move_experts
+from models import Stock, move_experts, open_checkpoint
 
 from fiddler_run import load_model
 from fiddler_run.encodings.table import ENCODINGS
 from fiddler_run.engine.calls import sorted_choices
 from fiddler_run.engine.engine import make_engine
 from fiddler_run.engine.layer import ExpertsLayer
-from fiddler_run.models.table import FAMILIES
-from fiddler_run.weights.checkpoint import Checkpoint
 from fiddler_run.weights.store import ExpertStore
-from fiddler_run.weights.tensor_files import TensorFiles
 
 LOGITS_TOLERANCE = 1e-4
 BF16_TOLERANCE = 5e-3
@@ -145,7 +142,7 @@ def test_bfloat16_layer_matches_float64(tokens, encoding, device):
     rng = random.Random(tokens)
     plan = random_plan(demo_shape("bfloat16"), rng, 64, encoding=encoding)
     rank = plan.rank
-    checkpoint = Checkpoint(TensorFiles(DEMO), FAMILIES["mixtral"])
+    checkpoint = open_checkpoint(DEMO)
     store = ExpertStore(plan, device, DEMO)
     store.load(checkpoint)
     engine = make_engine(plan.block_format, device, rank.cpu_threads, 3, rank.cpu_pinned)

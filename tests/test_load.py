@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan, random_plan
+from models import open_checkpoint
 
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
 from fiddler_run.loading.load import _warm_up
-from fiddler_run.models.table import FAMILIES
-from fiddler_run.weights.checkpoint import Checkpoint
 from fiddler_run.weights.store import ExpertStore
-from fiddler_run.weights.tensor_files import TensorFiles
 
 
 def test_deleted_model_frees_its_memory():
@@ -31,7 +29,7 @@ def test_deleted_model_frees_its_memory():
 
 def test_loading_can_be_interrupted():
     plan = make_plan(demo_shape("bfloat16"), [[0] * 8] * 6)
-    checkpoint = Checkpoint(TensorFiles(DEMO), FAMILIES["mixtral"])
+    checkpoint = open_checkpoint(DEMO)
     read = []
 
     class Counting:

@@ -8,6 +8,7 @@ import torch
 from activations import exact_glu, with_each_activation
 from conftest import DEMO, demo_shape, make_plan, random_plan
 from hand_over import TOLERANCE
+from models import open_checkpoint
 
 from fiddler_run import load_model
 from fiddler_run.encodings.lossless12 import GROUP, Lossless12, _library
@@ -15,10 +16,8 @@ from fiddler_run.kernels.cpu import CompiledExperts
 from fiddler_run.kernels.cpu_calls import CpuCall, CpuCalls
 from fiddler_run.kernels.library import library, supported_variants
 from fiddler_run.kernels.pool import Pool
-from fiddler_run.models.table import FAMILIES
-from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
+from fiddler_run.weights.checkpoint import DummyWeights
 from fiddler_run.weights.store import ExpertStore
-from fiddler_run.weights.tensor_files import TensorFiles
 
 if library() is None or not Lossless12.available():
     pytest.skip("needs a C++ compiler", allow_module_level=True)
@@ -111,7 +110,7 @@ def test_random_weights_and_shapes():
 
 
 def test_trained_weights_need_few_escapes():
-    checkpoint = Checkpoint(TensorFiles(DEMO), FAMILIES["mixtral"])
+    checkpoint = open_checkpoint(DEMO)
     escapes = weights = 0
     for layer in range(6):
         for expert in range(8):

@@ -169,7 +169,7 @@ def test_more_sequences_take_more_memory(model, machine):
 
 def test_embedding_lies_in_host_memory_with_a_gpu(model, machine):
     """Except where the output head shares its table."""
-    tied = ModelSpec.from_config({**model.sizes.raw, "tie_word_embeddings": True}, "tied", "here")
+    tied = ModelSpec.from_config({**model.config.raw, "tie_word_embeddings": True}, "tied", "here")
     cpu = MachineProfile.load(ROOT / "profiles" / "two-cores.machine.yaml")
     assert host_embedding_bytes(model, machine, 1) == 262_144_000
     assert host_embedding_bytes(tied, machine, 1) == 0

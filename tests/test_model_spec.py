@@ -61,41 +61,42 @@ def test_dense_layer_bytes(mixtral):
 
 def test_kv_bytes_per_token(mixtral):
     # 32 layers x (keys + values) x 8 heads x 128 x 2 bytes
-    assert mixtral.kv_bytes_per_token == 131_072
+    assert mixtral.sizes.kv_bytes_per_token == 131_072
+    assert mixtral.sizes.state_bytes == 0
 
 
 def test_indivisible_expert_is_padded(mixtral):
-    narrow = ModelSpec.from_config({**mixtral.sizes.raw, "intermediate_size": 100}, "m", "here")
+    narrow = ModelSpec.from_config({**mixtral.config.raw, "intermediate_size": 100}, "m", "here")
     assert narrow.block_neurons == 32
     assert narrow.blocks_per_expert == 4
     assert narrow.expert_bytes == 4 * 3 * 32 * 4096 * 2
 
 
 def test_tied_embeddings_count_once(mixtral):
-    tied = ModelSpec.from_config({**mixtral.sizes.raw, "tie_word_embeddings": True}, "tied", "here")
+    tied = ModelSpec.from_config(
+        {**mixtral.config.raw, "tie_word_embeddings": True}, "tied", "here"
+    )
     assert mixtral.head_bytes - tied.head_bytes == 32_000 * 4096 * 2
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; only 'mixtral' is supported"),
+        ({"model_type": "llama"}, "here: model_type is 'llama', which has no experts"),
+        ({"model_type": "t5"}, "'t5', for which transformers has no causal language model"),
+        ({"model_type": "new"}, "'new', which this version of transformers does not know"),
         ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
+        ({"hidden_act": "gelu"}, "the experts of 'mixtral' use another activation"),
         (
             {"num_hidden_layers": "6"},
-            "key 'num_hidden_layers' is '6', expected a positive whole number",
+            "transformers cannot use it: .*'num_hidden_layers' expected int, got str",
         ),
+        ({"num_hidden_layers": 10**9}, "'num_hidden_layers' is 1000000000, expected a number up"),
+        ({"hidden_size": -5}, "transformers cannot use it: .*negative dimension"),
+        ({"num_experts_per_tok": 9}, "transformers cannot use it: k not in range"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings"),
     ],
 )
 def test_unsupported_configs_are_refused(mixtral, changes, message):
     with pytest.raises(FiddlerError, match=message):
-        ModelSpec.from_config({**mixtral.sizes.raw, **changes}, "m", "here")
-
-
-def test_missing_key_is_named(mixtral):
-    config = {key: value for key, value in mixtral.sizes.raw.items() if key != "vocab_size"}
-    with pytest.raises(
-        FiddlerError, match="here: key 'vocab_size' is None, expected a positive whole number"
-    ):
-        ModelSpec.from_config(config, "m", "here")
+        ModelSpec.from_config({**mixtral.config.raw, **changes}, "m", "here")

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from captures import record_on_any_device
 from conftest import DEMO, demo_shape, random_plan, with_rank
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
@@ -34,7 +35,7 @@ class Wrapped(torch.nn.Module):
 
 
 class OtherLayer(mixtral.MixtralDecoderLayer):
-    """A layer class that the decode step does not know."""
+    """A layer that does more than the stock one."""
 
     def forward(self, hidden_states, **named):
         return super().forward(hidden_states, **named) * 0.5
@@ -100,6 +101,7 @@ def test_replaced_part_is_used(replacement, device):
     """The tokens match those of transformers' own forward pass."""
     plan = random_plan(demo_shape(), random.Random(3), block_neurons=128)
     model, tokenizer = load_model(plan, DEMO)
+    record_on_any_device(model)
     encoded = tokenizer(TEXT, return_tensors="pt").to(device)
     arguments = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     before = model.generate(**encoded, **arguments)

@@ -22,7 +22,8 @@ from fiddler_run.system.locate import shipped_file
 
 def load_spec(name: str, console: Console) -> ModelSpec:
     """Loads the model named `name`. Prints a note if part of its description was assumed."""
-    model = ModelSpec.load(name)
+    with console.status("reading the model's sizes"):
+        model = ModelSpec.load(name)
     if model.note is not None:
         console.print(f"note: {model.note}", style="yellow")
     return model

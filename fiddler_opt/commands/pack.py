@@ -10,7 +10,6 @@ from fiddler_opt.commands.files import load_spec
 from fiddler_opt.units import format_bytes
 from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.errors import FiddlerError
-from fiddler_run.models.table import FAMILIES
 from fiddler_run.system.files import cannot_write
 
 HELP = "write a checkpoint whose experts are stored in 12 bits: a quarter less to read from disk"
@@ -27,12 +26,13 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     with console.status("importing torch and transformers"):
         from rich.progress import Progress
 
-        from fiddler_run.generation.model import dense_tensors
         from fiddler_run.loading.model_check import ModelCheck
         from fiddler_run.weights.packed import PackedFormat
         from fiddler_run.weights.packing import Packer, require_space
 
     model = load_spec(flags.model, console).in_encoding(Lossless12.name)
+    if not model.shape.activation.gated:
+        raise FiddlerError(f"{flags.model}: experts without a gate cannot be packed")
     folder = Path(flags.output)
     made = make_folder(folder)
     try:
@@ -41,9 +41,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         checked = ModelCheck(model.shape, flags.model, flags.model, fetch=True)
         checked.refuse()
         packed = PackedFormat(model.block_format, model.shape.intermediate_size)
-        family = FAMILIES[checked.config.family]
-        dense = dense_tensors(checked.skeleton)
-        packer = Packer(checked.files, family, model.shape, packed, dense, folder)
+        packer = Packer(checked.files, checked.tensors, model.shape, packed, folder)
         with Progress(console=console) as progress:
             task = progress.add_task("packing layers", total=model.shape.num_layers)
             result = packer.pack(checked.folder, lambda: progress.advance(task))

@@ -14,6 +14,8 @@ from fiddler_opt.commands.files import (
     routing_file,
 )
 from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.model import model_file
+from fiddler_opt.inputs.model_file import file_name
 from fiddler_opt.insight.machine_report import print_machine
 from fiddler_opt.insight.routing_report import print_routing
 from fiddler_opt.measure.unfinished import forget_unfinished
@@ -58,8 +60,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--only",
-        choices=["machine", "routing"],
-        help="profile only one part; `routing` needs --plan or an existing machine profile",
+        choices=["model", "machine", "routing"],
+        help=(
+            "only one part: `model` writes the sizes of any model in seconds, `routing` needs"
+            " --plan or an existing machine profile"
+        ),
     )
     parser.add_argument(
         "--quick", action="store_true", help="take fewer and shorter measurements, in less memory"
@@ -69,6 +74,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace, console: Console) -> None:
     """Checks every input before the minutes of timing, then runs the requested parts."""
+    if flags.only == "model":
+        write_model_file(flags, console)
+    else:
+        profile(flags, console)
+
+
+def write_model_file(flags: argparse.Namespace, console: Console) -> None:
+    """Writes the model's sizes, with which `plan` needs neither transformers nor torch."""
+    prompts_files(flags)
+    model = load_spec(flags.model, console)
+    path = Path(flags.profiles) / file_name(model.shape.name)
+    require_writable(path)
+    model_file(model, command_line()).save(path)
+    print(path)
+
+
+def profile(flags: argparse.Namespace, console: Console) -> None:
+    """Times the machine, records the routing, or both."""
     from fiddler_opt.measure.profiling import (
         cpu_plan,
         profile_machine,
@@ -132,10 +155,10 @@ def prompts_files(flags: argparse.Namespace) -> list[Path]:
     Raises:
         FiddlerError: --only contradicts the other flags.
     """
-    if flags.only == "machine":
+    if flags.only in ("model", "machine"):
         if flags.prompts or flags.plan or flags.trace:
             raise FiddlerError(
-                "--only machine does not record routing; remove --prompts, --plan and --trace"
+                f"--only {flags.only} does not record routing; remove --prompts, --plan and --trace"
             )
         return []
     if flags.prompts:

@@ -1,14 +1,21 @@
 """ModelSpec: the sizes of a model that the planner needs."""
 
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
+from fiddler_opt.inputs.model_file import (
+    ModelFile,
+    ModelProvenance,
+    config_sha256,
+    short_name,
+)
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.encodings.table import ENCODINGS, encodings_of, plain_encoding
 from fiddler_run.errors import FiddlerError
 from fiddler_run.models.config import ASSUMED_DTYPE, ModelConfig
-from fiddler_run.models.table import parse_config, read_config
-from fiddler_run.plan.shape import DTYPE_BYTES, ModelShape
+from fiddler_run.models.sizes import ModelSizes
+from fiddler_run.plan.shape import ModelShape
 from fiddler_run.weights.model_folder import model_config_file
 from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE, TensorFiles
 
@@ -24,12 +31,13 @@ DEFAULT_MODEL = "mistralai/Mixtral-8x7B-v0.1"
 class ModelSpec:
     """A model's sizes, in elements and bytes.
 
-    `note` states an assumption that was made because the model's files leave something open. None
-    if there is none. `chosen_encoding` None: the plain one of its dtype.
+    `config` is its config.json. `note` states an assumption that was made because the model's files
+    leave something open. None if there is none. `chosen_encoding` None: the plain one of its dtype.
     """
 
     shape: ModelShape
-    sizes: ModelConfig
+    sizes: ModelSizes
+    config: ModelConfig
     note: str | None = None
     chosen_encoding: str | None = None
 
@@ -45,21 +53,27 @@ class ModelSpec:
     @classmethod
     def from_file(cls, config_file: Path, name: str) -> "ModelSpec":
         """The model of a config.json and the weights next to it. Raises as `load`."""
-        config = read_config(config_file)
-        return cls._of(config, name, _stored_dtype(config_file.parent), str(config_file))
+        config = ModelConfig.read(config_file)
+        return cls._of(config, name, _stored_dtype(config_file.parent))
 
     @classmethod
     def from_config(cls, config: dict, name: str, origin: str) -> "ModelSpec":
         """The model of a config.json's content. `origin` names the file in errors."""
-        return cls._of(parse_config(config, origin), name, None, origin)
+        return cls._of(ModelConfig.parse(config, origin), name, None)
 
     @classmethod
-    def _of(
-        cls, config: ModelConfig, name: str, stored_dtype: str | None, origin: str
-    ) -> "ModelSpec":
-        dtype = config.dtype or stored_dtype
-        note = None if dtype else f"{origin} names no dtype: {ASSUMED_DTYPE} is assumed"
-        return cls(config.shape(name, dtype or ASSUMED_DTYPE), config, note)
+    def _of(cls, config: ModelConfig, name: str, stored_dtype: str | None) -> "ModelSpec":
+        found = config.dtype or stored_dtype
+        note = None if found else f"{config.origin} names no dtype: {ASSUMED_DTYPE} is assumed"
+        dtype = found or ASSUMED_DTYPE
+        known = ModelFile.find(name, config, dtype)
+        if known is not None:
+            shape = known.model.model_copy(update={"name": name})
+            return cls(shape, known.sizes, config, note)
+        from fiddler_run.models.measured import described  # imports torch and transformers
+
+        _, shape, sizes = described(config, name, dtype)
+        return cls(shape, sizes, config, note)
 
     @property
     def vocab_size(self) -> int:
@@ -135,20 +149,22 @@ class ModelSpec:
     @property
     def dense_layer_bytes(self) -> int:
         """Bytes of the attention, router and norms of one layer."""
-        return self.sizes.dense_layer_elements * self._weight_bytes
+        return self.sizes.dense_layer_bytes
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of the embedding table, final norm and output head."""
-        return self.sizes.head_elements * self._weight_bytes
+        """Bytes of all that a step passes once: embedding, output head, layers before the first
+        one with experts.
+        """
+        return self.non_expert_bytes - self.shape.num_layers * self.dense_layer_bytes
 
     @property
     def embedding_bytes(self) -> int:
-        return self.sizes.embedding_elements * self._weight_bytes
+        return self.sizes.embedding_bytes
 
     @property
     def non_expert_bytes(self) -> int:
-        return self.sizes.dense_elements * self._weight_bytes
+        return self.sizes.dense_bytes
 
     @property
     def all_expert_bytes(self) -> int:
@@ -156,17 +172,18 @@ class ModelSpec:
         return self.shape.num_layers * self.shape.num_experts * self.expert_bytes
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of the keys and values of one token in all layers."""
-        return self.sizes.kv_elements_per_token * self._weight_bytes
-
-    @property
     def short_name(self) -> str:
-        return Path(self.shape.name).name or "model"
+        return short_name(self.shape.name)
 
-    @property
-    def _weight_bytes(self) -> int:
-        return DTYPE_BYTES[self.shape.dtype]
+
+def model_file(model: ModelSpec, command: str) -> ModelFile:
+    """The file that holds a model's sizes, made by `command`."""
+    made = ModelProvenance(
+        command=command,
+        created=date.today().isoformat(),
+        config_sha256=config_sha256(model.config),
+    )
+    return ModelFile(version=1, model=model.shape, sizes=model.sizes, provenance=made)
 
 
 def _stored_dtype(folder: Path) -> str | None:

@@ -7,7 +7,6 @@ work between two dense layers slows down both.
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -17,10 +16,14 @@ from fiddler_opt.measure.stopwatch import BUSY_CYCLES, Stopwatch, difference
 from fiddler_run.engine.engine import ExpertEngine
 from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.generation.generate import never_stopping
-from fiddler_run.generation.model import PlannedModel, skeleton
+from fiddler_run.generation.model import PlannedModel
 from fiddler_run.generation.session import Session
+from fiddler_run.loading.load import place_dense_weights
+from fiddler_run.models.dispatched import skeleton
+from fiddler_run.models.measured import first_expert_layer
 
-LAYERS = 5
+LAYERS = 8  # a multiple of the period of most families whose layers differ
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer")  # names of the number of layers
 STEPS = 16
 PROMPT_TOKENS = 16
 # up to this many tokens, a pass is a decode step of as many sequences; beyond, a prompt
@@ -28,7 +31,8 @@ MAX_SEQUENCES = 16
 
 
 class DenseBench:
-    """Two models without expert weights: one without layers, one with a few.
+    """Two models without expert weights: one whose layers end before the first with experts, and
+    one with a few more.
 
     The difference between them is the time of the layers.
     """
@@ -41,15 +45,19 @@ class DenseBench:
         nothing = torch.empty((0, spec.block_bytes), dtype=torch.uint8)
         host = [nothing] * spec.shape.num_experts
         resident = [nothing.to(device)] * spec.shape.num_experts
-        self.head, self.whole = (_random_model(spec, count, device) for count in (0, LAYERS))
-        for model, count in ((self.head, 0), (self.whole, LAYERS)):
+        dtype = getattr(torch, spec.shape.dtype)
+        first, total = first_expert_layer(skeleton(spec.config, dtype))
+        sizes = (first, min(total, first + LAYERS))
+        self.head, self.whole = (_random_model(spec, total, kept, device) for kept in sizes)
+        for model in (self.head, self.whole):
             model.session = Session(model, engine.resources)
             model.set_layers(
                 [
                     ExpertsLayer(number, resident, host, lambda _: 0.0, engine)
-                    for number in range(count)
+                    for number in range(len(model.experts_modules()))
                 ]
             )
+        self.num_layers = len(self.whole.layers)
 
     @torch.inference_mode()
     def time(self, tokens: int) -> dict[str, float]:
@@ -62,7 +70,7 @@ class DenseBench:
         for model in (self.head, self.whole):
             model.session.make_cache(*cache)
         head_us, whole_us = self._steps(tokens) if decodes else self._prompts(tokens)
-        layer_us = difference(whole_us, head_us) / LAYERS
+        layer_us = difference(whole_us, head_us) / self.num_layers
         device_us = layer_us
         if self.device.type == "cuda":
             device_us = self._behind_experts(tokens, decodes)
@@ -86,6 +94,7 @@ class DenseBench:
     def _behind_experts(self, tokens: int, decodes: bool) -> float:
         """Time of a layer between experts that keep the GPU busy, from end to start."""
         marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        count = self.num_layers
 
         def keep_busy(layer: ExpertsLayer) -> Callable:
             def run(*arguments: torch.Tensor) -> torch.Tensor:
@@ -108,8 +117,8 @@ class DenseBench:
             marks.clear()
             generate()
             torch.cuda.synchronize()
-            asked_for = marks[LAYERS:] if decodes else marks  # without the prompt's marks
-            passes = [asked_for[start:][:LAYERS] for start in range(0, len(asked_for), LAYERS)]
+            asked_for = marks[count:] if decodes else marks  # without the prompt's marks
+            passes = [asked_for[start:][:count] for start in range(0, len(asked_for), count)]
             neighbours = (pair for layers in passes for pair in pairwise(layers))
             return [
                 median(ended.elapsed_time(begun) * 1e3 for (_, ended), (begun, _) in neighbours)
@@ -122,14 +131,26 @@ class DenseBench:
         return us
 
 
-def _random_model(spec: ModelSpec, num_layers: int, device: torch.device) -> PlannedModel:
-    sizes = spec.sizes
-    config = {**sizes.for_transformers, sizes.keys["num_layers"]: num_layers}
-    model = skeleton(replace(sizes, for_transformers=config), Path("config.json"))
-    model = model.to(getattr(torch, spec.shape.dtype)).to_empty(device=device)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data.uniform_(-0.02, 0.02)
-    return model.eval().requires_grad_(False)
+def _random_model(
+    spec: ModelSpec, num_layers: int, kept: int, device: torch.device
+) -> PlannedModel:
+    """The model with the first `kept` of its `num_layers` layers, and random weights."""
+    config = replace(spec.config, raw=_cut(spec.config.raw, num_layers, kept))
+    model = skeleton(config, getattr(torch, spec.shape.dtype), PlannedModel)
+    return place_dense_weights(model, device).eval().requires_grad_(False)
+
+
+def _cut(raw: dict, num_layers: int, kept: int) -> dict:
+    """A config.json with fewer layers: their number, and every list with an entry for each."""
+    cut = {}
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            cut[key] = _cut(value, num_layers, kept)
+        elif isinstance(value, list) and len(value) == num_layers:
+            cut[key] = value[:kept]
+        else:
+            cut[key] = kept if key in LAYER_COUNTS and value == num_layers else value
+    return cut
 
 
 def _generation(

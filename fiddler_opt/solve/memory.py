@@ -71,7 +71,7 @@ def fixed_memory(
         "non_expert_weights": (
             model.non_expert_bytes - host_embedding_bytes(model, machine, total)
         ),
-        "kv_cache": model.kv_bytes_per_token * workload.max_seq_len * workload.sequences,
+        "kv_cache": model.sizes.cache_bytes(workload.sequences, workload.max_seq_len),
         "staging": staged_blocks(model) * model.block_bytes if streams else 0,
         "activations": activation_bytes(model, machine.kernels, workload, chunk_tokens),
         "reserve": model.all_expert_bytes // PINNED_BYTES_PER_GPU_BYTE if streams else 0,
@@ -124,9 +124,7 @@ def activation_bytes(
         + few * shape.num_experts_per_tok * 4 * shape.hidden_size
     )
     masks = workload.batch_size * chunk_tokens * workload.max_seq_len * width
-    expanded = (
-        2 * workload.max_seq_len * model.sizes.num_attention_heads * model.sizes.head_dim * width
-    )
+    expanded = workload.max_seq_len * model.sizes.attended_elements * width
     logits = 3 * 4 * model.vocab_size
     return int(
         ALLOCATOR_SLACK

@@ -1,21 +1,30 @@
-"""Runs one token of each sequence through a model, with less Python than the stock forward.
+"""Runs one token of each sequence through a model from tapes, with less Python than its forward.
 
-The step is split at what cannot be captured: attention over a growing cache, and the experts.
-Between them are segments of transformers' own modules. On a GPU, each is recorded once as a CUDA
-graph and then replayed:
-
-    [norm, q k v, rotary]  attention  [o, norm, router]  experts  ...  norm, output head
+A tape is recorded at the first step with a number of sequences. It must agree with the stock
+forward pass; otherwise that runs all steps.
 """
 
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
-from transformers import PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers import Cache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fiddler_run.generation.cuda_graphs import Recorder
-from fiddler_run.models.family import Family, sum_parts
+from fiddler_run.generation.cache import CacheState, KeyValueCache, fixed_addresses
+from fiddler_run.generation.cuda_graphs import Capture, GraphCapture, capture_stream
+from fiddler_run.generation.recorder import Step
+from fiddler_run.generation.tape import Tape
+from fiddler_run.models.dispatched import DispatchedModel
+from fiddler_run.system.files import reason
 
 HANDLED = {
     "input_ids",
@@ -27,32 +36,31 @@ HANDLED = {
     "return_dict",
 }
 MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
+TOLERANCE = 1e-2  # of a replay, relative; other algorithms round differently
+WARM_UP_STEPS = 2  # libraries initialise themselves in the first
+MAX_TAPES = 4  # recordings take memory, some of it from the driver
 
 
 class DecodeStep:
     """The decode step of one model."""
 
-    def __init__(self, model: PreTrainedModel, family: Family):
-        self._model = model.model
-        self._head = model.lm_head
-        self._config = model.config
-        recorder = Recorder(model.device)
-        layers = model.model.layers
-        # A layer of an unknown class is run by transformers' own forward.
-        segments = [family.segments(layer) for layer in layers]
-        self._is_stock = None not in segments
-        self._layers = [
-            each._replace(before=recorder.segment(each.before), after=recorder.segment(each.after))
-            for each in segments
-            if self._is_stock
-        ]
-        fixed = self._model.rotary_emb.rope_type == "default"  # others depend on the positions
-        self._rotary = recorder.segment(self._model.rotary_emb) if fixed else self._model.rotary_emb
-        # Neither the step nor a recording would call hooks that were put on these.
-        self._hookable = [self._model, *(part for layer in layers for part in layer.modules())]
-        self._weights = _weights(model)
+    def __init__(self, model: DispatchedModel, make_capture: Callable[[], Capture] | None = None):
+        """Prepares a step.
 
-    def is_current(self, model: PreTrainedModel) -> bool:
+        Args:
+            make_capture: how to capture. None: as CUDA graphs or, without a GPU, not at all.
+        """
+        # A strong reference would form a cycle: 90 GB would wait for the garbage collector.
+        self._to_model = weakref.ref(model)
+        self._make_capture = make_capture
+        if make_capture is None and model.device.type == "cuda":
+            self._make_capture = partial(GraphCapture, torch.cuda.graph_pool_handle())
+        self._tapes: dict[tuple[int, int], tuple[Tape, list[int]]] = {}
+        self._weights = _weights(model)
+        # Neither a tape nor a recording would call hooks that were put on these.
+        self._hookable = [*model.base_model.modules()]
+
+    def is_current(self, model: nn.Module) -> bool:
         """False if a module or parameter of the model was replaced or moved since the step was
         made.
 
@@ -67,16 +75,21 @@ class DecodeStep:
     def serves(self, arguments: dict) -> bool:
         """True if these arguments of `forward` ask for a decode step and for its logits alone."""
         ids = arguments.get("input_ids")
+        cache = arguments.get("past_key_values")
+        model = self._to_model()
         return (
-            self._is_stock
+            self._make_capture is not None
             and ids is not None
             and ids.shape[1] == 1
-            and arguments.get("past_key_values") is not None
+            and cache is not None
+            # another cache would move recurrent states
+            and (isinstance(cache, KeyValueCache) or not fixed_addresses(cache))
+            and model._supports_default_dynamic_cache()
             and arguments.get("return_dict") is not False
             and isinstance(arguments.get("logits_to_keep", 0), int)
             and not any(_asked(arguments[name]) for name in arguments.keys() - HANDLED)
-            and not any(_asked(getattr(self._config, name, None)) for name in MORE_OUTPUTS)
-            and not self._model.training
+            and not any(_asked(getattr(model.config, name, None)) for name in MORE_OUTPUTS)
+            and not model.training
             and not any(
                 module._forward_hooks or module._forward_pre_hooks for module in self._hookable
             )
@@ -86,56 +99,105 @@ class DecodeStep:
     def __call__(
         self,
         input_ids: Tensor,
-        past_key_values,
+        past_key_values: Cache,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         **_,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast | None:
         """The next token's logits [sequences, 1, vocabulary] for input_ids [sequences, 1].
 
-        The tokens are added to the cache.
+        The tokens are added to the cache. None, with an unchanged cache, if the step cannot run
+        from a tape.
         """
-        config = self._config
+        model = self._to_model()
         cache = past_key_values
-        states = self._model.embed_tokens(input_ids)
+        states = model.get_input_embeddings()(input_ids)
         if position_ids is None:
             position_ids = (input_ids.new_zeros(1) + cache.get_seq_length()).unsqueeze(0)
-        make_mask = (
-            create_causal_mask
-            if config.sliding_window is None
-            else create_sliding_window_causal_mask
+        positions = position_ids.expand(len(input_ids), 1)
+        masks = create_masks_for_generate(
+            model.config, states, attention_mask, cache, position_ids=position_ids
         )
-        mask = make_mask(
-            config=config,
-            inputs_embeds=states,
-            attention_mask=attention_mask,
+        if isinstance(masks, Tensor) and masks.dim() != 4:  # the model makes masks of its own
+            return None
+        step = Step(cache, masks)
+        # transformers changes the number of layers to exit early
+        key = len(input_ids), model.config.num_hidden_layers
+        if key in self._tapes and self._tapes[key][1] != fixed_addresses(cache):
+            del self._tapes[key]
+        if key not in self._tapes:
+            if len(self._tapes) == MAX_TAPES:
+                return None
+            logits = self._record(model, key, step, Tape(states, positions), attention_mask)
+        else:
+            tape, _ = self._tapes[key]
+            tape.states.copy_(states)
+            tape.positions.copy_(positions)
+            logits = tape.replay(step)
+        if logits is None:
+            return None
+        return MoeCausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _record(
+        self,
+        model: DispatchedModel,
+        key: tuple[int, int],
+        step: Step,
+        tape: Tape,
+        attention_mask: Tensor | None,
+    ) -> Tensor | None:
+        """Records a step, and checks it. None, with the cache as before, if it is unusable."""
+        before = CacheState(step.cache)
+        try:
+            with _beside(model.device):
+                expected = _warm_up(model, step.cache, tape, attention_mask, before)
+                addresses = fixed_addresses(step.cache)
+                found = tape.record(model, step, self._make_capture)
+                before.restore()
+                again = tape.replay(step)
+            for logits in (found, again):
+                if not (logits - expected).norm() <= TOLERANCE * expected.norm():
+                    raise RuntimeError("a replay differs from the forward pass")
+        except Exception as error:  # transformers' models raise many types
+            before.restore()
+            self._make_capture = None
+            logging.getLogger("fiddler_run").warning(
+                "no CUDA graphs; decode will be slower (%s)", reason(error)
+            )
+            return None
+        self._tapes[key] = tape, addresses
+        return again
+
+
+def _warm_up(
+    model: DispatchedModel, cache: Cache, tape: Tape, mask: Tensor | None, before: CacheState
+) -> Tensor:
+    """The logits of the stock forward pass. Leaves the cache as it was."""
+    for _ in range(WARM_UP_STEPS):
+        logits = DispatchedModel.forward(
+            model,
+            inputs_embeds=tape.states,
+            position_ids=tape.positions,
+            attention_mask=mask,
             past_key_values=cache,
-            position_ids=position_ids,
-        )
-        rotary = self._rotary(states, position_ids)
-        parts = (states,)  # addends of the residual stream
-        for layer in self._layers[: config.num_hidden_layers]:  # fewer if transformers exits early
-            attention = layer.attention
-            residual, query, key, value = layer.before(*rotary, *parts)
-            key, value = cache.update(key, value, attention.layer_idx)
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-                config._attn_implementation, layer.eager_attention
-            )
-            attended, _ = attend(
-                attention,
-                query,
-                key,
-                value,
-                mask,
-                scaling=attention.scaling,
-                sliding_window=config.sliding_window,
-            )
-            residual, normed, index, weights = layer.after(residual, attended)
-            parts = (residual, layer.experts(normed, index, weights))
-        # Not recorded: a caller may keep its logits, which the next replay would overwrite.
-        return MoeCausalLMOutputWithPast(
-            logits=self._head(self._model.norm(sum_parts(parts))), past_key_values=cache
-        )
+            use_cache=True,
+        ).logits
+        before.restore()
+    return logits
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """Runs on the stream that captures, in order with the current stream's work."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = capture_stream(device)
+    current = torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 def _weights(model: nn.Module) -> list[tuple[nn.Module, type, list[int]]]:

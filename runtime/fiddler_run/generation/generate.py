@@ -166,7 +166,7 @@ def generate(
     return measured
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_ids(
     model: PlannedModel, ids: torch.Tensor, options: Options, **arguments
 ) -> tuple[torch.Tensor, Measured]:

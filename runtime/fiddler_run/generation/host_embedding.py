@@ -1,18 +1,17 @@
 """An embedding table in host memory."""
 
 import torch
+from torch import nn
 
 
-class HostEmbedding(torch.nn.Module):
-    """Copies only the looked-up rows, to the device of `weight` [vocabulary, hidden].
+class HostEmbedding(nn.Module):
+    """Copies only the looked-up rows, to the device where the stock embedding was."""
 
-    The table is not a parameter, because transformers derives a model's device from its first one.
-    """
-
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, stock: nn.Module):
         super().__init__()
-        self.device = weight.device
-        self.table = weight.detach().cpu()
+        self.device = next(stock.parameters()).device
+        # Not a submodule: transformers derives a model's device from its first parameter.
+        self._stock = [stock.cpu()]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.embedding(ids.cpu(), self.table).to(self.device)
+        return self._stock[0](ids.cpu()).to(self.device)

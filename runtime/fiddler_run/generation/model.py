@@ -5,16 +5,7 @@ experts are ours: the stock experts modules lose their parameters and pass each 
 `ExpertsLayer`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache, wraps
-from pathlib import Path
-
 import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface
-from transformers.utils import logging as transformers_logging
 
 from fiddler_run.engine.engine import ExpertEngine, make_engine
 from fiddler_run.engine.layer import ExpertsLayer
@@ -24,22 +15,10 @@ from fiddler_run.generation.cache import KeyValueCache
 from fiddler_run.generation.defaults import GenerationDefaults
 from fiddler_run.generation.host_embedding import HostEmbedding
 from fiddler_run.generation.session import Session
-from fiddler_run.models.config import ModelConfig
-from fiddler_run.models.family import Family
-from fiddler_run.models.table import FAMILIES
+from fiddler_run.models.dispatched import DispatchedModel
 from fiddler_run.plan.schema import Plan
-from fiddler_run.system.files import reason
 from fiddler_run.system.process_settings import dense_threads
 from fiddler_run.weights.store import ExpertStore
-
-EXPERTS_IMPLEMENTATION = "fiddler"
-
-
-def _run_experts(module, hidden_states, top_k_index, top_k_weights):
-    return module.planned(hidden_states, top_k_index, top_k_weights)
-
-
-ExpertsInterface.register(EXPERTS_IMPLEMENTATION, _run_experts)
 
 
 def _canonical_strides(_, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -51,24 +30,17 @@ def _canonical_strides(_, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]
     return (arguments[0].clone(memory_format=torch.contiguous_format),)
 
 
-class PlannedModel(PreTrainedModel):
-    """What the runtime adds to a transformers causal language model; see `planned_class`.
+class PlannedModel(DispatchedModel):
+    """What the runtime adds to a transformers causal language model.
 
     `plan` is the plan it runs and `defaults` the checkpoint's recommendations for sampling.
     `engine` computes the experts, served by `layers` with the split that `tuning` found. `session`
     runs one generation at a time. All that concerns experts is None until `attach_experts`.
     """
 
-    _can_compile_fullgraph = False
-    family: Family
-
     def __init__(self, config):
-        config._experts_implementation = EXPERTS_IMPLEMENTATION
         super().__init__(config)
-        for experts in self.family.experts_modules(self):
-            for name in list(experts._parameters):
-                del experts._parameters[name]
-        self.lm_head.register_forward_pre_hook(_canonical_strides)
+        self.get_output_embeddings().register_forward_pre_hook(_canonical_strides)
         self.plan: Plan | None = None
         self.defaults = GenerationDefaults()
         self.store: ExpertStore | None = None
@@ -81,9 +53,9 @@ class PlannedModel(PreTrainedModel):
         if self.session is None:
             return super().forward(*arguments, **named)
         with self.session.turn():
-            if not arguments and self.session.decode.serves(named):
-                return self.session.decode(**named)
-            return super().forward(*arguments, **named)
+            decode = self.session.decode
+            output = decode(**named) if not arguments and decode.serves(named) else None
+            return super().forward(*arguments, **named) if output is None else output
 
     def generate(self, inputs=None, generation_config=None, *more, **arguments):
         """Like transformers', but in the plan's chunks and KV cache unless the arguments say
@@ -124,8 +96,8 @@ class PlannedModel(PreTrainedModel):
                 for number, (resident, host, on_disk) in enumerate(places)
             ]
         )
-        layer_bytes = sum(parameter.nbytes for parameter in self.model.layers[0].parameters())
-        threads = dense_threads(rank.cpu_threads, layer_bytes)
+        dense_bytes = sum(parameter.nbytes for parameter in self.parameters())
+        threads = dense_threads(rank.cpu_threads, dense_bytes // len(self.layers))
         self.session = Session(self, engine.resources, threads)
         self.session.make_cache(plan.workload.sequences, plan.workload.max_seq_len)
 
@@ -137,12 +109,9 @@ class PlannedModel(PreTrainedModel):
         for experts, layer in zip(self.experts_modules(), layers, strict=True):
             experts.planned = layer
 
-    def experts_modules(self) -> list[nn.Module]:
-        return self.family.experts_modules(self)
-
     def move_embedding_to_host(self) -> None:
         """Keeps the embedding table in host memory. Each step copies the rows it needs."""
-        self.model.embed_tokens = HostEmbedding(self.model.embed_tokens.weight)
+        self.set_input_embeddings(HostEmbedding(self.get_input_embeddings()))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -170,71 +139,9 @@ class PlannedModel(PreTrainedModel):
             )
 
     def resize_token_embeddings(self, *arguments, **named):
-        if isinstance(self.model.embed_tokens, HostEmbedding):
+        if isinstance(self.get_input_embeddings(), HostEmbedding):
             raise FiddlerError(
                 "the plan keeps the embedding in host memory, where it cannot be resized; resize"
                 " it in the checkpoint"
             )
         return super().resize_token_embeddings(*arguments, **named)
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers' own check looks for a decorator in this file's source
-        return True
-
-    def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
-        # the prefill path reads the router's choice on the host, which cannot be captured
-        return False
-
-    def save_pretrained(self, *args, **kwargs):
-        raise NotImplementedError(
-            "the experts are not part of this module; copy the checkpoint it was loaded from"
-        )
-
-
-@cache
-def planned_class(model_type: str) -> type[PlannedModel]:
-    """A subclass of a family's stock class whose experts are run by a plan."""
-    family = FAMILIES[model_type]
-    stock = family.stock_class()
-
-    @wraps(stock.forward)  # `generate()` reads its signature
-    def forward(self, *arguments, **named):
-        return PlannedModel.forward(self, *arguments, **named)
-
-    members = {"family": family, "forward": forward, "__module__": __name__}
-    return type(f"Planned{stock.__name__}", (PlannedModel, stock), members)
-
-
-def skeleton(config: ModelConfig, config_file: Path) -> PlannedModel:
-    """The model of a config.json, without data.
-
-    Raises:
-        FiddlerError: transformers rejects the config.
-    """
-    try:
-        with torch.device("meta"), _quiet_transformers():
-            stock_config = FAMILIES[config.family].stock_config(config)
-            return planned_class(config.family)(stock_config)
-    except Exception as error:  # transformers raises many types for a wrong config.json
-        raise FiddlerError(f"{config_file}: transformers cannot use it: {reason(error)}") from None
-
-
-def dense_tensors(model: PlannedModel) -> dict[str, list[int]]:
-    """The checkpoint names and shapes of all weights outside the experts."""
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    shapes = {
-        name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied
-    }
-    return {model.family.dense_name(name): shape for name, shape in shapes.items()}
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silences transformers' warnings. Our own checks cover what can go wrong."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from fiddler_run.engine.resources import Resources
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.cache import KeyValueCache
+from fiddler_run.generation.cuda_graphs import Capture
 from fiddler_run.generation.decode_step import DecodeStep
 from fiddler_run.system.process_settings import allowed_gpu_bytes, while_running
 
@@ -38,6 +39,7 @@ class Session:
         self._cpu_threads = cpu_threads
         self.cache: KeyValueCache | None = None
         self._decode: DecodeStep | None = None
+        self.make_capture: Callable[[], Capture] | None = None  # see `DecodeStep`
         # layers that are called outside the model also wait for the turn
         self._lock = resources.lock
         self._depth = 0  # a generation calls the model, and may itself run inside another one
@@ -89,20 +91,12 @@ class Session:
     def decode(self) -> DecodeStep:
         """The model's decode step, made on first use."""
         if self._decode is None:
-            self._decode = DecodeStep(self._model, self._model.family)
+            self._decode = DecodeStep(self._model, self.make_capture)
         return self._decode
 
     def make_cache(self, sequences: int, max_tokens: int) -> None:
-        """Allocates keys and values for `sequences` of `max_tokens`."""
-        config = self._model.config
-        head_dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        heads = config.num_key_value_heads
-        where = {"dtype": self._model.dtype, "device": self._model.device}
-        self.cache = KeyValueCache(
-            config.num_hidden_layers, sequences, heads, max_tokens, head_dim, **where
-        )
+        """Makes a KV cache for `sequences` of `max_tokens`."""
+        self.cache = KeyValueCache(self._model.config, sequences, max_tokens)
 
     def forget_decode(self) -> None:
         """Drops the decode step, because something that it holds has changed."""
@@ -139,7 +133,7 @@ class Session:
         own_cache = self._may_use_own_cache(arguments, asked)
         if own_cache:
             self._cache_is_taken = True
-            self.cache.reset()
+            self.cache.reset(None if ids is None else len(ids) * copies)
             arguments["past_key_values"] = self.cache
         if ids is None:
             return
@@ -164,6 +158,7 @@ class Session:
             1, at_once // (len(ids) * (1 if shared else copies))
         )
         if shared:
+            self.cache.reset(len(ids))
             self._prefill_once(ids, mask, copies, chunk)
         elif ids.shape[1] > chunk:
             arguments["prefill_chunk_size"] = chunk
@@ -171,14 +166,14 @@ class Session:
     def _may_use_own_cache(self, arguments: dict, asked) -> bool:
         """False if the caller provides or keeps the cache, or a generation is using it.
 
-        Also False for a model with a sliding window, of which transformers keeps only the window.
+        Also False for a model with a cache of its own class.
         """
         other = arguments.get("past_key_values") is not None or asked("cache_implementation")
         handed_out = asked("return_dict_in_generate")
         return (
             not other
             and not handed_out
-            and self._model.config.sliding_window is None
+            and self._model._supports_default_dynamic_cache()
             and not self._cache_is_taken
         )
 
@@ -208,7 +203,7 @@ class Session:
         for start in range(0, ids.shape[1] - 1, chunk):
             stop = min(start + chunk, ids.shape[1] - 1)
             of_chunk = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
-            self._model.model(
+            self._model.base_model(
                 **of_chunk,
                 attention_mask=mask[:, :stop],
                 past_key_values=self.cache,

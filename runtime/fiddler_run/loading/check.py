@@ -11,10 +11,9 @@ from pathlib import Path
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.loading.model_check import LoadFormat, ModelCheck, refuse
-from fiddler_run.models.config import ModelConfig
+from fiddler_run.models.sizes import ModelSizes
 from fiddler_run.plan.rank import GpuMemory
 from fiddler_run.plan.schema import Plan
-from fiddler_run.plan.shape import DTYPE_BYTES
 from fiddler_run.system.files import exists, is_folder, reason
 from fiddler_run.system.gpu import Gpu, current_gpu
 from fiddler_run.system.host import available_memory_bytes, num_cores
@@ -59,7 +58,8 @@ class PlanCheck(ModelCheck):
         near = self.folder if self.folder is not None and load_format != "dummy" else Path()
         self.disk_folder = near if disk_folder is None else Path(disk_folder)
         self._try(lambda: refuse(disk_problems(plan, self.disk_folder)))
-        self.problems += machine_problems(plan, self.gpu, origin, self.config)
+        sizes = self.sizes if self.skeleton is not None else None  # of another model
+        self.problems += machine_problems(plan, self.gpu, origin, sizes)
         notes = device_note(plan, on_gpu=self.gpu is not None), prediction_note(plan, origin)
         self.notes += [note for note in notes if note]
 
@@ -96,16 +96,16 @@ def check_plan(
 
 
 def machine_problems(
-    plan: Plan, gpu: Gpu | None, origin: str, config: ModelConfig | None = None
+    plan: Plan, gpu: Gpu | None, origin: str, sizes: ModelSizes | None = None
 ) -> list[str]:
     """The requirements of a plan that this machine does not meet.
 
     Args:
         gpu: the GPU for the plan's GPU part. None if that part is kept in host memory.
-        config: the model's sizes. None: checks that need them are left out.
+        sizes: the model's. None: checks that need them are left out.
     """
     embedding_bytes = plan.rank.host_memory_bytes.embedding
-    besides = 0 if config is None else besides_experts_bytes(plan, config)
+    besides = 0 if sizes is None else besides_experts_bytes(plan, sizes)
     what = "experts and embedding" if embedding_bytes else "experts"
     held = plan.held_ram_bytes(gpu is not None)
     loading = plan.model.loading_bytes
@@ -118,12 +118,11 @@ def machine_problems(
     return [f"{origin}: {problem}" for problem in problems if problem]
 
 
-def besides_experts_bytes(plan: Plan, config: ModelConfig) -> int:
+def besides_experts_bytes(plan: Plan, sizes: ModelSizes) -> int:
     """Memory for the weights outside the experts, the KV cache and the staging ring."""
     workload = plan.workload
-    width = DTYPE_BYTES[plan.model.dtype]
-    cached = workload.sequences * workload.max_seq_len * config.kv_elements_per_token
-    return (config.dense_elements + cached) * width + plan.rank.gpu_memory_bytes.staging
+    cache = sizes.cache_bytes(workload.sequences, workload.max_seq_len)
+    return sizes.dense_bytes + cache + plan.rank.gpu_memory_bytes.staging
 
 
 def disk_problems(plan: Plan, folder: Path) -> list[str]:

@@ -13,7 +13,6 @@ from fiddler_run.generation.model import PlannedModel
 from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
 from fiddler_run.loading.check import PlanCheck
 from fiddler_run.loading.model_check import LoadFormat
-from fiddler_run.models.table import FAMILIES
 from fiddler_run.plan.schema import Plan
 from fiddler_run.system.locate import shipped_file
 from fiddler_run.system.process_settings import allow_gpu_memory
@@ -77,11 +76,10 @@ class ModelLoader:
         self.notes = checked.notes
         self.tokenizer = checked.tokenizer
         self._checked = checked
-        self._dtype = getattr(torch, plan.model.dtype)
         if load_format == "dummy":
-            self.weights = DummyWeights(plan.model, self._dtype)
+            self.weights = DummyWeights(plan.model, getattr(torch, plan.model.dtype))
         else:
-            self.weights = Checkpoint(checked.files, FAMILIES[checked.config.family])
+            self.weights = Checkpoint(checked.files, checked.tensors)
         gpu = checked.gpu
         self.device = torch.device("cpu")
         if gpu is not None:
@@ -107,7 +105,8 @@ class ModelLoader:
         if self.device.type == "cuda":
             # small tensors would otherwise split the cached memory for good
             torch.cuda.empty_cache()
-        model = place_dense_weights(self._checked.skeleton, self._dtype, self.device, self.weights)
+        checkpoint = self.weights if isinstance(self.weights, Checkpoint) else None
+        model = place_dense_weights(self._checked.skeleton, self.device, checkpoint)
         model.defaults = self._checked.defaults or GenerationDefaults()
         model.generation_config = GenerationConfig(
             **model.defaults.for_transformers(self.tokenizer)
@@ -126,7 +125,7 @@ class ModelLoader:
         return model
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _warm_up(model: PlannedModel) -> None:
     """Loads and compiles the GPU's kernels, which would otherwise delay the first token.
 
@@ -153,28 +152,23 @@ def _tune(model: PlannedModel) -> Tuning:
 
 
 def place_dense_weights(
-    model: PlannedModel,
-    dtype: torch.dtype,
-    device: torch.device,
-    weights: Checkpoint | DummyWeights,
+    model: PlannedModel, device: torch.device, weights: Checkpoint | None = None
 ) -> PlannedModel:
-    """Allocates and fills the non-expert weights, on `device`, of a model without storage.
+    """Allocates and fills the weights outside the experts, on `device`, of a model without storage.
 
-    They come from the checkpoint, or are seeded random numbers.
+    They come from the checkpoint. transformers initialises what it does not hold: buffers that
+    follow from the config and, without a checkpoint, all weights, by seeded random numbers.
     """
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to_empty(device=device)
     model.tie_weights()  # first, because a tied head has no tensor in a checkpoint
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            if isinstance(weights, Checkpoint):
-                parameter.copy_(weights.read(model.family.dense_name(name)))
-            elif name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(std=model.config.initializer_range, generator=generator)
-    rotary = model.model.rotary_emb  # its buffers are computed from the config, not loaded
-    with device:
-        model.model.rotary_emb = type(rotary)(config=model.config)
-    model.config.dtype = dtype
+    with torch.no_grad():
+        if weights is not None:
+            for target in weights.tensors.dense_targets():
+                for name, tensor in weights.dense(target).items():
+                    place = model.get_parameter_or_buffer(name)
+                    place.copy_(tensor)
+                    place._is_hf_initialized = True
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            model.initialize_weights()
     return model

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Literal
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.defaults import FILE as GENERATION_CONFIG
 from fiddler_run.generation.defaults import GenerationDefaults
-from fiddler_run.models.config import SHAPE_KEYS, ModelConfig
-from fiddler_run.models.table import FAMILIES, read_config
+from fiddler_run.models.config import ModelConfig
 from fiddler_run.plan.shape import ModelShape
 from fiddler_run.system.files import exists, is_file
 from fiddler_run.weights.model_folder import local_folder, model_config_file, model_folder
-from fiddler_run.weights.packed import expert_tensors
+from fiddler_run.weights.packed import PackedFormat
 from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE, TensorFiles, other_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fiddler_run.generation.model import PlannedModel
+    from fiddler_run.models.sizes import ModelSizes
+    from fiddler_run.models.tensor_map import TensorMap
 
 LoadFormat = Literal["safetensors", "dummy"]
 ADAPTER = "adapter_config.json"
@@ -35,7 +36,8 @@ class ModelCheck:
 
     `problems` prevent the model from running, one per line. `notes` say what could not be checked
     or is worth knowing. What was read is kept for loading, or None: `folder`, `files`, `skeleton`
-    (the model without data), `tokenizer`, `defaults`.
+    (the model without data), its `sizes`, `tensors` (where its parameters are in the files),
+    `tokenizer`, `defaults`.
     """
 
     def __init__(
@@ -59,8 +61,9 @@ class ModelCheck:
         self.notes: list[str] = []
         self.folder: Path | None = None
         self.files: TensorFiles | None = None
-        self.config: ModelConfig | None = None
         self.skeleton: PlannedModel | None = None
+        self.sizes: ModelSizes | None = None
+        self.tensors: TensorMap | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.defaults: GenerationDefaults | None = None
         self._shape = shape
@@ -88,11 +91,8 @@ class ModelCheck:
 
     def _look_at_model(self) -> None:
         config_file = self._find()
-        config = read_config(config_file)
-        self.problems += shape_problems(self._shape, config, self._origin, config_file)
-        if not self.problems:
-            self.config = config
-            self._try(lambda: self._build_skeleton(config, config_file))
+        config = ModelConfig.read(config_file)
+        self._try(lambda: self._build_skeleton(config))
         if self._dummy:
             self.defaults = GenerationDefaults.of_config(config.raw, config_file)
             has_tokenizer = any(config_file.parent.glob("tokenizer*"))
@@ -100,9 +100,8 @@ class ModelCheck:
             self._try(self._look_at_weights)
             self._try(lambda: self._look_at_defaults(config))
             has_tokenizer = self.folder is not None
-        # the tokenizer's class depends on the config
-        if has_tokenizer and (self.config is None or self.skeleton is not None):
-            self._try(lambda: self._look_at_tokenizer(config_file.parent, config))
+        if has_tokenizer and self.sizes is not None:
+            self._try(lambda: self._look_at_tokenizer(config_file.parent, self.sizes.vocab_size))
 
     def _find(self) -> Path:
         """Finds config.json. Sets `folder` if the weights are present."""
@@ -132,10 +131,17 @@ class ModelCheck:
         except FiddlerError:
             return None
 
-    def _build_skeleton(self, config: ModelConfig, config_file: Path) -> None:
-        from fiddler_run.generation.model import skeleton
+    def _build_skeleton(self, config: ModelConfig) -> None:
+        from fiddler_run.generation.model import PlannedModel
+        from fiddler_run.models.measured import described
 
-        self.skeleton = skeleton(config, config_file)
+        planned = self._shape
+        model, found, sizes = described(config, planned.name, planned.dtype, PlannedModel)
+        self.sizes = sizes
+        problems = shape_problems(planned, found, self._origin, config.origin)
+        self.problems += problems
+        if not problems:
+            self.skeleton = model
 
     def _look_at_weights(self) -> None:
         if self.folder is None:
@@ -149,15 +155,35 @@ class ModelCheck:
         single = self.folder / SINGLE_FILE
         if is_file(self.folder / INDEX) and is_file(single) and single not in self.files.paths:
             self.notes.append(f"{single}: not read, because {INDEX} names other files")
-        expected = {}
-        if self.skeleton is not None:
-            from fiddler_run.generation.model import dense_tensors
+        self.problems += self._weight_problems(self.files)
 
-            expected = {
-                **expert_tensors(self.files, FAMILIES[self.config.family], self._shape),
-                **dense_tensors(self.skeleton),
-            }
-        self.problems += self.files.problems(expected, self._shape.dtype)
+    def _weight_problems(self, files: TensorFiles) -> list[str]:
+        if self.skeleton is None:
+            return files.problems({}, self._shape.dtype)
+        from fiddler_run.models.tensor_map import TensorMap
+
+        self.tensors = TensorMap(self.skeleton, files)
+        packed = PackedFormat.of(files)
+        if packed is None:
+            expected = self.tensors.expected()
+        else:
+            problem = packed.shape_problem(self._shape)
+            if problem is not None:
+                raise FiddlerError(f"{files.folder}: {problem}")
+            expected = self.tensors.expected(dense_only=True)
+            expected |= packed.tensors(self._shape, files)
+        dense = set(self.tensors.dense_names())
+        problems = files.problems(expected, self._shape.dtype, cast=dense)
+        if problems:
+            return problems
+        wider = files.wider(dense, self._shape.dtype)
+        if wider:
+            self.notes.append(
+                f"{files.folder}: {wider} tensors outside the experts are stored in a wider dtype"
+                f" than {self._shape.dtype}, and used as transformers uses them"
+            )
+        problem = self.tensors.conversion_problem(files.shape)
+        return [f"{files.folder}: {problem}"] if problem else []
 
     def _look_at_defaults(self, config: ModelConfig) -> None:
         if self.folder is not None:
@@ -168,21 +194,21 @@ class ModelCheck:
                     f" {', '.join(self.defaults.unused)}; flags decide"
                 )
 
-    def _look_at_tokenizer(self, folder: Path, config: ModelConfig) -> None:
+    def _look_at_tokenizer(self, folder: Path, vocab_size: int) -> None:
         from fiddler_run.generation.text import SAMPLE, chat_text, load_tokenizer, token_ids
 
         tokenizer = load_tokenizer(folder)
         try:
-            token_ids(tokenizer, SAMPLE, len(SAMPLE), config.vocab_size)
+            token_ids(tokenizer, SAMPLE, len(SAMPLE), vocab_size)
         except FiddlerError as error:
             raise FiddlerError(
                 f"{folder}: the tokenizer does not belong to this model: in a simple text, {error}"
             ) from None
         self.tokenizer = tokenizer
-        if len(self.tokenizer) > config.vocab_size:
+        if len(self.tokenizer) > vocab_size:
             self.notes.append(
                 f"{folder}: the tokenizer has {len(self.tokenizer)} tokens, but the model"
-                f" {config.vocab_size}; prompts with the others are refused"
+                f" {vocab_size}; prompts with the others are refused"
             )
         if self.tokenizer.chat_template is not None:
             try:
@@ -192,15 +218,15 @@ class ModelCheck:
 
 
 def shape_problems(
-    shape: ModelShape, config: ModelConfig, origin: str, config_file: Path
+    planned: ModelShape, found: ModelShape, origin: str, config_file: str
 ) -> list[str]:
     """The sizes in which a model differs from the one that a plan was made for."""
     remedy = "make a plan for this model with `fiddler-opt plan --model`"
     return [
-        f"{origin}: model.{key} is {getattr(shape, key)}, but {config.keys[key]} is"
-        f" {getattr(config, key)} in {config_file}; {remedy}"
-        for key in SHAPE_KEYS
-        if getattr(shape, key) != getattr(config, key)
+        f"{origin}: model.{key} is {getattr(planned, key)}, but {config_file} implies"
+        f" {getattr(found, key)}; {remedy}"
+        for key in ModelShape.model_fields
+        if getattr(planned, key) != getattr(found, key)
     ]
 
 

@@ -1,105 +1,79 @@
-"""ModelConfig: a model's sizes from its config.json. Imports no torch."""
+"""ModelConfig: a model's config.json. Imports no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.plan.shape import DTYPE_BYTES, Dtype, ModelShape
+from fiddler_run.plan.shape import DTYPE_BYTES, Dtype
+from fiddler_run.system.parsing import read_json_object
 
 # If neither config.json nor the weights name one; nearly every such checkpoint uses it.
 ASSUMED_DTYPE = "bfloat16"
-SHAPE_KEYS = (
-    "num_layers",
-    "num_experts",
-    "num_experts_per_tok",
-    "hidden_size",
-    "intermediate_size",
-)
+CONFIGS = Path(__file__).parent / "configs"
+# Models whose config.json is included in this package, by Hugging Face id.
+BUNDLED_CONFIGS = {
+    name: CONFIGS / f"{stem}.json"
+    for name, stem in {
+        "mistralai/Mixtral-8x7B-v0.1": "Mixtral-8x7B",
+        "mistralai/Mixtral-8x7B-Instruct-v0.1": "Mixtral-8x7B",
+        "mistralai/Mixtral-8x22B-v0.1": "Mixtral-8x22B-v0.1",
+        "Qwen/Qwen2-57B-A14B": "Qwen2-57B-A14B",
+        "Qwen/Qwen3-30B-A3B": "Qwen3-30B-A3B",
+        "Qwen/Qwen3-Next-80B-A3B-Instruct": "Qwen3-Next-80B-A3B-Instruct",
+        "Qwen/Qwen3.5-35B-A3B": "Qwen3.5-35B-A3B",
+        "zai-org/GLM-4.5-Air": "GLM-4.5-Air",
+        "zai-org/GLM-4.7-Flash": "GLM-4.7-Flash",
+        "deepseek-ai/DeepSeek-V2-Lite-Chat": "DeepSeek-V2-Lite-Chat",
+        "moonshotai/Kimi-Linear-48B-A3B-Instruct": "Kimi-Linear-48B-A3B-Instruct",
+        "LiquidAI/LFM2-8B-A1B": "LFM2-8B-A1B",
+    }.items()
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes of a model of any family.
+    """The content of a config.json.
 
-    `family` is its `model_type`. `dtype` is None if the file does not name one. `keys` are the
-    family's own names for SHAPE_KEYS. `for_transformers` holds the arguments of the transformers
-    config class. `raw` holds the file's keys, without nulls.
+    `origin` names the file in errors. `family` is its `model_type`. `dtype` is None if the file
+    does not name one. `raw` holds the file's keys.
     """
 
+    origin: str
     family: str
-    num_layers: int
-    num_experts: int
-    num_experts_per_tok: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    sliding_window: int | None
-    tie_word_embeddings: bool
     dtype: Dtype | None
-    keys: dict[str, str]
-    for_transformers: dict
     raw: dict
 
-    def shape(self, name: str, dtype: Dtype) -> ModelShape:
-        """The part of the sizes that a plan holds."""
-        sizes = {key: getattr(self, key) for key in SHAPE_KEYS}
-        return ModelShape(name=name, dtype=dtype, **sizes)
+    @classmethod
+    def read(cls, path: Path) -> "ModelConfig":
+        """Reads a config.json.
 
-    @property
-    def dense_layer_elements(self) -> int:
-        """Number of weights in the attention, router and norms of one layer."""
-        kv = self.num_key_value_heads * self.head_dim
-        attention = 2 * self.hidden_size * (self.num_attention_heads * self.head_dim + kv)
-        return attention + self.num_experts * self.hidden_size + 2 * self.hidden_size
+        Raises:
+            FiddlerError: the file cannot be read, or its weights cannot be run.
+        """
+        advice = "--model names a checkpoint folder in Hugging Face format"
+        return cls.parse(read_json_object(path, advice), str(path))
 
-    @property
-    def embedding_elements(self) -> int:
-        return self.vocab_size * self.hidden_size
-
-    @property
-    def head_elements(self) -> int:
-        """Number of weights in the embedding table, the final norm and the output head."""
-        tables = 1 if self.tie_word_embeddings else 2
-        return tables * self.embedding_elements + self.hidden_size
-
-    @property
-    def dense_elements(self) -> int:
-        """Number of weights outside the experts."""
-        return self.num_layers * self.dense_layer_elements + self.head_elements
-
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Number of elements of one token's keys and values in all layers."""
-        return 2 * self.num_layers * self.num_key_value_heads * self.head_dim
+    @classmethod
+    def parse(cls, raw: dict, origin: str) -> "ModelConfig":
+        """Parses the content of a config.json that came from `origin`. Raises as `read`."""
+        family = raw.get("model_type")
+        if not isinstance(family, str):
+            raise FiddlerError(
+                f"{origin}: model_type is {short(family)}, expected the name of a family of models"
+            )
+        for part in (raw, _text_part(raw)):
+            _refuse_quantised(part, origin)
+        dtype = _dtype_of(raw, origin) or _dtype_of(_text_part(raw), origin)
+        return cls(origin, family, dtype, raw)
 
 
-def positive(config: dict, key: str, limit: int, origin: str, default: int | None = None) -> int:
-    """The whole number from 1 to `limit` in a config.json's `key`.
-
-    Raises:
-        FiddlerError: the key holds something else.
-    """
-    value = config.get(key, default)
-    if type(value) is not int or value < 1:
-        raise FiddlerError(
-            f"{origin}: key {key!r} is {short(value)}, expected a positive whole number"
-        )
-    if value > limit:
-        raise FiddlerError(
-            f"{origin}: key {key!r} is {short(value)}, above the limit of {limit}; correct it"
-        )
-    return value
+def _text_part(raw: dict) -> dict:
+    """The part of a config.json that describes the language model beside, say, a vision model."""
+    part = raw.get("text_config")
+    return part if isinstance(part, dict) else {}
 
 
-def dtype_of(config: dict, origin: str) -> Dtype | None:
-    """The dtype named by a config.json.
-
-    Raises:
-        FiddlerError: the dtype is not supported.
-    """
+def _dtype_of(config: dict, origin: str) -> Dtype | None:
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPE_BYTES):
         known = ", ".join(DTYPE_BYTES)
@@ -107,6 +81,20 @@ def dtype_of(config: dict, origin: str) -> Dtype | None:
             f"{origin}: dtype {short(dtype)} is not supported; supported are {known}"
         )
     return dtype
+
+
+def _refuse_quantised(config: dict, origin: str) -> None:
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return
+    method = (
+        quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    )
+    raise FiddlerError(
+        f"{origin}: quantization_config says that the weights are quantised ({short(method)});"
+        " name the original, unquantised checkpoint (or, if these weights are not quantised,"
+        " remove quantization_config)"
+    )
 
 
 def short(value: object) -> str:

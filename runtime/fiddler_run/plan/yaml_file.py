@@ -37,6 +37,7 @@ KINDS = {
     "plan": ("ranks", "resident_blocks"),
     "machine profile": ("host_expert_us", "absent_expert_us"),
     "routing profile": ("recorded",),
+    "model file": ("sizes",),
 }
 
 

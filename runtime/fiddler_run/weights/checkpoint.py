@@ -6,20 +6,11 @@ from typing import Protocol
 import torch
 
 from fiddler_run.encodings.base import Encoding
-from fiddler_run.models.family import Family
+from fiddler_run.models.experts import Matrices
+from fiddler_run.models.tensor_map import TensorMap
 from fiddler_run.plan.shape import ModelShape
-from fiddler_run.weights.packed import PackedFormat, blocks_of
-from fiddler_run.weights.tensor_files import TensorFiles
-
-STORED_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
-
-
-# gate [intermediate, hidden], up [intermediate, hidden], down [hidden, intermediate]
-Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+from fiddler_run.weights.packed import MATRICES, PackedFormat, blocks_of
+from fiddler_run.weights.tensor_files import STORED_DTYPES, TensorFiles
 
 
 class Weights(Protocol):
@@ -64,38 +55,40 @@ class Checkpoint:
     in the page cache; if not, several threads keep the disk busy.
     """
 
-    def __init__(self, files: TensorFiles, family: Family):
+    def __init__(self, files: TensorFiles, tensors: TensorMap):
         """Opens a checkpoint.
 
         Args:
             files: the checkpoint's files, already checked.
+            tensors: the sources of the model's parameters in these files.
         """
         self.files = files
-        self._family = family
+        self.tensors = tensors
         self._packed = PackedFormat.of(files)
 
+    def dense(self, target: str) -> dict[str, torch.Tensor]:
+        """The parameters outside the experts that the target's tensors make up, by name."""
+        return self.tensors.dense(target, self.read)
+
     def expert(self, layer: int, expert: int) -> Matrices:
-        packed = self._packed_name(layer, expert)
-        if packed is not None:
-            return self._decoded(packed)
-        gate, up, down = map(self.read, self._family.expert_names(layer, expert))
+        if self._packed is None:
+            return self.tensors.expert(layer, expert, self.read)
+        name = self._packed.name(layer, expert)
+        if name in self.files:
+            return self._decoded(name)
+        gate, up, down = (self.read(self._packed.matrix(layer, expert, each)) for each in MATRICES)
         return gate, up, down
 
     def blocks(self, layer: int, expert: int, encoding: Encoding) -> torch.Tensor | None:
-        packed = self._packed_name(layer, expert)
-        if packed is None or self._packed.encoding != encoding:
+        if self._packed is None or self._packed.encoding != encoding:
+            return None
+        name = self._packed.name(layer, expert)
+        if name not in self.files:
             return None
         stored = torch.empty(self._packed.tensor_shape, dtype=torch.uint8)
-        for number, block in enumerate(blocks_of(self.files.shard(packed), packed)):
+        for number, block in enumerate(blocks_of(self.files.shard(name), name)):
             stored[number] = block[0]
         return stored
-
-    def _packed_name(self, layer: int, expert: int) -> str | None:
-        """The tensor that holds the expert's blocks. None if its matrices are stored instead."""
-        if self._packed is None:
-            return None
-        name = self._packed.name(self._family, layer, expert)
-        return name if name in self.files else None
 
     def _decoded(self, name: str) -> Matrices:
         packed = self._packed
@@ -109,10 +102,16 @@ class Checkpoint:
             down[:, here] = columns
         return gate, up, down
 
-    def read(self, name: str) -> torch.Tensor:
-        """Reads a tensor by its checkpoint name, in its shape and dtype. The caller owns it."""
+    def read(self, name: str, expert: int | None = None) -> torch.Tensor:
+        """Reads a tensor by its name in the checkpoint, in its shape and dtype.
+
+        With `expert`, only that part of its first dimension, which becomes 1. The caller owns it.
+        """
         shard = self.files.shard(name)
         stored = shard.tensors[name]
-        target = torch.empty(stored.num_bytes, dtype=torch.uint8)
-        shard.read(name, memoryview(target.numpy()))
-        return target.view(STORED_DTYPES[stored.dtype]).view(stored.shape)
+        shape = stored.shape if expert is None else [1, *stored.shape[1:]]
+        dtype = getattr(torch, STORED_DTYPES[stored.dtype])
+        target = torch.empty(shape, dtype=dtype)
+        content = target.flatten().view(torch.uint8)
+        shard.read(name, memoryview(content.numpy()), (expert or 0) * target.nbytes)
+        return target

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.models.table import BUNDLED_CONFIGS
+from fiddler_run.models.config import BUNDLED_CONFIGS
 from fiddler_run.system.files import exists, is_file, is_folder, reason
 from fiddler_run.system.locate import shipped_model
 from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE, shard_names

@@ -1,8 +1,8 @@
 """The experts of a checkpoint that `fiddler-opt pack` wrote: stored in blocks, already encoded.
 
-Such an expert is one tensor, uint8 [blocks, block_bytes], instead of three matrices. It is named
-after the encoding. The metadata of its file holds the encoding's name and sizes, and the SHA-256 of
-each tensor. Experts that do not fit the encoding are stored as in any checkpoint.
+Such an expert is one tensor, uint8 [blocks, block_bytes], named after the encoding. The metadata of
+its file holds the encoding's name and sizes, and the SHA-256 of each tensor. An expert that does
+not fit the encoding is stored as three matrices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.encodings.table import ENCODINGS
 from fiddler_run.errors import FiddlerError
-from fiddler_run.models.family import Family
 from fiddler_run.plan.shape import ModelShape
 from fiddler_run.weights.shard import Shard
 from fiddler_run.weights.tensor_files import TensorFiles
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENCODING = "encoding"
+MATRICES = ("gate", "up", "down")  # of an expert that does not fit the encoding
 SIZES = ("hidden_size", "block_neurons", "intermediate_size")
 MAX_DIGITS = 9  # of a size
 AGAIN = "pack the model again with `fiddler-opt pack`"
@@ -78,9 +78,27 @@ class PackedFormat:
         blocks = self.encoding.blocks_per_expert(self.intermediate_size)
         return [blocks, self.encoding.block_bytes]
 
-    def name(self, family: Family, layer: int, expert: int) -> str:
-        """The name of an expert's tensor."""
-        return f"{family.expert_prefix(layer, expert)}.{self.encoding.name}"
+    def name(self, layer: int, expert: int) -> str:
+        """The name of an expert's tensor. Layers count those with experts."""
+        return f"layers.{layer}.experts.{expert}.{self.encoding.name}"
+
+    def matrix(self, layer: int, expert: int, which: str) -> str:
+        """The name of one of MATRICES of an expert that does not fit the encoding."""
+        return f"layers.{layer}.experts.{expert}.{which}"
+
+    def tensors(self, shape: ModelShape, files: TensorFiles) -> dict[str, list[int]]:
+        """The names and shapes of the expert tensors that the files should contain."""
+        row = [shape.intermediate_size, shape.hidden_size]
+        sizes = dict(zip(MATRICES, (row, row, row[::-1]), strict=True))
+        expected = {}
+        for layer in range(shape.num_layers):
+            for expert in range(shape.num_experts):
+                raw = {self.matrix(layer, expert, which): size for which, size in sizes.items()}
+                if all(name in files for name in raw):
+                    expected |= raw
+                else:
+                    expected[self.name(layer, expert)] = self.tensor_shape
+        return expected
 
     def shape_problem(self, shape: ModelShape) -> str | None:
         """Why these are not the experts of a model of this shape. None if they may be."""
@@ -105,29 +123,6 @@ class PackedFormat:
         gate_up, down = self.encoding.decode(block)
         gate, up = gate_up[0].split(neurons)
         return slice(first, first + count), gate[:count], up[:count], down[0, :, :count]
-
-
-def expert_tensors(files: TensorFiles, family: Family, shape: ModelShape) -> dict[str, list[int]]:
-    """The names and shapes of the expert tensors that the files should contain.
-
-    Raises:
-        FiddlerError: the files contain packed experts of another shape.
-    """
-    packed = PackedFormat.of(files)
-    expected = family.expert_tensors(shape)
-    if packed is None:
-        return expected
-    problem = packed.shape_problem(shape)
-    if problem is not None:
-        raise FiddlerError(f"{files.folder}: {problem}")
-    for layer in range(shape.num_layers):
-        for expert in range(shape.num_experts):
-            name = packed.name(family, layer, expert)
-            if name in files:
-                expected[name] = packed.tensor_shape
-                for matrix in family.expert_names(layer, expert):
-                    del expected[matrix]
-    return expected
 
 
 def checksum_key(name: str) -> str:

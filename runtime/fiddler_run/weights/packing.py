@@ -1,6 +1,6 @@
 """Writes a checkpoint whose experts are stored encoded. packed.py reads it.
 
-One file holds the tensors of a layer. It is written under another name, read back, and compared
+One file holds the experts of a layer. It is written under another name, read back, and compared
 with the original, decoded, bit for bit. Only then does it get its name; and only when all files
 have theirs is the index written that makes the folder a checkpoint.
 """
@@ -21,17 +21,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.models.family import Family
+from fiddler_run.models.experts import Matrices
+from fiddler_run.models.tensor_map import TensorMap
 from fiddler_run.plan.shape import LOADING_THREADS, ModelShape
 from fiddler_run.system.files import cannot_write, is_file, reason, write_whole
-from fiddler_run.weights.checkpoint import Checkpoint, Matrices
+from fiddler_run.weights.checkpoint import Checkpoint
 from fiddler_run.weights.model_folder import SMALL_FILES
-from fiddler_run.weights.packed import PackedFormat, blocks_of, checksum_key
+from fiddler_run.weights.packed import MATRICES, PackedFormat, blocks_of, checksum_key
 from fiddler_run.weights.shard import INDEX, Shard
 from fiddler_run.weights.store import one_thread_each
 from fiddler_run.weights.tensor_files import TensorFiles
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
+EXPERTS = "experts-{:05}.safetensors"  # of a layer
+DENSE = "dense-{:05}.safetensors"  # what else a layer has
 REST = "dense.safetensors"  # what belongs to no layer
 
 
@@ -51,31 +54,28 @@ class Packer:
     def __init__(
         self,
         files: TensorFiles,
-        family: Family,
+        tensors: TensorMap,
         shape: ModelShape,
         packed: PackedFormat,
-        dense: Iterable[str],
         folder: Path,
     ):
         """Prepares to write.
 
         Args:
             files: the checkpoint, already checked.
+            tensors: the sources of the model's parameters in these files.
             packed: how to store experts.
-            dense: the names of the tensors outside the experts.
             folder: an empty folder.
         """
-        self._weights = Checkpoint(files, family)
-        self._family = family
+        self._weights = Checkpoint(files, tensors)
         self._shape = shape
         self._packed = packed
         self._folder = folder
-        self._dense: dict[str, list[str]] = {REST: []}
-        for name in dense:
+        self._dense: dict[str, list[str]] = {}  # by file
+        for name in tensors.dense_names():
             found = LAYER.search(name)
-            self._dense.setdefault(_file_of_layer(int(found[1])) if found else REST, []).append(
-                name
-            )
+            file = DENSE.format(int(found[1])) if found else REST
+            self._dense.setdefault(file, []).append(name)
         self._result = Packed()
 
     def pack(self, source: Path, on_layer: Callable[[], None]) -> Packed:
@@ -87,13 +87,13 @@ class Packer:
         Raises:
             FiddlerError: a file cannot be written, or was not written correctly.
         """
-        weight_map = self._write(REST, self._read(REST), {})
+        weight_map = {}
+        for file, names in self._dense.items():
+            weight_map |= self._write(file, {name: self._weights.read(name) for name in names}, {})
         with one_thread_each():
             for layer in range(self._shape.num_layers):
-                file = _file_of_layer(layer)
-                tensors = self._read(file)
-                originals = self._encode(layer, tensors)
-                weight_map |= self._write(file, tensors, originals)
+                tensors, originals = self._encode(layer)
+                weight_map |= self._write(EXPERTS.format(layer), tensors, originals)
                 on_layer()
         for name in SMALL_FILES:
             if name != INDEX and is_file(source / name):
@@ -103,11 +103,8 @@ class Packer:
         write_whole(self._folder / INDEX, json.dumps(index, indent=1))
         return self._result
 
-    def _read(self, file: str) -> dict[str, torch.Tensor]:
-        return {name: self._weights.read(name) for name in self._dense.get(file, [])}
-
-    def _encode(self, layer: int, tensors: dict[str, torch.Tensor]) -> dict[str, Matrices]:
-        """Adds a layer's experts to `tensors`. Returns the matrices of those that were encoded."""
+    def _encode(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, Matrices]]:
+        """A layer's experts, and the matrices of those that were encoded, by tensor."""
 
         def encoded(expert: int) -> tuple[Matrices, torch.Tensor | None]:
             matrices = self._weights.expert(layer, expert)
@@ -115,6 +112,7 @@ class Packer:
             referred = self._packed.encoding.encode(blocks, *matrices, first_neuron=0)
             return matrices, None if referred else blocks
 
+        tensors = {}
         originals = {}
         for expert, (matrices, blocks) in enumerate(_all(encoded, range(self._shape.num_experts))):
             size = sum(matrix.nbytes for matrix in matrices)
@@ -123,13 +121,13 @@ class Packer:
             self._result.expert_bytes += size if blocks is None else blocks.nbytes
             if blocks is None:
                 self._result.raw_experts += 1
-                names = self._family.expert_names(layer, expert)
-                tensors |= dict(zip(names, matrices, strict=True))
+                for which, matrix in zip(MATRICES, matrices, strict=True):
+                    tensors[self._packed.matrix(layer, expert, which)] = matrix
             else:
-                name = self._packed.name(self._family, layer, expert)
+                name = self._packed.name(layer, expert)
                 tensors[name] = blocks
                 originals[name] = matrices
-        return originals
+        return tensors, originals
 
     def _write(
         self, file: str, tensors: dict[str, torch.Tensor], originals: dict[str, Matrices]
@@ -173,10 +171,6 @@ class Packer:
             if not all(map(_same_bits, found, (gate[here], up[here], down[:, here]))):
                 return False
         return True
-
-
-def _file_of_layer(layer: int) -> str:
-    return f"layer-{layer:05}.safetensors"
 
 
 def _all(function: Callable, items: Iterable) -> list:

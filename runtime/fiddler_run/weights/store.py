@@ -12,6 +12,7 @@ from fiddler_run.plan.shape import LOADING_THREADS
 from fiddler_run.weights.arena import Arena
 from fiddler_run.weights.checkpoint import Weights
 
+STAGED_BYTES = 2**24  # of an expert on the way to GPU memory; a copy of few bytes is slow
 Places = list[list[torch.Tensor]]  # by layer and expert: uint8 [count, block_bytes]
 
 
@@ -95,10 +96,12 @@ class ExpertStore:
         fill(host, len(resident))
         fill(on_disk, len(resident) + len(host))
         if resident.is_cuda:
-            staged = torch.empty_like(resident[:1], device="cpu", pin_memory=True)
-            for number, block in enumerate(resident):
-                fill(staged, number)
-                block.copy_(staged[0])
+            at_once = max(1, STAGED_BYTES // self.block_format.block_bytes)
+            staged = torch.empty_like(resident[:at_once], device="cpu", pin_memory=True)
+            for first in range(0, len(resident), at_once):
+                blocks = resident[first:][:at_once]
+                fill(staged[: len(blocks)], first)
+                blocks.copy_(staged[: len(blocks)])
         else:
             fill(resident, 0)
         return resident.nbytes + host.nbytes + on_disk.nbytes

@@ -1,6 +1,7 @@
 """The safetensors files of a checkpoint: their tensors and their problems. Imports no torch."""
 
 import re
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from fiddler_run.encodings.table import ENCODINGS
@@ -13,13 +14,13 @@ SINGLE_FILE = "model.safetensors"
 # The stored dtypes that each plan dtype can hold without loss.
 LOSSLESS = {"bfloat16": {"BF16"}, "float16": {"F16"}, "float32": {"BF16", "F16", "F32"}}
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+STORED_DTYPES = {**DTYPE_NAMES, "I64": "int64", "I32": "int32", "BOOL": "bool"}
 # Names of tensors that only quantised checkpoints have: AWQ and GPTQ, bitsandbytes, fp8,
 # compressed-tensors.
 QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_scale|weight_scale_inv|weight_packed)$"
     r"|\.quant_state\."
 )
-STACKED = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)(\.weight)?$")
 MISTRAL = re.compile(r"^(tok_embeddings|layers\.\d+\.(attention|feed_forward|block_sparse_moe))\.")
 
 
@@ -43,6 +44,10 @@ class TensorFiles:
             except FiddlerError as error:
                 self._damage[path] = str(error)
 
+    def __iter__(self) -> Iterator[str]:
+        """The names of the tensors."""
+        return iter(self._file_of)
+
     def __contains__(self, name: str) -> bool:
         """True if the index names the tensor."""
         return name in self._file_of
@@ -59,6 +64,9 @@ class TensorFiles:
     def shard(self, name: str) -> "Shard":
         """The file that contains tensor `name`."""
         return self._shards[self._file_of[name]]
+
+    def shape(self, name: str) -> list[int]:
+        return self.shard(name).tensors[name].shape
 
     @property
     def paths(self) -> set[Path]:
@@ -77,20 +85,13 @@ class TensorFiles:
         return next((name for name, held in LOSSLESS.items() if found <= held), "float32")
 
     def format_problem(self) -> str | None:
-        """Why these files are not an unquantised checkpoint with one tensor per expert matrix."""
+        """Why these files are not an unquantised checkpoint in Hugging Face format."""
         names = {
             **self._file_of,
             **{name: path for path, shard in self._shards.items() for name in shard.tensors},
         }
         for pattern, what in (
             (QUANTISED, "these weights are quantised; name the original, unquantised checkpoint"),
-            (
-                STACKED,
-                (
-                    "all experts of a layer are in one tensor; name a checkpoint with a tensor"
-                    " for each expert, as published"
-                ),
-            ),
             (MISTRAL, "Mistral's own format; name the same model in Hugging Face format"),
         ):
             name = next(filter(pattern.search, names), None)
@@ -105,11 +106,14 @@ class TensorFiles:
                     )
         return None
 
-    def problems(self, expected: dict[str, list[int]], dtype: str) -> list[str]:
+    def problems(
+        self, expected: dict[str, list[int] | None], dtype: str, cast: Collection[str] = ()
+    ) -> list[str]:
         """The problems of the files, at most one line each.
 
         A file can be missing, damaged or truncated. A tensor of `expected`, shapes by name, can be
-        missing, have another shape, or not fit `dtype` without loss.
+        missing, have another shape (None: any), or not fit `dtype` without loss. Those of `cast`
+        need not fit.
         """
         problem = self.format_problem()
         if problem is not None:
@@ -118,19 +122,29 @@ class TensorFiles:
         for name, shape in expected.items():
             path = self._file_of.get(name)
             if path not in found:
-                problem = self._problem(name, path, shape, dtype)
+                problem = self._problem(name, path, shape, None if name in cast else dtype)
                 if problem is not None:
                     found[path] = problem
         return list(found.values())
 
-    def _problem(self, name: str, path: Path | None, shape: list[int], dtype: str) -> str | None:
+    def wider(self, names: Iterable[str], dtype: str) -> int:
+        """How many of these tensors `dtype` cannot hold without loss."""
+        stored = (self.shard(name).tensors[name].dtype for name in names)
+        return sum(each in DTYPE_NAMES and each not in LOSSLESS[dtype] for each in stored)
+
+    def _problem(
+        self, name: str, path: Path | None, shape: list[int] | None, dtype: str | None
+    ) -> str | None:
         if path is None or name not in self._shards[path].tensors:
             return f"{path or self._folder}: tensor {name} is missing; {AGAIN}"
         stored = self._shards[path].tensors[name]
         is_packed = name.rpartition(".")[2] in ENCODINGS
-        if stored.shape != shape:
+        if shape is not None and stored.shape != shape:
             source = "the file's metadata imply" if is_packed else "config.json implies"
             return f"{path}: tensor {name} has shape {stored.shape}, but {source} {shape}"
+        if dtype is None:
+            known = stored.dtype in STORED_DTYPES
+            return None if known else f"{path}: tensor {name} is {stored.dtype}: quantised"
         if stored.dtype not in ({"U8"} if is_packed else LOSSLESS[dtype]):
             return (
                 f"{path}: tensor {name} is {stored.dtype}, which the plan's {dtype} cannot hold"

@@ -1,0 +1,220 @@
+"""Records a forward pass as a tape: captures GPU work, and cuts it at the borders.
+
+While it records, the recorder stands in for the cache's `update`, the attention functions and what
+serves the experts modules.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fiddler_run.generation.cuda_graphs import Capture
+from fiddler_run.models.dispatched import DispatchedModel
+
+ATTENTIONS = ("sdpa", "eager")
+
+
+class UnrecordableError(Exception):
+    """The forward pass does something that a replay would not repeat."""
+
+
+class Step(NamedTuple):
+    """What differs between steps besides the inputs: the cache, and masks by type of layer.
+
+    A mask that is no dict is for all layers; None masks nothing.
+    """
+
+    cache: Cache
+    masks: dict[str, Tensor | None] | Tensor | None
+
+
+Border = Callable[[Step], None]
+
+
+class Recorder:
+    """Builds the pieces of a tape while a forward pass runs."""
+
+    def __init__(self, step: Step, make_capture: Callable[[], Capture]):
+        self.pieces: list[tuple[Capture, list[Border]]] = []
+        self._step = step
+        self._make_capture = make_capture
+        self._thread = threading.get_ident()
+        self._capture: Capture | None = None
+        self._watch = _Watch(self)
+        # keys and values of the last update, here and in a replay
+        self._states: tuple[Tensor, ...] = ()
+        self._replayed: list[tuple[Tensor, ...]] = [()]
+
+    @property
+    def is_open(self) -> bool:
+        return self._capture is not None
+
+    def open(self) -> None:
+        self._capture = self._make_capture()
+        self._capture.begin()
+
+    def close(self) -> None:
+        """Ends the open piece, if there is one."""
+        if self._capture is not None:
+            capture = self._capture
+            self._capture = None
+            capture.end()
+            self.pieces.append((capture, []))
+
+    def abort(self) -> None:
+        self._watch.stop()
+        if self._capture is not None:
+            self._capture.abort()
+
+    def experts(self, module: nn.Module, serve: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """In place of what serves a layer's experts module."""
+        self.close()
+        output = kept(serve(*tensors))
+        self._then(lambda _: output.copy_(module.planned(*tensors)))
+        self.open()
+        return output
+
+    def update(self, real: Callable, *states: object, **more: object) -> tuple[Tensor, ...]:
+        """In place of the cache's `update`. The states of all tokens go to the attention alone."""
+        self.close()
+        replayed = self._replayed = [()]
+        self._then(lambda step: replayed.__setitem__(0, step.cache.update(*states, **more)))
+        self._states = real(*states, **more)
+        self._watch.start(self._states)
+        return self._states
+
+    def expand(self, real: Callable, *states: Tensor) -> tuple[Tensor, ...]:
+        """In place of what computes all keys and values from a latent cache, in each step."""
+        self._require(states)
+        self.close()
+        replayed = self._replayed
+        self._then(lambda _: replayed.__setitem__(0, real(*replayed[0])))
+        self._states = real(*states)
+        self._watch.start(self._states)
+        return self._states
+
+    def attend(
+        self,
+        real: Callable | None,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *more: object,
+        **how: object,
+    ) -> tuple[Tensor, None]:
+        """In place of the attention function."""
+        real = real or sys.modules[type(module).__module__].eager_attention_forward
+        if threading.get_ident() != self._thread:
+            return real(module, query, key, value, attention_mask, *more, **how)
+        self._require((key, value))
+        self.close()
+        layer_type = _layer_type(module)
+
+        def attended(step: Step, states: tuple[Tensor, ...]) -> Tensor:
+            masks = step.masks
+            mask = masks[layer_type] if isinstance(masks, dict) else masks
+            return real(module, query, *states, mask, *more, **how)[0]
+
+        replayed = self._replayed
+        output = kept(attended(self._step, self._states))
+        self._then(lambda step: output.copy_(attended(step, replayed[0])))
+        self._states = ()
+        self.open()
+        return output, None
+
+    def _then(self, border: Border) -> None:
+        """Notes what follows the last piece."""
+        self.pieces[-1][1].append(border)
+
+    def _require(self, states: tuple[Tensor, ...]) -> None:
+        """Checks that these are the states of the last update."""
+        self._watch.stop()
+        pairs = zip(states, self._states, strict=True)
+        if not self._states or any(given is not expected for given, expected in pairs):
+            raise UnrecordableError("attention is not over the cache's keys and values")
+
+    @contextmanager
+    def installed(self, model: DispatchedModel) -> Iterator[None]:
+        """Puts this recorder's methods in the place of those that they stand for."""
+        with ExitStack() as stack:
+            cache = self._step.cache
+            stack.enter_context(_replaced(cache, "update", self.update))
+            for module in model.modules():
+                if hasattr(module, "expand_kv"):
+                    stack.enter_context(_replaced(module, "expand_kv", self.expand))
+            for module in model.experts_modules():
+                serve = module.planned
+                stack.callback(setattr, module, "planned", serve)
+                module.planned = partial(self.experts, module, serve)
+            for name in ATTENTIONS:
+                real = ALL_ATTENTION_FUNCTIONS.get(name)  # None: each family has its own
+                stack.callback(ALL_ATTENTION_FUNCTIONS._local_mapping.pop, name, None)
+                ALL_ATTENTION_FUNCTIONS[name] = partial(self.attend, real)
+            yield
+
+
+class _Watch(TorchDispatchMode):
+    """While started, opens a piece at the first operation, which must not read certain tensors.
+
+    Between a cache's update and the attention, most models do nothing.
+    """
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self._recorder = recorder
+        self._forbidden: set[int] = set()
+        self._started = False
+
+    def start(self, forbidden: tuple[Tensor, ...]) -> None:
+        self._forbidden = {tensor.untyped_storage().data_ptr() for tensor in forbidden}
+        self._started = True
+        self.__enter__()
+
+    def stop(self) -> None:
+        if self._started:
+            self._started = False
+            self.__exit__(None, None, None)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        for given in tree_leaves((arguments, named)):
+            if isinstance(given, Tensor) and given.untyped_storage().data_ptr() in self._forbidden:
+                raise UnrecordableError(f"{operation} reads the cache before the attention")
+        if not self._recorder.is_open:
+            self._recorder.open()
+        return operation(*arguments, **(named or {}))
+
+
+@contextmanager
+def _replaced(owner: object, name: str, replacement: Callable) -> Iterator[None]:
+    """Replaces a method of one object by `replacement(method, ...)`."""
+    setattr(owner, name, partial(replacement, getattr(owner, name)))
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def _layer_type(module: nn.Module) -> str | None:
+    types = getattr(module.config, "layer_types", None)
+    return types[module.layer_idx] if types else None
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own, which can be written to in and outside inference mode."""
+    with torch.inference_mode(False):
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)

@@ -1,0 +1,74 @@
+"""A tape: a decode step of a transformers model, as pieces of GPU work and calls between them.
+
+The stock forward pass runs once. Its work on the GPU is captured, except at two borders where it
+cannot be: the update of a layer's cache with the attention over it, and the experts. There the
+capture pauses, and the call runs as always:
+
+    [norm, q k v, rotary]  attention  [o, norm, router]  experts  [norm, ...]  ...  [output head]
+
+Later steps replay the captured pieces and repeat the calls. Recurrent states are updated in place
+by the pieces.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fiddler_run.generation.cuda_graphs import Capture
+from fiddler_run.generation.recorder import Border, Recorder, Step, kept
+from fiddler_run.models.dispatched import DispatchedModel
+
+# attention functions are replaced for the whole process while one thread records
+RECORDING = threading.Lock()
+
+
+class Tape:
+    """A recorded step.
+
+    `states` [sequences, 1, hidden], the embedded tokens, and `positions` [sequences, 1] are its
+    inputs, to be filled before a replay.
+    """
+
+    def __init__(self, states: Tensor, positions: Tensor):
+        self.states = kept(states)
+        self.positions = kept(positions)
+        self._pieces: list[tuple[Capture, list[Border]]] = []
+        self._logits: Tensor | None = None
+
+    def record(
+        self, model: DispatchedModel, step: Step, make_capture: Callable[[], Capture]
+    ) -> Tensor:
+        """Runs a step and records it. Returns its logits.
+
+        Raises:
+            Exception: of many types, if it cannot be recorded.
+        """
+        recorder = Recorder(step, make_capture)
+        with RECORDING, recorder.installed(model):
+            recorder.open()
+            try:
+                self._logits = DispatchedModel.forward(
+                    model,
+                    inputs_embeds=self.states,
+                    position_ids=self.positions,
+                    past_key_values=step.cache,
+                    use_cache=True,
+                ).logits
+                recorder.close()
+            except BaseException:
+                recorder.abort()
+                raise
+        self._pieces = recorder.pieces
+        return self._logits.clone()
+
+    def replay(self, step: Step) -> Tensor:
+        """Runs the step again, with the current inputs. Returns its logits."""
+        for capture, borders in self._pieces:
+            capture.replay()
+            for border in borders:
+                border(step)
+        # a caller may keep its logits, which the next replay would overwrite
+        return self._logits.clone()

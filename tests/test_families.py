@@ -1,0 +1,152 @@
+"""Every family that transformers dispatches: the same answers as the stock model."""
+
+import copy
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from captures import record_on_any_device
+from conftest import DEMO, make_plan
+from families import FAMILIES, stock_model, tiny_config
+from transformers import PreTrainedModel
+
+from fiddler_run import load_model
+from fiddler_run.encodings.lossless12 import Lossless12
+from fiddler_run.models.config import ModelConfig
+from fiddler_run.models.experts import experts_modules
+from fiddler_run.models.measured import described
+from fiddler_run.plan.schema import Plan
+
+# run by default: of each kind of attention, cache and checkpoint at least one
+COMMON = (
+    "deepseek_v2",
+    "glm4_moe_lite",
+    "granitemoe",
+    "lfm2_moe",
+    "mimo_v2_flash",
+    "mixtral",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "aria_text",
+)
+WITHOUT_TAPES = ("minimax",)  # a cache of its own
+PROMPT = torch.tensor([[3, 17, 42, 5, 88, 23, 9, 31, 77, 12]])
+PADDED = {
+    "input_ids": torch.tensor([[0, 0, 0, 42, 5, 88], [7, 3, 17, 42, 11, 2]]),
+    "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]),
+}
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 767}
+ENCODINGS_OF_BFLOAT16 = ["bf16", *(["lossless12"] if Lossless12.available() else [])]
+ALL = [pytest.param(name, marks=() if name in COMMON else pytest.mark.slow) for name in FAMILIES]
+
+
+class Case:
+    """A family's stock model, and the same checkpoint run by a random plan."""
+
+    def __init__(self, model_type: str, folder: Path):
+        self.config = tiny_config(model_type)
+        self.stock = stock_model(self.config)
+        save(self.stock, folder)
+        self.ours, _ = load_model(random_plan(folder, model_type), folder)
+
+    def use_tapes(self, wanted: bool) -> None:
+        session = self.ours.session
+        session.make_capture = None
+        session.forget_decode()
+        if wanted:
+            record_on_any_device(self.ours)
+        else:
+            session.decode._make_capture = None
+
+    def generations(self, **arguments: object) -> list[torch.Tensor | type]:
+        """Both models' greedy tokens, or the type of what they raise."""
+        found = []
+        for model in (self.stock, self.ours):
+            try:
+                found.append(model.generate(**moved(arguments, model), **GREEDY).cpu())
+            except Exception as error:  # both must refuse alike
+                found.append(type(error))
+        return found
+
+
+def moved(arguments: dict, model: PreTrainedModel) -> dict:
+    """The arguments, with tensors on the model's device."""
+    return {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    for file in DEMO.glob("tokenizer*"):
+        shutil.copy(file, folder)
+
+
+def random_plan(
+    folder: Path, seed: str, dtype: str = "float32", encoding: str | None = None
+) -> Plan:
+    config = ModelConfig.read(folder / "config.json")
+    _, shape, _ = described(config, str(folder), dtype)
+    neurons = 64 if encoding == "lossless12" else 32
+    blocks = -(-shape.intermediate_size // neurons)
+    drawn = random.Random(seed)
+    resident = [
+        [drawn.randint(0, blocks) for _ in range(shape.num_experts)]
+        for _ in range(shape.num_layers)
+    ]
+    share = {1: drawn.random()}
+    return make_plan(shape, resident, neurons, share, encoding=encoding)
+
+
+@pytest.fixture(scope="module", params=ALL)
+def case(request, tmp_path_factory) -> Case:
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@torch.no_grad()
+def test_logits_match(case):
+    for inputs, valid in (({"input_ids": PROMPT}, ...), (PADDED, PADDED["attention_mask"].bool())):
+        expected = case.stock(**inputs).logits[valid]
+        found = case.ours(**moved(inputs, case.ours)).logits.cpu()[valid]
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("tapes", [False, True], ids=["forward", "tapes"])
+def test_tokens_match(case, tapes):
+    """Twice, because states are reset; with beams, padding and chunks, or both refuse them."""
+    case.use_tapes(tapes)
+    for inputs in (
+        {"input_ids": PROMPT},
+        {"input_ids": PROMPT[:, :7]},
+        {"input_ids": PROMPT, "num_beams": 3, "num_return_sequences": 2},
+        PADDED,
+        {"input_ids": PROMPT, "prefill_chunk_size": 4},
+    ):
+        stock, ours = case.generations(**inputs)
+        assert type(stock) is type(ours), (stock, ours)
+        if isinstance(stock, torch.Tensor):
+            assert torch.equal(stock, ours)
+    if tapes and case.config.model_type not in WITHOUT_TAPES:
+        assert case.ours.session.decode._tapes
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS_OF_BFLOAT16)
+@pytest.mark.parametrize("model_type", COMMON)
+@torch.no_grad()
+def test_experts_in_bfloat16_are_as_exact_as_stock(model_type, encoding, tmp_path):
+    stock = stock_model(tiny_config(model_type)).bfloat16()
+    save(stock, tmp_path)
+    ours, _ = load_model(random_plan(tmp_path, model_type, "bfloat16", encoding), tmp_path)
+    states = torch.randn(40, 64).bfloat16()
+    weights, index = torch.rand(40, 8).topk(2)
+    for one, other in zip(experts_modules(stock).values(), ours.experts_modules(), strict=True):
+        exact = copy.deepcopy(one).float()(states.float(), index, weights)
+        error = (one(states, index, weights.bfloat16()) - exact).norm()
+        found = other.planned(*(each.to(ours.device) for each in (states, index, weights)))
+        assert (found.cpu() - exact).norm() <= error
