@@ -94,8 +94,9 @@ def activation_of(module: nn.Module) -> Activation | None:
 
     It is tried on numbers, because families write the same one differently.
     """
-    gate = torch.linspace(-20, 20, 41, device="cpu").repeat(3, 1)
-    up = torch.tensor([-20.0, 1.0, 20.0], device="cpu")[:, None].expand_as(gate)
+    where = {"dtype": torch.float32, "device": "cpu"}
+    gate = torch.linspace(-20, 20, 41, **where).repeat(3, 1)
+    up = torch.tensor([-20.0, 1.0, 20.0], **where)[:, None].expand_as(gate)
     if not module.has_gate:
         return RELU2 if torch.allclose(module.act_fn(gate), relu(gate).square()) else None
     found = module._apply_gate(torch.cat((gate, up), dim=-1))
