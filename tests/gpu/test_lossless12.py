@@ -15,20 +15,23 @@ from fiddler_run.kernels.table import kernels_for
 from gpu.conftest import CUDA, assert_layer_matches, page_locked
 
 BLOCKS = Lossless12(hidden_size=256, block_neurons=192)
+LONG_BLOCKS = Lossless12(hidden_size=320, block_neurons=1344)  # longer than a tile of the kernels
 EXPERTS = 3
-INTERMEDIATE = 4 * BLOCKS.block_neurons
 SLOTS = 3
 
 
-def packed(outliers: float) -> tuple[list[tuple[torch.Tensor, ...]], list[torch.Tensor], list]:
+def packed(
+    outliers: float, encoding: Lossless12 = BLOCKS
+) -> tuple[list[tuple[torch.Tensor, ...]], list[torch.Tensor], list]:
     """Experts' matrices, their blocks in page-locked memory, and what the blocks refer to.
 
     `outliers`: the part of weights that are far smaller than others.
     """
-    hidden = BLOCKS.hidden_size
-    sizes = (INTERMEDIATE, hidden), (INTERMEDIATE, hidden), (hidden, INTERMEDIATE)
+    hidden = encoding.hidden_size
+    intermediate = 4 * encoding.block_neurons
+    sizes = (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
     experts = []
-    stored = page_locked(torch.empty(4 * EXPERTS, BLOCKS.block_bytes, dtype=torch.uint8)).split(4)
+    stored = page_locked(torch.empty(4 * EXPERTS, encoding.block_bytes, dtype=torch.uint8)).split(4)
     referred = []
     for blocks in stored:
         matrices = []
@@ -37,7 +40,7 @@ def packed(outliers: float) -> tuple[list[tuple[torch.Tensor, ...]], list[torch.
             weights[torch.rand(size) < outliers] *= 1e-6
             matrices.append(weights.bfloat16())
         experts.append(tuple(matrices))
-        referred += BLOCKS.encode(blocks, *matrices, 0)
+        referred += encoding.encode(blocks, *matrices, 0)
     return experts, list(stored), referred
 
 
@@ -53,12 +56,13 @@ def test_blocks_are_unpacked_bit_for_bit(outliers):
             assert torch.equal(found.cpu().view(torch.int16), expected.view(torch.int16))
 
 
+@pytest.mark.parametrize("encoding", [BLOCKS, LONG_BLOCKS], ids=lambda each: each.block_neurons)
 @pytest.mark.parametrize("outliers", [1e-3, 0.1])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 33, 130, 300])
-def test_layer_matches_float64(tokens, outliers):
+def test_layer_matches_float64(tokens, outliers, encoding):
     torch.manual_seed(tokens)
-    experts, stored, referred = packed(outliers)
-    states = torch.randn(tokens, BLOCKS.hidden_size).bfloat16()
+    experts, stored, referred = packed(outliers, encoding)
+    states = torch.randn(tokens, encoding.hidden_size).bfloat16()
     index = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(tokens)])
     weights = torch.rand(tokens, 2).softmax(dim=1)
     expected = torch.zeros(states.shape, dtype=torch.float64)
@@ -68,7 +72,7 @@ def test_layer_matches_float64(tokens, outliers):
             gate, up, down = (matrix.double() for matrix in experts[expert])
             products = torch.nn.functional.silu(gate @ state) * (up @ state)
             expected[token] += weight * (down @ products)
-    engine = make_engine(BLOCKS, CUDA, threads=2, slots=SLOTS)
+    engine = make_engine(encoding, CUDA, threads=2, slots=SLOTS)
     assert engine.resources.kernels.decode is not None
     inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
     splits = ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5))

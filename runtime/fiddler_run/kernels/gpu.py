@@ -18,12 +18,16 @@ from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.kernels import triton_kernels as kernels
 from fiddler_run.kernels import triton_lossless12 as packed_kernels
 from fiddler_run.kernels.decode_layer import GPU_TIMEOUT_S
+from fiddler_run.kernels.launch import (
+    STAGES,
+    TILE_NEURONS,
+    TILE_ROWS,
+    down_options,
+    gate_up_options,
+    tile_tokens,
+    width_of,
+)
 
-TILE_NEURONS = 32
-TILE_ROWS = 16
-TILE_WIDTH = 128
-# Loads in flight by tokens of a tile; these fit 99 KB of shared memory.
-STAGES = {16: 4, 32: 3, 64: 2}
 PIECE = 512  # table entries copied by one program
 ADDED = 1024  # elements added by one program
 
@@ -96,7 +100,7 @@ class GpuKernels:
             inputs_ready,
             job,
             HIDDEN=hidden,
-            WIDTH=_width(hidden, most=1024),
+            WIDTH=width_of(hidden, most=1024),
             TOP_K=top_k,
             CHOICES=triton.next_power_of_2(top_k),
             num_warps=4,
@@ -147,13 +151,12 @@ class GpuKernels:
         tokens, hidden = hidden_states.shape
         top_k = weights.shape[1]
         neurons = self.block_format.block_neurons
-        tile_tokens = min(max(STAGES), max(min(STAGES), triton.next_power_of_2(tokens)))
-        tiles = triton.cdiv(tokens, tile_tokens)
-        products = hidden_states.new_empty((max_blocks, tiles * tile_tokens, neurons))
+        at_once = tile_tokens(tokens)
+        tiles = triton.cdiv(tokens, at_once)
+        products = hidden_states.new_empty((max_blocks, tiles * at_once, neurons))
         results = hidden_states.new_empty((tokens, top_k, hidden), dtype=torch.float32)
-        shape = {"HIDDEN": hidden, "NEURONS": neurons, "TOP_K": top_k, "TOKENS": tile_tokens}
+        shape = {"HIDDEN": hidden, "NEURONS": neurons, "TOP_K": top_k, "TOKENS": at_once}
         shape |= self._layout
-        launch = {"num_warps": 4, "num_stages": STAGES[tile_tokens]}
         self._block_kernels.gate_up[max_blocks * (neurons // TILE_NEURONS), tiles](
             table,
             max_blocks,
@@ -161,9 +164,7 @@ class GpuKernels:
             hidden_states,
             products,
             **shape,
-            TILE=TILE_NEURONS,
-            WIDTH=_width(hidden),
-            **launch,
+            **gate_up_options(self.block_format, at_once),
         )
         self._block_kernels.down[hidden // TILE_ROWS, num_experts, tiles](
             table,
@@ -173,9 +174,7 @@ class GpuKernels:
             weights,
             results,
             **shape,
-            TILE=TILE_ROWS,
-            WIDTH=_width(neurons),
-            **launch,
+            **down_options(self.block_format, at_once),
         )
         return results
 
@@ -201,7 +200,7 @@ class GpuKernels:
         """
         output = torch.empty_like(like)
         tokens, hidden = like.shape
-        width = _width(hidden, most=1024)
+        width = width_of(hidden, most=1024)
         self.wait(output_ready, gave_up, job)
         kernels.combine[tokens, hidden // width](
             results,
@@ -238,13 +237,8 @@ class GpuKernels:
             HIDDEN=hidden,
             NEURONS=neurons,
             TILE=TILE_ROWS,
-            HIDDEN_WIDTH=_width(hidden),
-            NEURONS_WIDTH=_width(neurons),
+            HIDDEN_WIDTH=width_of(hidden),
+            NEURONS_WIDTH=width_of(neurons),
             **self._layout,
         )
         return gate_up, down
-
-
-def _width(length: int, most: int = TILE_WIDTH) -> int:
-    """The largest power of two up to `most` that divides `length`."""
-    return min(most, length & -length)
