@@ -67,7 +67,7 @@ class PrefillPath:
         output = DevicePart(resources, hidden_states, top_k_index, top_k_weights).compute(calls)
         if cpu_output is not None:
             self._wait_for_cpu(calls)
-            self._add(cpu_output, output)
+            output += cpu_output.to(resources.device, non_blocking=True)
         resources.timeline.end(Lane.PYTHON, Work.QUEUE)
         return output.to(hidden_states.dtype)
 
@@ -97,13 +97,6 @@ class PrefillPath:
         output = self._resources.buffers.output(host_states.shape)
         self._resources.jobs.submit(for_cpu, host_states, output)
         return output
-
-    def _add(self, cpu_output: torch.Tensor, output: torch.Tensor) -> None:
-        resources = self._resources
-        if resources.kernels.decode is not None:
-            resources.kernels.decode.add_from_host(output, cpu_output)
-        else:
-            output += cpu_output.to(resources.device, non_blocking=True)
 
     def _wait_for_cpu(self, calls: list[ExpertCall]) -> None:
         resources = self._resources

@@ -29,7 +29,6 @@ from fiddler_run.kernels.launch import (
 )
 
 PIECE = 512  # table entries copied by one program
-ADDED = 1024  # elements added by one program
 
 
 def supports(block_format: Encoding) -> bool:
@@ -73,7 +72,6 @@ class GpuKernels:
             results = self.expert_gemv(table, 1, 1, states, weights)
             cpu_output = torch.zeros((tokens, hidden), pin_memory=True)
             self.combine(results, index, 1, cpu_output, flag, gave_up, 0, states)
-            self.add_from_host(torch.zeros_like(cpu_output, device="cuda"), cpu_output)
         if self.block_format.decoded_bytes:
             self.unpack(block)
         torch.cuda.synchronize()
@@ -213,15 +211,6 @@ class GpuKernels:
             CHOICES=results.shape[1],
         )
         return output
-
-    def add_from_host(self, output: torch.Tensor, cpu_output: torch.Tensor) -> None:
-        """Adds `cpu_output`, page-locked, to `output`; both float32, contiguous, of one shape.
-
-        The GPU reads it in place. A copy would wait for all copies of blocks that are queued.
-        """
-        size = output.numel()
-        pieces = triton.cdiv(size, ADDED)
-        kernels.add_from_host[pieces,](output, cpu_output, size, WIDTH=ADDED, num_warps=4)
 
     def unpack(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Lossless12.decode`, for blocks uint8 [count, block_bytes] on a GPU."""
