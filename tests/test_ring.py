@@ -42,7 +42,7 @@ def test_streamed_blocks_are_computed_before_resident_ones():
         return values.sum() * states
 
     kernels = Kernels(PyTorchExperts(encoding), None, apply)
-    resources = Resources(encoding, kernels, CPU, 4)
+    resources = Resources(encoding, kernels, CPU, 6)
     states = torch.ones(3, 2)
     part = DevicePart(resources, states, torch.tensor([[0, 1]] * 3), torch.ones(3, 2))
     output = part.compute(calls)
@@ -79,7 +79,7 @@ def test_ring_yields_the_requested_pieces_after_any_prefetch(slots):
 
 def test_ring_works_after_an_interrupt():
     blocks = numbered_blocks()
-    ring = StagingRing(4, BLOCK_BYTES, CPU)
+    ring = StagingRing(6, BLOCK_BYTES, CPU)
     timeline = Timeline(CPU)
     pieces = list(blocks.split(2))
 

@@ -16,7 +16,7 @@ LIBRARY_WORKSPACE_BYTES = 2**28
 ALLOCATOR_SLACK = 1.1
 # the GPU maps page-locked memory with 8 bytes per 4 KiB; measured: 140.5 MB for 72 GB
 PINNED_BYTES_PER_GPU_BYTE = 512
-STAGED_BLOCKS = 8  # the GPU reads one half while the other half arrives
+STAGED_BLOCKS = 12  # the GPU reads a third while the others arrive
 PREFILL_CHUNKS = (256, 512, 1024, 2048, 4096)
 
 

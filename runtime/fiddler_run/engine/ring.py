@@ -8,6 +8,9 @@ import torch
 
 from fiddler_run.engine.timeline import Lane, Timeline, Work
 
+# The device reads one place while blocks arrive in the others. With two, the link would be idle
+# between layers.
+PLACES = 3
 # blocks on the device, and the event after which they are there
 Staged = tuple[torch.Tensor, "torch.cuda.Event | None"]
 
@@ -19,27 +22,33 @@ class StagingRing:
     """
 
     def __init__(self, num_blocks: int, block_bytes: int, device: torch.device):
-        """Allocates room for `num_blocks` blocks: two places, or one if it is a single block."""
+        """Allocates room for `num_blocks` blocks: PLACES equal places, or places of one block."""
         self.blocks = torch.empty((num_blocks, block_bytes), dtype=torch.uint8, device=device)
         self.copy_stream = None
         if device.type == "cuda":
             self.copy_stream = torch.cuda.Stream(device)
             # the memory may have earlier users
             self.copy_stream.wait_stream(torch.cuda.current_stream(device))
-        self.at_once = max(1, num_blocks // 2)  # the device reads one half while the other arrives
-        self._places = deque(self.blocks.split(self.at_once)[: num_blocks // self.at_once])
+        self.at_once = max(1, num_blocks // PLACES)
+        places = min(num_blocks, PLACES)
+        self._places = deque(self.blocks.split(self.at_once)[:places])
         self._free: dict[int, torch.cuda.Event] = {}  # by address: done when the last reader is
         self._prefetched: deque[tuple[torch.Tensor, Staged]] = deque()
 
     def prefetch(self, pieces: list[torch.Tensor], timeline: Timeline) -> None:
         """Starts to copy the first pieces that the next `stream` will probably need.
 
-        The previous stream must have ended.
+        The previous stream must have ended. All pieces but the first wait for the device's queued
+        work. Otherwise, a copy in that work would wait for all pieces.
         """
         self._places.rotate(len(self._take_prefetched()))
-        self._prefetched = deque(
-            (piece, self.copy(piece, timeline)) for piece in pieces[: len(self._places)]
-        )
+        queued = None
+        if self.copy_stream is not None:
+            queued = torch.cuda.current_stream(self.blocks.device).record_event()
+        for piece in pieces[: len(self._places)]:
+            if queued is not None and self._prefetched:
+                self.copy_stream.wait_event(queued)  # a second time, it changes nothing
+            self._prefetched.append((piece, self.copy(piece, timeline)))
 
     def stream(self, pieces: list[torch.Tensor], timeline: Timeline) -> "Stream":
         """Starts to copy `pieces`, each uint8 [1 to at_once, block_bytes].
