@@ -64,7 +64,7 @@ def test_streamed_blocks_are_computed_before_resident_ones():
         return values.sum() * states
 
     kernels = Kernels(PyTorchExperts(encoding), None, apply)
-    resources = Resources(encoding, kernels, CPU, 4)
+    resources = Resources(encoding, kernels, CPU, 6)
     inputs = torch.ones(3, 2), torch.tensor([[0, 1]] * 3), torch.ones(3, 2)
     stream = resources.ring.stream(calls.runs(), resources.timeline)
     part = SinglePart(resources, calls, inputs)
@@ -104,7 +104,7 @@ def test_ring_delivers_the_requested_blocks_after_any_prefetch(slots):
 def test_prefetched_blocks_are_not_copied_again():
     """Even if the next layer streams fewer blocks of one run, and more of another."""
     blocks = numbered_blocks()
-    ring = StagingRing(8, BLOCK_BYTES, CPU)
+    ring = StagingRing(12, BLOCK_BYTES, CPU)
     timeline = Timeline(CPU)
     ring.prefetch(runs_of([blocks[:3], blocks[5:8], blocks[10:14]]), timeline)
     asked = runs_of([blocks[:2], blocks[5:9], blocks[10:11], blocks[15:16]])
@@ -119,7 +119,7 @@ def test_prefetched_blocks_are_not_copied_again():
 
 def test_ring_works_after_an_interrupt():
     blocks = numbered_blocks()
-    ring = StagingRing(4, BLOCK_BYTES, CPU)
+    ring = StagingRing(6, BLOCK_BYTES, CPU)
     timeline = Timeline(CPU)
     runs = list(blocks.split(3))
 

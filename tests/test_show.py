@@ -16,7 +16,7 @@ from fiddler_run.system import files
 
 FILES = {
     "plans/rtx4090.yaml": [
-        "expert blocks (27.1%) on the GPU, the equivalent of 69.4 of 256 experts",
+        "expert blocks (27.0%) on the GPU, the equivalent of 69.1 of 256 experts",
         "│ 31    │",
         "made on",
         "fiddler-opt plan --machine",

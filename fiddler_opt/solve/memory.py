@@ -16,11 +16,11 @@ LIBRARY_WORKSPACE_BYTES = 2**28
 ALLOCATOR_SLACK = 1.1
 # the GPU maps page-locked memory with 8 bytes per 4 KiB; measured: 140.5 MB for 72 GB
 PINNED_BYTES_PER_GPU_BYTE = 512
-# The staging ring, of which the GPU reads one half while the other half arrives: at least
+# The staging ring, of which the GPU reads a third while blocks arrive in the others: at least
 # STAGED_BLOCKS, and up to STAGED_BYTES of the blocks of small experts, but no more than a part of a
-# layer's. A half must take the link longer than Python takes to queue it.
-STAGED_BLOCKS = 8
-STAGED_BYTES = 64_000_000
+# layer's. A third must take the link longer than Python takes to queue it.
+STAGED_BLOCKS = 12
+STAGED_BYTES = 96_000_000
 STAGED_PART_OF_LAYER = 16
 PREFILL_CHUNKS = (256, 512, 1024, 2048, 4096)
 

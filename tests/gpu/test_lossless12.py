@@ -6,7 +6,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from activations import exact_glu, with_each_activation
+from activations import ACTIVATIONS, exact_glu
 
 from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.engine.engine import make_engine
@@ -14,23 +14,27 @@ from fiddler_run.kernels.gpu import GpuKernels
 from fiddler_run.kernels.limits import MAX_DECODED_BLOCKS
 from fiddler_run.kernels.pytorch import apply_blocks
 from fiddler_run.kernels.table import kernels_for
+from fiddler_run.plan.activation import SILU
 from gpu.conftest import CUDA, assert_layer_matches, page_locked
 
 BLOCKS = Lossless12(hidden_size=256, block_neurons=192)
+LONG_BLOCKS = Lossless12(hidden_size=320, block_neurons=1344)  # longer than a tile of the kernels
 EXPERTS = 3
-INTERMEDIATE = 4 * BLOCKS.block_neurons
 SLOTS = 3
 
 
-def packed(outliers: float) -> tuple[list[tuple[torch.Tensor, ...]], list[torch.Tensor], list]:
+def packed(
+    outliers: float, encoding: Lossless12 = BLOCKS
+) -> tuple[list[tuple[torch.Tensor, ...]], list[torch.Tensor], list]:
     """Experts' matrices, their blocks in page-locked memory, and what the blocks refer to.
 
     `outliers`: the part of weights that are far smaller than others.
     """
-    hidden = BLOCKS.hidden_size
-    sizes = (INTERMEDIATE, hidden), (INTERMEDIATE, hidden), (hidden, INTERMEDIATE)
+    hidden = encoding.hidden_size
+    intermediate = 4 * encoding.block_neurons
+    sizes = (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
     experts = []
-    stored = page_locked(torch.empty(4 * EXPERTS, BLOCKS.block_bytes, dtype=torch.uint8)).split(4)
+    stored = page_locked(torch.empty(4 * EXPERTS, encoding.block_bytes, dtype=torch.uint8)).split(4)
     referred = []
     for blocks in stored:
         matrices = []
@@ -39,7 +43,7 @@ def packed(outliers: float) -> tuple[list[tuple[torch.Tensor, ...]], list[torch.
             weights[torch.rand(size) < outliers] *= 1e-6
             matrices.append(weights.bfloat16())
         experts.append(tuple(matrices))
-        referred += BLOCKS.encode(blocks, *matrices, 0)
+        referred += encoding.encode(blocks, *matrices, 0)
     return experts, list(stored), referred
 
 
@@ -55,13 +59,16 @@ def test_blocks_are_unpacked_bit_for_bit(outliers):
             assert torch.equal(found.cpu().view(torch.int16), expected.view(torch.int16))
 
 
-@with_each_activation
+@pytest.mark.parametrize(
+    ("encoding", "activation"),
+    [*((BLOCKS, each) for each in ACTIVATIONS.values()), (LONG_BLOCKS, SILU)],
+)
 @pytest.mark.parametrize("outliers", [1e-3, 0.1])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 33, 130, 300])
-def test_layer_matches_float64(tokens, outliers, activation):
+def test_layer_matches_float64(tokens, outliers, encoding, activation):
     torch.manual_seed(tokens)
-    experts, stored, referred = packed(outliers)
-    states = torch.randn(tokens, BLOCKS.hidden_size).bfloat16()
+    experts, stored, referred = packed(outliers, encoding)
+    states = torch.randn(tokens, encoding.hidden_size).bfloat16()
     index = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(tokens)])
     weights = torch.rand(tokens, 2).softmax(dim=1)
     expected = torch.zeros(states.shape, dtype=torch.float64)
@@ -71,7 +78,7 @@ def test_layer_matches_float64(tokens, outliers, activation):
             gate, up, down = (matrix.double() for matrix in experts[expert])
             products = exact_glu(activation, gate @ state, up @ state)
             expected[token] += weight * (down @ products)
-    engine = make_engine(BLOCKS, CUDA, threads=2, slots=SLOTS, activation=activation)
+    engine = make_engine(encoding, CUDA, threads=2, slots=SLOTS, activation=activation)
     assert engine.resources.kernels.decode is not None
     inputs = [tensor.to(CUDA) for tensor in (states, index, weights)]
     splits = ((0, 0.0), (0, 1.0), (4, 0.0), (1, 0.4), (2, 0.5))

@@ -35,8 +35,8 @@ class DevicePart(Protocol):
         """The layer's output [tokens, hidden], in the states' dtype.
 
         Args:
-            receive: queues a wait for the CPU's part and returns it, float32 in host memory. None
-                if there is none.
+            receive: queues a wait for the CPU's part and its copy, and returns it, float32 on the
+                device. None if there is none.
         """
 
 
@@ -192,11 +192,7 @@ class SinglePart:
             output.index_add_(0, self._rows[tokens], total * self._weights[tokens])
         cpu_output = receive()
         if cpu_output is not None:
-            kernels = self._resources.kernels.decode
-            if kernels is not None:
-                kernels.add_from_host(output, cpu_output)
-            else:
-                output += cpu_output.to(output.device, non_blocking=True)
+            output += cpu_output
         return output.to(self._hidden_states.dtype)
 
     def _tokens(self, call: int) -> slice:

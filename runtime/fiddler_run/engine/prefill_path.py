@@ -69,15 +69,16 @@ class PrefillPath:
         stream = ring.stream(calls.runs(), timeline) if ring else None
         part = device_part(resources, calls, inputs, stream.pieces if stream else [])
         queue(part, stream, resources)
-        if next_runs is not None and ring is not None and ring.copy_stream is not None:
-            ring.prefetch(next_runs, timeline)
 
         def receive() -> torch.Tensor | None:
-            if cpu_output is not None:
-                self._wait_for_cpu(calls)
-            return cpu_output
+            if cpu_output is None:
+                return None
+            self._wait_for_cpu(calls)
+            return cpu_output.to(resources.device, non_blocking=True)
 
         output = part.output(receive)
+        if next_runs is not None and ring is not None and ring.copy_stream is not None:
+            ring.prefetch(next_runs, timeline)
         timeline.end(Lane.PYTHON, Work.QUEUE)
         return output
 

@@ -12,6 +12,10 @@ import torch
 from fiddler_run.engine.calls import Runs
 from fiddler_run.engine.timeline import Lane, Timeline, Work
 
+# The device reads one place while blocks arrive in the others. With two, the link would be idle
+# between layers.
+PLACES = 3
+
 
 class Part(NamedTuple):
     """`count` blocks of one run, from its block `first` on. In the place they begin at `slot`."""
@@ -46,15 +50,15 @@ class StagingRing:
     """
 
     def __init__(self, num_blocks: int, block_bytes: int, device: torch.device):
-        """Allocates room for `num_blocks` blocks: two places, or one if it is a single block."""
+        """Allocates room for `num_blocks` blocks: PLACES equal places, or places of one block."""
         self.blocks = torch.empty((num_blocks, block_bytes), dtype=torch.uint8, device=device)
         self.copy_stream = None
         if device.type == "cuda":
             self.copy_stream = torch.cuda.Stream(device)
             # the memory may have earlier users
             self.copy_stream.wait_stream(torch.cuda.current_stream(device))
-        self.at_once = max(1, num_blocks // 2)  # the device reads one half while the other arrives
-        self._places = self.blocks.split(self.at_once)[: num_blocks // self.at_once]
+        self.at_once = max(1, num_blocks // PLACES)
+        self._places = self.blocks.split(self.at_once)[: min(num_blocks, PLACES)]
         self._order = deque(range(len(self._places)))  # the place released last comes last
         self._released: dict[int, torch.cuda.Event] = {}  # by place: done when the last reader is
         self._prefetched: list[tuple[Piece, list[int]]] = []  # with the addresses of their runs
@@ -62,12 +66,18 @@ class StagingRing:
     def prefetch(self, runs: Runs, timeline: Timeline) -> None:
         """Starts to copy the first of the runs that the next `stream` will probably need.
 
-        The previous stream must have ended.
+        The previous stream must have ended. All pieces but the first wait for the device's queued
+        work. Otherwise, a copy in that work would wait for all pieces.
         """
         self._prefetched = []
+        queued = None
+        if self.copy_stream is not None:
+            queued = torch.cuda.current_stream(self.blocks.device).record_event()
         packed = _packed(runs.counts, [0] * len(runs), self.at_once)
         for number, parts in zip(list(self._order), packed, strict=False):
             piece = Piece(number, self._places[number], parts)
+            if queued is not None and self._prefetched:
+                self.copy_stream.wait_event(queued)  # a second time, it changes nothing
             self.copy(runs, piece, timeline)
             addresses = [runs.blocks[part.run].data_ptr() for part in parts]
             self._prefetched.append((piece, addresses))

@@ -13,10 +13,10 @@ import triton
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.kernels import triton_kernels as kernels
 from fiddler_run.kernels.decode_layer import GPU_TIMEOUT_S
-from fiddler_run.kernels.table_kernels import TILE_NEURONS, TableKernels, width
+from fiddler_run.kernels.launch import TILE_NEURONS, width_of
+from fiddler_run.kernels.table_kernels import TableKernels
 
 PIECE = 512  # table entries copied by one program
-ADDED = 1024  # elements added by one program
 CHOICES = 16  # a token's choices that a program loads at once
 COMBINED = 256  # columns combined by one program
 
@@ -51,7 +51,6 @@ class GpuKernels(TableKernels):
         cpu_output = torch.zeros((1, hidden), pin_memory=True)
         for each in (cpu_output, None):
             self.combine(results, index, 1, each, states)
-        self.add_from_host(results.view(1, hidden), cpu_output)
         self.compile_blocks()
         torch.cuda.synchronize()
 
@@ -77,7 +76,7 @@ class GpuKernels(TableKernels):
             job,
             tensors[1].shape[1],
             HIDDEN=hidden,
-            WIDTH=width(hidden, most=1024),
+            WIDTH=width_of(hidden, most=1024),
             CHOICES=CHOICES,
             num_warps=4,
         )
@@ -136,7 +135,7 @@ class GpuKernels(TableKernels):
         """
         output = torch.empty_like(like)
         tokens, hidden = like.shape
-        combined = width(hidden, COMBINED)
+        combined = width_of(hidden, COMBINED)
         kernels.combine[tokens, hidden // combined](
             results,
             index,
@@ -149,12 +148,3 @@ class GpuKernels(TableKernels):
             CHOICES=CHOICES,
         )
         return output
-
-    def add_from_host(self, output: torch.Tensor, cpu_output: torch.Tensor) -> None:
-        """Adds `cpu_output`, page-locked, to `output`; both float32, contiguous, of one shape.
-
-        The GPU reads it in place. A copy would wait for all copies of blocks that are queued.
-        """
-        size = output.numel()
-        pieces = triton.cdiv(size, ADDED)
-        kernels.add_from_host[pieces,](output, cpu_output, size, WIDTH=ADDED, num_warps=4)

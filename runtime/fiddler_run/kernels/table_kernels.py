@@ -13,17 +13,19 @@ from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.kernels import triton_kernels as kernels
 from fiddler_run.kernels import triton_lossless12 as packed_kernels
 from fiddler_run.kernels.block_table import Launch, table_size
+from fiddler_run.kernels.launch import (
+    STAGES,
+    TILE_ROWS,
+    WIDE_STAGES,
+    down_options,
+    gate_up_options,
+    tile_tokens,
+    wide_down_options,
+    wide_gate_up_options,
+    width_of,
+)
 from fiddler_run.kernels.limits import MAX_TOKEN_BLOCKS
 from fiddler_run.plan.activation import SILU, Activation
-
-TILE_NEURONS = 32
-TILE_ROWS = 16
-TILE_WIDTH = 128
-# Loads in flight by tokens of a tile; these fit 99 KB of shared memory.
-STAGES = {16: 4, 32: 3, 64: 2}
-# Prefill: neurons, rows and columns of a tile. The tensor cores multiply 64 rows at once.
-WIDE_TILE = 64
-WIDE_STAGES = {16: 4, 64: 3}
 
 
 class TableKernels:
@@ -58,13 +60,13 @@ class TableKernels:
         """
         tokens, hidden = hidden_states.shape
         neurons = self.block_format.block_neurons
-        tile_tokens = min(max(STAGES), max(min(STAGES), triton.next_power_of_2(tokens)))
-        tiles = triton.cdiv(tokens, tile_tokens)
-        products = hidden_states.new_empty((max_blocks, tiles * tile_tokens, neurons))
+        at_once = tile_tokens(tokens)
+        tiles = triton.cdiv(tokens, at_once)
+        products = hidden_states.new_empty((max_blocks, tiles * at_once, neurons))
         results = hidden_states.new_empty((*weights.shape, hidden), dtype=torch.float32)
-        shape = self._sizes | self._layout | {"TOKENS": tile_tokens}
-        stages = STAGES[tile_tokens]
-        self._block_kernels.gate_up[max_blocks * (neurons // TILE_NEURONS), tiles](
+        shape = self._sizes | self._layout | {"TOKENS": at_once}
+        options = gate_up_options(self.block_format, at_once)
+        self._block_kernels.gate_up[max_blocks * (neurons // options["TILE"]), tiles](
             table,
             max_blocks,
             max_groups,
@@ -74,10 +76,7 @@ class TableKernels:
             products,
             **shape,
             **self._activation,
-            TILE=TILE_NEURONS,
-            WIDTH=width(hidden),
-            num_warps=4,
-            num_stages=stages,
+            **options,
         )
         self._block_kernels.down[hidden // TILE_ROWS, max_groups, tiles](
             table,
@@ -89,11 +88,8 @@ class TableKernels:
             weights,
             results,
             **shape,
-            TILE=TILE_ROWS,
-            WIDTH=width(neurons),
             ADD=False,
-            num_warps=4,
-            num_stages=self._down_stages(stages),
+            **down_options(self.block_format, at_once),
         )
         return results
 
@@ -120,10 +116,10 @@ class TableKernels:
         hidden = hidden_states.shape[1]
         neurons = self.block_format.block_neurons
         shape = self._sizes | self._layout | {"TOKENS": group_tokens}
-        stages = WIDE_STAGES[group_tokens]
-        tile = width(neurons, WIDE_TILE)
+        gate_up = wide_gate_up_options(self.block_format, group_tokens)
+        down = wide_down_options(self.block_format, group_tokens)
         products = hidden_states.new_empty((launch.num_blocks, group_tokens, neurons))
-        self._block_kernels.gate_up[launch.num_blocks * (neurons // tile),](
+        self._block_kernels.gate_up[launch.num_blocks * (neurons // gate_up["TILE"]),](
             table,
             num_blocks,
             num_groups,
@@ -133,12 +129,9 @@ class TableKernels:
             products,
             **shape,
             **self._activation,
-            TILE=tile,
-            WIDTH=width(hidden, WIDE_TILE),
-            num_warps=4,
-            num_stages=stages,
+            **gate_up,
         )
-        self._block_kernels.down[hidden // WIDE_TILE, launch.num_groups](
+        self._block_kernels.down[hidden // down["TILE"], launch.num_groups](
             table,
             num_blocks,
             num_groups,
@@ -148,11 +141,8 @@ class TableKernels:
             weights,
             results,
             **shape,
-            TILE=WIDE_TILE,
-            WIDTH=width(neurons, WIDE_TILE),
             ADD=True,
-            num_warps=4,
-            num_stages=self._down_stages(stages),
+            **down,
         )
 
     def group_tokens(self, tokens: float) -> int:
@@ -173,13 +163,6 @@ class TableKernels:
         of_each = 4 * (4 * neurons + 2 * self.block_format.hidden_size)
         return max(1, MAX_TOKEN_BLOCKS * of_each // (2 * neurons * group_tokens))
 
-    def _down_stages(self, stages: int) -> int:
-        """Stages of the pipeline that keep as many loads in flight in `down` as in `gate_up`.
-
-        In bf16, half of them load the addresses of the blocks.
-        """
-        return stages if self._block_kernels is packed_kernels else 2 * stages - 1
-
     def unpack(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Lossless12.decode`, for blocks uint8 [count, block_bytes] on a GPU."""
         hidden, neurons = self.block_format.hidden_size, self.block_format.block_neurons
@@ -193,8 +176,8 @@ class TableKernels:
             down,
             BLOCK_BYTES=self.block_format.block_bytes,
             TILE=TILE_ROWS,
-            HIDDEN_WIDTH=width(hidden),
-            NEURONS_WIDTH=width(neurons),
+            HIDDEN_WIDTH=width_of(hidden),
+            NEURONS_WIDTH=width_of(neurons),
             **self._sizes,
             **self._layout,
         )
@@ -216,8 +199,3 @@ class TableKernels:
                 self.expert_gemm(table, 1, 1, launch, tokens, states, weights, results)
         if self.block_format.decoded_bytes:
             self.unpack(block)
-
-
-def width(length: int, most: int = TILE_WIDTH) -> int:
-    """The largest power of two up to `most` that divides `length`."""
-    return min(most, length & -length)

@@ -202,12 +202,3 @@ def combine(
         at = results + chosen[:, None] * HIDDEN + column[None, :]
         total += tl.sum(tl.load(at, mask=exists[:, None], other=0.0), axis=0)
     tl.store(output + token * HIDDEN + column, total.to(output.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["size"])
-def add_from_host(output, addend, size, WIDTH: tl.constexpr):
-    """output[i] += addend[i], for WIDTH elements. `addend` is in page-locked memory."""
-    at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    exists = at < size
-    total = tl.load(output + at, mask=exists) + tl.load(addend + at, mask=exists, volatile=True)
-    tl.store(output + at, total, mask=exists)

@@ -12,15 +12,25 @@ from fiddler_run.kernels.triton_kernels import _store, _tile
 
 
 @triton.jit
+def _bytes(rows, start, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
+    """WIDTH bytes of rows of LENGTH bytes from `start` on, and zeros after their ends."""
+    place = start + tl.arange(0, WIDTH)
+    at = tl.multiple_of(rows[:, None] + place[None, :], [16, 16])
+    if LENGTH % WIDTH == 0:
+        loaded = tl.load(at)
+    else:
+        loaded = tl.load(at, mask=place[None, :] < LENGTH, other=0)
+    return loaded
+
+
+@triton.jit
 def _bits(rows, base, start, LENGTH: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
     """The bits of WIDTH weights of rows [TILE] from `start` on, by place, without escapes.
 
     `rows` are the rows' addresses. Each byte is loaded once, also over a link.
     """
-    lows = tl.load(tl.multiple_of(rows[:, None] + start + tl.arange(0, WIDTH)[None, :], [16, 16]))
-    code = tl.arange(0, WIDTH // 2)
-    at = rows[:, None] + LENGTH + start // 2 + code[None, :]
-    codes = tl.load(tl.multiple_of(at, [16, 16]))
+    lows = _bytes(rows, start, LENGTH, WIDTH)
+    codes = _bytes(rows + LENGTH, start // 2, LENGTH // 2, WIDTH // 2)
     codes = tl.reshape(codes, (TILE, WIDTH // 64, 1, 32))
     codes = tl.broadcast_to(codes, (TILE, WIDTH // 64, 2, 32))
     codes = tl.reshape(codes, (TILE, WIDTH)).to(tl.int32)
@@ -46,10 +56,14 @@ def _multiplied(total, rows, base, x, exists, LENGTH: tl.constexpr, WIDTH: tl.co
     `rows` are the rows' addresses, `x` [TOKENS] the tokens' activations.
     """
     x_at = x[None, :] + _columns(WIDTH)[:, None]
+    place = tl.arange(0, WIDTH)
     for start in range(0, LENGTH, WIDTH):
         bits = _bits(rows, base, start, LENGTH, WIDTH, TILE)
         weights = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        total = tl.dot(weights, tl.load(x_at + start, mask=exists[None, :], other=0.0), total)
+        needed = exists[None, :]
+        if LENGTH % WIDTH != 0:
+            needed = needed & (start + place < LENGTH)[:, None]
+        total = tl.dot(weights, tl.load(x_at + start, mask=needed, other=0.0), total)
     return total
 
 
