@@ -74,10 +74,10 @@ def test_small_experts_have_a_larger_staging_ring():
         "hidden_size": 2048,
         "intermediate_size": 768,
     }
-    small = small_model(**sizes)  # 12 blocks of 64 neurons an expert
-    assert small.block_bytes == 786_432
-    assert staged_blocks(small) == 64_000_000 // 786_432
-    assert staged_blocks(small_model(**sizes | {"num_experts": 16})) == 16 * 12 // 16
+    small = small_model(**sizes)  # 3 blocks of 256 neurons an expert
+    assert small.block_bytes == 3_145_728
+    assert staged_blocks(small) == 64_000_000 // 3_145_728
+    assert staged_blocks(small_model(**sizes | {"num_experts": 64})) == 64 * 3 // 16
 
 
 def test_bytes_by_purpose_by_hand():

@@ -21,28 +21,36 @@ def test_expert_sizes(mixtral):
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "neurons", "block_neurons", "packed"),
+    ("hidden_size", "neurons", "top_k", "block_neurons", "packed"),
     [
         # 16 blocks at most: 16 x 896 = 14336 and 16 x 1024 = 16384, 10 x 640 = 6400
-        (4096, 14336, 896, 896),  # Mixtral-8x7B
-        (6144, 16384, 1024, 1024),  # Mixtral-8x22B
-        (4096, 6400, 640, 640),  # Phi-3.5-MoE: 416 would pad it by 4%
-        (4096, 1408, 128, 128),  # GLM-4.5-Air, 11 blocks of 3 MiB: 96 would pad it by 2%
-        (2880, 2880, 192, 192),  # gpt-oss: 15 blocks of 3.2 MiB
-        # at least 1 MiB, which is 86 neurons of 3 x 2048 weights
-        (2048, 768, 96, 128),  # Qwen3-30B-A3B: 8 blocks, and 6 of a multiple of 64
-        (2048, 512, 128, 128),  # Qwen3-Next-80B-A3B: 4 blocks
-        (2048, 1024, 128, 128),  # OLMoE-1B-7B
-        (2816, 704, 64, 64),  # Gemma-4-26B-A4B: 63 neurons
-        (2688, 1856, 128, 128),  # Nemotron-3-Nano: no multiple of 32 from 116 to 256 divides it
-        (1536, 512, 128, 128),  # Granite-3.1-3b-a800m: 114 neurons, 4 blocks
+        (4096, 14336, 2, 896, 896),  # Mixtral-8x7B
+        (6144, 16384, 2, 1024, 1024),  # Mixtral-8x22B
+        (4096, 6400, 2, 640, 640),  # Phi-3.5-MoE: 416 would pad it by 4%
+        (4096, 1408, 8, 128, 128),  # GLM-4.5-Air, 11 blocks of 3 MiB: 96 would pad it by 2%
+        (2880, 2880, 4, 192, 192),  # gpt-oss: 15 blocks of 3.2 MiB
+        # at least 1 MiB, which is 86 neurons of 3 x 2048 weights; 256 neurons if that divides
+        (2048, 768, 8, 256, 256),  # Qwen3-30B-A3B: 3 blocks, and 24 of all called experts
+        (2048, 512, 10, 256, 256),  # Qwen3-Next-80B-A3B: 2 blocks
+        (2048, 1024, 8, 256, 256),  # OLMoE-1B-7B: 4 blocks
+        (1536, 512, 8, 256, 256),  # Granite-3.1-3b-a800m: 2 blocks
+        (2816, 704, 8, 64, 64),  # Gemma-4-26B-A4B: others up to 4 MiB would pad it
+        (2688, 1856, 6, 192, 192),  # Nemotron-3-Nano: no multiple of 32 from 116 to 256 divides it
+        # 16 blocks of all called experts
+        (2048, 768, 2, 96, 128),
+        (2048, 768, 4, 192, 192),
         # toys, of less than 4 MiB
-        (1536, 448, 32, 64),
-        (128, 256, 32, 64),
+        (1536, 448, 8, 32, 64),
+        (128, 256, 2, 32, 64),
     ],
 )
-def test_block_sizes(mixtral, hidden_size, neurons, block_neurons, packed):
-    sizes = {"hidden_size": hidden_size, "intermediate_size": neurons}
+def test_block_sizes(mixtral, hidden_size, neurons, top_k, block_neurons, packed):
+    sizes = {
+        "hidden_size": hidden_size,
+        "intermediate_size": neurons,
+        "num_local_experts": 128,
+        "num_experts_per_tok": top_k,
+    }
     model = ModelSpec.from_config({**mixtral.sizes.raw, **sizes}, "m", "here")
     assert model.block_neurons == block_neurons
     if "lossless12" in model.encodings:
