@@ -96,7 +96,8 @@ def test_grouped_experts_match_experts_one_by_one(share, max_blocks, monkeypatch
     together = layers[0](states, index, weights)
     assert kernels.launches > 0
     # all resident blocks in one launch, and one for each piece, unless a launch takes fewer
-    num_pieces = -(-engines[0].resources.traffic.streamed_blocks // engines[0].resources.ring.at_once)
+    resources = engines[0].resources
+    num_pieces = -(-resources.traffic.streamed_blocks // resources.ring.at_once)
     if max_blocks == 100:
         assert kernels.launches == 1 + num_pieces
     kernels.launches = 0

@@ -67,7 +67,7 @@ def plan_on(machine: MachineProfile, gpu_bytes: int, placer=None, encoding: str 
 
 
 def test_small_experts_have_a_larger_staging_ring():
-    assert staged_blocks(mixtral()) == 8
+    assert staged_blocks(mixtral()) == 12
     sizes = {
         "num_experts": 128,
         "num_experts_per_tok": 8,
@@ -76,8 +76,9 @@ def test_small_experts_have_a_larger_staging_ring():
     }
     small = small_model(**sizes)  # 3 blocks of 256 neurons an expert
     assert small.block_bytes == 3_145_728
-    assert staged_blocks(small) == 64_000_000 // 3_145_728
-    assert staged_blocks(small_model(**sizes | {"num_experts": 64})) == 64 * 3 // 16
+    assert staged_blocks(small) == 128 * 3 // 16
+    many = small_model(**sizes | {"num_experts": 256})
+    assert staged_blocks(many) == 96_000_000 // 3_145_728
 
 
 def test_bytes_by_purpose_by_hand():
