@@ -14,7 +14,7 @@ from fiddler_run.engine.calls import sorted_choices
 from fiddler_run.engine.engine import ExpertEngine
 from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.kernels.cpu import CompiledExperts
-from fiddler_run.kernels.decode_layer import DecodeLayer
+from fiddler_run.kernels.decode_layer import DecodeLayer, Job
 from fiddler_run.kernels.pool import Pool
 from fiddler_run.kernels.table import Kernels
 from fiddler_run.plan.activation import SILU, Activation
@@ -195,6 +195,10 @@ class Gpu:
             groups.view(-1, 4).tolist(),
             choices.tolist(),
         )
+
+
+def number_of(job: Job) -> int:
+    return int(job.before) + job.number
 
 
 def wait_for(flag: torch.Tensor, job: int) -> None:

@@ -4,7 +4,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from hand_over import BLOCKS, applied, wait_for
+from hand_over import BLOCKS, applied, number_of, wait_for
 
 from fiddler_run.encodings.base import Encoding
 
@@ -36,13 +36,13 @@ class Stream:
             time.sleep(self.delay_s)
             for to, tensor in zip(host, tensors, strict=True):
                 to.copy_(tensor)
-            inputs_ready[: len(tensors[0])] = job
+            inputs_ready[: len(tensors[0])] = number_of(job)
 
         self.queue(work)
 
     def wait_for_table(self, table, table_ready, gave_up, job, device):
         copied = torch.empty_like(table)
-        self.queue(lambda: (wait_for(table_ready, job), copied.copy_(table)))
+        self.queue(lambda: (wait_for(table_ready, number_of(job)), copied.copy_(table)))
         return copied
 
     def expert_gemv(self, table, max_blocks, max_groups, states, weights):
@@ -64,7 +64,7 @@ class Stream:
         return results
 
     def wait(self, flag, gave_up, job):
-        self.queue(lambda: wait_for(flag, job))
+        self.queue(lambda: wait_for(flag, number_of(job)))
 
     def combine(self, results, index, num_experts, cpu_output, like):
         output = torch.empty_like(like)

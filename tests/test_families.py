@@ -52,7 +52,10 @@ class Case:
         self.config = tiny_config(model_type)
         self.stock = stock_model(self.config)
         save(self.stock, folder)
+        if not experts_modules(self.stock):
+            pytest.skip("this version of transformers does not dispatch its experts")
         self.ours, _ = load_model(random_plan(folder, model_type), folder)
+        self.stock.to(self.ours.device)
 
     def use_tapes(self, wanted: bool) -> None:
         session = self.ours.session
@@ -112,8 +115,9 @@ def case(request, tmp_path_factory) -> Case:
 @torch.no_grad()
 def test_logits_match(case):
     for inputs, valid in (({"input_ids": PROMPT}, ...), (PADDED, PADDED["attention_mask"].bool())):
-        expected = case.stock(**inputs).logits[valid]
-        found = case.ours(**moved(inputs, case.ours)).logits.cpu()[valid]
+        expected, found = (
+            model(**moved(inputs, model)).logits.cpu()[valid] for model in (case.stock, case.ours)
+        )
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 

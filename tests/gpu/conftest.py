@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_plan
+from conftest import random_plan, with_rank
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
@@ -69,7 +69,10 @@ def wide_bfloat16(random_checkpoint) -> Iterator[PlannedModel]:
     folder, shape = random_checkpoint(**WIDE)
     shape = shape.model_copy(update={"dtype": "bfloat16"})
     plan = random_plan(shape, random.Random(3), block_neurons=224)
-    model, _ = load_model(plan, folder, load_format="dummy")
+    memory = plan.rank.gpu_memory_bytes
+    # tests generate on streams of their own, for each of which cuBLAS takes 32 MiB
+    more = memory.model_copy(update={"total": memory.total + 8 * 2**25})
+    model, _ = load_model(with_rank(plan, gpu_memory_bytes=more), folder, load_format="dummy")
     yield model
     del model
     # cuBLAS keeps 32 MiB for each stream that it was ever used on, which counts against the cap.
@@ -130,7 +133,8 @@ def assert_layer_matches(
         )
         outputs = [layer(*inputs).cpu() for _ in range(2)]
         assert torch.equal(*outputs)
-        assert (outputs[0].double() - expected).norm() <= 3e-3 * expected.norm()
+        # rounding products and output to bfloat16 alone gives up to 3.3e-3
+        assert (outputs[0].double() - expected).norm() <= 4e-3 * expected.norm()
     engine.resources.settle()
 
 

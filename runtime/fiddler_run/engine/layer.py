@@ -119,6 +119,37 @@ class ExpertsLayer:
             timeline.begin(Lane.GPU, Work.DENSE)
             return output
 
+    def record(
+        self,
+        number: int,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, Callable[[], None], Callable[[], None]] | None:
+        """As a call, while a CUDA graph is captured; see `DecodePath.record`.
+
+        None if such a batch does not take the decode path, or if work is timed.
+        """
+        path = self._engine.decode
+        timed = self._engine.resources.timeline.on
+        if timed or not path.takes(len(hidden_states)) or self.decode is None:
+            return None
+        return path.record(
+            self.decode,
+            number,
+            hidden_states.contiguous(),
+            top_k_index.long().contiguous(),
+            top_k_weights.float().contiguous(),
+        )
+
+    def begin_step(self) -> None:
+        """Call this before a step whose layers were recorded."""
+        self._engine.decode.begin_step()
+
+    def abandon(self) -> None:
+        """Ends all unfinished work of the CPU, after an error."""
+        self._engine.resources.abandon()
+
     def _run(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:

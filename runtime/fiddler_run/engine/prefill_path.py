@@ -15,6 +15,7 @@ from fiddler_run.engine.device_part import Inputs, device_part, queue
 from fiddler_run.engine.resources import Resources
 from fiddler_run.engine.timeline import Lane, Work
 from fiddler_run.kernels.cpu_calls import CpuCalls
+from fiddler_run.kernels.decode_layer import Job
 from fiddler_run.weights.arena import will_need
 
 # Tokens times weights on the CPU beyond which Python waits for the CPU's job, rather than a kernel:
@@ -118,7 +119,8 @@ class PrefillPath:
         decode = resources.kernels.decode
         if decode is not None and not takes_long(calls, resources.kernels.cpu.block_format):
             buffers = resources.buffers
-            decode.wait(buffers.output_ready, buffers.gave_up, resources.jobs.last)
+            job = Job(resources.no_job, resources.jobs.last)
+            decode.wait(buffers.output_ready, buffers.gave_up, job)
         else:
             resources.jobs.finish()
 

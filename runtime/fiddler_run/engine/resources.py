@@ -39,6 +39,10 @@ class Resources:
         self.ring = StagingRing(slots, block_format.block_bytes, device) if slots else None
         self.jobs = CpuJobs(kernels.cpu, self.buffers.output_ready, self.timeline)
         self.counted = np.zeros(3, dtype=np.int64)
+        # on the device, for numbers of jobs: zero, and the last job before a step
+        self.no_job, self.job_before_step = (
+            torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)
+        )
         self.lock = threading.RLock()
 
     @property

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from fiddler_run.generation.cache import CacheState, KeyValueCache, fixed_addresses
 from fiddler_run.generation.cuda_graphs import Capture, GraphCapture, capture_stream
-from fiddler_run.generation.recorder import Step
+from fiddler_run.generation.pieces import Step
 from fiddler_run.generation.tape import Tape
 from fiddler_run.models.dispatched import DispatchedModel
 from fiddler_run.system.files import reason
@@ -55,7 +55,7 @@ class DecodeStep:
         self._make_capture = make_capture
         if make_capture is None and model.device.type == "cuda":
             self._make_capture = partial(GraphCapture, torch.cuda.graph_pool_handle())
-        self._tapes: dict[tuple[int, int], tuple[Tape, list[int]]] = {}
+        self._tapes: dict[tuple[int, int, bool], tuple[Tape, list[int]]] = {}
         self._weights = _weights(model)
         # Neither a tape nor a recording would call hooks that were put on these.
         self._hookable = [*model.base_model.modules()]
@@ -121,8 +121,9 @@ class DecodeStep:
         if isinstance(masks, Tensor) and masks.dim() != 4:  # the model makes masks of its own
             return None
         step = Step(cache, masks)
-        # transformers changes the number of layers to exit early
-        key = len(input_ids), model.config.num_hidden_layers
+        # transformers changes the number of layers to exit early; timed work is recorded apart
+        timed = model.session is not None and model.session.is_timed
+        key = len(input_ids), model.config.num_hidden_layers, timed
         if key in self._tapes and self._tapes[key][1] != fixed_addresses(cache):
             del self._tapes[key]
         if key not in self._tapes:
@@ -141,7 +142,7 @@ class DecodeStep:
     def _record(
         self,
         model: DispatchedModel,
-        key: tuple[int, int],
+        key: tuple[int, int, bool],
         step: Step,
         tape: Tape,
         attention_mask: Tensor | None,
@@ -152,7 +153,7 @@ class DecodeStep:
             with _beside(model.device):
                 expected = _warm_up(model, step.cache, tape, attention_mask, before)
                 addresses = fixed_addresses(step.cache)
-                found = tape.record(model, step, self._make_capture)
+                found = _recorded(model, step, tape, before, self._make_capture)
                 before.restore()
                 again = tape.replay(step)
             for logits in (found, again):
@@ -167,6 +168,25 @@ class DecodeStep:
             return None
         self._tapes[key] = tape, addresses
         return again
+
+
+def _recorded(
+    model: DispatchedModel,
+    step: Step,
+    tape: Tape,
+    before: CacheState,
+    make_capture: Callable[[], Capture],
+) -> Tensor:
+    """Records a step. Returns its logits.
+
+    The attention gets its masks from the step. But some models make masks anyway if they are not
+    given any, in a way that cannot be captured.
+    """
+    try:
+        return tape.record(model, step, make_capture, None)
+    except Exception:  # transformers' models raise many types
+        before.restore()
+        return tape.record(model, step, make_capture, step.masks)
 
 
 def _warm_up(

@@ -104,6 +104,8 @@ class PlannedModel(DispatchedModel):
     def set_layers(self, layers: list[ExpertsLayer]) -> None:
         """Lets these layers serve the experts modules, in order."""
         self.layers = layers
+        if self.session is not None:
+            self.session.forget_decode()  # tapes hold the previous layers
         for layer, following in zip(layers, layers[1:], strict=False):
             layer.next = following
         for experts, layer in zip(self.experts_modules(), layers, strict=True):

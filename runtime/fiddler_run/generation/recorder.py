@@ -11,16 +11,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.generation.cuda_graphs import Capture
+from fiddler_run.generation.pieces import Border, Call, Piece, Step, kept
 from fiddler_run.models.dispatched import DispatchedModel
 
 ATTENTIONS = ("sdpa", "eager")
@@ -30,28 +29,19 @@ class UnrecordableError(Exception):
     """The forward pass does something that a replay would not repeat."""
 
 
-class Step(NamedTuple):
-    """What differs between steps besides the inputs: the cache, and masks by type of layer.
-
-    A mask that is no dict is for all layers; None masks nothing.
-    """
-
-    cache: Cache
-    masks: dict[str, Tensor | None] | Tensor | None
-
-
-Border = Callable[[Step], None]
-
-
 class Recorder:
     """Builds the pieces of a tape while a forward pass runs."""
 
     def __init__(self, step: Step, make_capture: Callable[[], Capture]):
-        self.pieces: list[tuple[Capture, list[Border]]] = []
+        self.pieces: list[Piece] = []
         self._step = step
         self._make_capture = make_capture
         self._thread = threading.get_ident()
         self._capture: Capture | None = None
+        # the calls of the open piece, and how many layers of experts were recorded
+        self._before: list[Call] = []
+        self._after: list[Call] = []
+        self._layers = 0
         self._watch = _Watch(self)
         # keys and values of the last update, here and in a replay
         self._states: tuple[Tensor, ...] = ()
@@ -67,11 +57,18 @@ class Recorder:
 
     def close(self) -> None:
         """Ends the open piece, if there is one."""
-        if self._capture is not None:
-            capture = self._capture
-            self._capture = None
-            capture.end()
-            self.pieces.append((capture, []))
+        if self._capture is None:
+            return
+        capture = self._capture
+        self._capture = None
+        piece = Piece(self._before, capture, self._after, [])
+        self._before, self._after = [], []
+        for call in piece.before:
+            call()
+        capture.end()
+        for call in piece.after:
+            call()
+        self.pieces.append(piece)
 
     def abort(self) -> None:
         self._watch.stop()
@@ -80,6 +77,17 @@ class Recorder:
 
     def experts(self, module: nn.Module, serve: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """In place of what serves a layer's experts module."""
+        if isinstance(serve, ExpertsLayer):
+            if self._before:  # the CPU takes few jobs at once
+                self.close()
+                self.open()
+            recorded = serve.record(self._layers + 1, *tensors)
+            if recorded is not None:
+                output, before, after = recorded
+                self._layers += 1
+                self._before.append(before)
+                self._after.append(after)
+                return output
         self.close()
         output = kept(serve(*tensors))
         self._then(lambda _: output.copy_(module.planned(*tensors)))
@@ -138,7 +146,7 @@ class Recorder:
 
     def _then(self, border: Border) -> None:
         """Notes what follows the last piece."""
-        self.pieces[-1][1].append(border)
+        self.pieces[-1].borders.append(border)
 
     def _require(self, states: tuple[Tensor, ...]) -> None:
         """Checks that these are the states of the last update."""
@@ -211,10 +219,3 @@ def _replaced(owner: object, name: str, replacement: Callable) -> Iterator[None]
 def _layer_type(module: nn.Module) -> str | None:
     types = getattr(module.config, "layer_types", None)
     return types[module.layer_idx] if types else None
-
-
-def kept(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own, which can be written to in and outside inference mode."""
-    with torch.inference_mode(False):
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return copy.copy_(tensor)

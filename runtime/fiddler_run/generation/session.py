@@ -98,6 +98,11 @@ class Session:
         """Makes a KV cache for `sequences` of `max_tokens`."""
         self.cache = KeyValueCache(self._model.config, sequences, max_tokens)
 
+    @property
+    def is_timed(self) -> bool:
+        """True while work is recorded on the timeline."""
+        return self._resources.timeline.on
+
     def forget_decode(self) -> None:
         """Drops the decode step, because something that it holds has changed."""
         self._decode = None

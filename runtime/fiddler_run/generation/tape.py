@@ -17,8 +17,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.generation.cuda_graphs import Capture
-from fiddler_run.generation.recorder import Border, Recorder, Step, kept
+from fiddler_run.generation.pieces import Piece, Step, kept
+from fiddler_run.generation.recorder import Recorder
 from fiddler_run.models.dispatched import DispatchedModel
 
 # attention functions are replaced for the whole process while one thread records
@@ -35,18 +37,27 @@ class Tape:
     def __init__(self, states: Tensor, positions: Tensor):
         self.states = kept(states)
         self.positions = kept(positions)
-        self._pieces: list[tuple[Capture, list[Border]]] = []
+        self._pieces: list[Piece] = []
+        self._begin: Callable[[], None] = lambda: None
         self._logits: Tensor | None = None
 
     def record(
-        self, model: DispatchedModel, step: Step, make_capture: Callable[[], Capture]
+        self,
+        model: DispatchedModel,
+        step: Step,
+        make_capture: Callable[[], Capture],
+        attention_mask: object,
     ) -> Tensor:
-        """Runs a step and records it. Returns its logits.
+        """Runs a step and records it. Returns its logits. The model is given `attention_mask`.
 
         Raises:
             Exception: of many types, if it cannot be recorded.
         """
         recorder = Recorder(step, make_capture)
+        served = [module.planned for module in model.experts_modules()]
+        if all(isinstance(each, ExpertsLayer) for each in served):
+            self._begin = served[0].begin_step
+        self._begin()
         with RECORDING, recorder.installed(model):
             recorder.open()
             try:
@@ -54,21 +65,24 @@ class Tape:
                     model,
                     inputs_embeds=self.states,
                     position_ids=self.positions,
+                    attention_mask=attention_mask,
                     past_key_values=step.cache,
                     use_cache=True,
                 ).logits
                 recorder.close()
             except BaseException:
                 recorder.abort()
+                for each in served:
+                    if isinstance(each, ExpertsLayer):
+                        each.abandon()
                 raise
         self._pieces = recorder.pieces
         return self._logits.clone()
 
     def replay(self, step: Step) -> Tensor:
         """Runs the step again, with the current inputs. Returns its logits."""
-        for capture, borders in self._pieces:
-            capture.replay()
-            for border in borders:
-                border(step)
+        self._begin()
+        for piece in self._pieces:
+            piece.replay(step)
         # a caller may keep its logits, which the next replay would overwrite
         return self._logits.clone()

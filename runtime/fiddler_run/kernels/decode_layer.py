@@ -7,6 +7,7 @@ The structures mirror those of route.h.
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,16 @@ from fiddler_run.kernels.limits import MAX_DECODE_TOKENS, MEMORY_BOUND_TOKENS
 from fiddler_run.plan.split import fading, scale_odds
 
 GPU_TIMEOUT_S = 30.0  # after which the CPU gives up on the GPU, and the GPU on the CPU
+
+
+class Job(NamedTuple):
+    """The number of a CPU job: `number` more than `before`, [1] int64 on the GPU.
+
+    A CUDA graph can be replayed for other jobs by changing `before`.
+    """
+
+    before: torch.Tensor
+    number: int
 
 
 class DecodeLayer:

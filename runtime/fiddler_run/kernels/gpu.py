@@ -12,7 +12,7 @@ import triton
 
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.kernels import triton_kernels as kernels
-from fiddler_run.kernels.decode_layer import GPU_TIMEOUT_S
+from fiddler_run.kernels.decode_layer import GPU_TIMEOUT_S, Job
 from fiddler_run.kernels.launch import TILE_NEURONS, width_of
 from fiddler_run.kernels.table_kernels import TableKernels
 
@@ -45,8 +45,9 @@ class GpuKernels(TableKernels):
         index = torch.zeros((1, 1), dtype=torch.int64, device="cuda")
         sent = states, index, torch.zeros((1, 1), device="cuda")
         host = [torch.empty_like(each, device="cpu", pin_memory=True) for each in sent]
-        self.publish_inputs(sent, host, flag, 0)
-        self.wait_for_table(flag, flag, gave_up, 0, states.device)
+        job = Job(torch.zeros(1, dtype=torch.int64, device="cuda"), 0)
+        self.publish_inputs(sent, host, flag, job)
+        self.wait_for_table(flag, flag, gave_up, job, states.device)
         results = torch.zeros((1, 1, hidden), device="cuda")
         cpu_output = torch.zeros((1, hidden), pin_memory=True)
         for each in (cpu_output, None):
@@ -59,7 +60,7 @@ class GpuKernels(TableKernels):
         tensors: tuple[torch.Tensor, ...],
         host: list[torch.Tensor],
         inputs_ready: torch.Tensor,
-        job: int,
+        job: Job,
     ) -> None:
         """Copies a layer's inputs to page-locked memory, then marks each token as ready.
 
@@ -73,7 +74,7 @@ class GpuKernels(TableKernels):
             *tensors,
             *host,
             inputs_ready,
-            job,
+            *job,
             tensors[1].shape[1],
             HIDDEN=hidden,
             WIDTH=width_of(hidden, most=1024),
@@ -81,20 +82,20 @@ class GpuKernels(TableKernels):
             num_warps=4,
         )
 
-    def wait(self, flag: torch.Tensor, gave_up: torch.Tensor, job: int) -> None:
+    def wait(self, flag: torch.Tensor, gave_up: torch.Tensor, job: Job) -> None:
         """Makes the GPU wait until `flag` holds the job's number, for at most `GPU_TIMEOUT_S`.
 
         After that, it sets `gave_up` to the job's number: the process may have been stopped, and a
         waiting kernel blocks the display.
         """
-        kernels.wait[1,](flag, gave_up, job, int(GPU_TIMEOUT_S * 1e9))
+        kernels.wait[1,](flag, gave_up, *job, int(GPU_TIMEOUT_S * 1e9))
 
     def wait_for_table(
         self,
         table: torch.Tensor,
         table_ready: torch.Tensor,
         gave_up: torch.Tensor,
-        job: int,
+        job: Job,
         device: torch.device,
     ) -> torch.Tensor:
         """A copy of the page-locked table on the GPU, once the table is complete.

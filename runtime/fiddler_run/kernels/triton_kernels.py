@@ -6,12 +6,15 @@ import triton.language as tl
 from fiddler_run.kernels.triton_activation import glu
 
 
-@triton.jit(do_not_specialize=["job", "top_k"])
+@triton.jit(do_not_specialize=["number", "top_k"])
 def publish_inputs(
-    states, index, weights, host_states, host_index, host_weights, inputs_ready, job, top_k,
-    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
+    states, index, weights, host_states, host_index, host_weights, inputs_ready, before, number,
+    top_k, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """Copies one token's inputs, then sets its flag. Copies CHOICES choices at once."""
+    """Copies one token's inputs, then sets its flag to the job. Copies CHOICES choices at once.
+
+    The job is `number` more than the number at `before`.
+    """
     token = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     for start in range(0, HIDDEN, WIDTH):
@@ -24,7 +27,7 @@ def publish_inputs(
         tl.store(host_index + choice, tl.load(index + choice, mask=exists), mask=exists)
         tl.store(host_weights + choice, tl.load(weights + choice, mask=exists), mask=exists)
     tl.debug_barrier()  # all threads have written
-    _mark(inputs_ready + token, job)
+    _mark(inputs_ready + token, tl.load(before) + number)
 
 
 @triton.jit
@@ -147,13 +150,16 @@ def _store(results, total, router_weights, choice, exists, row, HIDDEN: tl.const
     tl.store(at, total, mask=exists[None, :])
 
 
-@triton.jit(do_not_specialize=["job", "patience_ns"])
-def wait(flag, gave_up, job, patience_ns):
-    """Waits until `flag` is at least `job`, or sets `gave_up` after `patience_ns`.
+@triton.jit(do_not_specialize=["number", "patience_ns"])
+def wait(flag, gave_up, before, number, patience_ns):
+    """Waits until `flag` is at least a job's number, or sets `gave_up` to it after `patience_ns`.
+
+    The job is `number` more than the number at `before`.
 
     A separate kernel: one program polls, and the kernel boundary makes later loads see fresh
     memory.
     """
+    job = tl.load(before) + number
     last = tl.load(flag, volatile=True)
     # one timeout is enough: nothing after it can be correct
     waiting = (last < job) & (tl.load(gave_up, volatile=True) == 0)

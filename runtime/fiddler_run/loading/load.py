@@ -171,4 +171,7 @@ def place_dense_weights(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             model.initialize_weights()
+            if weights is None:
+                # Otherwise, all tokens would choose the same experts after some layers.
+                model.get_input_embeddings().weight.normal_()
     return model
