@@ -12,11 +12,16 @@ from fiddler_run.encodings.plain import Bf16
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.kernels import gpu, triton_kernels
+from fiddler_run.kernels.decode_layer import Job
 from gpu.conftest import CUDA, exactly, random_ids
 
 
 def new_flag() -> torch.Tensor:
     return torch.zeros(1, dtype=torch.int64, pin_memory=True)
+
+
+def numbered(job: int) -> Job:
+    return Job(torch.tensor([job - 3], device=CUDA), 3)
 
 
 def test_gpu_waits_for_cpu_output():
@@ -29,7 +34,7 @@ def test_gpu_waits_for_cpu_output():
     index = torch.zeros((3, 2), dtype=torch.int64, device=CUDA)
 
     def combined(job: int) -> torch.Tensor:
-        kernels.wait(output_ready, gave_up, job)
+        kernels.wait(output_ready, gave_up, numbered(job))
         return kernels.combine(results, index, 1, cpu_output, states)
 
     combined(0)  # compiles the kernel
@@ -54,17 +59,17 @@ def test_gpu_stops_waiting_for_a_stopped_process(monkeypatch: pytest.MonkeyPatch
     gave_up = new_flag()
     # Garbage, as in memory that was never written.
     table = torch.full((40,), 2**60, dtype=torch.int64).pin_memory()
-    kernels.wait_for_table(table, table_ready, gave_up, 0, CUDA)  # compiles the kernel
+    kernels.wait_for_table(table, table_ready, gave_up, numbered(0), CUDA)  # compiles the kernel
     torch.cuda.synchronize()
     monkeypatch.setattr(gpu, "GPU_TIMEOUT_S", 0.3)
     started = time.monotonic()
-    copied = kernels.wait_for_table(table, table_ready, gave_up, 7, CUDA)
+    copied = kernels.wait_for_table(table, table_ready, gave_up, numbered(7), CUDA)
     torch.cuda.synchronize()
     assert 0.2 < time.monotonic() - started < 5
     assert gave_up.item() == 7
     assert not copied.any()
     monkeypatch.setattr(gpu, "GPU_TIMEOUT_S", 30.0)
-    kernels.wait_for_table(table, table_ready, gave_up, 8, CUDA)
+    kernels.wait_for_table(table, table_ready, gave_up, numbered(8), CUDA)
     torch.cuda.synchronize()
     assert time.monotonic() - started < 10
 
@@ -111,7 +116,7 @@ def test_inputs_marked_ready_are_complete(tokens: int):
             torch.full(tensor.shape, value, dtype=tensor.dtype, device=CUDA) for tensor in host
         )
         wanted = (tensors[0].view(torch.int16)[0, 0].item(), value, value)
-        kernels.publish_inputs(tensors, host, inputs_ready, job)
+        kernels.publish_inputs(tensors, host, inputs_ready, numbered(job))
         deadline = time.monotonic() + 10
         while marks[:tokens].min() < job:
             assert time.monotonic() < deadline

@@ -153,7 +153,11 @@ class DecodeStep:
             with _beside(model.device):
                 expected = _warm_up(model, step.cache, tape, attention_mask, before)
                 addresses = fixed_addresses(step.cache)
-                found = _recorded(model, step, tape, before, self._make_capture)
+                try:
+                    found = tape.record(model, step, self._make_capture)
+                except Exception:  # transformers' models raise many types
+                    before.restore()
+                    found = tape.record(model, step, self._make_capture, captures_all=False)
                 before.restore()
                 again = tape.replay(step)
             for logits in (found, again):
@@ -168,25 +172,6 @@ class DecodeStep:
             return None
         self._tapes[key] = tape, addresses
         return again
-
-
-def _recorded(
-    model: DispatchedModel,
-    step: Step,
-    tape: Tape,
-    before: CacheState,
-    make_capture: Callable[[], Capture],
-) -> Tensor:
-    """Records a step. Returns its logits.
-
-    The attention gets its masks from the step. But some models make masks anyway if they are not
-    given any, in a way that cannot be captured.
-    """
-    try:
-        return tape.record(model, step, make_capture, None)
-    except Exception:  # transformers' models raise many types
-        before.restore()
-        return tape.record(model, step, make_capture, step.masks)
 
 
 def _warm_up(
@@ -220,8 +205,8 @@ def _beside(device: torch.device) -> Iterator[None]:
     current.wait_stream(stream)
 
 
-def _weights(model: nn.Module) -> list[tuple[nn.Module, type, list[int]]]:
-    """Every module inside a model, its class, and the addresses of its parameters and buffers.
+def _weights(model: nn.Module) -> list[tuple[nn.Module, type, object, list[int]]]:
+    """Every module inside a model, its class, what serves it, and the addresses of its weights.
 
     The model itself is left out: it owns the decode step, so a reference would form a cycle.
     """
@@ -229,6 +214,7 @@ def _weights(model: nn.Module) -> list[tuple[nn.Module, type, list[int]]]:
         (
             module,
             type(module),
+            getattr(module, "planned", None),
             [
                 tensor.data_ptr()
                 for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))

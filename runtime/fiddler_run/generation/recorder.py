@@ -59,13 +59,12 @@ class Recorder:
         """Ends the open piece, if there is one."""
         if self._capture is None:
             return
-        capture = self._capture
-        self._capture = None
-        piece = Piece(self._before, capture, self._after, [])
+        piece = Piece(self._before, self._capture, self._after, [])
         self._before, self._after = [], []
         for call in piece.before:
             call()
-        capture.end()
+        self._capture.end()
+        self._capture = None
         for call in piece.after:
             call()
         self.pieces.append(piece)
@@ -93,6 +92,19 @@ class Recorder:
         self._then(lambda _: output.copy_(module.planned(*tensors)))
         self.open()
         return output
+
+    def rotary(self, real: Callable, *arguments: object, **named: object) -> tuple[Tensor, ...]:
+        """In place of a rotary embedding that computes its frequencies in each step."""
+        self.close()
+        outputs = tuple(map(kept, real(*arguments, **named)))
+
+        def again(_: Step) -> None:
+            for output, result in zip(outputs, real(*arguments, **named), strict=True):
+                output.copy_(result)
+
+        self._then(again)
+        self.open()
+        return outputs
 
     def update(self, real: Callable, *states: object, **more: object) -> tuple[Tensor, ...]:
         """In place of the cache's `update`. The states of all tokens go to the attention alone."""
@@ -156,12 +168,14 @@ class Recorder:
             raise UnrecordableError("attention is not over the cache's keys and values")
 
     @contextmanager
-    def installed(self, model: DispatchedModel) -> Iterator[None]:
+    def installed(self, model: DispatchedModel, with_rotary: bool) -> Iterator[None]:
         """Puts this recorder's methods in the place of those that they stand for."""
         with ExitStack() as stack:
             cache = self._step.cache
             stack.enter_context(_replaced(cache, "update", self.update))
             for module in model.modules():
+                if with_rotary and type(module).__name__.endswith("RotaryEmbedding"):
+                    stack.enter_context(_replaced(module, "forward", self.rotary))
                 if hasattr(module, "expand_kv"):
                     stack.enter_context(_replaced(module, "expand_kv", self.expand))
             for module in model.experts_modules():

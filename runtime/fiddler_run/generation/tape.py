@@ -46,9 +46,13 @@ class Tape:
         model: DispatchedModel,
         step: Step,
         make_capture: Callable[[], Capture],
-        attention_mask: object,
+        captures_all: bool = True,
     ) -> Tensor:
-        """Runs a step and records it. Returns its logits. The model is given `attention_mask`.
+        """Runs a step and records it. Returns its logits.
+
+        Some models make masks if they are given none, or rotary frequencies in each step, in a way
+        that cannot be captured. Without `captures_all`, they are given masks, and their rotary
+        embedding runs as always.
 
         Raises:
             Exception: of many types, if it cannot be recorded.
@@ -58,14 +62,14 @@ class Tape:
         if all(isinstance(each, ExpertsLayer) for each in served):
             self._begin = served[0].begin_step
         self._begin()
-        with RECORDING, recorder.installed(model):
-            recorder.open()
+        with RECORDING, recorder.installed(model, not captures_all):
             try:
+                recorder.open()
                 self._logits = DispatchedModel.forward(
                     model,
                     inputs_embeds=self.states,
                     position_ids=self.positions,
-                    attention_mask=attention_mask,
+                    attention_mask=None if captures_all else step.masks,
                     past_key_values=step.cache,
                     use_cache=True,
                 ).logits
