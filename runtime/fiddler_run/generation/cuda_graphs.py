@@ -41,12 +41,15 @@ class GraphCapture:
         self._graph.replay()
 
     def abort(self) -> None:
-        with suppress(RuntimeError):
+        try:
             self._graph.capture_end()
-        # PyTorch omits the allocator's part if the capture failed. The allocator would then never
-        # free cached memory again.
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        except RuntimeError:
+            # PyTorch omits the allocator's part if the capture failed. The allocator would then
+            # never free cached memory, nor the pool's, again.
+            device = torch.cuda.current_device()
+            for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with suppress(RuntimeError):
+                    end(device, self._pool)
 
     def replay(self) -> None:
         self._graph.replay()

@@ -173,5 +173,5 @@ def place_dense_weights(
             model.initialize_weights()
             if weights is None:
                 # Otherwise, all tokens would choose the same experts after some layers.
-                model.get_input_embeddings().weight.normal_()
+                model.get_input_embeddings().weight.normal_(std=10.0)
     return model
