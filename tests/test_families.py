@@ -1,6 +1,7 @@
 """Every family that transformers dispatches: the same answers as the stock model."""
 
 import copy
+import json
 import random
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from captures import record_on_any_device
 from conftest import DEMO, make_plan
 from families import FAMILIES, stock_model, tiny_config
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from fiddler_run import load_model
@@ -138,6 +140,26 @@ def test_tokens_match(case, tapes):
             assert torch.equal(stock, ours)
     if tapes and case.config.model_type not in WITHOUT_TAPES:
         assert case.ours.session.decode._tapes
+
+
+@pytest.mark.parametrize("whole", ["qwen3_5_moe", "gemma4"])
+@torch.no_grad()
+def test_language_part_of_a_larger_checkpoint_runs(whole, tmp_path):
+    stock = stock_model(tiny_config(f"{whole}_text"))
+    save(stock, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in load_file(file).items()
+    }
+    tensors["model.visual.patch_embed.weight"] = torch.zeros(3)
+    save_file(tensors, file, {"format": "pt"})
+    config = tmp_path / "config.json"
+    text = json.loads(config.read_text())
+    config.write_text(json.dumps({"model_type": whole, "text_config": text, "dtype": "float32"}))
+    ours, _ = load_model(random_plan(tmp_path, whole), tmp_path)
+    expected = stock(PROMPT).logits
+    assert (ours(PROMPT).logits - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS_OF_BFLOAT16)

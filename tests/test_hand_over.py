@@ -23,6 +23,34 @@ if library() is None:
     pytest.skip("the kernel is not built", allow_module_level=True)
 
 
+def test_recorded_layers_take_the_jobs_of_their_step():
+    """Whatever jobs came before: their numbers are not part of a recording."""
+    torch.manual_seed(5)
+    stream = Stream()
+    engines = (make_engine(), make_engine(stream))
+    rng = random.Random(5)
+    layers = [Layer(rng, 0.4) for _ in range(4)]
+    for layer in layers:
+        stream.by_address |= layer.by_address
+    index = torch.stack([torch.randperm(6)[:2] for _ in range(3)])
+    inputs = torch.randn(3, HIDDEN).bfloat16(), index, torch.rand(3, 2)
+    for _ in range(3):
+        layers[0].on(engines[1])(*inputs)
+    found = []
+    layers[0].on(engines[1]).begin_step()
+    for number, layer in enumerate(layers, 1):
+        output, before, after = layer.on(engines[1]).record(number, *inputs)
+        before()  # as before and after the launch of a graph
+        after()
+        found.append(output)
+    stream.finish()
+    engines[1].resources.jobs.finish()
+    assert engines[1].resources.jobs.last == 3 + 4
+    for layer, got in zip(layers, found, strict=True):
+        want = layer.on(engines[0])(*inputs).float()
+        assert (got.float() - want).norm() <= 1e-2 * want.norm()
+
+
 def test_python_queues_layers_ahead():
     """The next layer is queued while one is computed; results match the prefill path."""
     torch.manual_seed(4)

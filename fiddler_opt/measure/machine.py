@@ -30,7 +30,7 @@ from fiddler_run.system.gpu import current_gpu
 from fiddler_run.system.host import available_memory_bytes, cpu_name, num_cores
 from fiddler_run.system.process_settings import dense_threads
 
-METHOD = 4  # version of the timing method; parts timed by another version are discarded
+METHOD = 5  # version of the timing method; parts timed by another version are discarded
 MAX_CPU_TOKENS = 512  # tokens of an expert above which a CPU alone is never the fastest
 LAYERS = "layers without experts"
 

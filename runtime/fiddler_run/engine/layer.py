@@ -119,22 +119,23 @@ class ExpertsLayer:
             timeline.begin(Lane.GPU, Work.DENSE)
             return output
 
+    def can_record(self, tokens: int) -> bool:
+        """True if a batch of this size takes the decode path and no work is timed."""
+        timed = self._engine.resources.timeline.on
+        return not timed and self._engine.decode.takes(tokens) and self.decode is not None
+
     def record(
         self,
         number: int,
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, Callable[[], None], Callable[[], None]] | None:
+    ) -> tuple[torch.Tensor, Callable[[], None], Callable[[], None]]:
         """As a call, while a CUDA graph is captured; see `DecodePath.record`.
 
-        None if such a batch does not take the decode path, or if work is timed.
+        All layers of a step must be recorded: `number` counts them, from 1.
         """
-        path = self._engine.decode
-        timed = self._engine.resources.timeline.on
-        if timed or not path.takes(len(hidden_states)) or self.decode is None:
-            return None
-        return path.record(
+        return self._engine.decode.record(
             self.decode,
             number,
             hidden_states.contiguous(),

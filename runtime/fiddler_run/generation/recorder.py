@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.generation.cuda_graphs import Capture
 from fiddler_run.generation.pieces import Border, Call, Piece, Step, kept
 from fiddler_run.models.dispatched import DispatchedModel
@@ -30,12 +29,18 @@ class UnrecordableError(Exception):
 
 
 class Recorder:
-    """Builds the pieces of a tape while a forward pass runs."""
+    """Builds the pieces of a tape while a forward pass runs.
 
-    def __init__(self, step: Step, make_capture: Callable[[], Capture]):
+    With `captures_experts`, experts become part of the captured work.
+    """
+
+    def __init__(
+        self, step: Step, make_capture: Callable[[], Capture], captures_experts: bool = False
+    ):
         self.pieces: list[Piece] = []
         self._step = step
         self._make_capture = make_capture
+        self._captures_experts = captures_experts
         self._thread = threading.get_ident()
         self._capture: Capture | None = None
         # the calls of the open piece, and how many layers of experts were recorded
@@ -76,17 +81,15 @@ class Recorder:
 
     def experts(self, module: nn.Module, serve: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """In place of what serves a layer's experts module."""
-        if isinstance(serve, ExpertsLayer):
+        if self._captures_experts:
             if self._before:  # the CPU takes few jobs at once
                 self.close()
                 self.open()
-            recorded = serve.record(self._layers + 1, *tensors)
-            if recorded is not None:
-                output, before, after = recorded
-                self._layers += 1
-                self._before.append(before)
-                self._after.append(after)
-                return output
+            self._layers += 1
+            output, before, after = serve.record(self._layers, *tensors)
+            self._before.append(before)
+            self._after.append(after)
+            return output
         self.close()
         output = kept(serve(*tensors))
         self._then(lambda _: output.copy_(module.planned(*tensors)))

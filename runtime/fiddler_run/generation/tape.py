@@ -57,10 +57,13 @@ class Tape:
         Raises:
             Exception: of many types, if it cannot be recorded.
         """
-        recorder = Recorder(step, make_capture)
         served = [module.planned for module in model.experts_modules()]
-        if all(isinstance(each, ExpertsLayer) for each in served):
-            self._begin = served[0].begin_step
+        layers = [each for each in served if isinstance(each, ExpertsLayer)]
+        captures_experts = bool(layers) and len(layers) == len(served)
+        captures_experts &= all(layer.can_record(len(self.states)) for layer in layers)
+        recorder = Recorder(step, make_capture, captures_experts)
+        if captures_experts:
+            self._begin = layers[0].begin_step
         self._begin()
         with RECORDING, recorder.installed(model, not captures_all):
             try:
@@ -76,9 +79,8 @@ class Tape:
                 recorder.close()
             except BaseException:
                 recorder.abort()
-                for each in served:
-                    if isinstance(each, ExpertsLayer):
-                        each.abandon()
+                for layer in layers[:1]:
+                    layer.abandon()  # the jobs of all layers
                 raise
         self._pieces = recorder.pieces
         return self._logits.clone()

@@ -117,8 +117,5 @@ def _relevant(raw: dict) -> dict:
 
 def _described(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config that the causal language model takes: of a larger model, its text part."""
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     text = config.get_text_config()
-    if text is not config and (stock is None or stock.config_class is type(text)):
-        return text
-    return config
+    return text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else config

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 from fiddler_run.models.dispatched import DispatchedModel
 from fiddler_run.models.experts import Matrices, experts_modules, matrices, parameter_names
 
+LANGUAGE_PART = "language_model."  # in the names of a checkpoint with more than a language model
 EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
 # Reads a tensor by its name in the checkpoint or, with a number, that expert's part of it.
 Read = Callable[[str, int | None], Tensor]
@@ -219,6 +220,8 @@ class TensorMap:
         )
         if target not in self._shapes and name in self._shapes:
             target, pattern = rename_source_key(name, [], [], self._prefix, self._shapes)
+        if target not in self._shapes and LANGUAGE_PART in name:
+            return self._renamed(name.replace(LANGUAGE_PART, "", 1))
         return target, pattern
 
     def _original(self, target: str) -> str:
