@@ -73,9 +73,9 @@ class ModelSpec:
         if known is not None:
             shape = known.model.model_copy(update={"name": name})
             return cls(shape, known.sizes, config, note)
-        from fiddler_run.models.measured import described  # imports torch and transformers
+        from fiddler_run.models.measured import sizes_of  # imports torch and transformers
 
-        _, shape, sizes = described(config, name, dtype)
+        shape, sizes = sizes_of(config, name, dtype)
         return cls(shape, sizes, config, note)
 
     @property

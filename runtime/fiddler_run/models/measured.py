@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 import torch
@@ -39,8 +40,32 @@ def described(
         FiddlerError: transformers cannot run such a model, or the runtime its experts.
     """
     model = skeleton(config, getattr(torch, dtype), base)
-    with naming(config.origin):
-        return model, *_describe(model, name, dtype)
+    key = _key(config, dtype)
+    if key not in _SIZES:
+        with naming(config.origin):
+            _SIZES[key] = _describe(model, name, dtype)
+    return model, *_named(key, name)
+
+
+def sizes_of(config: ModelConfig, name: str, dtype: str) -> tuple[ModelShape, ModelSizes]:
+    """The sizes of the model of a config.json. Raises as `described`."""
+    key = _key(config, dtype)
+    if key not in _SIZES:
+        described(config, name, dtype)
+    return _named(key, name)
+
+
+# by config and dtype: a command asks for a model's sizes several times
+_SIZES: dict[tuple[str, str], tuple[ModelShape, ModelSizes]] = {}
+
+
+def _key(config: ModelConfig, dtype: str) -> tuple[str, str]:
+    return json.dumps(config.raw, sort_keys=True), dtype
+
+
+def _named(key: tuple[str, str], name: str) -> tuple[ModelShape, ModelSizes]:
+    shape, sizes = _SIZES[key]
+    return shape.model_copy(update={"name": name}), sizes
 
 
 def _describe(model: DispatchedModel, name: str, dtype: str) -> tuple[ModelShape, ModelSizes]:
