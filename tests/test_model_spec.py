@@ -51,7 +51,7 @@ def test_block_sizes(mixtral, hidden_size, neurons, top_k, block_neurons, packed
         "num_local_experts": 128,
         "num_experts_per_tok": top_k,
     }
-    model = ModelSpec.from_config({**mixtral.sizes.raw, **sizes}, "m", "here")
+    model = ModelSpec.from_config({**mixtral.config.raw, **sizes}, "m", "here")
     assert model.block_neurons == block_neurons
     if "lossless12" in model.encodings:
         assert model.in_encoding("lossless12").block_neurons == packed
@@ -94,7 +94,7 @@ def test_tied_embeddings_count_once(mixtral):
         ({"model_type": "t5"}, "'t5', for which transformers has no causal language model"),
         ({"model_type": "new"}, "'new', which this version of transformers does not know"),
         ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
-        ({"hidden_act": "gelu"}, "the experts of 'mixtral' use another activation"),
+        ({"hidden_act": "gelu"}, "the experts of 'mixtral' use an activation of their own"),
         (
             {"num_hidden_layers": "6"},
             "transformers cannot use it: .*'num_hidden_layers' expected int, got str",

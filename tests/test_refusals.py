@@ -173,6 +173,6 @@ def test_run_refuses_bad_checkpoints(tmp_path):
     result = run("fiddler-run", "--plan", plan, "--model", broken, "Once", cwd=tmp_path)
     assert_refused(
         result,
-        "edited.yaml: model.num_experts is 8, but num_local_experts is 16",
+        f"edited.yaml: model.num_experts is 8, but {broken}/config.json implies 16",
         "fiddler-opt plan --model",
     )

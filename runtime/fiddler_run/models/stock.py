@@ -24,6 +24,8 @@ IGNORED = (
     "attn_implementation",
     "_attn_implementation",
     "auto_map",
+    "cache_config",
+    "compile_config",
     "dtype",
     "experts_implementation",
     "_experts_implementation",
@@ -37,6 +39,7 @@ IGNORED = (
     "torchscript",
     "transformers_version",
     "use_cache",
+    "watermarking_config",
 )
 # These choose their frequencies by the length of the whole input beyond a limit. Within the limit,
 # they do not depend on how a prompt is split into chunks.
