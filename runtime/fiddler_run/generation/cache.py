@@ -57,10 +57,6 @@ class KeyValueCache(DynamicCache):
         held = sum(layer.nbytes for layer in self.layers if isinstance(layer, _Layer))
         return held * sequences * tokens // (self._sequences * self._max_tokens)
 
-    def copy_sequences(self, copies: int) -> None:
-        """Replaces each sequence by `copies` copies of it."""
-        self.batch_repeat_interleave(copies)
-
 
 class CacheState:
     """What a step changes in a cache, so that the cache can return to it."""
@@ -87,17 +83,20 @@ def fixed_addresses(cache: Cache) -> list[int]:
 
 
 def _recurrent_states(layer: object) -> list[torch.Tensor]:
-    """The states of a layer with linear attention or a convolution. None in other layers."""
-    found = (getattr(layer, name, {}) for name in ("conv_states", "recurrent_states"))
-    return [state for states in found for state in states.values() if state is not None]
+    """The states of a layer with linear attention or a convolution. Other layers have none."""
+    groups = _state_groups(layer)
+    return [state for states in groups for state in states.values() if state is not None]
 
 
 def _set_recurrent_states(layer: object, found: list[torch.Tensor]) -> None:
     """Puts tensors in the place of the layer's states, in the order of `_recurrent_states`."""
     rest = iter(found)
-    for name in ("conv_states", "recurrent_states"):
-        states = getattr(layer, name, {})
+    for states in _state_groups(layer):
         states.update({key: next(rest) for key, state in states.items() if state is not None})
+
+
+def _state_groups(layer: object) -> list[dict[int, torch.Tensor | None]]:
+    return [getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")]
 
 
 def _copied(value: object) -> object:

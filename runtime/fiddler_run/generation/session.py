@@ -214,4 +214,4 @@ class Session:
                 past_key_values=self.cache,
                 use_cache=True,
             )
-        self.cache.copy_sequences(copies)
+        self.cache.batch_repeat_interleave(copies)
