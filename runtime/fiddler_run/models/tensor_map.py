@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import cached_property
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     rename_source_key,
 )
 
@@ -59,7 +61,7 @@ class TensorMap:
     """The sources of all parameters of a model in a checkpoint with tensors of these names."""
 
     def __init__(self, model: DispatchedModel, names: Iterable[str]):
-        self._modules = experts_modules(model)
+        self._modules = [*experts_modules(model).items()]
         self._expert_shapes = model.expert_shapes
         self._config = model.config
         state = model.state_dict()
@@ -67,8 +69,7 @@ class TensorMap:
         self._tied = set(model.all_tied_weights_keys)
         self._optional = [*(model._keys_to_ignore_on_load_missing or ())]
         transforms = get_model_conversion_mapping(model)
-        self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        self._renamings, self._converters = _by_kind(transforms)
         self._prefix = model.base_model_prefix
         self.sources: dict[str, Source] = {}
         by_pattern = {
@@ -99,14 +100,14 @@ class TensorMap:
         """The parameters that a target's tensors make up: itself, and sometimes others."""
         source = self.sources[target]
         pieces = {
-            pattern: [read(name, None) for _, name in sorted(numbers.items(), key=_by_number)]
+            pattern: [read(name, None) for name in numbers.values()]
             for pattern, numbers in source.names.items()
         }
         return self._converted(source, target, pieces)
 
     def expert(self, layer: int, expert: int, read: Read) -> Matrices:
         """The matrices of an expert of the layer's experts module, counted from 0."""
-        name, module = list(self._modules.items())[layer]
+        name, module = self._modules[layer]
         rows, (down,) = (
             self._rows(f"{name}.{parameter}", expert, read) for parameter in parameter_names(module)
         )
@@ -160,7 +161,7 @@ class TensorMap:
         is_expert = target in self._expert_shapes
         try:
             found = (
-                {target: torch.stack([*self._rows(target, 0, read)])}
+                {target: self._rows(target, 0, read)[0][None]}
                 if is_expert
                 else self.dense(target, read)
             )
@@ -226,18 +227,24 @@ class TensorMap:
 
     def _original(self, target: str) -> str:
         """A parameter's name in a checkpoint as transformers would write it."""
-        transforms = [each.reverse_transform() for each in (*self._renamings, *self._converters)]
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        name, _ = rename_source_key(target, renamings, converters, reverse=True)
+        name, _ = rename_source_key(target, *self._reversed, reverse=True)
         return name.replace(".*.", ".0.")
+
+    @cached_property
+    def _reversed(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        transforms = (*self._renamings, *self._converters)
+        return _by_kind([each.reverse_transform() for each in transforms])
+
+
+def _by_kind(
+    transforms: list[WeightTransform],
+) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    return renamings, converters
 
 
 def _targets(target: str, source: Source) -> list[str]:
     """All parameters that a source makes up."""
     patterns = source.converter.target_patterns if source.converter else [target]
     return [target.replace(patterns[0], pattern) for pattern in patterns]
-
-
-def _by_number(item: tuple[int | None, str]) -> int:
-    return -1 if item[0] is None else item[0]
