@@ -106,8 +106,9 @@ class DecodePath:
             inputs.table, inputs.table_ready, buffers.gave_up, job, resources.device
         )
         timeline.begin(*work)
-        sizes = layer.max_blocks(index.numel()), layer.max_groups(index.numel())
-        results = kernels.expert_gemv(table, *sizes, hidden_states, weights)
+        results = kernels.expert_gemv(
+            table, inputs.max_blocks, inputs.max_groups, hidden_states, weights
+        )
         timeline.end(*work)
         kernels.wait(buffers.output_ready, buffers.gave_up, job)
         total = kernels.combine(results, index, layer.num_experts, cpu_output, hidden_states)

@@ -111,11 +111,7 @@ class ExpertsLayer:
             timeline = self._engine.resources.timeline
             timeline.end(Lane.GPU, Work.DENSE)  # ends the time between the experts of two layers
             timeline.enter(self.number)
-            output = self._run(
-                hidden_states.contiguous(),
-                top_k_index.long().contiguous(),
-                top_k_weights.float().contiguous(),
-            )
+            output = self._run(*_inputs(hidden_states, top_k_index, top_k_weights))
             timeline.begin(Lane.GPU, Work.DENSE)
             return output
 
@@ -135,13 +131,8 @@ class ExpertsLayer:
 
         All layers of a step must be recorded: `number` counts them, from 1.
         """
-        return self._engine.decode.record(
-            self.decode,
-            number,
-            hidden_states.contiguous(),
-            top_k_index.long().contiguous(),
-            top_k_weights.float().contiguous(),
-        )
+        inputs = _inputs(hidden_states, top_k_index, top_k_weights)
+        return self._engine.decode.record(self.decode, number, *inputs)
 
     def begin_step(self) -> None:
         """Call this before a step whose layers were recorded."""
@@ -199,3 +190,14 @@ class ExpertsLayer:
         if key not in self._shares:
             self._shares[key] = scale_odds(self.stream_share(tokens), odds)
         return self._shares[key]
+
+
+def _inputs(
+    hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inputs in the types and the layout that the kernels read."""
+    return (
+        hidden_states.contiguous(),
+        top_k_index.long().contiguous(),
+        top_k_weights.float().contiguous(),
+    )
