@@ -76,8 +76,8 @@ def _describe(model: DispatchedModel, name: str, dtype: str) -> tuple[ModelShape
             " transformers lets others compute; docs/models.md lists the models that run"
         )
     kinds = {
-        experts_of(module, model.expert_shapes[f"{name}.{parameter_names(module)[0]}"])
-        for name, module in modules.items()
+        experts_of(module, model.expert_shapes[f"{path}.{parameter_names(module)[0]}"])
+        for path, module in modules.items()
     }
     if len(kinds) > 1:
         raise FiddlerError("its layers have different kinds of experts, which is not supported")
@@ -160,7 +160,6 @@ def _is_tied(model: DispatchedModel) -> bool:
 
 def _attended_elements(config) -> int:
     """Elements of a token's keys and values for all heads, in the largest layer."""
-
     layers = getattr(config, "per_layer_config", None) or [config]  # sizes may differ
 
     def size(*names: str) -> int:
