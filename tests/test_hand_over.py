@@ -23,15 +23,22 @@ if library() is None:
     pytest.skip("the kernel is not built", allow_module_level=True)
 
 
-def test_recorded_layers_take_the_jobs_of_their_step():
-    """Whatever jobs came before: their numbers are not part of a recording."""
-    torch.manual_seed(5)
+def _simulated(
+    num_layers: int, seed: int
+) -> tuple[Stream, tuple[ExpertEngine, ExpertEngine], list[Layer]]:
+    """A simulated GPU; an engine without it, and one with it; and random layers."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
     stream = Stream()
-    engines = (make_engine(), make_engine(stream))
-    rng = random.Random(5)
-    layers = [Layer(rng, 0.4) for _ in range(4)]
+    layers = [Layer(rng, 0.4) for _ in range(num_layers)]
     for layer in layers:
         stream.by_address |= layer.by_address
+    return stream, (make_engine(), make_engine(stream)), layers
+
+
+def test_recorded_layers_take_the_jobs_of_their_step():
+    """Whatever jobs came before: their numbers are not part of a recording."""
+    stream, engines, layers = _simulated(4, seed=5)
     index = torch.stack([torch.randperm(6)[:2] for _ in range(3)])
     inputs = torch.randn(3, HIDDEN).bfloat16(), index, torch.rand(3, 2)
     for _ in range(3):
@@ -53,13 +60,7 @@ def test_recorded_layers_take_the_jobs_of_their_step():
 
 def test_python_queues_layers_ahead():
     """The next layer is queued while one is computed; results match the prefill path."""
-    torch.manual_seed(4)
-    stream = Stream()
-    engines = (make_engine(), make_engine(stream))
-    rng = random.Random(4)
-    layers = [Layer(rng, 0.4) for _ in range(12)]
-    for layer in layers:
-        stream.by_address |= layer.by_address
+    stream, engines, layers = _simulated(12, seed=4)
     index = [torch.stack([torch.randperm(6)[:2] for _ in range(3)]) for _ in layers]
     weights = torch.rand(3, 2)
     states = [torch.randn(3, HIDDEN).bfloat16() for _ in layers]
