@@ -70,17 +70,24 @@ def test_weights_replaced_after_recording_are_used(wide_bfloat16: PlannedModel):
     """Graphs read weights by address, and a replaced router has another address."""
     model = wide_bfloat16
     ids = random_ids(1, 12, seed=5)
-    before = model.generate(ids, **exactly(ids, 12))
+
+    def logits() -> torch.Tensor:
+        """Of the second token, from a tape; the tokens may be the same with other experts."""
+        more = {"output_logits": True, "return_dict_in_generate": True}
+        return model.generate(ids, **exactly(ids, 2), **more).logits[1]
+
+    before = logits()
     routers = [layer.mlp.gate for layer in model.model.layers]
     kept = [router.weight for router in routers]
     try:
         for router in routers:
             router.weight = torch.nn.Parameter(router.weight.flip(0).clone(), requires_grad=False)
-        after = model.generate(ids, **exactly(ids, 12))
-        expected = eager_tokens(model, ids, 12)
+        after = logits()
+        with model.model.layers[0].register_forward_hook(lambda *_: None):
+            expected = logits()
     finally:
         for router, weight in zip(routers, kept, strict=True):
             router.weight = weight
-    assert torch.equal(after, expected)
-    assert not torch.equal(after, before)
-    assert torch.equal(model.generate(ids, **exactly(ids, 12)), before)
+    assert (after - expected).norm() <= 1e-2 * expected.norm()
+    assert (after - before).norm() > 2e-2 * expected.norm()
+    assert torch.equal(logits(), before)

@@ -10,7 +10,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from fiddler_run.generation.cache import CacheState, KeyValueCache, fixed_addresses
-from fiddler_run.generation.cuda_graphs import Capture, GraphCapture, capture_stream
+from fiddler_run.generation.cuda_graphs import Capture, Graphs, capture_stream
 from fiddler_run.generation.pieces import Step
 from fiddler_run.generation.tape import Tape
 from fiddler_run.models.dispatched import DispatchedModel
@@ -54,7 +53,7 @@ class DecodeStep:
         self._to_model = weakref.ref(model)
         self._make_capture = make_capture
         if make_capture is None and model.device.type == "cuda":
-            self._make_capture = partial(GraphCapture, torch.cuda.graph_pool_handle())
+            self._make_capture = Graphs()
         self._tapes: dict[tuple[int, int, bool], tuple[Tape, list[int]]] = {}
         self._weights = _weights(model)
         # Neither a tape nor a recording would call hooks that were put on these.

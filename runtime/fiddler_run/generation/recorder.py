@@ -37,7 +37,7 @@ class Recorder:
     def __init__(
         self, step: Step, make_capture: Callable[[], Capture], captures_experts: bool = False
     ):
-        self.pieces: list[Piece] = []
+        self._pieces: list[Piece] = []
         self._step = step
         self._make_capture = make_capture
         self._captures_experts = captures_experts
@@ -72,12 +72,21 @@ class Recorder:
         self._capture = None
         for call in piece.after:
             call()
-        self.pieces.append(piece)
+        self._pieces.append(piece)
 
     def abort(self) -> None:
+        """Ends a recording that failed. Frees its pieces."""
         self._watch.stop()
         if self._capture is not None:
             self._capture.abort()
+            self._capture = None
+        self.take_pieces()
+
+    def take_pieces(self) -> list[Piece]:
+        """Hands the pieces over: the recorder is part of a cycle, which would keep them alive."""
+        pieces = self._pieces
+        self._pieces = []
+        return pieces
 
     def experts(self, module: nn.Module, serve: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """In place of what serves a layer's experts module."""
@@ -161,7 +170,7 @@ class Recorder:
 
     def _then(self, border: Border) -> None:
         """Notes what follows the last piece."""
-        self.pieces[-1].borders.append(border)
+        self._pieces[-1].borders.append(border)
 
     def _require(self, states: tuple[Tensor, ...]) -> None:
         """Checks that these are the states of the last update."""

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fiddler_run.engine.layer import ExpertsLayer
-from fiddler_run.generation.cuda_graphs import Capture
+from fiddler_run.generation.cuda_graphs import Capture, no_garbage_collection
 from fiddler_run.generation.pieces import Piece, Step, kept
 from fiddler_run.generation.recorder import Recorder
 from fiddler_run.models.dispatched import DispatchedModel
@@ -65,7 +65,7 @@ class Tape:
         if captures_experts:
             self._begin = layers[0].begin_step
         self._begin()
-        with RECORDING, recorder.installed(model, not captures_all):
+        with RECORDING, no_garbage_collection(), recorder.installed(model, not captures_all):
             try:
                 recorder.open()
                 self._logits = DispatchedModel.forward(
@@ -82,7 +82,7 @@ class Tape:
                 for layer in layers[:1]:
                     layer.abandon()  # the jobs of all layers
                 raise
-        self._pieces = recorder.pieces
+        self._pieces = recorder.take_pieces()
         return self._logits.clone()
 
     def replay(self, step: Step) -> Tensor:
