@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
-from fiddler_run.generation.generate import generate
+from fiddler_run.generation.answer import generate
 from fiddler_run.generation.sampling import Options
 from fiddler_run.loading.check import check_plan
 from fiddler_run.plan.shape import ModelShape

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import demo_shape, random_plan
 
-from fiddler_run.generation.generate import generate, generate_ids
+from fiddler_run.generation.answer import generate
+from fiddler_run.generation.generate import generate_ids
 from fiddler_run.generation.sampling import Options
 
 TEXTS = ["Once upon a time there was a kind bear", "def count", "3 + 4 ="]

@@ -12,7 +12,7 @@ from conftest import make_plan
 
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
-from fiddler_run.generation.generate import generate
+from fiddler_run.generation.answer import generate
 from fiddler_run.generation.sampling import Options
 from fiddler_run.generation.text import SAMPLE
 from fiddler_run.loading.check import check_plan

@@ -8,7 +8,7 @@ from conftest import make_plan
 from damage import change_json, write_plan
 
 from fiddler_run import load_model
-from fiddler_run.generation.generate import generate
+from fiddler_run.generation.answer import generate
 from fiddler_run.generation.sampling import Options
 from fiddler_run.loading.check import check_plan
 

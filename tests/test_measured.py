@@ -7,7 +7,8 @@ import torch
 from conftest import demo_shape, random_plan, with_rank
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.generation.generate import check_length, generate
+from fiddler_run.generation.answer import generate
+from fiddler_run.generation.generate import check_length
 from fiddler_run.generation.sampling import Options
 
 TEXT = "Once upon a time there was a kind bear"

@@ -7,7 +7,7 @@ import pytest
 from conftest import DEMO, demo_shape, random_plan
 
 from fiddler_run import load_model
-from fiddler_run.generation.generate import generate
+from fiddler_run.generation.answer import generate
 from fiddler_run.generation.sampling import Options
 
 TEXTS = ["Once upon a time", "def count"]

@@ -45,7 +45,7 @@ def run(flags: argparse.Namespace) -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with quitting_at_once("fiddler-run"), stderr.status("importing torch and transformers"):
-        from fiddler_run.generation.generate import generate
+        from fiddler_run.generation.answer import generate
         from fiddler_run.loading.load import ModelLoader
 
     loader = ModelLoader(plan, flags.model, flags.load_format, flags.disk_folder, plan_path)

@@ -71,6 +71,7 @@ class ExpertsLayer:
         self.prefill_odds = 1.0
         self.next: ExpertsLayer | None = None
         self._engine = engine
+        self._calls = np.zeros(len(self.experts), dtype=np.int64)  # on the prefill path
         self._shares: dict[tuple[int, float], float] = {}  # by tokens and odds
         self._expected: dict[tuple[int, float], Runs] = {}  # by choices and odds
 
@@ -87,6 +88,11 @@ class ExpertsLayer:
         resident = [expert.resident for expert in self.experts]
         host = [expert.host for expert in self.experts]
         return DecodeLayer(resident, host, self.stream_share)
+
+    @property
+    def calls(self) -> np.ndarray:
+        """How many tokens each expert has computed so far, [num_experts] int64."""
+        return self._calls if self.decode is None else self._calls + self.decode.calls
 
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -154,6 +160,7 @@ class ExpertsLayer:
         host_states, index, weights = engine.prefill.receive(*tensors)
         timeline.end(Lane.PYTHON, Work.ROUTER)
         choices = sorted_choices(index.numpy(), weights.numpy(), len(self.experts))
+        self._calls[choices.experts] += choices.tokens
         is_prompt = len(hidden_states) > MAX_DECODE_TOKENS
         calls = self.split(choices, self.prefill_odds if is_prompt else 1.0)
         next_runs = None

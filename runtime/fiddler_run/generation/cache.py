@@ -3,15 +3,19 @@
 transformers' default cache copies everything for each token, and needs memory for both copies.
 """
 
+import os
+
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 
 class KeyValueCache(DynamicCache):
-    """A DynamicCache whose keys and values stay in place. Call `reset()` before each generation.
+    """A DynamicCache whose keys and values stay in place. Call `reset()` or `keep_prefix()` before
+    each generation.
 
-    Layers that keep something else, such as a window or a recurrent state, are transformers' own.
+    `tokens` are those of the one sequence that the cache holds, if they are known. Layers that keep
+    something else, such as a window or a recurrent state, are transformers' own.
     """
 
     def __init__(self, config: PreTrainedConfig, sequences: int, max_tokens: int):
@@ -23,6 +27,7 @@ class KeyValueCache(DynamicCache):
         self._config = config
         self._sequences = sequences
         self._max_tokens = max_tokens
+        self.tokens: list[int] = []
         self.layers = [
             _Layer(sequences, max_tokens) if type(layer) is DynamicLayer else layer
             for layer in self.layers
@@ -30,6 +35,7 @@ class KeyValueCache(DynamicCache):
 
     def reset(self, sequences: int | None = None) -> None:
         """Forgets all tokens. Prepares for this many sequences, if they are known."""
+        self.tokens = []
         fresh = DynamicCache(config=self._config).layers
         for number, layer in enumerate(self.layers):
             states = _recurrent_states(layer)
@@ -38,6 +44,25 @@ class KeyValueCache(DynamicCache):
                 layer.reset()
             else:
                 self.layers[number] = fresh[number]
+
+    def keep_prefix(self, prompt: list[int]) -> int:
+        """Keeps the tokens with which a prompt begins. Returns their number.
+
+        At least the prompt's last token is left out, because its logits are needed. A window or a
+        recurrent state cannot forget its last tokens: such a cache is kept only as a whole.
+        """
+        held = self.get_seq_length()
+        kept = 0
+        if len(self.tokens) == held:
+            kept = len(os.path.commonprefix([self.tokens, prompt[:-1]]))
+        if kept < held and not all(type(layer) is _Layer for layer in self.layers):
+            kept = 0
+        if kept == 0:
+            self.reset(1)
+        elif kept < held:
+            self.crop(kept - held)
+        self.tokens = []
+        return kept
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replaces each sequence by the one with the given index. All states stay in place."""

@@ -1,19 +1,23 @@
 """Runs one generation and measures it."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import (
+    LogitsProcessor,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from fiddler_run.engine.calls import Traffic
 from fiddler_run.engine.resources import Resources
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.generation.sampling import Options, sampling_arguments
-from fiddler_run.generation.text import TextStream, answer_text, chat_text, token_ids
+from fiddler_run.generation.text import chat_text, token_ids
 from fiddler_run.plan.schema import Plan
 
 
@@ -25,8 +29,8 @@ class Measured:
     during decode, after the first token. `traffic` is that of decode, `prefill_traffic` that of
     prefill. `prompt_tokens` and `output_tokens` are those of one sequence.
 
-    `peak_gpu_bytes` is the most that PyTorch's allocator held. The driver and libraries hold the
-    plan's reserve in addition.
+    `reused_tokens` are those of the prompt that the cache still held. `peak_gpu_bytes` is the most
+    that PyTorch's allocator held; the driver and libraries hold the plan's reserve in addition.
     """
 
     prompt_tokens: int
@@ -36,6 +40,7 @@ class Measured:
     traffic: Traffic
     prefill_traffic: Traffic
     peak_gpu_bytes: int
+    reused_tokens: int = 0
 
 
 class StepClock(StoppingCriteria):
@@ -53,31 +58,6 @@ class StepClock(StoppingCriteria):
             torch.cuda.current_stream(input_ids.device).synchronize()
         self.steps.append((time.perf_counter(), self._resources.traffic))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class _CallbackStreamer(BaseStreamer):
-    """Passes the text of an answer to a function as it is generated."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], on_text: Callable[[str], None]
-    ):
-        self._text = TextStream(tokenizer, prompt)
-        self._on_text = on_text
-        self._prompt_comes = True
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._prompt_comes:  # transformers puts the prompt first
-            self._prompt_comes = False
-            return
-        for token in value.flatten().tolist():
-            self._send(self._text.put(token))
-
-    def end(self) -> None:
-        self._send(self._text.finish())
-
-    def _send(self, text: str) -> None:
-        if text:
-            self._on_text(text)
 
 
 def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: int = 1) -> None:
@@ -140,40 +120,25 @@ def encode_prompt(
     return torch.tensor([ids])
 
 
-def generate(
-    model: PlannedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    options: Options,
-    on_text: Callable[[str], None],
-) -> Measured:
-    """Generates from a prompt. Passes the text to `on_text` as it is generated or, with beam
-    search, at the end.
-
-    Raises:
-        FiddlerError: the prompt cannot be encoded (see `encode_prompt`) or does not fit (see
-            `check_length`).
-    """
-    ids = encode_prompt(tokenizer, prompt, options.chat, model.plan, model.config.vocab_size)
-    check_length(ids.shape[1], options, model.plan)
-    prompt_ids = ids[0].tolist()
-    streamer = _CallbackStreamer(tokenizer, prompt_ids, on_text) if options.num_beams == 1 else None
-    output, measured = generate_ids(
-        model, ids, options, streamer=streamer, pad_token_id=tokenizer.pad_token_id
-    )
-    if streamer is None:
-        on_text(answer_text(tokenizer, prompt_ids, output[0, ids.shape[1] :].tolist()))
-    return measured
-
-
 @torch.no_grad()
 def generate_ids(
-    model: PlannedModel, ids: torch.Tensor, options: Options, **arguments
+    model: PlannedModel,
+    ids: torch.Tensor,
+    options: Options,
+    processors: Sequence[LogitsProcessor] = (),
+    criteria: Sequence[StoppingCriteria] = (),
+    reused_tokens: int = 0,
+    **arguments: object,
 ) -> tuple[torch.Tensor, Measured]:
     """Continues token ids [sequences, n]. Returns ids [sequences, n + new] and measurements.
 
-    `arguments` go to transformers' `generate()`. Assumes that no sequence is padded
-    unless an `attention_mask` is given.
+    Assumes that no sequence is padded unless an `attention_mask` is given.
+
+    Args:
+        processors: of logits, before sampling.
+        criteria: for ending the generation early.
+        reused_tokens: the first tokens of `ids` that the cache in `arguments` holds.
+        arguments: for transformers' `generate()`.
     """
     ids = ids.to(model.device)
     arguments.setdefault("attention_mask", torch.ones_like(ids))
@@ -186,11 +151,12 @@ def generate_ids(
             max_new_tokens=options.max_new_tokens,
             num_beams=options.num_beams,
             num_return_sequences=1,
-            stopping_criteria=StoppingCriteriaList([clock]),
-            **sampling_arguments(model, options),
+            stopping_criteria=StoppingCriteriaList([clock, *criteria]),
+            **sampling_arguments(model, options, processors),
             **arguments,
         )
-        return output, _measure(clock, before, started, ids, model.device)
+        measured = _measure(clock, before, started, ids, model.device)
+        return output, replace(measured, reused_tokens=reused_tokens)
 
 
 def never_stopping(model: PlannedModel) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Chooses tokens: greedily, by beam search, or by sampling with a private random generator."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +37,20 @@ class Options:
     chat: bool = False
 
 
-def sampling_arguments(model: PlannedModel, options: Options) -> dict:
-    """Arguments for `generate()`."""
+def sampling_arguments(
+    model: PlannedModel, options: Options, first: Sequence[LogitsProcessor] = ()
+) -> dict:
+    """Arguments for `generate()`. `first` processes the logits before anything else.
+
+    Beam search takes no `first`.
+    """
     neutral = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
     if options.temperature == 0:
-        return {"do_sample": False, **neutral, "logits_processor": LogitsProcessorList([_Finite()])}
+        return {
+            "do_sample": False,
+            **neutral,
+            "logits_processor": LogitsProcessorList([_Finite(), *first]),
+        }
     defaults = model.defaults
     top_p = defaults.top_p if options.top_p is None else options.top_p
     if options.num_beams > 1:  # transformers samples beams with PyTorch's global generator
@@ -63,7 +73,9 @@ def sampling_arguments(model: PlannedModel, options: Options) -> dict:
     return {
         "do_sample": False,
         **neutral,
-        "logits_processor": LogitsProcessorList([*chosen, _Draw(options.seed, model.device)]),
+        "logits_processor": LogitsProcessorList(
+            [*first, *chosen, _Draw(options.seed, model.device)]
+        ),
     }
 
 

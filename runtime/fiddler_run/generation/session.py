@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +17,17 @@ from fiddler_run.generation.cache import KeyValueCache
 from fiddler_run.generation.cuda_graphs import Capture
 from fiddler_run.generation.decode_step import DecodeStep
 from fiddler_run.system.process_settings import allowed_gpu_bytes, while_running
+
+
+class Prefix(NamedTuple):
+    """The first tokens of a prompt that need not be computed again.
+
+    `arguments` are for `generate()`. `keep` takes all tokens after the generation.
+    """
+
+    tokens: int
+    arguments: dict[str, object]
+    keep: Callable[[list[int]], None]
 
 
 class Session:
@@ -106,6 +118,20 @@ class Session:
     def forget_decode(self) -> None:
         """Drops the decode step, because something that it holds has changed."""
         self._decode = None
+
+    @contextmanager
+    def prefix_kept(self, prompt: list[int]) -> Iterator[Prefix]:
+        """A turn to continue a prompt. The cache keeps what it shares with the previous one."""
+        with self.turn():
+            if not self._model._supports_default_dynamic_cache():
+                yield Prefix(0, {}, lambda _: None)
+                return
+            cache = self.cache
+
+            def keep(tokens: list[int]) -> None:
+                cache.tokens = tokens[: cache.get_seq_length()]
+
+            yield Prefix(cache.keep_prefix(prompt), {"past_key_values": cache}, keep)
 
     @contextmanager
     def generation(self, arguments: dict, inputs: torch.Tensor | None, config) -> Iterator[None]:

@@ -45,6 +45,7 @@ class DecodeLayer:
                 stream.
         """
         self._blocks = (resident, host)  # kept alive as long as this object
+        self.calls = np.zeros(len(resident), dtype=np.int64)  # tokens of each expert so far
         self._planned = [stream_share(tokens) for tokens in range(1, MAX_DECODE_TOKENS + 1)]
         self.num_experts = len(resident)
         self.places = (_Places * self.num_experts)(
@@ -119,6 +120,7 @@ def route_arguments(
         inputs.table_ready.data_ptr(),
         inputs.timed_out.data_ptr(),
         traffic.ctypes.data,
+        layer.calls.ctypes.data,
         int(GPU_TIMEOUT_S * 1e9),
         layer.num_experts,
         inputs.index.shape[1],
@@ -147,6 +149,7 @@ class _Route(ctypes.Structure):
         ("table_ready", ctypes.c_void_p),
         ("timed_out", ctypes.c_void_p),
         ("traffic", ctypes.c_void_p),
+        ("calls", ctypes.c_void_p),
         ("patience_ns", ctypes.c_int64),
         ("num_experts", ctypes.c_int),
         ("top_k", ctypes.c_int),

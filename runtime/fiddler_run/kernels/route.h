@@ -21,6 +21,7 @@ struct RouteArguments {
     int64_t* table_ready;         // flag for the GPU: the table is complete
     int64_t* timed_out;           // flag for Python: the job's inputs did not arrive in time
     int64_t* traffic;             // running counts of blocks: resident, streamed, on the CPU
+    int64_t* calls;               // [num_experts] running counts of tokens
     int64_t patience_ns;          // timeout for the GPU's inputs
     int num_experts, top_k, max_blocks, max_groups;
 };
@@ -67,6 +68,7 @@ class Route {
         for (int e = 0; e < a.num_experts; ++e) {
             int called_by = first_[e + 1] - first_[e];
             if (!called_by) continue;
+            a.calls[e] += called_by;
             const ExpertPlaces& expert = a.experts[e];
             remainder += a.shares[called_by] * expert.num_host;
             int streamed =
