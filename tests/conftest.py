@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from server import served  # noqa: F401
 
 from fiddler_run.encodings.table import ENCODINGS, plain_encoding
 from fiddler_run.plan.prediction import Predicted, Provenance, Rates

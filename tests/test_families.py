@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from fiddler_run import load_model
 from fiddler_run.encodings.lossless12 import Lossless12
+from fiddler_run.generation.generate import generate_ids, never_stopping
+from fiddler_run.generation.sampling import Options
 from fiddler_run.models.config import ModelConfig
 from fiddler_run.models.experts import experts_modules
 from fiddler_run.models.measured import described
@@ -184,3 +186,35 @@ def test_experts_in_bfloat16_are_as_exact_as_stock(model_type, encoding, tmp_pat
         error = (one(states, index, weights.bfloat16()) - exact).norm()
         found = other.planned(*(each.to(ours.device) for each in (states, index, weights)))
         assert (found.cpu() - exact).norm() <= error
+
+
+def continued(case: Case, tail: list[int], fresh: bool) -> tuple[list[int], list[int]]:
+    """All tokens of three turns, and how many each reused. `fresh`: none."""
+    session = case.ours.session
+    session.cache.tokens = []
+    ids = PROMPT[0].tolist()
+    reused = []
+    for more in ([], tail, [44]):
+        ids = [*ids, *more]
+        with session.prefix_kept(ids) as prefix:
+            output, _ = generate_ids(
+                case.ours,
+                torch.tensor([ids]),
+                Options(6),
+                **never_stopping(case.ours),
+                **prefix.arguments,
+            )
+            ids = output[0].tolist()
+            prefix.keep([] if fresh else ids)
+            reused.append(prefix.tokens)
+    return ids, reused
+
+
+def test_reused_prefix_gives_the_same_tokens(case):
+    for tail in ([5, 6, 7, 8, 9, 10], [91]):
+        expected, none = continued(case, tail, fresh=True)
+        found, reused = continued(case, tail, fresh=False)
+        assert found == expected
+        assert none == [0, 0, 0]
+        own_cache = case.config.model_type in WITHOUT_TAPES
+        assert own_cache or reused == [0, 15, 21 + len(tail)]

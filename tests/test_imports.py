@@ -11,6 +11,8 @@ from conftest import ROOT
 RUNTIME = [
     "cli",
     "flags",
+    "flag_types",
+    "serving",
     "loading",
     "generation",
     "engine",

@@ -24,7 +24,7 @@ from fiddler_opt.solve.baselines import BASELINES
 from fiddler_opt.solve.target import least_memory, parse_rate
 from fiddler_opt.units import format_bytes, parse_bytes
 from fiddler_run.errors import FiddlerError
-from fiddler_run.flags import positive
+from fiddler_run.flag_types import positive
 from fiddler_run.plan.schema import Budget, Plan
 from fiddler_run.system.files import require_writable, write_whole
 from fiddler_run.weights.model_folder import name_in_plan

@@ -20,7 +20,7 @@ from fiddler_opt.insight.machine_report import print_machine
 from fiddler_opt.insight.routing_report import print_routing
 from fiddler_opt.measure.unfinished import forget_unfinished
 from fiddler_run.errors import FiddlerError
-from fiddler_run.flags import positive
+from fiddler_run.flag_types import positive
 from fiddler_run.plan.schema import Plan
 from fiddler_run.system.files import cannot_read, is_folder, require_writable
 from fiddler_run.system.locate import shipped_file

@@ -26,8 +26,8 @@ from fiddler_opt.measure.prompts import encode_prompts, name_sets, read_prompts
 from fiddler_opt.measure.settings import QUICK, THOROUGH
 from fiddler_opt.measure.unfinished import Unfinished, forget_unfinished, unfinished_path
 from fiddler_opt.solve.compiler import compile_plan
-from fiddler_run.cli import byte_progress
 from fiddler_run.plan.schema import Budget, Plan, Workload
+from fiddler_run.system.progress import byte_progress
 
 if TYPE_CHECKING:
     from fiddler_opt.measure.routing import RoutingJob
@@ -148,7 +148,7 @@ def profile_routing(
     if recorder.done < recorder.total:
         loader = ModelLoader(plan, name)
         with byte_progress(console) as progress:
-            task = progress.add_task("loading experts", total=loader.total_bytes)
+            task = progress.add_task("loading experts", total=loader.plan.rank.expert_bytes)
             model = loader.load(lambda count: progress.advance(task, count))
         with _progress(console) as progress:
             task = progress.add_task("prompts", total=recorder.total, completed=recorder.done)

@@ -8,23 +8,17 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from fiddler_run.command import exit_status, quitting_at_once
 from fiddler_run.errors import FiddlerError
 from fiddler_run.flags import parse_arguments
 from fiddler_run.generation.report import figures, parts, rates
 from fiddler_run.plan.schema import Plan
-from fiddler_run.system.files import MAX_TEXT_BYTES, require_writable, write_whole
+from fiddler_run.serving.address import Address
+from fiddler_run.system.files import MAX_TEXT_BYTES, read_text, require_writable, write_whole
 from fiddler_run.system.host import OtherProcesses, num_cores
 from fiddler_run.system.locate import shipped_file
+from fiddler_run.system.progress import byte_progress
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,6 +33,7 @@ def run(flags: argparse.Namespace) -> None:
         return
     plan = Plan.load(plan_path)
     prompt = read_stdin() if flags.prompt == "-" else flags.prompt
+    template = None if flags.template is None else read_text(flags.template)
     for path in (flags.json, flags.trace):
         if path is not None:
             require_writable(path)
@@ -47,16 +42,24 @@ def run(flags: argparse.Namespace) -> None:
     with quitting_at_once("fiddler-run"), stderr.status("importing torch and transformers"):
         from fiddler_run.generation.answer import generate
         from fiddler_run.loading.load import ModelLoader
+        from fiddler_run.serving.chat import chat
 
     loader = ModelLoader(plan, flags.model, flags.load_format, flags.disk_folder, plan_path)
+    if template is not None:
+        if loader.tokenizer is None:
+            raise FiddlerError("--template: there is no tokenizer next to the model's config.json")
+        loader.tokenizer.chat_template = template
     options = checked_options(flags, loader, prompt)  # fails before the long load
     if flags.load_format == "dummy" and not flags.bench:
         stderr.print("random weights: the text will be meaningless")
     for note in loader.notes:
         stderr.print(f"note: {note}")
+    if flags.serve:
+        run_server(flags, loader, stderr)
+        return
     started = time.perf_counter()
     with byte_progress(stderr) as progress:
-        task = progress.add_task("loading experts", total=loader.total_bytes)
+        task = progress.add_task("loading experts", total=loader.plan.rank.expert_bytes)
         model = loader.load(lambda count: progress.advance(task, count))
     load_s = time.perf_counter() - started
     if model.store.overflow_note is not None:
@@ -64,6 +67,8 @@ def run(flags: argparse.Namespace) -> None:
     others = OtherProcesses()
     if flags.bench:
         run_bench(flags, model, options, load_s, stderr)
+    elif flags.talks:
+        chat(model, loader.tokenizer, options, flags.max_new_tokens)
     else:
         measured = generate(
             model,
@@ -110,6 +115,7 @@ def checked_options(flags: argparse.Namespace, loader, prompt: str | None):
     """
     from fiddler_run.generation.generate import check_length, encode_prompt, room_for_answer
     from fiddler_run.generation.sampling import Options
+    from fiddler_run.serving.chat import require_template
 
     plan = loader.plan
     if flags.bench:
@@ -126,15 +132,26 @@ def checked_options(flags: argparse.Namespace, loader, prompt: str | None):
             "--load-format dummy: there is no tokenizer next to the model's config.json, so a"
             " prompt cannot be encoded; use --bench"
         )
+    elif flags.serve or flags.talks:
+        if flags.talks:
+            require_template(loader.tokenizer)
+        prompt_tokens = 1
+        max_new_tokens = 1
+        batch_size = 1
     else:
         ids = encode_prompt(loader.tokenizer, prompt, flags.chat, plan, loader.vocab_size)
         prompt_tokens = ids.shape[1]
         max_new_tokens = flags.max_new_tokens or room_for_answer(prompt_tokens, plan)
         batch_size = 1
+    talks = flags.serve or flags.talks
+    recommended = loader.defaults.temperature if talks else 0.0
+    temperature = flags.temperature
+    if temperature is None:
+        temperature = 1.0 if recommended is None else recommended
     options = Options(
         max_new_tokens=max_new_tokens,
-        num_beams=flags.num_beams or plan.workload.num_beams,
-        temperature=flags.temperature,
+        num_beams=1 if talks else flags.num_beams or plan.workload.num_beams,
+        temperature=temperature,
         top_p=flags.top_p,
         seed=flags.seed,
         chat=flags.chat,
@@ -151,6 +168,36 @@ def busy_note(others: float | None, cores: int, threads: int) -> str | None:
         f"note: other programs used {others:.1f} of {cores} cores, and the plan needs {threads}:"
         " each layer waits for its slowest thread; close those programs to reach the plan's speed"
     )
+
+
+def run_server(flags: argparse.Namespace, loader, stderr: Console) -> None:
+    """Serves the model until the process is told to end."""
+    from fiddler_run.serving.requests import Defaults
+    from fiddler_run.serving.serve import serve
+
+    defaults = Defaults(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
+    progress = byte_progress(stderr)
+    task = progress.add_task("loading experts", total=loader.plan.rank.expert_bytes)
+
+    def listening(url: str) -> None:
+        print(url, flush=True)
+        progress.start()
+
+    def ready() -> None:
+        progress.stop()
+        stderr.print("ready; Ctrl-C ends the server")
+
+    try:
+        serve(
+            loader,
+            defaults,
+            Address(flags.host, flags.port, flags.api_key),
+            listening,
+            lambda count: progress.advance(task, count),
+            ready,
+        )
+    finally:
+        progress.stop()
 
 
 def run_bench(flags: argparse.Namespace, model, options, load_s: float, stderr: Console) -> None:
@@ -194,18 +241,6 @@ def read_stdin() -> str:
         return content.decode("utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError:
         raise FiddlerError("the prompt on stdin is not UTF-8 text") from None
-
-
-def byte_progress(console: Console) -> Progress:
-    """A progress bar of bytes, with their rate and the remaining time."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console)
 
 
 if __name__ == "__main__":

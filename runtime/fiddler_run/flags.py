@@ -1,7 +1,13 @@
 """The flags of fiddler-run."""
 
 import argparse
+import os
+import sys
 from importlib.metadata import version
+from typing import TextIO
+
+from fiddler_run.flag_types import port, positive, probability, seed, temperature
+from fiddler_run.serving.address import is_loopback
 
 
 class PrintVersion(argparse.Action):
@@ -30,11 +36,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "prompt",
         nargs="?",
-        help="the prompt; `-` reads it from stdin; put `--` before one that begins with a dash",
+        help=(
+            "the prompt; `-` reads it from stdin; put `--` before one that begins with a dash;"
+            " without one, on a terminal: chat"
+        ),
     )
     add_version(parser)
     _add_model(parser)
     _add_generation(parser)
+    _add_server(parser)
     _add_bench(parser)
     flags = parser.parse_args(arguments)
     _refuse_contradictions(parser, flags)
@@ -92,9 +102,11 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     add(
         "--temperature",
         type=temperature,
-        default=0.0,
         metavar="T",
-        help="sampling temperature; 0 is greedy (default: %(default)s)",
+        help=(
+            "sampling temperature; 0 is greedy (default: 0 for a prompt; in chat and server, the"
+            " checkpoint's, else 1)"
+        ),
     )
     add(
         "--top-p",
@@ -107,6 +119,36 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=seed, metavar="N", help="seed for sampling (default: random)")
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
+    add(
+        "--template",
+        metavar="FILE",
+        help="chat template (Jinja), in place of the tokenizer's, for --chat, chat and server",
+    )
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--serve",
+        action="store_true",
+        help="instead of a prompt: serve the OpenAI API, and a page for a browser",
+    )
+    add("--host", default="127.0.0.1", help="with --serve: address (default: %(default)s)")
+    add("--port", type=port, default=8000, help="with --serve: port (default: %(default)s)")
+    add(
+        "--api-key",
+        default=os.environ.get("FIDDLER_API_KEY"),
+        metavar="KEY",
+        help=(
+            "with --serve: answer only those who send this key (default: the environment variable"
+            " FIDDLER_API_KEY)"
+        ),
+    )
+    add(
+        "--no-api-key",
+        action="store_true",
+        help="with --serve: let everyone who reaches another --host than this machine's use it",
+    )
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -138,13 +180,19 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _refuse_contradictions(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
     """Exits with status 2 if flags exclude each other."""
-    if [flags.prompt is not None, flags.bench, flags.dry_run].count(True) != 1:
-        parser.error("give exactly one of: a prompt, --bench, --dry-run")
+    uses = [flags.prompt is not None, flags.bench, flags.dry_run, flags.serve].count(True)
+    flags.talks = uses == 0 and _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
+    if uses > 1 or (uses == 0 and not flags.talks):
+        parser.error("give exactly one of: a prompt, --serve, --bench, --dry-run")
+    _refuse_server_flags(parser, flags)
+    if (flags.serve or flags.talks) and flags.num_beams not in (None, 1):
+        parser.error("--num-beams applies only to a prompt and --bench")
     if flags.bench:
-        if flags.temperature or flags.top_p is not None or flags.seed is not None or flags.chat:
+        sampling = (flags.temperature, flags.top_p, flags.seed, flags.template)
+        if flags.chat or any(value is not None for value in sampling):
             parser.error(
-                "--bench is greedy, on random token ids: --temperature, --top-p, --seed and --chat"
-                " apply only to a prompt"
+                "--bench is greedy, on random token ids: --temperature, --top-p, --seed, --chat and"
+                " --template do not apply"
             )
         if flags.max_new_tokens == 1:
             parser.error("--bench measures decode: --max-new-tokens must be at least 2")
@@ -157,29 +205,21 @@ def _refuse_contradictions(parser: argparse.ArgumentParser, flags: argparse.Name
         parser.error("--prompt-tokens, --batch-size, --json and --trace apply only with --bench")
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if not 1 <= value < 2**31:
-        raise argparse.ArgumentTypeError("must be from 1 to 2147483647")
-    return value
+def _refuse_server_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    """Exits with status 2 if the server's flags do not fit together."""
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("host", "port", "no_api_key")
+        if getattr(flags, name) != parser.get_default(name)
+    ]
+    if given and not flags.serve:
+        parser.error(f"{given[0]} applies only with --serve")
+    if flags.serve and not is_loopback(flags.host) and not (flags.api_key or flags.no_api_key):
+        parser.error(
+            f"--host {flags.host} can be reached by others: give --api-key, or allow everyone with"
+            " --no-api-key"
+        )
 
 
-def temperature(text: str) -> float:
-    value = float(text)
-    if value != 0 and not 1e-4 <= value <= 1e4:  # dividing logits by less overflows
-        raise argparse.ArgumentTypeError("must be 0, or from 0.0001 to 10000")
-    return value
-
-
-def seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError("must be from 0 to 2^63 - 1")
-    return value
-
-
-def probability(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
-    return value
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()

@@ -29,6 +29,22 @@ class Traffic:
             self.cpu_blocks - earlier.cpu_blocks,
         )
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.resident_blocks + other.resident_blocks,
+            self.streamed_blocks + other.streamed_blocks,
+            self.cpu_blocks + other.cpu_blocks,
+        )
+
+    @property
+    def by_resource(self) -> dict[str, int]:
+        """Blocks by what they were read from or by: `gpu_memory`, `link`, `cpu`."""
+        return {
+            "gpu_memory": self.resident_blocks,
+            "link": self.streamed_blocks,
+            "cpu": self.cpu_blocks,
+        }
+
     @property
     def needed_blocks(self) -> int:
         return self.resident_blocks + self.streamed_blocks + self.cpu_blocks

@@ -42,6 +42,11 @@ class Measured:
     peak_gpu_bytes: int
     reused_tokens: int = 0
 
+    @property
+    def all_traffic(self) -> Traffic:
+        """The traffic of prefill and decode."""
+        return self.prefill_traffic + self.traffic
+
 
 class StepClock(StoppingCriteria):
     """Records the time and the expert traffic after each step. Never stops a generation.

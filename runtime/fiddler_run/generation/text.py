@@ -70,18 +70,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def chat_text(
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, object]],
     where: str,
     answer_follows: bool = True,
+    tools: list[dict[str, object]] | None = None,
 ) -> str:
     """Formats messages with the tokenizer's chat template. `where` names them in errors.
+
+    `tools` are functions that the model may call, in OpenAI's form.
 
     Raises:
         FiddlerError: there is no template for a chat, or it fails.
     """
     template = tokenizer.chat_template
     if template is None:
-        raise FiddlerError(f"{where}: this model's tokenizer has no chat template; remove the flag")
+        raise FiddlerError(
+            f"{where}: this model's tokenizer has no chat template; give one with --template FILE"
+        )
     if isinstance(template, dict) and "default" not in template:
         raise FiddlerError(
             f"{where}: the model's chat templates ({', '.join(map(str, template))}) have no"
@@ -90,7 +95,7 @@ def chat_text(
         )
     with library_errors(f"{where}: the model's chat template refuses it", "change or remove it"):
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer_follows
+            messages, tokenize=False, add_generation_prompt=answer_follows, tools=tools
         )
     if not isinstance(text, str):
         raise FiddlerError(

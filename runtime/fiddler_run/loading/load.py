@@ -92,10 +92,9 @@ class ModelLoader:
         return self._checked.skeleton.config.vocab_size
 
     @property
-    def total_bytes(self) -> int:
-        """Bytes of experts to load."""
-        rank = self.plan.rank
-        return rank.gpu_memory_bytes.experts + rank.host_memory_bytes.experts + rank.disk_bytes
+    def defaults(self) -> GenerationDefaults:
+        """The checkpoint's recommendations."""
+        return self._checked.defaults or GenerationDefaults()
 
     @torch.inference_mode(False)  # tensors made in inference mode cannot be written to outside it
     def load(self, on_bytes: Callable[[int], None] = lambda count: None) -> PlannedModel:
@@ -107,7 +106,7 @@ class ModelLoader:
             torch.cuda.empty_cache()
         checkpoint = self.weights if isinstance(self.weights, Checkpoint) else None
         model = place_dense_weights(self._checked.skeleton, self.device, checkpoint)
-        model.defaults = self._checked.defaults or GenerationDefaults()
+        model.defaults = self.defaults
         model.generation_config = GenerationConfig(
             **model.defaults.for_transformers(self.tokenizer)
         )

@@ -65,6 +65,12 @@ class Rank(Section):
         return sum(map(sum, self.disk_blocks.values()))
 
     @property
+    def expert_bytes(self) -> int:
+        """Bytes of the experts in all three places."""
+        experts = self.gpu_memory_bytes.experts + self.host_memory_bytes.experts
+        return experts + self.disk_bytes
+
+    @property
     def streams(self) -> bool:
         """True if the GPU may read host blocks over the link. Their memory is then page-locked."""
         return self.gpu_memory_bytes.staging > 0

@@ -1,0 +1,38 @@
+"""The types of numbers on the command line."""
+
+import argparse
+
+
+def port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError("must be from 0 to 65535; 0 chooses a free one")
+    return value
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError("must be from 1 to 2147483647")
+    return value
+
+
+def temperature(text: str) -> float:
+    value = float(text)
+    if value != 0 and not 1e-4 <= value <= 1e4:  # dividing logits by less overflows
+        raise argparse.ArgumentTypeError("must be 0, or from 0.0001 to 10000")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError("must be from 0 to 2^63 - 1")
+    return value
+
+
+def probability(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
+    return value

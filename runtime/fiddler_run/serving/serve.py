@@ -1,0 +1,91 @@
+"""Starts the server."""
+
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from fiddler_run.generation.model import PlannedModel
+from fiddler_run.loading.load import ModelLoader
+from fiddler_run.serving.address import Address
+from fiddler_run.serving.app import Server
+from fiddler_run.serving.requests import Defaults, Requests
+from fiddler_run.serving.worker import Worker
+
+MAX_WAITING = 16
+END_S = 5  # how long a connection may take to end once the server is told to
+
+
+class _Uvicorn(uvicorn.Server):
+    """Ends if the model cannot be loaded. Calls `on_ready` once it is loaded."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, on_ready: Callable[[], None]):
+        super().__init__(config)
+        self._worker = worker
+        self._on_ready = on_ready
+        self._was_ready = False
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._worker.state == "failed":
+            self.should_exit = True
+        if self._worker.state == "ready" and not self._was_ready:
+            self._was_ready = True
+            self._on_ready()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.stop()
+        await super().shutdown(sockets)
+
+
+def serve(
+    loader: ModelLoader,
+    defaults: Defaults,
+    address: Address,
+    on_listening: Callable[[str], None],
+    on_bytes: Callable[[int], None],
+    on_ready: Callable[[], None],
+) -> None:
+    """Serves the loader's model until the process is told to end.
+
+    `/health` and `/v1/models` answer while the model loads.
+
+    Args:
+        on_listening: takes the server's URL.
+        on_bytes: see `ModelLoader.load`; called by another thread.
+        on_ready: called when the model is loaded.
+
+    Raises:
+        FiddlerError: the model cannot be loaded, or the address cannot be used.
+    """
+
+    def load(count: Callable[[int], None]) -> PlannedModel:
+        def counted(loaded_bytes: int) -> None:
+            count(loaded_bytes)
+            on_bytes(loaded_bytes)
+
+        return loader.load(counted)
+
+    plan = loader.plan
+    tokenizer = loader.tokenizer
+    worker = Worker(load, tokenizer, MAX_WAITING)
+    requests = Requests(plan, tokenizer, loader.vocab_size, loader.defaults, defaults)
+    server = Server(plan, worker, requests, tokenizer, address.api_key)
+    config = uvicorn.Config(
+        server.app(address.names),
+        log_level="warning",
+        timeout_graceful_shutdown=END_S,
+        lifespan="off",
+        ws="none",
+    )
+    with address.listen() as listening:
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        on_listening(f"http://{host}:{listening.getsockname()[1]}")
+        worker.start()
+        try:
+            _Uvicorn(config, worker, on_ready).run(sockets=[listening])
+        finally:
+            worker.stop()
+            worker.join()
+    if worker.error is not None:
+        raise worker.error
