@@ -63,6 +63,7 @@ def about(plan: Plan, model: str, tokenizer: PreTrainedTokenizerBase) -> Json:
             "bound_tokens_per_s": predicted.bound_tokens_per_s,
             "ttft_s": predicted.ttft_s,
             "gpu_hit_rate": predicted.gpu_hit_rate,
+            "prompt_tokens": plan.workload.prompt_tokens,
         },
         "resident_blocks": [rank.resident_blocks[layer] for layer in layers],
         "disk_blocks": on_disk,
