@@ -133,6 +133,7 @@ def test_shared_prefix_is_not_computed_again(planned):
         (first, len(first) - 1),
         (first[:5], 4),
         ([*first[:5], *more], 5),
+        ([*first[:5], *more, *more[:9]], 5 + len(more)),
         ([*more, *more[:3]], 0),
     ]
     model.plan = model.plan.model_copy(update={"prefill_chunk_tokens": 32})

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from fiddler_run.engine.resources import Resources
 from fiddler_run.errors import FiddlerError
@@ -189,8 +189,17 @@ class Session:
             1, at_once // (len(ids) * (1 if shared else copies))
         )
         if shared:
+            # once; transformers would run the prompt for each of its continuations
             self.cache.reset(len(ids))
-            self._prefill_once(ids, mask, copies, chunk)
+            self._prefill(self.cache, ids[:, :-1], mask, chunk)
+            self.cache.batch_repeat_interleave(copies)
+            return
+        cache = arguments.get("past_key_values")
+        held = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        if usual and copies == 1 and 0 < held < ids.shape[1]:
+            # transformers before 5.21 would split the whole prompt, also what the cache holds
+            rest = (ids.shape[1] - held - 1) % chunk + 1
+            self._prefill(cache, ids[:, :-rest], mask, chunk)
         elif ids.shape[1] > chunk:
             arguments["prefill_chunk_size"] = chunk
 
@@ -224,20 +233,15 @@ class Session:
             )
 
     @torch.no_grad()
-    def _prefill_once(self, ids: torch.Tensor, mask: torch.Tensor, copies: int, chunk: int) -> None:
-        """Takes all but the last token of each prompt [sequences, tokens] into the cache once.
-
-        The `copies` continuations of a prompt share the result. transformers would run the same
-        prompt once for each of them.
-        """
+    def _prefill(self, cache: Cache, ids: torch.Tensor, mask: torch.Tensor, chunk: int) -> None:
+        """Takes the tokens [sequences, tokens] that a cache does not hold into it, by chunks."""
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        for start in range(0, ids.shape[1] - 1, chunk):
-            stop = min(start + chunk, ids.shape[1] - 1)
+        for start in range(cache.get_seq_length(), ids.shape[1], chunk):
+            stop = min(start + chunk, ids.shape[1])
             of_chunk = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
             self._model.base_model(
                 **of_chunk,
                 attention_mask=mask[:, :stop],
-                past_key_values=self.cache,
+                past_key_values=cache,
                 use_cache=True,
             )
-        self.cache.batch_repeat_interleave(copies)
