@@ -50,13 +50,15 @@ class Served:
 
 
 @contextmanager
-def serving(*flags: object, cwd: Path = ROOT, key: str | None = None) -> Iterator[Served]:
-    """A server of the demo model with these flags, until the end of the context."""
+def serving(*flags: object, key: str | None = None, first: str = "") -> Iterator[Served]:
+    """A server of the demo model with these flags, until the end of the context.
+
+    `first`: a Python statement that it runs before it starts.
+    """
     from command_line import started  # which needs conftest
 
-    with started(
-        "fiddler-run", "--plan", "plans/demo.yaml", "--serve", "--port", 0, *flags, cwd=cwd
-    ) as process:
+    command = ("fiddler-run", "--plan", "plans/demo.yaml", "--serve", "--port", 0, *flags)
+    with started(*command, cwd=ROOT, first=first) as process:
         try:
             served = Served(process.stdout.readline().strip(), process, key)
             wait_until(lambda: served.fetch("/health")[0] == 200)

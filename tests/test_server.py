@@ -173,9 +173,10 @@ def test_status_plan_experts_and_metrics(served, client):
 
 
 def test_key_is_required_where_there_is_one(monkeypatch):
-    """And Ctrl-C ends a busy server."""
+    """Silent streams are kept alive, and Ctrl-C ends a busy server."""
     monkeypatch.setenv("FIDDLER_API_KEY", "right")
-    with serving(key="right") as served:
+    often = "import fiddler_run.serving.events as events; events.PING_S = 0.001"
+    with serving(key="right", first=often) as served:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer rïght"}):
             for path in ("/v1/models", "/status", "/plan", "/experts", "/metrics"):
                 assert served.fetch(path, headers=headers)[0] == 401
@@ -186,6 +187,11 @@ def test_key_is_required_where_there_is_one(monkeypatch):
         assert [model.id for model in client.models.list()] == [MODEL]
         with pytest.raises(openai.BadRequestError, match="give one with --template FILE"):
             chat(client)
+        body = json.dumps({**GREEDY, "prompt": "Once", "stream": True}).encode()
+        key = {"Authorization": "Bearer right"}
+        lines = served.fetch("/v1/completions", body, key)[1].split(b"\n\n")
+        assert b": ping" in lines
+        assert lines[-2:] == [b"data: [DONE]", b""]
         long = {"max_tokens": 500, "temperature": 1.5, "stream": True}
         stream = client.completions.create(model=MODEL, prompt="Once", **long)
         next(iter(stream))
