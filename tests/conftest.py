@@ -160,9 +160,9 @@ def set_key(data: dict, keys: list[str], value: object) -> None:
 def random_plan(
     shape: ModelShape, rng: random.Random, block_neurons: int = 32, max_threads: int = 2, **more
 ) -> Plan:
-    """A plan with random resident blocks, stream shares and thread count.
+    """A plan with random resident blocks, stream shares, thread count and perhaps disk blocks.
 
-    Half of all plans also have disk blocks. `more`: for `make_plan`.
+    `more`: for `make_plan`.
     """
     blocks = -(-shape.intermediate_size // block_neurons)
     resident = [

@@ -33,7 +33,7 @@ def run(flags: argparse.Namespace) -> None:
         return
     plan = Plan.load(plan_path)
     prompt = read_stdin() if flags.prompt == "-" else flags.prompt
-    template = None if flags.template is None else read_text(flags.template)
+    template = None if flags.template is None else read_text(shipped_file(flags.template))
     for path in (flags.json, flags.trace):
         if path is not None:
             require_writable(path)
