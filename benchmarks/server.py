@@ -31,6 +31,7 @@ from fiddler_run.loading.load import ModelLoader
 from fiddler_run.plan.schema import Budget, Plan, Workload
 from fiddler_run.serving.address import Address
 from fiddler_run.serving.app import Server, model_name
+from fiddler_run.serving.metrics import Metrics
 from fiddler_run.serving.requests import Defaults, Requests
 from fiddler_run.serving.worker import Worker
 from fiddler_run.system.files import write_whole
@@ -79,10 +80,11 @@ class Bench:
         plan = loader.plan
         self.output_tokens = output_tokens
         self.name = model_name(plan)
-        self.worker = Worker(loader.load, loader.tokenizer, 16)
+        metrics = Metrics(plan)
+        self.worker = Worker(loader.load, loader.tokenizer, 16, metrics.count)
         never_ending = GenerationDefaults()
         requests = Requests(plan, loader.tokenizer, loader.vocab_size, never_ending, Defaults())
-        app = Server(plan, self.worker, requests, loader.tokenizer, None).app(["*"])
+        app = Server(plan, self.worker, requests, metrics, None).app(["*"])
         listening = Address("127.0.0.1", 0, None).listen()
         self.port = listening.getsockname()[1]
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))

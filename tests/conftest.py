@@ -54,7 +54,6 @@ PROVENANCE = Provenance(
     solve_s=0.0,
     created="2026-01-01",
 )
-# A small Mixtral with the vocabulary of the demo's tokenizer.
 SMALL_CONFIG = {
     "vocab_size": 768,
     "hidden_size": 32,
@@ -218,7 +217,7 @@ def stock(device):
 def random_checkpoint(tmp_path_factory) -> Callable[..., tuple[Path, ModelShape]]:
     """Writes a checkpoint of random weights; returns its folder and its shape in float32.
 
-    Keyword arguments override keys of SMALL_CONFIG.
+    Keyword arguments override keys of SMALL_CONFIG, which has the demo tokenizer's vocabulary.
     """
 
     def make(**overrides: object) -> tuple[Path, ModelShape]:

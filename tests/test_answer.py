@@ -158,6 +158,31 @@ def test_other_generations_do_not_disturb_a_reused_prefix(planned):
     assert found.measured.reused_tokens == 0
 
 
+def test_nested_generation_does_not_disturb_an_answer(planned):
+    model, tokenizer = planned
+    ids = tokenizer("def count", return_tensors="pt").to(model.device)["input_ids"]
+    request = Request(tokenizer(TEXT)["input_ids"], Options(12))
+
+    def generate(piece: Piece) -> None:
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+
+    expected, _ = answered(planned, TEXT)
+    for _ in range(2):
+        assert answer(model, tokenizer, request, generate).text == expected.text
+
+
+def test_prefix_of_other_weights_is_not_reused(planned):
+    model, _ = planned
+    answered(planned, TEXT)
+    norm = model.model.norm
+    kept = norm.weight
+    norm.weight = torch.nn.Parameter(kept.flip(0).clone(), requires_grad=False)
+    try:
+        assert answered(planned, TEXT)[0].measured.reused_tokens == 0
+    finally:
+        norm.weight = kept
+
+
 def test_failed_answer_leaves_nothing_to_reuse(planned):
     model, tokenizer = planned
     expected, _ = answered(planned, TEXT)

@@ -130,7 +130,7 @@ def test_seeded_sampling_and_beam_search_run(demo):
             ["fiddler-run"],
             [
                 "temperature T",
-                "0.0)",
+                "the checkpoint's, else 1)",
                 "top-p P",
                 "1.0)",
                 "the plan's)",

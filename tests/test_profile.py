@@ -17,7 +17,7 @@ from conftest import DEMO, ROOT
 
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.routing import RoutingProfile
-from fiddler_opt.measure import machine, quiet
+from fiddler_opt.measure import machine, profiling, quiet
 from fiddler_opt.measure.machine import MachineBench
 from fiddler_opt.measure.quiet import undisturbed
 from fiddler_opt.measure.routing import RoutingTrace
@@ -26,6 +26,7 @@ from fiddler_opt.measure.unfinished import Unfinished
 from fiddler_run.errors import FiddlerError
 from fiddler_run.system.host import num_cores
 
+HASTY = replace(QUICK, tokens=(1, 64), dense_tokens=(1, 64), seconds=0.02, max_host_bytes=10**8)
 UNFINISHED = Path("profiles/.local.machine.yaml.unfinished")
 
 pytestmark = pytest.mark.xdist_group("profile")  # tests that time this machine
@@ -114,7 +115,7 @@ def torch_threads():
     torch.set_num_threads(threads)
 
 
-def test_killed_profile_resumes(tmp_path, demo, torch_threads):
+def test_killed_profile_resumes(tmp_path, demo, torch_threads, monkeypatch):
     """Parts of another machine are not reused. test_unfinished has a kill at every write."""
     file = tmp_path / UNFINISHED
     file.parent.mkdir()
@@ -128,18 +129,21 @@ def test_killed_profile_resumes(tmp_path, demo, torch_threads):
     prompts = DEMO / "prompts" / "stories.jsonl"
     arguments = ("profile", "--quick", "--force", "--model", DEMO, "--prompts", prompts)
     arguments += ("--output-tokens", "2")
-    killed = started("fiddler-opt", *arguments, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    monkeypatch.setattr(profiling, "QUICK", HASTY)
+    hasty = f"import fiddler_opt.measure.settings as s; s.QUICK = s.{HASTY!r}"
+    options = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "first": hasty}
+    killed = started("fiddler-opt", *arguments, **options)
     while len(finished_parts()) < 3:
         assert killed.poll() is None, killed.stderr.read()
-        time.sleep(0.005)
+        time.sleep(0.02)
     killed.kill()
     assert "resuming" not in killed.communicate()[1]
     assert [path.name for path in file.parent.glob("[!.]*")] == []
     kept = finished_parts()
-    parts = list(MachineBench(demo, QUICK, None).parts)
+    parts = list(MachineBench(demo, HASTY, None).parts)
     assert kept == parts[: len(kept)]
 
-    killed = started("fiddler-opt", *arguments, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    killed = started("fiddler-opt", *arguments, **options)
     timed = tmp_path / "profiles/local.machine.yaml"
     while not timed.exists():
         assert killed.poll() is None, killed.stderr.read()

@@ -196,6 +196,8 @@ def test_key_is_required_where_there_is_one(monkeypatch):
         stream = client.completions.create(model=MODEL, prompt="Once", **long)
         next(iter(stream))
         served.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="the server is ending"):
+            list(stream)
         wait_until(lambda: served.process.poll() is not None)
         assert served.process.returncode == 130
         assert "Traceback" not in served.process.stderr.read()

@@ -22,6 +22,7 @@ ODD = (
     *(None, True, 0, -1, 1e308, 2**70, "", "x", "\ud800", [], {}, [[]], {"a": 1}, "\0"),
     *([None], [{}], {"type": "x"}, [{"role": "user"}], [{"role": "king", "content": "x"}]),
 )
+DEEP = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[" * 200_000}}
 INCORRECT = {"name": "x", "schema": {"type": 1}}
 LONG = {"model": MODEL, "prompt": "Once", "max_tokens": 500, "temperature": 1.5}
 
@@ -47,6 +48,7 @@ def is_idle(served: Served) -> bool:
         ({"top_logprobs": 2}, 400, "top_logprobs: needs logprobs: true"),
         ({"stop": [""]}, 400, "stop: "),
         ({"tools": [TOOL]}, 400, "tools: this model's chat template does not ask for calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [DEEP]}]}, 200, "choices"),
         ({"tools": [TOOL], "tool_choice": "required"}, 400, "tool_choice: this value"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
         (
@@ -57,12 +59,15 @@ def is_idle(served: Served) -> bool:
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             400,
-            "messages.0.content",
+            "messages.0.content: only parts of the type text are supported",
         ),
     ],
 )  # fmt: skip
 def test_refusals_say_where_and_what(served, change, status, words):
     found, body = served.fetch(CHAT, json.dumps({**VALID, **change}).encode())
+    if status == 200:
+        assert (found, words in body.decode()) == (200, True), body
+        return
     error = json.loads(body)["error"]
     assert (found, words in error["message"]) == (status, True), error
     assert error.keys() == {"message", "type", "param", "code"}
@@ -91,7 +96,9 @@ def test_neutral_values_are_accepted(served):
         ("/nothing", None, {}, 404),
         (CHAT, None, {}, 405),
         (CHAT, b"{}", {"Content-Type": "text/plain"}, 415),
-        (CHAT, b"x" * 16_000_001, {}, 413),
+        (CHAT, b"x" * 4_000_001, {}, 413),
+        ("/v1/completions", b'{"model": "tiny-mixtral", "prompt": [[-1, 2]]}', {}, 400),
+        (CHAT, b'{"model": "x", "messages": [' + b"{}," * 900_000 + b"{}]}", {}, 400),
         ("/health", None, {"Host": "evil.example"}, 400),
     ],
 )

@@ -1,17 +1,21 @@
 """Calls of tools: found in an answer's text wherever it is divided."""
 
+import copy
 import json
 import random
 
 import pytest
-from conftest import DEMO
+from conftest import DEMO, demo_shape, make_plan
 from transformers import AutoTokenizer
 
 from fiddler_run.engine.calls import Traffic
 from fiddler_run.generation.answer import Answer, Piece
+from fiddler_run.generation.defaults import GenerationDefaults
 from fiddler_run.generation.generate import Measured
-from fiddler_run.serving.bodies import Message
+from fiddler_run.serving.bodies import ChatBody
+from fiddler_run.serving.messages import Message
 from fiddler_run.serving.replies import ChatReply
+from fiddler_run.serving.requests import Defaults, Requests
 from fiddler_run.serving.tools import ToolText, knows_tools
 
 WEATHER = '{"name": "weather", "arguments": {"city": "Paris"}}'
@@ -42,6 +46,10 @@ def answer(text: str) -> Answer:
         ("It is noon.", "It is noon.", []),
         ("I look. " + wrapped(WEATHER), "I look. ", ["weather"]),
         (wrapped(WEATHER, TIME), "", ["weather", "time"]),
+        (f"a {wrapped(WEATHER)} b", "a  b", ["weather"]),
+        (wrapped(WEATHER) + "<tool_call>cut", "<tool_call>cut", ["weather"]),
+        (wrapped('{"name": "f", "arguments": null}'), "", ["f"]),
+        (wrapped('{"name": "f", "arguments": {"x": "} </tool_call>"}}'), "", ["f"]),
         ("<tool_call>oops</tool_call>", "<tool_call>oops</tool_call>", []),
         ("a < b <tool", "a < b <tool", []),
         (wrapped("{broken}"), wrapped("{broken}"), []),
@@ -65,7 +73,7 @@ def test_calls_are_separated_from_text(text, content, names):
 @pytest.mark.parametrize("streamed", [True, False])
 def test_reply_has_the_calls(tokenizer, streamed):
     text = "I look. " + wrapped(WEATHER, TIME)
-    reply = ChatReply("model", tokenizer, False, with_tools=True)
+    reply = ChatReply("model", None, max_calls=None)
     chunks = [*reply.begin()]
     for letter in text:
         chunks += reply.piece(Piece(letter, []))
@@ -85,6 +93,22 @@ def test_reply_has_the_calls(tokenizer, streamed):
     assert json.loads(calls[0]["function"]["arguments"]) == {"city": "Paris"}
     assert len({call["id"] for call in calls}) == 2
     assert finish == "tool_calls"
+
+
+def test_template_gets_the_tools_as_they_were_sent(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    plan = make_plan(demo_shape(), [[0] * 8] * 6)
+    requests = Requests(plan, tokenizer, 768, GenerationDefaults(), Defaults())
+    function = {"name": "time", "description": "Tells the time", "strict": False}
+    body = {
+        "model": "x",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [{"type": "function", "function": function}],
+    }
+    request = requests.of_chat(ChatBody.parse(json.dumps(body).encode()))
+    shown = '[{"type": "function", "function": {"name": "time", "description": "Tells the time"}}]'
+    assert tokenizer.decode(request.ids).startswith(shown)
 
 
 def test_templates_that_ask_for_calls_are_known(tokenizer):

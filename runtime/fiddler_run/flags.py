@@ -185,8 +185,8 @@ def _refuse_contradictions(parser: argparse.ArgumentParser, flags: argparse.Name
     if uses > 1 or (uses == 0 and not flags.talks):
         parser.error("give exactly one of: a prompt, --serve, --bench, --dry-run")
     _refuse_server_flags(parser, flags)
-    if (flags.serve or flags.talks) and flags.num_beams not in (None, 1):
-        parser.error("--num-beams applies only to a prompt and --bench")
+    if (flags.serve or flags.talks) and (flags.chat or flags.num_beams not in (None, 1)):
+        parser.error("--chat and --num-beams do not apply to chat and server")
     if flags.bench:
         sampling = (flags.temperature, flags.top_p, flags.seed, flags.template)
         if flags.chat or any(value is not None for value in sampling):
@@ -209,11 +209,12 @@ def _refuse_server_flags(parser: argparse.ArgumentParser, flags: argparse.Namesp
     """Exits with status 2 if the server's flags do not fit together."""
     given = [
         f"--{name.replace('_', '-')}"
-        for name in ("host", "port", "no_api_key")
+        for name in ("host", "port", "api_key", "no_api_key")
         if getattr(flags, name) != parser.get_default(name)
     ]
     if given and not flags.serve:
         parser.error(f"{given[0]} applies only with --serve")
+    flags.api_key = None if flags.no_api_key else flags.api_key or None
     if flags.serve and not is_loopback(flags.host) and not (flags.api_key or flags.no_api_key):
         parser.error(
             f"--host {flags.host} can be reached by others: give --api-key, or allow everyone with"

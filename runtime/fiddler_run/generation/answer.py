@@ -40,8 +40,8 @@ class Request:
 
 
 class Token(NamedTuple):
-    """A token of an answer. `logprob` and `top`, by token id, are those of the model itself,
-    before temperature and other choices of the request.
+    """A token of an answer. `logprob` and `top`, by token id, are the model's, before temperature
+    and other choices of the request, but after the checkpoint's repetition penalty.
     """
 
     id: int

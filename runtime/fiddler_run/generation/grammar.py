@@ -1,25 +1,23 @@
 """Restricts an answer to JSON, by the library llguidance."""
 
 import json
-import threading
-import weakref
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
+from llguidance import LLMatcher
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.text import library_errors
+from fiddler_run.generation.vocabulary import vocabulary
 
 # Otherwise, a model may write spaces without end.
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANY_OBJECT = {"type": "object"}
-_tokenizers: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, LLTokenizer] = (
-    weakref.WeakKeyDictionary()
-)
-_lock = threading.Lock()
+
+
+class GrammarError(FiddlerError):
+    """A text cannot be restricted to a schema."""
 
 
 class Grammar:
@@ -49,11 +47,8 @@ class Grammar:
         Raises:
             FiddlerError: the tokenizer has no fast implementation.
         """
-        with _lock:
-            if tokenizer not in _tokenizers:
-                with library_errors("response_format", "omit it: this tokenizer does not allow it"):
-                    _tokenizers[tokenizer] = from_tokenizer(tokenizer, vocab_size, end_tokens)
-        return _Allowed(LLMatcher(_tokenizers[tokenizer], self._compiled))
+        restricted = vocabulary(tokenizer, vocab_size, end_tokens)
+        return _Allowed(LLMatcher(restricted, self._compiled))
 
 
 class _Allowed(LogitsProcessor):
@@ -67,7 +62,7 @@ class _Allowed(LogitsProcessor):
         self._has_begun = True
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
-            raise FiddlerError(f"response_format: {self._matcher.get_error()}; use a simpler one")
+            raise GrammarError(f"response_format: {self._matcher.get_error()}; use a simpler one")
         allowed = np.unpackbits(bits, bitorder="little")[: scores.shape[1]].astype(bool)
         excluded = torch.from_numpy(~allowed).to(scores.device)
         return scores.masked_fill(excluded, -torch.inf)

@@ -16,6 +16,7 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.cache import KeyValueCache
 from fiddler_run.generation.cuda_graphs import Capture
 from fiddler_run.generation.decode_step import DecodeStep
+from fiddler_run.generation.prefill import forgets_between_chunks, prefill, require_chunks
 from fiddler_run.system.process_settings import allowed_gpu_bytes, while_running
 
 
@@ -86,7 +87,7 @@ class Session:
         # a job of a layer that was called outside the model; later jobs belong to this turn
         self._resources.jobs.finish()
         if self._decode is not None and not self._decode.is_current(self._model):
-            self._decode = None
+            self.forget_decode()
         try:
             with while_running(self._cpu_threads):
                 yield
@@ -116,22 +117,30 @@ class Session:
         return self._resources.timeline.on
 
     def forget_decode(self) -> None:
-        """Drops the decode step, because something that it holds has changed."""
+        """Drops the decode step and the cache, because a weight or a layer has changed."""
         self._decode = None
+        if self.cache is not None:
+            self.cache.tokens = []
 
     @contextmanager
     def prefix_kept(self, prompt: list[int]) -> Iterator[Prefix]:
         """A turn to continue a prompt. The cache keeps what it shares with the previous one."""
         with self.turn():
-            if not self._model._supports_default_dynamic_cache():
+            free = not self._cache_is_taken and self._model._supports_default_dynamic_cache()
+            if not free or forgets_between_chunks(self._model):
                 yield Prefix(0, {}, lambda _: None)
                 return
             cache = self.cache
 
             def keep(tokens: list[int]) -> None:
-                cache.tokens = tokens[: cache.get_seq_length()]
+                if cache.get_seq_length() == len(tokens) - 1:  # the last one has not been passed
+                    cache.tokens = tokens[:-1]
 
-            yield Prefix(cache.keep_prefix(prompt), {"past_key_values": cache}, keep)
+            self._cache_is_taken = True
+            try:
+                yield Prefix(cache.keep_prefix(prompt), {"past_key_values": cache}, keep)
+            finally:
+                self._cache_is_taken = False
 
     @contextmanager
     def generation(self, arguments: dict, inputs: torch.Tensor | None, config) -> Iterator[None]:
@@ -191,15 +200,17 @@ class Session:
         if shared:
             # once; transformers would run the prompt for each of its continuations
             self.cache.reset(len(ids))
-            self._prefill(self.cache, ids[:, :-1], mask, chunk)
+            prefill(self._model, self.cache, ids[:, :-1], mask, chunk)
             self.cache.batch_repeat_interleave(copies)
             return
+        if ids.shape[1] > chunk:
+            require_chunks(self._model, ids.shape[1], chunk)
         cache = arguments.get("past_key_values")
         held = cache.get_seq_length() if isinstance(cache, Cache) else 0
         if usual and copies == 1 and 0 < held < ids.shape[1]:
             # transformers before 5.21 would split the whole prompt, also what the cache holds
             rest = (ids.shape[1] - held - 1) % chunk + 1
-            self._prefill(cache, ids[:, :-rest], mask, chunk)
+            prefill(self._model, cache, ids[:, :-rest], mask, chunk)
         elif ids.shape[1] > chunk:
             arguments["prefill_chunk_size"] = chunk
 
@@ -230,18 +241,4 @@ class Session:
                 f" {needed / 1e9:.2f} GB of GPU memory, but {max(0, free) / 1e9:.2f} GB is free;"
                 " plan with a larger --max-seq-len, --num-beams or --batch-size, and avoid"
                 " return_dict_in_generate and cache_implementation"
-            )
-
-    @torch.no_grad()
-    def _prefill(self, cache: Cache, ids: torch.Tensor, mask: torch.Tensor, chunk: int) -> None:
-        """Takes the tokens [sequences, tokens] that a cache does not hold into it, by chunks."""
-        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        for start in range(cache.get_seq_length(), ids.shape[1], chunk):
-            stop = min(start + chunk, ids.shape[1])
-            of_chunk = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
-            self._model.base_model(
-                **of_chunk,
-                attention_mask=mask[:, :stop],
-                past_key_values=cache,
-                use_cache=True,
             )

@@ -182,7 +182,9 @@ class TextStream:
             return ""
         try:
             piece = self._stream.step(self._backend, self._held) or ""
-        except Exception:  # the decoder changed earlier text: the rest follows at the end
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException:  # the decoder changed earlier text: the rest follows at the end
             self._stream = None
             return ""
         self._held = []

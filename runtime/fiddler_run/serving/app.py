@@ -1,17 +1,18 @@
 """The server's routes."""
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -20,15 +21,14 @@ from fiddler_run.generation.answer import Request as ModelRequest
 from fiddler_run.plan.schema import Plan
 from fiddler_run.serving import events, status
 from fiddler_run.serving.bodies import Body, ChatBody, CompletionBody
-from fiddler_run.serving.errors import ApiError
+from fiddler_run.serving.errors import CLIENT_LEFT, ApiError
 from fiddler_run.serving.events import Answering
 from fiddler_run.serving.metrics import Metrics
 from fiddler_run.serving.replies import ChatReply, CompletionReply, Reply
 from fiddler_run.serving.requests import Requests
 from fiddler_run.serving.worker import Worker
 
-MAX_BODY_BYTES = 16_000_000
-PUBLIC = {"/", "/health"}  # without a key
+MAX_BODY_BYTES = 4_000_000
 PAGE_POLICY = (
     "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
     " img-src 'self' data:"
@@ -39,33 +39,46 @@ class Server:
     """Answers HTTP requests for one model."""
 
     def __init__(
-        self, plan: Plan, worker: Worker, requests: Requests, tokenizer, api_key: str | None
+        self,
+        plan: Plan,
+        worker: Worker,
+        requests: Requests,
+        metrics: Metrics,
+        api_key: str | None,
     ):
         self._plan = plan
         self._worker = worker
         self._requests = requests
-        self._tokenizer = tokenizer
         self._key = api_key
-        self._metrics = Metrics(plan)
+        self._metrics = metrics
         self._model = model_name(plan)
 
     def app(self, hosts: list[str]) -> Starlette:
         """The application. `hosts`: what a browser may call this server."""
-        routes = [
-            Route("/", self.page),
-            Route("/health", self.health),
-            Route("/status", self.status),
-            Route("/plan", self.plan),
-            Route("/experts", self.experts),
-            Route("/metrics", self.metrics),
-            Route("/v1/models", self.models),
-            Route("/v1/models/{name:path}", self.one_model),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.completion, methods=["POST"]),
-        ]
+        public = [Route("/", self.page), Route("/health", self.health)]
+        guarded = {
+            "/status": self.status,
+            "/plan": self.plan,
+            "/experts": self.experts,
+            "/metrics": self.metrics,
+            "/v1/models": self.models,
+            "/v1/models/{name:path}": self.one_model,
+        }
+        posts = {"/v1/chat/completions": self.chat, "/v1/completions": self.completion}
         return Starlette(
-            routes=[Route(r.path, self._guarded(r.endpoint), methods=r.methods) for r in routes],
-            exception_handlers={ApiError: _as_openai, HTTPException: _http_error},
+            routes=[
+                *public,
+                *(Route(path, self._guarded(each)) for path, each in guarded.items()),
+                *(
+                    Route(path, self._guarded(each), methods=["POST"])
+                    for path, each in posts.items()
+                ),
+            ],
+            exception_handlers={
+                ApiError: _as_openai,
+                HTTPException: _http_error,
+                Exception: _unexpected,
+            },
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
         )
 
@@ -73,9 +86,10 @@ class Server:
         """The endpoint, for those who know the key."""
 
         async def guarded(request: HttpRequest) -> Response:
-            if self._key is not None and request.url.path not in PUBLIC:
-                given = request.headers.get("authorization", "").removeprefix("Bearer ")
-                if not hmac.compare_digest(given.encode(), self._key.encode()):
+            if self._key is not None:
+                scheme, _, given = request.headers.get("authorization", "").partition(" ")
+                is_known = hmac.compare_digest(given.encode(), self._key.encode())
+                if scheme.lower() != "bearer" or not is_known:
                     raise ApiError(401, "send the server's key: Authorization: Bearer KEY")
             return await endpoint(request)
 
@@ -93,7 +107,7 @@ class Server:
         return JSONResponse(status.status(self._plan, self._worker))
 
     async def plan(self, _: HttpRequest) -> Response:
-        return JSONResponse(status.about(self._plan, self._model, self._tokenizer))
+        return JSONResponse(status.about(self._plan, self._model, self._requests.can_chat))
 
     async def experts(self, _: HttpRequest) -> Response:
         return JSONResponse(status.calls(self._plan, self._worker))
@@ -113,32 +127,32 @@ class Server:
         return JSONResponse(self._about_model())
 
     async def chat(self, request: HttpRequest) -> Response:
-        body = self._counted(ChatBody.parse, await read(request))
-        make_reply = partial(ChatReply, with_tools=body.may_call)
-        return await self._answered(
-            request, body, self._requests.of_chat, make_reply, body.logprobs
-        )
+        with self._counting_refusals():
+            body = await run_in_threadpool(ChatBody.parse, await read(request))
+            answering = await self._queued(request, body, self._requests.of_chat)
+        make = partial(ChatReply, max_calls=body.max_calls)
+        return await self._response(answering, body, make, body.logprobs)
 
     async def completion(self, request: HttpRequest) -> Response:
-        body = self._counted(CompletionBody.parse, await read(request))
-        shows_logprobs = body.logprobs is not None
-        return await self._answered(
-            request, body, self._requests.of_completion, CompletionReply, shows_logprobs
-        )
+        with self._counting_refusals():
+            body = await run_in_threadpool(CompletionBody.parse, await read(request))
+            answering = await self._queued(request, body, self._requests.of_completion)
+        return await self._response(answering, body, CompletionReply, body.logprobs is not None)
 
-    async def _answered(
-        self,
-        http: HttpRequest,
-        body: Body,
-        make_request: Callable[[Body], ModelRequest],
-        make_reply: Callable[..., Reply],
-        shows_logprobs: bool,
+    async def _queued(
+        self, http: HttpRequest, body: Body, make: Callable[[Body], ModelRequest]
+    ) -> Answering:
+        """Raises ApiError if the request is refused."""
+        body.require_model(self._model)
+        status.require_ready(self._plan, self._worker)
+        request = await run_in_threadpool(make, body)
+        return Answering(self._worker, request, http, self._metrics)
+
+    async def _response(
+        self, answering: Answering, body: Body, make: Callable[..., Reply], shows_logprobs: bool
     ) -> Response:
-        self._counted(body.require_model, self._model)
-        self._counted(status.require_ready, self._plan, self._worker)
-        request = await run_in_threadpool(self._counted, make_request, body)
-        answering = self._counted(Answering, self._worker, request, http, self._metrics)
-        reply = make_reply(self._model, self._tokenizer, shows_logprobs)
+        decode = self._requests.decode_token if shows_logprobs else None
+        reply = make(self._model, decode)
         if body.stream:
             chunks = events.stream(answering, reply, body.stream_options.include_usage)
             return StreamingResponse(
@@ -146,10 +160,10 @@ class Server:
             )
         return JSONResponse(await events.whole(answering, reply))
 
-    def _counted(self, step: Callable, *arguments: object) -> Any:
-        """Calls a step of a request, and counts the request if the step refuses it."""
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
         try:
-            return step(*arguments)
+            yield
         except ApiError as error:
             self._metrics.requests.labels(error.status).inc()
             raise
@@ -181,10 +195,13 @@ async def read(request: HttpRequest) -> bytes:
     if kind != "application/json":
         raise ApiError(415, "send JSON: Content-Type: application/json")
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES / 1e6:g} MB")
+    try:
+        async for part in request.stream():
+            content += part
+            if len(content) > MAX_BODY_BYTES:
+                raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES / 1e6:g} MB")
+    except ClientDisconnect:
+        raise ApiError(CLIENT_LEFT, "the client has left") from None
     return bytes(content)
 
 
@@ -196,3 +213,7 @@ async def _as_openai(_: HttpRequest, error: ApiError) -> Response:
 async def _http_error(request: HttpRequest, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse(ApiError(error.status_code, message).body, error.status_code)
+
+
+async def _unexpected(_: HttpRequest, __: Exception) -> Response:
+    return JSONResponse(ApiError(500, "an error of the server; see its log").body, 500)

@@ -4,35 +4,20 @@ What is not supported is refused, unless it asks for what happens anyway. `null`
 leaving a key out.
 """
 
-import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from fiddler_run.serving.errors import ApiError
+from fiddler_run.serving.messages import FailFastList, Message, Section, only
 
 MAX_STOP_STRINGS = 16
 MAX_ALTERNATIVES = 20  # of a token
-
-
-def only(*values: object) -> BeforeValidator:
-    """Accepts these values alone."""
-
-    def check(value: object) -> object:
-        if value not in values:
-            raise PydanticCustomError("unsupported", "this value is not supported; omit the key")
-        return value
-
-    return BeforeValidator(check)
 
 
 def _not_empty(stop: str | list[str]) -> list[str]:
@@ -44,20 +29,13 @@ def _not_empty(stop: str | list[str]) -> list[str]:
     return strings
 
 
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Neutral = Annotated[Any, only(0, 0.0)]
 
 
-class Section(BaseModel):
-    """A JSON object. Unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_null(cls, data: object) -> object:
-        if isinstance(data, dict):
-            return {key: value for key, value in data.items() if value is not None}
-        return data
+def _is_key(part: str | int) -> bool:
+    """False for pydantic's names of the kinds in a union."""
+    return isinstance(part, int) or (part != "str" and "[" not in part)
 
 
 class StreamOptions(Section):
@@ -76,7 +54,13 @@ class Body(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[str | list[str], AfterValidator(_not_empty)] = []
+    # without effect on an answer
     user: str | None = None
+    metadata: dict[str, Any] = {}
+    store: bool = False
+    service_tier: Annotated[Any, only("auto", "default")] = "auto"
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     n: Annotated[Any, only(1)] = 1
     presence_penalty: Neutral = 0
     frequency_penalty: Neutral = 0
@@ -92,8 +76,9 @@ class Body(Section):
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
+            errors = error.errors(include_url=False, include_context=False, include_input=False)
+            first = max(errors, key=lambda each: len(each["loc"]))  # of a union's kinds
+            where = ".".join(str(part) for part in first["loc"] if _is_key(part))
             message = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
                 message = "this key is not supported; omit it"
@@ -117,7 +102,7 @@ class Body(Section):
 class CompletionBody(Body):
     """A request to continue a text, or token ids."""
 
-    prompt: str | list[str] | list[Annotated[int, Field(ge=0)]] | list[list[int]]
+    prompt: str | FailFastList[str] | FailFastList[TokenId] | FailFastList[FailFastList[TokenId]]
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     echo: Annotated[Any, only(False)] = False
     best_of: Annotated[Any, only(1)] = 1
@@ -136,56 +121,6 @@ class CompletionBody(Body):
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
             return prompt
         raise ApiError(400, "prompt: give exactly one prompt in each request", param="prompt")
-
-
-class TextPart(Section):
-    type: Literal["text"]
-    text: str
-
-
-class CalledFunction(Section):
-    name: str
-    arguments: str
-
-
-class ToolCall(Section):
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class Message(Section):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = ""
-    name: str | None = None
-    tool_calls: list[ToolCall] = []
-    tool_call_id: str | None = None
-    annotations: Annotated[Any, only([])] = []
-
-    def for_template(self) -> dict[str, object]:
-        """The message as chat templates expect it."""
-        role = "system" if self.role == "developer" else self.role
-        content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        message: dict[str, object] = {"role": role, "content": content}
-        if self.name is not None:
-            message["name"] = self.name
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {
-                        "name": call.function.name,
-                        "arguments": _object_or_text(call.function.arguments),
-                    },
-                }
-                for call in self.tool_calls
-            ]
-        return message
 
 
 class JsonSchema(Section):
@@ -215,7 +150,7 @@ class Tool(Section):
 class ChatBody(Body):
     """A request to continue a conversation."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[FailFastList[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
@@ -223,18 +158,10 @@ class ChatBody(Body):
     tools: list[Tool] = []
     tool_choice: Annotated[Any, only("auto", "none")] = "auto"
     parallel_tool_calls: bool = True
-    store: Annotated[Any, only(False)] = False
 
     @property
-    def may_call(self) -> bool:
-        """True if the answer may call tools."""
-        return bool(self.tools) and self.tool_choice == "auto"
-
-
-def _object_or_text(arguments: str) -> object:
-    """The arguments of a call as an object, which most templates expect, if they are one."""
-    try:
-        parsed = json.loads(arguments)
-    except ValueError:
-        return arguments
-    return parsed if isinstance(parsed, dict) else arguments
+    def max_calls(self) -> int | None:
+        """The most calls of tools in the answer. None: any number."""
+        if not self.tools or self.tool_choice == "none":
+            return 0
+        return None if self.parallel_tool_calls else 1

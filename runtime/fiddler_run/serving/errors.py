@@ -1,5 +1,7 @@
 """Errors of the API, in OpenAI's form."""
 
+CLIENT_LEFT = 499  # as nginx counts it
+
 
 class ApiError(Exception):
     """A request that is not served. `status` is HTTP's."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
@@ -9,10 +10,11 @@ from starlette.requests import Request as HttpRequest
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.answer import Answer, Piece, Request
-from fiddler_run.serving.errors import ApiError
+from fiddler_run.generation.grammar import GrammarError
+from fiddler_run.serving.errors import CLIENT_LEFT, ApiError
 from fiddler_run.serving.metrics import Metrics
 from fiddler_run.serving.replies import Reply
-from fiddler_run.serving.worker import Event, Job, QueueFullError, Worker
+from fiddler_run.serving.worker import EndingError, Event, Job, QueueFullError, Worker
 
 PING_S = 15.0  # proxies and clients end connections that are silent for long
 
@@ -24,7 +26,7 @@ class Answering:
         """Queues a request.
 
         Raises:
-            ApiError: too many wait already.
+            ApiError: too many wait already, or the server is ending.
         """
         self._worker = worker
         self._http = http
@@ -36,6 +38,8 @@ class Answering:
             worker.submit(self._job)
         except QueueFullError:
             raise ApiError(429, "too many requests wait already; try again later") from None
+        except EndingError as error:
+            raise _as_api_error(error) from None
 
     async def events(self) -> AsyncIterator[Piece | Answer | None]:
         """Yields pieces, then the answer. Yields None while there is nothing to send.
@@ -46,7 +50,7 @@ class Answering:
             ApiError: the request failed.
         """
         watch = asyncio.create_task(self._watch())
-        status = 499  # as nginx counts clients that left
+        status = CLIENT_LEFT
         try:
             while True:
                 try:
@@ -56,12 +60,14 @@ class Answering:
                     continue
                 if event is None:
                     return
+                if isinstance(event, Answer) and event.finish == "cancelled":
+                    event = EndingError()  # the client is still there
                 if isinstance(event, Exception):
-                    status = 500
-                    raise _as_api_error(event)
+                    error = _as_api_error(event)
+                    status = error.status
+                    raise error
                 if isinstance(event, Answer):
                     status = 200
-                    self._metrics.count(event)
                 yield event
                 if isinstance(event, Answer):
                     return
@@ -72,7 +78,7 @@ class Answering:
 
     def _tell(self, event: Event) -> None:
         """Called by the model's thread."""
-        with suppress(RuntimeError):  # the server is closing
+        with suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def _watch(self) -> None:
@@ -100,6 +106,9 @@ async def stream(answering: Answering, reply: Reply, with_usage: bool) -> AsyncI
                     yield _data(reply.usage_chunk(event))
     except ApiError as error:
         yield _data(error.body)
+    except Exception as error:
+        logging.getLogger("fiddler_run").exception("a reply failed")
+        yield _data(_as_api_error(error).body)
     yield "data: [DONE]\n\n"
 
 
@@ -115,10 +124,14 @@ async def whole(answering: Answering, reply: Reply) -> dict[str, object]:
         elif isinstance(event, Answer):
             reply.end(event)
             return reply.whole(event)
-    raise ApiError(499, "the client has left")
+    raise ApiError(CLIENT_LEFT, "the client has left")
 
 
 def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, EndingError):
+        return ApiError(503, str(error))
+    if isinstance(error, GrammarError):
+        return ApiError(400, str(error), param="response_format")
     said = str(error) if isinstance(error, FiddlerError) else "an error of the server; see its log"
     return ApiError(500, said)
 

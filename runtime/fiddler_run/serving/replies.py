@@ -2,28 +2,28 @@
 
 import secrets
 import time
-
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Callable
 
 from fiddler_run.generation.answer import Answer, Piece, Token
 from fiddler_run.serving.tools import ToolText
 
 Json = dict[str, object]
+Decode = Callable[[int], bytes]
 
 
 class Reply:
     """An answer that is being generated. Call `piece` for each piece, then `end`.
 
-    Each returns what a stream sends for it. `whole` is the reply to a request without a stream.
+    Each returns what a stream sends for it. After them, `whole` is the reply without a stream.
     """
 
     prefix = ""
     whole_object = ""
     chunk_object = ""
 
-    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, shows_logprobs: bool):
-        self._tokenizer = tokenizer
-        self._shows_logprobs = shows_logprobs
+    def __init__(self, model: str, decode: Decode | None):
+        """Begins a reply. `decode` gives a token's bytes; None leaves out probabilities."""
+        self._decode = decode
         self._tokens: list[Token] = []
         self._text = ""
         self._common = {
@@ -41,19 +41,23 @@ class Reply:
         return [self._chunk(self._part(piece.text, piece.tokens), None)]
 
     def end(self, answer: Answer) -> list[Json]:
-        return [self._chunk(self._part("", []), finish_reason(answer))]
+        return [self._chunk(self._part("", []), self._finish(answer))]
 
     def usage_chunk(self, answer: Answer) -> Json:
         return {**self._common, "object": self.chunk_object, "choices": [], "usage": usage(answer)}
 
     def whole(self, answer: Answer) -> Json:
-        choice = {"index": 0, **self._all(), "finish_reason": finish_reason(answer)}
+        choice = {"index": 0, **self._all(), "finish_reason": self._finish(answer)}
         return {
             **self._common,
             "object": self.whole_object,
             "choices": [choice],
             "usage": usage(answer),
         }
+
+    def _finish(self, answer: Answer) -> str:
+        """Why the answer ended, in OpenAI's words."""
+        return "length" if answer.finish == "length" else "stop"
 
     def _chunk(self, part: Json, finish: str | None) -> Json:
         choice = {"index": 0, **part, "finish_reason": finish}
@@ -67,8 +71,8 @@ class Reply:
         """All of the answer, as an element of `choices`."""
         raise NotImplementedError
 
-    def _decoded(self, token: int) -> str:
-        return self._tokenizer.decode([token])
+    def _text_of(self, token: int) -> str:
+        return self._decode(token).decode(errors="replace")
 
 
 class ChatReply(Reply):
@@ -76,9 +80,11 @@ class ChatReply(Reply):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, *arguments, with_tools: bool):
-        super().__init__(*arguments)
-        self._tool_text = ToolText() if with_tools else None
+    def __init__(self, model: str, decode: Decode | None, max_calls: int | None = 0):
+        """Begins a reply. `max_calls`: the most calls of tools. None: any number."""
+        super().__init__(model, decode)
+        self._max_calls = max_calls
+        self._tool_text = None if max_calls == 0 else ToolText()
         self._calls: list[Json] = []
 
     def begin(self) -> list[Json]:
@@ -92,23 +98,22 @@ class ChatReply(Reply):
     def end(self, answer: Answer) -> list[Json]:
         if self._tool_text is None:
             return super().end(answer)
-        rest, self._calls = self._tool_text.finish()
+        rest, calls = self._tool_text.finish()
+        self._calls = calls[: self._max_calls]
         self._text += rest
         chunks = [self._chunk(self._part(rest, []), None)] if rest else []
         if not self._calls:
             return chunks + super().end(answer)
         calls = [{"index": number, **call} for number, call in enumerate(self._calls)]
-        return [*chunks, self._chunk({"delta": {"tool_calls": calls}}, "tool_calls")]
+        return [*chunks, self._chunk({"delta": {"tool_calls": calls}}, self._finish(answer))]
 
-    def whole(self, answer: Answer) -> Json:
-        whole = super().whole(answer)
-        if self._calls:
-            whole["choices"][0]["finish_reason"] = "tool_calls"
-        return whole
+    def _finish(self, answer: Answer) -> str:
+        finish = super()._finish(answer)
+        return "tool_calls" if self._calls and finish == "stop" else finish
 
     def _part(self, text: str, tokens: list[Token]) -> Json:
         part: Json = {"delta": {"content": text} if text or tokens else {}}
-        if self._shows_logprobs:
+        if self._decode is not None:
             part["logprobs"] = self._logprobs(tokens)
         return part
 
@@ -116,13 +121,16 @@ class ChatReply(Reply):
         message: Json = {"role": "assistant", "content": self._text, "refusal": None}
         if self._calls:
             message |= {"content": self._text or None, "tool_calls": self._calls}
-        logprobs = self._logprobs(self._tokens) if self._shows_logprobs else None
+        logprobs = self._logprobs(self._tokens) if self._decode is not None else None
         return {"message": message, "logprobs": logprobs}
 
     def _logprobs(self, tokens: list[Token]) -> Json:
         def one(token: int, logprob: float) -> Json:
-            text = self._decoded(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            return {
+                "token": self._text_of(token),
+                "logprob": logprob,
+                "bytes": list(self._decode(token)),
+            }
 
         return {
             "content": [
@@ -141,8 +149,8 @@ class CompletionReply(Reply):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, model: str, decode: Decode | None):
+        super().__init__(model, decode)
         self._offset = 0
 
     def _part(self, text: str, tokens: list[Token]) -> Json:
@@ -153,9 +161,9 @@ class CompletionReply(Reply):
         return {"text": self._text, "logprobs": self._logprobs(self._tokens)}
 
     def _logprobs(self, tokens: list[Token]) -> Json | None:
-        if not self._shows_logprobs:
+        if self._decode is None:
             return None
-        texts = [self._decoded(token.id) for token in tokens]
+        texts = [self._text_of(token.id) for token in tokens]
         offsets = []
         for text in texts:
             offsets.append(self._offset)
@@ -164,15 +172,11 @@ class CompletionReply(Reply):
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {self._decoded(other): logprob for other, logprob in token.top.items()}
+                {self._text_of(other): logprob for other, logprob in token.top.items()}
                 for token in tokens
             ],
             "text_offset": offsets,
         }
-
-
-def finish_reason(answer: Answer) -> str:
-    return "length" if answer.finish == "length" else "stop"
 
 
 def usage(answer: Answer) -> Json:

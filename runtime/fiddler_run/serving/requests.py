@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from llguidance import LLTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fiddler_run.errors import FiddlerError
@@ -13,6 +14,7 @@ from fiddler_run.generation.defaults import GenerationDefaults
 from fiddler_run.generation.grammar import ANY_OBJECT, Grammar
 from fiddler_run.generation.sampling import MIN_TEMPERATURE, Options
 from fiddler_run.generation.text import chat_text, token_ids
+from fiddler_run.generation.vocabulary import vocabulary
 from fiddler_run.plan.schema import Plan
 from fiddler_run.serving.bodies import Body, ChatBody, CompletionBody, ResponseFormat
 from fiddler_run.serving.errors import ApiError
@@ -45,11 +47,11 @@ class Requests:
         self._vocab_size = vocab_size
         self._recommended = recommended
         self._defaults = defaults
-        self._lock = threading.Lock()  # a tokenizer is for one thread at a time
+        self._lock = threading.Lock()  # encoding changes a tokenizer's settings
 
     def of_chat(self, body: ChatBody) -> Request:
         """Raises ApiError if the conversation or an option cannot be used."""
-        tools = body.tools if body.may_call else []
+        tools = body.tools if body.max_calls != 0 else []
         if tools and not knows_tools(self._tokenizer):
             raise ApiError(
                 400,
@@ -61,7 +63,9 @@ class Requests:
         if grammar is not None and tools:
             raise ApiError(400, "response_format: omit it, or the tools", param="response_format")
         messages = [message.for_template() for message in body.messages]
-        described = [tool.model_dump(exclude_none=True, exclude={"strict"}) for tool in tools]
+        described = [
+            tool.model_dump(exclude_unset=True, exclude={"function": {"strict"}}) for tool in tools
+        ]
         with self._lock, _refusing("messages"):
             text = chat_text(self._tokenizer, messages, "messages", tools=described or None)
             ids = self._ids(text, special_tokens=False)
@@ -69,7 +73,7 @@ class Requests:
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
         max_tokens = body.max_completion_tokens or body.max_tokens
-        return self._request(body, ids, max_tokens, top, grammar)
+        return self._request(body, ids, max_tokens, top, grammar, "messages")
 
     def of_completion(self, body: CompletionBody) -> Request:
         """Raises ApiError if the prompt or an option cannot be used."""
@@ -82,7 +86,20 @@ class Requests:
             raise ApiError(
                 400, f"prompt: there is no token {unknown}; the last one is {self._vocab_size - 1}"
             )
-        return self._request(body, prompt, body.max_tokens, body.logprobs, None)
+        return self._request(body, prompt, body.max_tokens, body.logprobs, None, "prompt")
+
+    @property
+    def can_chat(self) -> bool:
+        return self._tokenizer.chat_template is not None
+
+    def decode_token(self, token: int) -> bytes:
+        """The bytes of a token. Those of a special token are its name."""
+        return self._vocabulary().decode_bytes([token])
+
+    def _vocabulary(self) -> LLTokenizer:
+        end_tokens = self._recommended.end_tokens(self._tokenizer)
+        with _refusing("logprobs"):
+            return vocabulary(self._tokenizer, self._vocab_size, end_tokens)
 
     def _ids(self, text: str, special_tokens: bool) -> list[int]:
         context = self._plan.workload.max_seq_len
@@ -97,11 +114,14 @@ class Requests:
         max_tokens: int | None,
         top: int | None,
         grammar: Grammar | None,
+        param: str,
     ) -> Request:
-        options = self._options(body, self._max_new_tokens(len(ids), max_tokens))
+        if top is not None:
+            self._vocabulary()  # made now, in a thread that may take its time
+        options = self._options(body, self._max_new_tokens(len(ids), max_tokens, param))
         return Request(ids, options, tuple(body.stop), top, grammar)
 
-    def _max_new_tokens(self, prompt_tokens: int, asked: int | None) -> int:
+    def _max_new_tokens(self, prompt_tokens: int, asked: int | None, param: str) -> int:
         context = self._plan.workload.max_seq_len
         room = context - prompt_tokens
         if room < (asked or 1):
@@ -110,7 +130,7 @@ class Requests:
                 400,
                 f"the prompt has {prompt_tokens} tokens{answer}, but the context is {context};"
                 " shorten it, or plan again with a larger --max-seq-len",
-                param="messages" if asked is None else "max_tokens",
+                param=param if room < 1 else "max_tokens",
                 code="context_length_exceeded",
             )
         return asked or min(room, self._defaults.max_new_tokens or room)
@@ -140,12 +160,16 @@ def _refusing(param: str) -> Iterator[None]:
 
 
 def _grammar(format: ResponseFormat) -> Grammar | None:
+    if (format.json_schema is None) == (format.type == "json_schema"):
+        raise ApiError(
+            400,
+            "response_format.json_schema: goes with the type json_schema, and no other",
+            param="response_format",
+        )
     if format.type == "text":
         return None
     if format.type == "json_object":
         return Grammar(ANY_OBJECT, "response_format")
-    if format.json_schema is None:
-        raise ApiError(400, "response_format.json_schema: is missing", param="response_format")
     with _refusing("response_format"):
         return Grammar(format.json_schema.schema_, "response_format")
 

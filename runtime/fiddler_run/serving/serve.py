@@ -1,7 +1,9 @@
 """Starts the server."""
 
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -9,6 +11,7 @@ from fiddler_run.generation.model import PlannedModel
 from fiddler_run.loading.load import ModelLoader
 from fiddler_run.serving.address import Address
 from fiddler_run.serving.app import Server
+from fiddler_run.serving.metrics import Metrics
 from fiddler_run.serving.requests import Defaults, Requests
 from fiddler_run.serving.worker import Worker
 
@@ -36,6 +39,26 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._worker.stop()
         await super().shutdown(sockets)
+
+
+@contextmanager
+def _ending_on_hang_up(server: uvicorn.Server) -> Iterator[None]:
+    """Lets SIGHUP end the server like SIGTERM, which uvicorn handles."""
+    before = signal.getsignal(signal.SIGHUP)
+    came = []
+
+    def end(number: int, _: object) -> None:
+        came.append(number)
+        server.should_exit = True
+
+    if before != signal.SIG_IGN:  # as by `nohup`
+        signal.signal(signal.SIGHUP, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        if came:
+            signal.raise_signal(signal.SIGHUP)
 
 
 def serve(
@@ -68,9 +91,10 @@ def serve(
 
     plan = loader.plan
     tokenizer = loader.tokenizer
-    worker = Worker(load, tokenizer, MAX_WAITING)
+    metrics = Metrics(plan)
+    worker = Worker(load, tokenizer, MAX_WAITING, metrics.count)
     requests = Requests(plan, tokenizer, loader.vocab_size, loader.defaults, defaults)
-    server = Server(plan, worker, requests, tokenizer, address.api_key)
+    server = Server(plan, worker, requests, metrics, address.api_key)
     config = uvicorn.Config(
         server.app(address.names),
         log_level="warning",
@@ -83,7 +107,9 @@ def serve(
         on_listening(f"http://{host}:{listening.getsockname()[1]}")
         worker.start()
         try:
-            _Uvicorn(config, worker, on_ready).run(sockets=[listening])
+            running = _Uvicorn(config, worker, on_ready)
+            with _ending_on_hang_up(running):
+                running.run(sockets=[listening])
         finally:
             worker.stop()
             worker.join()

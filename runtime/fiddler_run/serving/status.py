@@ -1,7 +1,5 @@
 """What the server says about its plan, and about what it is doing."""
 
-from transformers import PreTrainedTokenizerBase
-
 from fiddler_run.generation.answer import Answer
 from fiddler_run.plan.schema import Plan
 from fiddler_run.serving.errors import ApiError
@@ -11,7 +9,7 @@ Json = dict[str, object]
 
 
 def progress(plan: Plan, worker: Worker) -> Json:
-    """How far the worker is."""
+    """How much of the model is loaded."""
     return {
         "state": worker.state,
         "error": None if worker.error is None else str(worker.error),
@@ -44,7 +42,7 @@ def status(plan: Plan, worker: Worker) -> Json:
     }
 
 
-def about(plan: Plan, model: str, tokenizer: PreTrainedTokenizerBase) -> Json:
+def about(plan: Plan, model: str, can_chat: bool) -> Json:
     """What the plan says."""
     rank = plan.rank
     predicted = plan.predicted
@@ -53,7 +51,7 @@ def about(plan: Plan, model: str, tokenizer: PreTrainedTokenizerBase) -> Json:
     return {
         "model": model,
         "context": plan.workload.max_seq_len,
-        "has_chat_template": tokenizer.chat_template is not None,
+        "has_chat_template": can_chat,
         "device": rank.device,
         "blocks_per_expert": plan.blocks_per_expert,
         "block_bytes": plan.block_bytes,

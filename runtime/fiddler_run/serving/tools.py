@@ -6,63 +6,73 @@
 """
 
 import json
-import re
 import secrets
 
 from transformers import PreTrainedTokenizerBase
 
 from fiddler_run.generation.stop_strings import StopStrings
 
-MARK = "<tool_call>"
-CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+BEGIN = "<tool_call>"
+END = "</tool_call>"
 
 
 def knows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     """True if the chat template describes tools and asks for calls in this form."""
     template = tokenizer.chat_template
     text = json.dumps(template) if isinstance(template, dict) else template or ""
-    return "tools" in text and MARK in text and "arguments" in text
+    return "tools" in text and BEGIN in text and "arguments" in text
 
 
 class ToolText:
-    """Separates the text of an answer from the calls at its end."""
+    """Separates the text of an answer from the calls in it."""
 
     def __init__(self):
-        self._text = StopStrings((MARK,))
-        self._calls = ""
+        self._text = StopStrings((BEGIN,))
+        self._rest = ""
 
     def put(self, text: str) -> str:
-        """The text that is certainly no call, after `text` has been added."""
+        """The text that certainly precedes all calls, after `text` has been added."""
         if self._text.found:
-            self._calls += text
+            self._rest += text
             return ""
         certain = self._text.put(text)
         if self._text.found:
-            self._calls = self._text.held
+            self._rest = self._text.held
         return certain
 
     def finish(self) -> tuple[str, list[dict[str, object]]]:
-        """The rest of the text, and the calls. What is no correct call is text."""
+        """The rest of the text, and the calls. An incorrect call is text."""
         if not self._text.found:
             return self._text.finish(), []
-        calls = [_call(found) for found in CALL.findall(self._calls)]
-        if not calls or None in calls:
-            return self._calls, []
-        return "", calls
+        before, *parts = self._rest.split(BEGIN)
+        calls = []
+        text = before
+        for part in parts:
+            call, after = _call(part)
+            if call is None:
+                text += BEGIN + part
+            else:
+                calls.append(call)
+                text += after
+        return text if not calls or text.strip() else "", calls
 
 
-def _call(text: str) -> dict[str, object] | None:
-    """A call in OpenAI's form. None if it is incorrect."""
+def _call(text: str) -> tuple[dict[str, object] | None, str]:
+    """The call with which a text begins, in OpenAI's form, and what follows it. None: no call."""
+    start = len(text) - len(text.lstrip())
     try:
-        call = json.loads(text)
-        name = call["name"]
-        arguments = call.get("arguments", {})
-    except (ValueError, KeyError):
-        return None
-    if not isinstance(name, str):
-        return None
-    return {
+        found, stop = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None, text
+    rest = text[stop:].lstrip()
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str) or END not in rest:
+        return None, text
+    arguments = found.get("arguments") or {}
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    call = {
         "id": f"call_{secrets.token_hex(12)}",
         "type": "function",
-        "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+        "function": {"name": found["name"], "arguments": arguments},
     }
+    return call, rest.removeprefix(END)

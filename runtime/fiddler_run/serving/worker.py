@@ -24,8 +24,11 @@ class QueueFullError(Exception):
     """As many requests as allowed wait already."""
 
 
-class _ClosingError(Exception):
-    """Ends the loading of a model that nobody will use."""
+class EndingError(Exception):
+    """The server is ending, or its model has failed."""
+
+    def __init__(self):
+        super().__init__("the server is ending")
 
 
 @dataclass(eq=False)
@@ -40,23 +43,38 @@ class Job:
 class Worker:
     """Loads a model, then answers requests in the order in which they came.
 
-    `state` says how far it is, `loaded_bytes` how much of the experts is loaded. `error` is what
-    ended it. `running` is the job that is being answered, and `last` the last answer.
+    `loaded_bytes` counts the experts that are loaded. `running` is the job that is being answered,
+    and `last` the last answer. In the state "failed", `error` says why.
     """
 
-    def __init__(self, load: Load, tokenizer: PreTrainedTokenizerBase, max_waiting: int):
+    def __init__(
+        self,
+        load: Load,
+        tokenizer: PreTrainedTokenizerBase,
+        max_waiting: int,
+        on_answer: Callable[[Answer], None] = lambda _: None,
+    ):
+        """Prepares the thread.
+
+        Args:
+            load: loads the model. Takes a function to call with the bytes loaded since its last
+                call.
+            max_waiting: the most jobs that wait.
+            on_answer: called with each answer, also of clients that left.
+        """
         self.state: Literal["loading", "ready", "failed"] = "loading"
         self.loaded_bytes = 0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.model: PlannedModel | None = None
         self.running: Job | None = None
         self.last: Answer | None = None
         self._load = load
         self._tokenizer = tokenizer
         self._max_waiting = max_waiting
+        self._on_answer = on_answer
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._closing = False
+        self._ending = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     @property
@@ -71,8 +89,11 @@ class Worker:
 
         Raises:
             QueueFullError: too many wait already.
+            EndingError: no job will be answered any more.
         """
         with self._changed:
+            if self._ending:
+                raise EndingError
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError
             self._waiting.append(job)
@@ -88,9 +109,9 @@ class Worker:
     def stop(self) -> None:
         """Ends all jobs, or loading. Does not wait for it."""
         with self._changed:
-            self._closing = True
+            self._ending = True
             for job in self._waiting:
-                job.tell(FiddlerError("the server is ending"))
+                job.tell(EndingError())
             self._waiting.clear()
             if self.running is not None:
                 self.running.cancelled.set()
@@ -102,33 +123,38 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            self.model = self._load(self._count)
-        except _ClosingError:
-            return
-        except Exception as error:
+            self.model = self._load(self._loaded)
+            self.state = "ready"
+            while (job := self._next()) is not None:
+                self._answer(job)
+        except EndingError:
+            pass
+        except BaseException as error:  # libraries in other languages raise more than Exception
             self.error = error
             self.state = "failed"
-            return
-        self.state = "ready"
-        while (job := self._next()) is not None:
-            self._answer(job)
+            if self.running is not None:
+                self.running.tell(EndingError())
+            self.stop()
 
-    def _count(self, loaded_bytes: int) -> None:
-        if self._closing:
-            raise _ClosingError
-        self.loaded_bytes += loaded_bytes
+    def _loaded(self, new_bytes: int) -> None:
+        if self._ending:
+            raise EndingError
+        self.loaded_bytes += new_bytes
 
     def _next(self) -> Job | None:
-        """Waits for a job. None once the worker is closing."""
+        """Waits for a job. None once the worker is ending."""
         with self._changed:
             self.running = None
-            self._changed.wait_for(lambda: self._waiting or self._closing)
-            if self._closing:
+            self._changed.wait_for(lambda: self._waiting or self._ending)
+            if self._ending:
                 return None
             self.running = self._waiting.popleft()
             return self.running
 
     def _answer(self, job: Job) -> None:
+        if job.cancelled.is_set():  # since it left the queue
+            job.tell(EndingError())
+            return
         try:
             found = answer(self.model, self._tokenizer, job.request, job.tell, job.cancelled)
         except FiddlerError as error:
@@ -138,4 +164,5 @@ class Worker:
             job.tell(error)
         else:
             self.last = found
+            self._on_answer(found)
             job.tell(found)
