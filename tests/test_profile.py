@@ -115,6 +115,7 @@ def torch_threads():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_killed_profile_resumes(tmp_path, demo, torch_threads, monkeypatch):
     """Parts of another machine are not reused. test_unfinished has a kill at every write."""
     file = tmp_path / UNFINISHED

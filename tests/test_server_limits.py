@@ -208,7 +208,7 @@ def test_answers_while_loading():
     """Progress is shown, and requests are told to wait. SIGTERM ends loading."""
     slow = (
         "import time; from fiddler_run.weights.store import ExpertStore as S; place = S._place;"
-        " S._place = lambda *a: (time.sleep(1), place(*a))[1]"
+        " S._place = lambda *a: (time.sleep(0.5), place(*a))[1]"
     )
     flags = ("--plan", "plans/demo.yaml", "--serve", "--port", 0)
     with started("fiddler-run", *flags, cwd=ROOT, first=slow) as process:

@@ -12,6 +12,10 @@ from transformers import Cache
 from fiddler_run.generation.cuda_graphs import Capture
 
 
+class UnrecordableError(Exception):
+    """The forward pass does something that a replay would not repeat."""
+
+
 class Step(NamedTuple):
     """What differs between steps besides the inputs: the cache, and masks by type of layer.
 

@@ -18,14 +18,10 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fiddler_run.generation.cuda_graphs import Capture
-from fiddler_run.generation.pieces import Border, Call, Piece, Step, kept
+from fiddler_run.generation.pieces import Border, Call, Piece, Step, UnrecordableError, kept
 from fiddler_run.models.dispatched import DispatchedModel
 
 ATTENTIONS = ("sdpa", "eager")
-
-
-class UnrecordableError(Exception):
-    """The forward pass does something that a replay would not repeat."""
 
 
 class Recorder:
@@ -185,6 +181,8 @@ class Recorder:
         with ExitStack() as stack:
             cache = self._step.cache
             stack.enter_context(_replaced(cache, "update", self.update))
+            if hasattr(cache, "update_indexer"):
+                stack.enter_context(_replaced(cache, "update_indexer", _refuse_indexer))
             for module in model.modules():
                 if with_rotary and type(module).__name__.endswith("RotaryEmbedding"):
                     stack.enter_context(_replaced(module, "forward", self.rotary))
@@ -240,6 +238,10 @@ def _replaced(owner: object, name: str, replacement: Callable) -> Iterator[None]
         yield
     finally:
         delattr(owner, name)
+
+
+def _refuse_indexer(*_: object, **__: object) -> Tensor:
+    raise UnrecordableError("the cache grows an index of its keys")
 
 
 def _layer_type(module: nn.Module) -> str | None:
