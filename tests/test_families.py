@@ -67,8 +67,7 @@ class Case:
         self.config = tiny_config(model_type)
         self.stock = stock_model(self.config)
         save(self.stock, folder)
-        if not experts_modules(self.stock):
-            pytest.skip("this version of transformers does not dispatch its experts")
+        skip_if_not_dispatched(self.stock)
         self.ours, _ = load_model(random_plan(folder, model_type), folder)
         self.stock.to(self.ours.device)
         self._uses_tapes: bool | None = None
@@ -101,6 +100,11 @@ class Case:
             except Exception as error:  # both must refuse alike
                 found.append(type(error))
         return found
+
+
+def skip_if_not_dispatched(model: PreTrainedModel) -> None:
+    if not experts_modules(model):
+        pytest.skip("this version of transformers does not dispatch its experts")
 
 
 def moved(arguments: dict, model: PreTrainedModel) -> dict:
@@ -147,6 +151,7 @@ def test_logits_match(case):
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("case", families((*CACHES, "glm4_moe_lite", "qwen3_moe")), indirect=True)
 def test_tokens_match(case):
     """Twice, because states are reset; with beams, padding and chunks, or both refuse them."""
     greedy = {"input_ids": PROMPT}
@@ -193,10 +198,14 @@ def test_language_part_of_a_larger_checkpoint_runs(whole, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS_OF_BFLOAT16)
-@pytest.mark.parametrize("model_type", COMMON)
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=() if name in CACHES else pytest.mark.slow) for name in COMMON],
+)
 @torch.no_grad()
 def test_experts_in_bfloat16_are_as_exact_as_stock(model_type, encoding, tmp_path):
     stock = stock_model(tiny_config(model_type)).bfloat16()
+    skip_if_not_dispatched(stock)
     save(stock, tmp_path)
     ours, _ = load_model(random_plan(tmp_path, model_type, "bfloat16", encoding), tmp_path)
     states = torch.randn(40, 64).bfloat16()

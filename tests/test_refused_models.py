@@ -147,7 +147,7 @@ VALUES = {
     ),
     "an odd head_dim": (
         lambda model: change_config(model, head_dim=7),
-        "RoPE requires an even rotary dimension, but got `head_dim`=7",
+        "config.json: transformers cannot use it: ",
     ),
     "more experts per token than experts": (
         lambda model: change_config(model, num_experts_per_tok=9),
