@@ -46,6 +46,7 @@ def test_expert_sizes(mixtral):
 )
 def test_block_sizes(mixtral, hidden_size, neurons, top_k, block_neurons, packed):
     sizes = {
+        "num_hidden_layers": 1,
         "hidden_size": hidden_size,
         "intermediate_size": neurons,
         "num_local_experts": 128,
@@ -74,7 +75,8 @@ def test_kv_bytes_per_token(mixtral):
 
 
 def test_indivisible_expert_is_padded(mixtral):
-    narrow = ModelSpec.from_config({**mixtral.config.raw, "intermediate_size": 100}, "m", "here")
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 100}
+    narrow = ModelSpec.from_config({**mixtral.config.raw, **sizes}, "m", "here")
     assert narrow.block_neurons == 32
     assert narrow.blocks_per_expert == 4
     assert narrow.expert_bytes == 4 * 3 * 32 * 4096 * 2
