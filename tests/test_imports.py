@@ -10,6 +10,7 @@ from conftest import ROOT
 # A folder or a top-level module may import those below it in its list, never those above.
 RUNTIME = [
     "cli",
+    "uses",
     "flags",
     "flag_types",
     "serving",

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -12,13 +11,13 @@ from rich.console import Console
 from fiddler_run.command import exit_status, quitting_at_once
 from fiddler_run.errors import FiddlerError
 from fiddler_run.flags import parse_arguments
-from fiddler_run.generation.report import figures, parts, rates
+from fiddler_run.generation.report import figures
 from fiddler_run.plan.schema import Plan
-from fiddler_run.serving.address import Address
-from fiddler_run.system.files import MAX_TEXT_BYTES, read_text, require_writable, write_whole
+from fiddler_run.system.files import MAX_TEXT_BYTES, read_text, require_writable
 from fiddler_run.system.host import OtherProcesses, num_cores
 from fiddler_run.system.locate import shipped_file
 from fiddler_run.system.progress import byte_progress
+from fiddler_run.uses import encode_text, run_bench, run_perplexity, run_server
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +32,7 @@ def run(flags: argparse.Namespace) -> None:
         return
     plan = Plan.load(plan_path)
     prompt = read_stdin() if flags.prompt == "-" else flags.prompt
+    text = None if flags.perplexity is None else read_text(flags.perplexity)
     template = None if flags.template is None else read_text(shipped_file(flags.template))
     for path in (flags.json, flags.trace):
         if path is not None:
@@ -46,10 +46,9 @@ def run(flags: argparse.Namespace) -> None:
 
     loader = ModelLoader(plan, flags.model, flags.load_format, flags.disk_folder, plan_path)
     if template is not None:
-        if loader.tokenizer is None:
-            raise FiddlerError("--template: there is no tokenizer next to the model's config.json")
-        loader.tokenizer.chat_template = template
+        set_template(loader, template)
     options = checked_options(flags, loader, prompt)  # fails before the long load
+    text_ids = None if text is None else encode_text(loader, text)
     if flags.load_format == "dummy" and not flags.bench:
         stderr.print("random weights: the text will be meaningless")
     for note in loader.notes:
@@ -67,6 +66,8 @@ def run(flags: argparse.Namespace) -> None:
     others = OtherProcesses()
     if flags.bench:
         run_bench(flags, model, options, load_s, stderr)
+    elif flags.perplexity is not None:
+        run_perplexity(model, loader.tokenizer, text_ids, stderr)
     elif flags.talks:
         chat(model, loader.tokenizer, options, flags.max_new_tokens)
     else:
@@ -82,6 +83,12 @@ def run(flags: argparse.Namespace) -> None:
     note = busy_note(others.cores(), num_cores(), plan.rank.cpu_threads)
     if note is not None:
         stderr.print(note, style="yellow")
+
+
+def set_template(loader, template: str) -> None:
+    if loader.tokenizer is None:
+        raise FiddlerError("--template: there is no tokenizer next to the model's config.json")
+    loader.tokenizer.chat_template = template
 
 
 def dry_run(path: Path, flags: argparse.Namespace, stderr: Console) -> None:
@@ -132,7 +139,7 @@ def checked_options(flags: argparse.Namespace, loader, prompt: str | None):
             "--load-format dummy: there is no tokenizer next to the model's config.json, so a"
             " prompt cannot be encoded; use --bench"
         )
-    elif flags.serve or flags.talks:
+    elif flags.serve or flags.talks or flags.perplexity is not None:
         if flags.talks:
             require_template(loader.tokenizer)
         prompt_tokens = 1
@@ -168,60 +175,6 @@ def busy_note(others: float | None, cores: int, threads: int) -> str | None:
         f"note: other programs used {others:.1f} of {cores} cores, and the plan needs {threads}:"
         " each layer waits for its slowest thread; close those programs to reach the plan's speed"
     )
-
-
-def run_server(flags: argparse.Namespace, loader, stderr: Console) -> None:
-    """Serves the model until the process is told to end."""
-    from fiddler_run.serving.requests import Defaults
-    from fiddler_run.serving.serve import serve
-
-    defaults = Defaults(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
-    progress = byte_progress(stderr)
-    task = progress.add_task("loading experts", total=loader.plan.rank.expert_bytes)
-
-    def listening(url: str) -> None:
-        print(url, flush=True)
-        progress.start()
-
-    def ready() -> None:
-        progress.stop()
-        stderr.print("ready; Ctrl-C ends the server")
-
-    try:
-        serve(
-            loader,
-            defaults,
-            Address(flags.host, flags.port, flags.api_key),
-            listening,
-            lambda count: progress.advance(task, count),
-            ready,
-        )
-    finally:
-        progress.stop()
-
-
-def run_bench(flags: argparse.Namespace, model, options, load_s: float, stderr: Console) -> None:
-    from fiddler_run.engine.timeline import write_trace
-    from fiddler_run.generation.bench import as_json, bench
-
-    plan = model.plan
-    with stderr.status("measuring"):
-        prompt_tokens = flags.prompt_tokens or plan.workload.prompt_tokens
-        batch_size = flags.batch_size or plan.workload.batch_size
-        result, spans = bench(
-            model, prompt_tokens, options.max_new_tokens, options.num_beams, batch_size
-        )
-    stderr.print(figures(plan, result.measured))
-    stderr.print(parts(plan, result))
-    stderr.print(rates(plan, result))
-    if flags.json is not None:
-        write_whole(
-            flags.json, as_json(result, plan, load_s, shlex.join(["fiddler-run", *sys.argv[1:]]))
-        )
-        print(flags.json)
-    if flags.trace is not None:
-        write_trace(spans, flags.trace)
-        print(flags.trace)
 
 
 def read_stdin() -> str:

@@ -170,6 +170,11 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --bench: sequences at once (default: the plan's)",
     )
+    add(
+        "--perplexity",
+        metavar="FILE",
+        help="instead of a prompt: print how well the model predicts this text",
+    )
     add("--json", metavar="FILE", help="with --bench: write all measurements to this file")
     add(
         "--trace",
@@ -180,10 +185,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _refuse_contradictions(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
     """Exits with status 2 if flags exclude each other."""
-    uses = [flags.prompt is not None, flags.bench, flags.dry_run, flags.serve].count(True)
+    named = (flags.prompt, flags.perplexity)
+    uses = [flags.bench, flags.dry_run, flags.serve, *(each is not None for each in named)].count(
+        True
+    )
     flags.talks = uses == 0 and _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
     if uses > 1 or (uses == 0 and not flags.talks):
-        parser.error("give exactly one of: a prompt, --serve, --bench, --dry-run")
+        parser.error("give exactly one of: a prompt, --serve, --bench, --perplexity, --dry-run")
     _refuse_server_flags(parser, flags)
     if (flags.serve or flags.talks) and (flags.chat or flags.num_beams not in (None, 1)):
         parser.error("--chat and --num-beams do not apply to chat and server")
