@@ -42,7 +42,6 @@ def run(flags: argparse.Namespace) -> None:
     with quitting_at_once("fiddler-run"), stderr.status("importing torch and transformers"):
         from fiddler_run.generation.answer import generate
         from fiddler_run.loading.load import ModelLoader
-        from fiddler_run.serving.chat import chat
 
     loader = ModelLoader(plan, flags.model, flags.load_format, flags.disk_folder, plan_path)
     if template is not None:
@@ -69,6 +68,8 @@ def run(flags: argparse.Namespace) -> None:
     elif flags.perplexity is not None:
         run_perplexity(model, loader.tokenizer, text_ids, stderr)
     elif flags.talks:
+        from fiddler_run.serving.chat import chat
+
         chat(model, loader.tokenizer, options, flags.max_new_tokens)
     else:
         measured = generate(
@@ -122,7 +123,6 @@ def checked_options(flags: argparse.Namespace, loader, prompt: str | None):
     """
     from fiddler_run.generation.generate import check_length, encode_prompt, room_for_answer
     from fiddler_run.generation.sampling import Options
-    from fiddler_run.serving.chat import require_template
 
     plan = loader.plan
     if flags.bench:
@@ -141,6 +141,8 @@ def checked_options(flags: argparse.Namespace, loader, prompt: str | None):
         )
     elif flags.serve or flags.talks or flags.perplexity is not None:
         if flags.talks:
+            from fiddler_run.serving.chat import require_template
+
             require_template(loader.tokenizer)
         prompt_tokens = 1
         max_new_tokens = 1

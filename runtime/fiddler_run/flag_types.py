@@ -2,6 +2,8 @@
 
 import argparse
 
+from fiddler_run.generation.defaults import MIN_TEMPERATURE
+
 
 def port(text: str) -> int:
     value = int(text)
@@ -19,7 +21,7 @@ def positive(text: str) -> int:
 
 def temperature(text: str) -> float:
     value = float(text)
-    if value != 0 and not 1e-4 <= value <= 1e4:  # dividing logits by less overflows
+    if value != 0 and not MIN_TEMPERATURE <= value <= 1e4:
         raise argparse.ArgumentTypeError("must be 0, or from 0.0001 to 10000")
     return value
 

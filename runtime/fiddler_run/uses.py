@@ -6,7 +6,6 @@ import sys
 
 from rich.console import Console
 
-from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.report import figures, parts, rates
 from fiddler_run.serving.address import Address
 from fiddler_run.system.files import write_whole
@@ -36,7 +35,7 @@ def run_server(flags: argparse.Namespace, loader, stderr: Console) -> None:
             defaults,
             Address(flags.host, flags.port, flags.api_key),
             listening,
-            lambda count: progress.advance(task, count),
+            lambda loaded_bytes: progress.update(task, completed=loaded_bytes),
             ready,
         )
     finally:
@@ -75,8 +74,6 @@ def encode_text(loader, text: str) -> list[int]:
     """
     from fiddler_run.generation.text import token_ids
 
-    if loader.tokenizer is None:
-        raise FiddlerError("--perplexity: there is no tokenizer next to the model's config.json")
     return token_ids(loader.tokenizer, text, sys.maxsize, loader.vocab_size, "--perplexity")
 
 

@@ -36,13 +36,12 @@ class Traffic:
             self.cpu_blocks + other.cpu_blocks,
         )
 
-    @property
-    def by_resource(self) -> dict[str, int]:
-        """Blocks by what they were read from or by: `gpu_memory`, `link`, `cpu`."""
+    def bytes_by_resource(self, block_bytes: int) -> dict[str, int]:
+        """Bytes by the resource that carried them: `gpu_memory`, `link`, `cpu`."""
         return {
-            "gpu_memory": self.resident_blocks,
-            "link": self.streamed_blocks,
-            "cpu": self.cpu_blocks,
+            "gpu_memory": self.resident_blocks * block_bytes,
+            "link": self.streamed_blocks * block_bytes,
+            "cpu": self.cpu_blocks * block_bytes,
         }
 
     @property

@@ -13,6 +13,7 @@ from fiddler_run.system.files import is_file
 from fiddler_run.system.parsing import read_json_object
 
 FILE = "generation_config.json"
+MIN_TEMPERATURE = 1e-4  # dividing logits by less overflows
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 SAMPLING = {
     "do_sample",
@@ -46,7 +47,7 @@ class GenerationDefaults(BaseModel):
     eos_token_id: TokenId | list[TokenId] | None = None
     pad_token_id: TokenId | None = None
     do_sample: bool | None = None
-    temperature: Annotated[float, Field(ge=1e-4, le=1e4)] | None = None
+    temperature: Annotated[float, Field(ge=MIN_TEMPERATURE, le=1e4)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     top_p: Probability | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -27,7 +27,7 @@ class Grammar:
         """Compiles a schema. `where` names it in errors.
 
         Raises:
-            FiddlerError: it is no JSON schema, or needs something that llguidance does not support.
+            FiddlerError: it is not a JSON schema, or llguidance does not support it.
         """
         with library_errors(where, "correct the schema"):
             self._compiled = LLMatcher.grammar_from_json_schema(json.dumps(schema), COMPACT)

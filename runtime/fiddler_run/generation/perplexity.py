@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.model import PlannedModel
-from fiddler_run.generation.prefill import require_chunks
+from fiddler_run.generation.prefill import prefill, require_chunks
+from fiddler_run.generation.recorder import replaced
 from fiddler_run.models.dispatched import DispatchedModel
 
 HEAD_TOKENS = 64  # whose logits are computed at once: those of a chunk could exceed GPU memory
@@ -97,15 +97,16 @@ def _losses(model: PlannedModel, ids: torch.Tensor) -> torch.Tensor:
         require_chunks(model, ids.shape[1], chunk)
     model.cache.reset(1)
     found = []
-    for start in range(0, ids.shape[1], chunk):
-        part = ids[:, start : start + chunk]
-        output = model.base_model(input_ids=part, past_key_values=model.cache, use_cache=True)
-        targets = ids[0, start + 1 : start + 1 + chunk]
-        for first in range(0, len(targets), HEAD_TOKENS):
-            stop = min(first + HEAD_TOKENS, len(targets))
-            logits = _logits(model, output.last_hidden_state[:, first:stop])
-            expected = targets[first:stop]
+
+    def add(start: int, states: torch.Tensor) -> None:
+        targets = ids[0, start + 1 :][: states.shape[1]]
+        for part, expected in zip(
+            states.split(HEAD_TOKENS, dim=1), targets.split(HEAD_TOKENS), strict=False
+        ):
+            logits = _logits(model, part[:, : len(expected)])
             found.append(cross_entropy(logits[0].float(), expected, reduction="none").cpu())
+
+    prefill(model, model.cache, ids, torch.ones_like(ids), chunk, add)
     return torch.cat(found)
 
 
@@ -113,17 +114,7 @@ def _logits(model: PlannedModel, states: torch.Tensor) -> torch.Tensor:
     """The logits for the last layer's states, by the model's own forward: some families scale
     them.
     """
-    with _layers_give(model, states):
+    output = MoeModelOutputWithPast(last_hidden_state=states)
+    with replaced(model.base_model, "forward", lambda *_, **__: output):
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
         return DispatchedModel.forward(model, input_ids=ids).logits
-
-
-@contextmanager
-def _layers_give(model: PlannedModel, states: torch.Tensor) -> Iterator[None]:
-    """Lets the layers of the model return these states."""
-    base = model.base_model
-    base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=states)
-    try:
-        yield
-    finally:
-        del base.forward

@@ -1,5 +1,7 @@
 """Passes the beginning of a prompt through a model in chunks."""
 
+from collections.abc import Callable
+
 import torch
 from transformers import Cache, PreTrainedModel
 
@@ -30,19 +32,26 @@ def require_chunks(model: PreTrainedModel, tokens: int, chunk: int) -> None:
 
 @torch.no_grad()
 def prefill(
-    model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch.Tensor, chunk: int
+    model: PreTrainedModel,
+    cache: Cache,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    chunk: int,
+    on_states: Callable[[int, torch.Tensor], None] = lambda start, states: None,
 ) -> None:
     """Takes the tokens [sequences, tokens] that a cache does not hold into it, by chunks.
 
-    `mask` [sequences, at least as many tokens] is zero for padding.
+    `mask` [sequences, at least as many tokens] is zero for padding. `on_states` takes a chunk's
+    first token and the last layer's states [sequences, tokens of the chunk, hidden].
     """
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     for start in range(cache.get_seq_length(), ids.shape[1], chunk):
         stop = min(start + chunk, ids.shape[1])
-        model.base_model(
+        output = model.base_model(
             input_ids=ids[:, start:stop],
             position_ids=positions[:, start:stop],
             attention_mask=mask[:, :stop],
             past_key_values=cache,
             use_cache=True,
         )
+        on_states(start, output.last_hidden_state)

@@ -61,7 +61,8 @@ class Recorder:
         if self._capture is None:
             return
         piece = Piece(self._before, self._capture, self._after, [])
-        self._before, self._after = [], []
+        self._before = []
+        self._after = []
         for call in piece.before:
             call()
         self._capture.end()
@@ -180,14 +181,14 @@ class Recorder:
         """Puts this recorder's methods in the place of those that they stand for."""
         with ExitStack() as stack:
             cache = self._step.cache
-            stack.enter_context(_replaced(cache, "update", self.update))
+            stack.enter_context(replaced(cache, "update", self.update))
             if hasattr(cache, "update_indexer"):
-                stack.enter_context(_replaced(cache, "update_indexer", _refuse_indexer))
+                stack.enter_context(replaced(cache, "update_indexer", _refuse_indexer))
             for module in model.modules():
                 if with_rotary and type(module).__name__.endswith("RotaryEmbedding"):
-                    stack.enter_context(_replaced(module, "forward", self.rotary))
+                    stack.enter_context(replaced(module, "forward", self.rotary))
                 if hasattr(module, "expand_kv"):
-                    stack.enter_context(_replaced(module, "expand_kv", self.expand))
+                    stack.enter_context(replaced(module, "expand_kv", self.expand))
             for module in model.experts_modules():
                 serve = module.planned
                 stack.callback(setattr, module, "planned", serve)
@@ -231,7 +232,7 @@ class _Watch(TorchDispatchMode):
 
 
 @contextmanager
-def _replaced(owner: object, name: str, replacement: Callable) -> Iterator[None]:
+def replaced(owner: object, name: str, replacement: Callable) -> Iterator[None]:
     """Replaces a method of one object by `replacement(method, ...)`."""
     setattr(owner, name, partial(replacement, getattr(owner, name)))
     try:

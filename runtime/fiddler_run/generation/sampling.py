@@ -17,7 +17,6 @@ from transformers import (
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.model import PlannedModel
 
-MIN_TEMPERATURE = 1e-4  # dividing logits by less overflows
 NO_NUMBERS = (
     "the model's logits are NaN; check its weights, and rms_norm_eps and RoPE in config.json"
 )

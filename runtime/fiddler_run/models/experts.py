@@ -82,7 +82,8 @@ def experts_of(module: nn.Module, shape: torch.Size) -> Experts:
 def matrices(module: nn.Module, rows: Tensor, down: Tensor) -> Matrices:
     """One expert's matrices, from what a module stores of it, without the dimension of experts."""
     if module.is_transposed:
-        rows, down = rows.mT, down.mT
+        rows = rows.mT
+        down = down.mT
     if not module.has_gate:
         return None, rows.contiguous(), down.contiguous()
     gate, up = rows.chunk(2) if module.is_concatenated else (rows[::2], rows[1::2])

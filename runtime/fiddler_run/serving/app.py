@@ -151,7 +151,7 @@ class Server:
     async def _response(
         self, answering: Answering, body: Body, make: Callable[..., Reply], shows_logprobs: bool
     ) -> Response:
-        decode = self._requests.decode_token if shows_logprobs else None
+        decode = self._requests.token_decoder() if shows_logprobs else None
         reply = make(self._model, decode)
         if body.stream:
             chunks = events.stream(answering, reply, body.stream_options.include_usage)
@@ -189,7 +189,7 @@ async def read(request: HttpRequest) -> bytes:
     """The body of a request.
 
     Raises:
-        ApiError: it is no JSON, or too large. A page of another site can send only other types.
+        ApiError: it is not JSON, or too large. A page of another site can send only other types.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":

@@ -71,7 +71,7 @@ class Body(Section):
         """Parses a request.
 
         Raises:
-            ApiError: it is no JSON, or not of this form.
+            ApiError: it is not JSON, or not of this form.
         """
         try:
             return cls.model_validate_json(content)
@@ -79,7 +79,7 @@ class Body(Section):
             errors = error.errors(include_url=False, include_context=False, include_input=False)
             first = max(errors, key=lambda each: len(each["loc"]))  # of a union's kinds
             where = ".".join(str(part) for part in first["loc"] if _is_key(part))
-            message = first["msg"].removeprefix("Value error, ")
+            message = first["msg"]
             if first["type"] == "extra_forbidden":
                 message = "this key is not supported; omit it"
             raise ApiError(400, f"{where or 'body'}: {message}", param=where or None) from None

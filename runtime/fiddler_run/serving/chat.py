@@ -172,9 +172,10 @@ class Chat:
         table = figures(plan, measured)
         table.add_row("decode, at most", "", f"{plan.predicted.bound_tokens_per_s:.2f} tokens/s")
         table.add_row("prompt tokens reused", f"{measured.reused_tokens}")
-        table.add_row("expert bytes, GPU", decimal(traffic.resident_blocks * plan.block_bytes))
-        table.add_row("expert bytes, link", decimal(traffic.streamed_blocks * plan.block_bytes))
-        table.add_row("expert bytes, CPU", decimal(traffic.cpu_blocks * plan.block_bytes))
+        carried = traffic.bytes_by_resource(plan.block_bytes)
+        table.add_row("expert bytes, GPU", decimal(carried["gpu_memory"]))
+        table.add_row("expert bytes, link", decimal(carried["link"]))
+        table.add_row("expert bytes, CPU", decimal(carried["cpu"]))
         return table
 
 

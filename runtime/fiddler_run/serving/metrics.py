@@ -36,8 +36,9 @@ class Metrics:
         self._speed.set(measured.decode_tokens_per_s)
         self._ttft.set(measured.ttft_s)
         self._hits.set(measured.all_traffic.hit_rate)
-        for resource, blocks in measured.all_traffic.by_resource.items():
-            self._bytes.labels(resource).inc(blocks * self._block_bytes)
+        by_resource = measured.all_traffic.bytes_by_resource(self._block_bytes)
+        for resource, carried_bytes in by_resource.items():
+            self._bytes.labels(resource).inc(carried_bytes)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -1,7 +1,7 @@
 """Turns the bodies of the API's requests into requests to the model."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.answer import Request
-from fiddler_run.generation.defaults import GenerationDefaults
+from fiddler_run.generation.defaults import MIN_TEMPERATURE, GenerationDefaults
 from fiddler_run.generation.grammar import ANY_OBJECT, Grammar
-from fiddler_run.generation.sampling import MIN_TEMPERATURE, Options
+from fiddler_run.generation.sampling import Options
 from fiddler_run.generation.text import chat_text, token_ids
 from fiddler_run.generation.vocabulary import vocabulary
 from fiddler_run.plan.schema import Plan
@@ -92,9 +92,10 @@ class Requests:
     def can_chat(self) -> bool:
         return self._tokenizer.chat_template is not None
 
-    def decode_token(self, token: int) -> bytes:
-        """The bytes of a token. Those of a special token are its name."""
-        return self._vocabulary().decode_bytes([token])
+    def token_decoder(self) -> Callable[[int], bytes]:
+        """Gives the bytes of a token. Those of a special token are its name."""
+        known = self._vocabulary()
+        return lambda token: known.decode_bytes([token])
 
     def _vocabulary(self) -> LLTokenizer:
         end_tokens = self._recommended.end_tokens(self._tokenizer)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from fiddler_run.generation.model import PlannedModel
 from fiddler_run.loading.load import ModelLoader
 from fiddler_run.serving.address import Address
 from fiddler_run.serving.app import Server
@@ -20,17 +19,26 @@ END_S = 5  # how long a connection may take to end once the server is told to
 
 
 class _Uvicorn(uvicorn.Server):
-    """Ends if the model cannot be loaded. Calls `on_ready` once it is loaded."""
+    """Ends if the model cannot be loaded. Reports how far it is, and once that it is loaded."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, on_ready: Callable[[], None]):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        worker: Worker,
+        on_loaded: Callable[[int], None],
+        on_ready: Callable[[], None],
+    ):
         super().__init__(config)
         self._worker = worker
+        self._on_loaded = on_loaded
         self._on_ready = on_ready
         self._was_ready = False
 
     async def on_tick(self, counter: int) -> bool:
         if self._worker.state == "failed":
             self.should_exit = True
+        if not self._was_ready:
+            self._on_loaded(self._worker.loaded_bytes)
         if self._worker.state == "ready" and not self._was_ready:
             self._was_ready = True
             self._on_ready()
@@ -66,7 +74,7 @@ def serve(
     defaults: Defaults,
     address: Address,
     on_listening: Callable[[str], None],
-    on_bytes: Callable[[int], None],
+    on_loaded: Callable[[int], None],
     on_ready: Callable[[], None],
 ) -> None:
     """Serves the loader's model until the process is told to end.
@@ -75,24 +83,16 @@ def serve(
 
     Args:
         on_listening: takes the server's URL.
-        on_bytes: see `ModelLoader.load`; called by another thread.
+        on_loaded: takes the bytes of experts loaded so far.
         on_ready: called when the model is loaded.
 
     Raises:
         FiddlerError: the model cannot be loaded, or the address cannot be used.
     """
-
-    def load(count: Callable[[int], None]) -> PlannedModel:
-        def counted(loaded_bytes: int) -> None:
-            count(loaded_bytes)
-            on_bytes(loaded_bytes)
-
-        return loader.load(counted)
-
     plan = loader.plan
     tokenizer = loader.tokenizer
     metrics = Metrics(plan)
-    worker = Worker(load, tokenizer, MAX_WAITING, metrics.count)
+    worker = Worker(loader.load, tokenizer, MAX_WAITING, metrics.count)
     requests = Requests(plan, tokenizer, loader.vocab_size, loader.defaults, defaults)
     server = Server(plan, worker, requests, metrics, address.api_key)
     config = uvicorn.Config(
@@ -107,7 +107,7 @@ def serve(
         on_listening(f"http://{host}:{listening.getsockname()[1]}")
         worker.start()
         try:
-            running = _Uvicorn(config, worker, on_ready)
+            running = _Uvicorn(config, worker, on_loaded, on_ready)
             with _ending_on_hang_up(running):
                 running.run(sockets=[listening])
         finally:

@@ -86,8 +86,6 @@ def _figures(plan: Plan, answer: Answer) -> Json:
         "ttft_s": measured.ttft_s,
         "decode_tokens_per_s": measured.decode_tokens_per_s,
         "gpu_hit_rate": traffic.hit_rate,
-        "bytes": {
-            resource: blocks * plan.block_bytes for resource, blocks in traffic.by_resource.items()
-        },
+        "bytes": traffic.bytes_by_resource(plan.block_bytes),
         "finish": answer.finish,
     }
