@@ -1,8 +1,8 @@
 """The sections of a machine profile."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_run.encodings.table import ENCODINGS, encodings_of
@@ -88,8 +88,10 @@ class Link(Section):
 class MeasuredShape(Section):
     """The sizes of the experts that were timed. For other sizes, times scale with bytes.
 
-    `gated`: they have a gate. A file lists it only if not, so that older files keep their hash.
+    `gated`: they have a gate.
     """
+
+    optional: ClassVar[tuple[str, ...]] = ("gated",)
 
     hidden_size: Width
     intermediate_size: Width
@@ -100,13 +102,6 @@ class MeasuredShape(Section):
     dense_layer_bytes: Bytes
     head_bytes: Bytes
     gated: bool = True
-
-    @model_serializer(mode="wrap")
-    def _omit_gated(self, serialize: SerializerFunctionWrapHandler) -> dict:
-        values = serialize(self)
-        if self.gated:
-            values.pop("gated", None)
-        return values
 
     def problems(self) -> list[str]:
         return self._size_problems("shape", self.encoding, self)

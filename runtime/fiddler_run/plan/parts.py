@@ -3,6 +3,7 @@
 PARTS = {
     "head": "embedding, output head, sampling",
     "dense": "attention, routers, dispatch",
+    "exchange": "states and sums on their way between ranks",
     "resident": "experts in GPU memory",
     "host": "experts in host memory",
     "disk": "experts on disk",

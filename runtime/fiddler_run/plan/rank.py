@@ -1,6 +1,6 @@
-"""The part of a plan for one rank: a process and its device. Today there is exactly one."""
+"""The part of a plan for one rank: a process, its device, and its share of every expert."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fiddler_run.plan.split import interpolate
 from fiddler_run.plan.yaml_file import BytesOrZero, Count, CountOrZero, Section
@@ -38,14 +38,18 @@ class HostMemory(Section):
 
 
 class Rank(Section):
-    """One process with one GPU, or none.
+    """One process with one GPU, or none, on one of the machines that run a plan.
 
-    For expert e of layer l, the first `resident_blocks[l][e]` blocks are in GPU memory, the last
-    `disk_blocks[l][e]` on disk, and those between in host memory. `disk_blocks` may be empty.
-    `stream_share` is the share of an expert's host blocks that is streamed, by the number of tokens
-    that chose it.
+    The ranks share every expert: the first has its first blocks, the next one those that follow. Of
+    a rank's blocks of expert e in layer l, the first `resident_blocks[l][e]` are in GPU memory, the
+    next `host_blocks[l][e]` in host memory, the last `disk_blocks[l][e]` on disk. `disk_blocks` may
+    be empty. If there is one rank, `host_blocks` is empty: it holds all others. `stream_share` is
+    the share of an expert's host blocks that is streamed, by the number of tokens that chose it.
     """
 
+    optional: ClassVar[tuple[str, ...]] = ("machine", "host_blocks")
+
+    machine: CountOrZero = 0
     device: Literal["cuda", "cpu"]
     gpu_memory_bytes: GpuMemory
     host_memory_bytes: HostMemory
@@ -54,11 +58,16 @@ class Rank(Section):
     cpu_pinned: bool
     stream_share: dict[Count, float]
     resident_blocks: Rows
+    host_blocks: Rows = {}
     disk_blocks: Rows
 
     @property
     def num_resident_blocks(self) -> int:
         return sum(map(sum, self.resident_blocks.values()))
+
+    @property
+    def num_listed_host_blocks(self) -> int:
+        return sum(map(sum, self.host_blocks.values()))
 
     @property
     def num_disk_blocks(self) -> int:
@@ -81,21 +90,6 @@ class Rank(Section):
         Linear between entries, like the measured times in the planner.
         """
         return interpolate(self.stream_share, tokens)
-
-    def placement_problems(self, num_layers: int, num_experts: int, num_blocks: int) -> list[str]:
-        """The problems of the rows of blocks, for experts of `num_blocks` blocks each.
-
-        Blocks on disk are only compared if the rows of resident blocks are right.
-        """
-        whole = [[num_blocks] * num_experts] * num_layers
-        problems = row_problems("resident_blocks", self.resident_blocks, whole)
-        if problems or not self.disk_blocks:
-            return problems
-        left = [
-            [num_blocks - count for count in self.resident_blocks[layer]]
-            for layer in range(num_layers)
-        ]
-        return row_problems("disk_blocks", self.disk_blocks, left, "that are not resident")
 
     def share_problems(self) -> list[str]:
         """The problems of `stream_share`."""
@@ -142,22 +136,3 @@ class Rank(Section):
                 " bytes to stream"
             )
         return problems
-
-
-def row_problems(
-    name: str, rows: Rows, limits: list[list[int]], of: str = "of an expert"
-) -> list[str]:
-    """The reasons why `rows` do not hold a number within its limit for each layer and expert."""
-    if sorted(rows) != list(range(len(limits))):
-        return [f"{name}: needs exactly the layers 0 to {len(limits) - 1}"]
-    problems = []
-    for layer, row in rows.items():
-        if len(row) != len(limits[layer]):
-            problems.append(f"{name}[{layer}]: {len(row)} numbers for {len(limits[layer])} experts")
-            continue
-        problems += [
-            f"{name}[{layer}][{expert}]: {count} is more than the {limit} blocks {of}"
-            for expert, (count, limit) in enumerate(zip(row, limits[layer], strict=True))
-            if count > limit
-        ]
-    return problems

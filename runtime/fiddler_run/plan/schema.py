@@ -10,10 +10,13 @@ from pydantic import Field
 
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.encodings.table import ENCODINGS
+from fiddler_run.plan.placement import placement_problems
 from fiddler_run.plan.prediction import Predicted, Provenance, Rates
 from fiddler_run.plan.rank import Rank
 from fiddler_run.plan.shape import ModelShape
 from fiddler_run.plan.yaml_file import BytesOrZero, Count, Section, Width, YamlFile
+
+MAX_RANKS = 64
 
 
 class Workload(Section):
@@ -44,10 +47,16 @@ class Workload(Section):
 
 
 class Budget(Section):
-    """The bytes that the planner was given. `host_bytes` null: as much as the experts need."""
+    """The bytes that the planner was given. `host_bytes` null: as much as the experts need.
+
+    `gpu_bytes` is for the first rank, `other_gpu_bytes` for the ranks after it.
+    """
+
+    optional: ClassVar[tuple[str, ...]] = ("other_gpu_bytes",)
 
     gpu_bytes: BytesOrZero
     host_bytes: BytesOrZero | None = None
+    other_gpu_bytes: list[BytesOrZero] = []
 
 
 class Plan(YamlFile):
@@ -61,7 +70,7 @@ class Plan(YamlFile):
     budget: Budget
     prefill_chunk_tokens: Count
     block_neurons: Width
-    ranks: Annotated[list[Rank], Field(min_length=1, max_length=1)]
+    ranks: Annotated[list[Rank], Field(min_length=1, max_length=MAX_RANKS)]
     predicted: Predicted
     bytes_per_s: Rates
     provenance: Provenance
@@ -74,14 +83,16 @@ class Plan(YamlFile):
         "encoding": "how blocks are stored",
         "budget": "what the planner was given",
         "block_neurons": "an expert is cut into blocks of this many neurons",
-        "ranks": "exactly one today: a process with one GPU, or none",
+        "ranks": "each a process with one GPU, or none",
+        "machine": "ranks with the same number share a machine",
         "device": "cuda, or cpu: the GPU part is kept in host memory and computed by the CPU",
         "cpu_pinned": "true if each CPU thread stays on its own core",
         "stream_share": (
             "the share of an expert's host blocks that is streamed, by tokens that chose the expert"
         ),
         "resident_blocks": "by layer, for each expert: the number of its blocks in GPU memory",
-        "disk_blocks": "likewise on disk, the last blocks of an expert; empty: none",
+        "host_blocks": "likewise in this rank's host memory, after the resident blocks",
+        "disk_blocks": "likewise on disk, after all others; empty: none",
         "bytes_per_s": "expert bytes for one token; host: by CPU and link together",
     }
 
@@ -103,22 +114,21 @@ class Plan(YamlFile):
             problem = encoding.size_problem(size)
             if problem is not None:
                 problems.append(f"{key}: {problem}, which {self.encoding} needs")
+        misplaced = placement_problems(
+            self.ranks, model.num_layers, model.num_experts, self.blocks_per_expert
+        )
         for number, rank in enumerate(self.ranks):
-            misplaced = rank.placement_problems(
-                model.num_layers, model.num_experts, self.blocks_per_expert
-            )
-            num_host_blocks = None if misplaced else self._host_blocks_of(rank)
-            found = [
-                *rank.share_problems(),
-                *misplaced,
-                *rank.memory_problems(self.block_bytes, num_host_blocks),
-            ]
+            problems += [f"ranks[{number}].{problem}" for problem in rank.share_problems()]
+        problems += misplaced
+        for number, rank in enumerate(self.ranks):
+            num_host_blocks = None if misplaced else self.host_blocks_of(number)
+            found = rank.memory_problems(self.block_bytes, num_host_blocks)
             problems += [f"ranks[{number}].{problem}" for problem in found]
         return problems
 
     @property
     def rank(self) -> Rank:
-        """This process's rank: the only one."""
+        """The first rank, which runs all but the experts. Usually the only one."""
         return self.ranks[0]
 
     @property
@@ -137,23 +147,31 @@ class Plan(YamlFile):
     def blocks_per_expert(self) -> int:
         return self.block_format.blocks_per_expert(self.model.intermediate_size)
 
-    def held_ram_bytes(self, on_gpu: bool) -> int:
-        """Host memory for experts and the embedding table.
+    def held_ram_bytes(self, on_gpu: bool, number: int = 0) -> int:
+        """Host memory for a rank's experts and, if it is kept there, the embedding table.
 
         `on_gpu`: the GPU part is on a GPU. Otherwise, it is in host memory, too.
         """
-        host = self.rank.host_memory_bytes
-        return host.experts + host.embedding + (0 if on_gpu else self.rank.gpu_memory_bytes.experts)
+        rank = self.ranks[number]
+        host = rank.host_memory_bytes
+        return host.experts + host.embedding + (0 if on_gpu else rank.gpu_memory_bytes.experts)
 
     @property
     def loading_ram_bytes(self) -> int:
-        """The same on the plan's device, while the model is loaded."""
-        return self.held_ram_bytes(self.rank.device == "cuda") + self.model.loading_bytes
+        """The same on the plan's devices for the first machine, while the model is loaded."""
+        numbers = [n for n, rank in enumerate(self.ranks) if rank.machine == self.rank.machine]
+        held = (self.held_ram_bytes(self.ranks[n].device == "cuda", n) for n in numbers)
+        return sum(held) + len(numbers) * self.model.loading_bytes
 
     @property
     def num_host_blocks(self) -> int:
-        return self._host_blocks_of(self.rank)
+        """Blocks in the host memory of all ranks."""
+        return sum(map(self.host_blocks_of, range(len(self.ranks))))
 
-    def _host_blocks_of(self, rank: Rank) -> int:
+    def host_blocks_of(self, number: int) -> int:
+        """Blocks in a rank's host memory."""
+        rank = self.ranks[number]
+        if len(self.ranks) > 1:
+            return rank.num_listed_host_blocks
         all_blocks = self.model.num_layers * self.model.num_experts * self.blocks_per_expert
         return all_blocks - rank.num_resident_blocks - rank.num_disk_blocks

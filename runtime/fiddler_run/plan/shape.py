@@ -1,8 +1,6 @@
 """ModelShape: the model sizes that a plan depends on, by Hugging Face's names."""
 
-from typing import Literal
-
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from typing import ClassVar, Literal
 
 from fiddler_run.plan.activation import SILU, Activation
 from fiddler_run.plan.yaml_file import ExpertCount, LayerCount, Section, Width
@@ -13,10 +11,9 @@ LOADING_THREADS = 8  # more threads need more memory and do not read faster
 
 
 class ModelShape(Section):
-    """The sizes that determine the geometry of a model's experts, and their activation.
+    """The sizes that determine the geometry of a model's experts, and their activation."""
 
-    A file lists `activation` only if it is not silu.
-    """
+    optional: ClassVar[tuple[str, ...]] = ("activation",)
 
     name: str
     num_layers: LayerCount
@@ -26,13 +23,6 @@ class ModelShape(Section):
     intermediate_size: Width
     dtype: Dtype
     activation: Activation = SILU
-
-    @model_serializer(mode="wrap")
-    def _omit_silu(self, serialize: SerializerFunctionWrapHandler) -> dict:
-        values = serialize(self)
-        if self.activation == SILU:
-            values.pop("activation", None)
-        return values
 
     def problems(self) -> list[str]:
         if self.num_experts_per_tok <= self.num_experts:

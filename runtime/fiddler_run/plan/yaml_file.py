@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from fiddler_run.errors import FiddlerError
@@ -44,9 +53,20 @@ KINDS = {
 class Section(BaseModel):
     """A mapping inside a file. Immutable and strict: no unknown keys, no type conversion, no
     NaN.
+
+    A file lists the keys in `optional` only if their values differ from the default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict:
+        values = serialize(self)
+        for key in self.optional:
+            if getattr(self, key) == type(self).model_fields[key].get_default():
+                values.pop(key, None)
+        return values
 
     def problems(self) -> list[str]:
         """Messages for broken rules between values, each naming the key and its value.
