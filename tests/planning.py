@@ -15,6 +15,8 @@ from fiddler_opt.inputs.machine import (
     Memory,
     ProfileProvenance,
 )
+from fiddler_opt.inputs.machine_parts import Network
+from fiddler_opt.inputs.machine_ranks import joined
 from fiddler_opt.inputs.model import DEFAULT_MODEL, ModelSpec
 from fiddler_opt.inputs.routing import PhaseRouting, Routing
 
@@ -121,6 +123,14 @@ def machine_profile(
         head_us=flat(head),
         provenance=ProfileProvenance(command="by hand", created="2026-01-01", software="none"),
     )
+
+
+def several_ranks(
+    *ranks: MachineProfile, round_trip_us: float = 20.0, bytes_per_s: float = 1e9
+) -> MachineProfile:
+    """The profile of ranks on a machine each."""
+    network = Network(round_trip_us=round_trip_us, bytes_per_s=bytes_per_s)
+    return joined(ranks, [f"{number}.yaml" for number in range(len(ranks))], network)
 
 
 def random_routing(model: ModelSpec, rng: random.Random) -> Routing:

@@ -1,6 +1,7 @@
 """MachineProfile: the measured speed of each part of the runtime's work on one machine.
 
-A machine profile does not depend on prompts or on a placement.
+A machine profile does not depend on prompts or on a placement. With several ranks, its own tables
+are those of the first.
 """
 
 from statistics import median
@@ -17,18 +18,26 @@ from fiddler_opt.inputs.machine_parts import (
     Link,
     MeasuredShape,
     Memory,
+    Network,
     ProfileProvenance,
+    RankProfile,
     Share,
     Times,
 )
+from fiddler_opt.inputs.machine_rules import ranks_problems, table_problems
 from fiddler_opt.inputs.model import ModelSpec
+from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.yaml_file import Count, Rate, Ratio, YamlFile
 
 MIN_US = 0.1  # resolution of the times in a file; nothing takes zero time
 MAX_US = 1e15  # largest value of `Microseconds`
 
 
+RANK_TABLES = [key for key in RankProfile.model_fields if key != "machine"]
+
+
 class MachineProfile(YamlFile):
+    optional: ClassVar[tuple[str, ...]] = ("other_ranks", "network")
     kind: ClassVar[str] = "machine profile"
     made_by: ClassVar[str] = "fiddler-opt profile --only machine"
 
@@ -48,6 +57,8 @@ class MachineProfile(YamlFile):
     head_us: Times
     drift: dict[Count, Ratio] = {}
     encodings: dict[str, EncodedExperts] = {}
+    other_ranks: list[RankProfile] = []
+    network: Network | None = None
     provenance: ProfileProvenance
 
     header: ClassVar[str] = (
@@ -69,40 +80,72 @@ class MachineProfile(YamlFile):
         "head_us": "once a step: embedding, output head, sampling",
         "encodings": "experts in other encodings",
         "drift": ("an expert in host memory: time of the slowest round over the fastest, minus 1"),
+        "other_ranks": "the ranks after the first, timed while all ranks work",
+        "network": "exchange of hidden states and sums between ranks",
     }
 
     def problems(self) -> list[str]:
-        timed = [
-            "host_expert_us",
-            "resident_expert_us",
-            "dense_layer_us",
-            "dense_device_us",
-            "head_us",
+        problems = table_problems("", self.as_rank(0, machine=0), self.shape)
+        for number, rank in enumerate(self.other_ranks):
+            problems += table_problems(f"other_ranks[{number}].", rank, self.shape)
+        problems += [
+            f"{key}: needs an entry for 1 token"
+            for key in ("dense_layer_us", "dense_device_us", "head_us")
+            if 1 not in getattr(self, key)
         ]
-        problems = [
-            f"{key}: needs an entry for 1 token" for key in timed if 1 not in getattr(self, key)
-        ]
-        problems += _host_problems("host_expert_us", self.host_expert_us)
-        for name, experts in self.encodings.items():
-            key = f"encodings.{name}"
-            problems += self.shape.encoding_problems(key, name, experts)
-            if 1 not in experts.host_expert_us or 1 not in experts.resident_expert_us:
-                problems.append(f"{key}: needs entries for 1 token")
-            problems += _host_problems(f"{key}.host_expert_us", experts.host_expert_us)
-        if (self.device.kind == "cuda") != (self.link is not None):
-            needed = "be given" if self.link is None else "be null"
-            problems.append(f"link: must {needed} for a device of kind {self.device.kind}")
-        return problems
+        return problems + ranks_problems(self.other_ranks, self.network, self.encodings)
+
+    @property
+    def num_ranks(self) -> int:
+        return 1 + len(self.other_ranks)
+
+    def rank_profile(self, number: int) -> Self:
+        """The profile of rank `number` alone. For the work of rank 0, it has rank 0's tables."""
+        alone = {"other_ranks": [], "network": None}
+        if number:
+            rank = self.other_ranks[number - 1]
+            alone |= {"disk_bytes_per_s": None, **{key: getattr(rank, key) for key in RANK_TABLES}}
+        return self.model_copy(update=alone)
+
+    def as_rank(self, number: int, machine: int) -> RankProfile:
+        """The tables of rank `number` as those of a rank of machine number `machine`."""
+        alone = self.rank_profile(number)
+        return RankProfile(machine=machine, **{key: getattr(alone, key) for key in RANK_TABLES})
+
+    def first_ranks(self, count: int) -> Self:
+        """The profile of the first `count` ranks.
+
+        Raises:
+            FiddlerError: it has fewer.
+        """
+        if count > self.num_ranks:
+            raise FiddlerError(
+                f"{count} ranks, but the machine profile has {self.num_ranks}: profile this machine"
+                f" with `fiddler-opt profile --ranks {count}`, or name several machines' profiles"
+                " with --machine a.yaml b.yaml"
+            )
+        if count == 1:
+            return self.rank_profile(0)
+        return self.model_copy(update={"other_ranks": self.other_ranks[: count - 1]})
 
     def in_encoding(self, name: str) -> Self:
         """The profile whose own tables are those of experts in the encoding `name`.
 
-        The present ones become an entry of `encodings`. If the encoding was not timed, it is the
-        profile itself, whose times scale by bytes.
+        The present ones become an entry of `encodings`. If a rank has not timed the encoding, it is
+        the profile itself, whose times scale by bytes.
         """
-        experts = self.encodings.get(name)
-        if experts is None:
+        if name not in self.timed_encodings:
             return self
+        ranks = [self.rank_profile(number)._encoded(name) for number in range(self.num_ranks)]
+        others = [
+            each.as_rank(0, machine=rank.machine)
+            for each, rank in zip(ranks[1:], self.other_ranks, strict=True)
+        ]
+        return ranks[0].model_copy(update={"other_ranks": others, "network": self.network})
+
+    def _encoded(self, name: str) -> Self:
+        """`in_encoding` for a profile of one rank that has timed the encoding."""
+        experts = self.encodings[name]
         others = {key: each for key, each in self.encodings.items() if key != name}
         sizes = {"block_neurons": experts.block_neurons, "expert_bytes": experts.expert_bytes}
         return self.model_copy(
@@ -115,9 +158,18 @@ class MachineProfile(YamlFile):
             }
         )
 
+    @property
+    def timed_encodings(self) -> list[str]:
+        """The other encodings that every rank has timed."""
+        return [
+            name
+            for name in self.encodings
+            if all(name in rank.encodings for rank in self.other_ranks)
+        ]
+
     def stored(self, model: ModelSpec) -> list[ModelSpec]:
         """`model` as it is, and in every other encoding that was timed."""
-        others = (name for name in model.encodings if name in self.encodings)
+        others = (name for name in model.encodings if name in self.timed_encodings)
         return [model, *map(model.in_encoding, others)]
 
     @property
@@ -174,15 +226,6 @@ class MachineProfile(YamlFile):
     @property
     def h2d_bytes_per_s(self) -> float | None:
         return self.link and self.link.h2d_bytes_per_s
-
-
-def _host_problems(key: str, times: HostTimes) -> list[str]:
-    problems = [
-        f"{key}[{tokens}]: needs at least one share" for tokens, row in times.items() if not row
-    ]
-    if 0.0 not in times.get(1, {0.0: 1.0}):
-        problems.append(f"{key}[1]: needs an entry for the share 0.0, the CPU alone")
-    return problems
 
 
 def seconds_at(times: Times, tokens: float) -> float:

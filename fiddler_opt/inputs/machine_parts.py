@@ -17,6 +17,7 @@ from fiddler_run.plan.yaml_file import (
     Bytes,
     BytesOrZero,
     Count,
+    CountOrZero,
     Microseconds,
     Rate,
     Ratio,
@@ -150,6 +151,34 @@ class EncodedExperts(Section):
     host_expert_us: HostTimes
     resident_expert_us: Times
     drift: dict[Count, Ratio] = {}
+
+
+class RankProfile(Section):
+    """The tables of a further rank, as in the machine profile's own keys.
+
+    `machine`: the number of its machine. 0 is that of the first rank.
+    """
+
+    machine: CountOrZero
+    cpu: Cpu
+    memory: Memory
+    device: Device
+    link: Link | None
+    host_expert_us: HostTimes
+    resident_expert_us: Times
+    drift: dict[Count, Ratio] = {}
+    encodings: dict[str, EncodedExperts] = {}
+
+
+class Network(Section):
+    """How fast ranks exchange hidden states and sums.
+
+    `round_trip_us`: from the first rank to all others and back, for one token in one layer: hidden
+    state and choices there, float32 sums back. `bytes_per_s`: rate of large batches.
+    """
+
+    round_trip_us: Microseconds
+    bytes_per_s: Rate
 
 
 class KernelLimits(Section):

@@ -1,0 +1,44 @@
+"""Joins the profiles of several machines into one profile."""
+
+from collections.abc import Sequence
+
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.machine_parts import Network
+from fiddler_run.errors import FiddlerError
+
+
+def joined(
+    profiles: Sequence[MachineProfile], names: Sequence[str], network: Network
+) -> MachineProfile:
+    """The profile of all ranks of several machines. The first rank is that of the first machine.
+
+    Args:
+        names: the files of the profiles, for errors.
+        network: between the machines.
+
+    Raises:
+        FiddlerError: the profiles timed different experts.
+    """
+    first = profiles[0]
+    others = []
+    machine = -1
+    for profile, name in zip(profiles, names, strict=True):
+        if profile.shape != first.shape:
+            raise FiddlerError(
+                f"{name}: was timed on other experts than {names[0]}; profile both with the same"
+                " --model"
+            )
+        machine += 1
+        numbers = [0, *(rank.machine for rank in profile.other_ranks)]
+        others += [
+            profile.as_rank(number, machine=machine + within)
+            for number, within in enumerate(numbers)
+        ]
+        machine += numbers[-1]
+    result = first.model_copy(update={"other_ranks": others[1:], "network": network})
+    problems = result.problems()
+    if problems:
+        raise FiddlerError(
+            f"{' + '.join(names)}: {problems[0]}; profile all machines with the same release"
+        )
+    return result
