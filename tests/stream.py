@@ -66,8 +66,8 @@ class Stream:
     def wait(self, flag, gave_up, job):
         self.queue(lambda: wait_for(flag, number_of(job)))
 
-    def combine(self, results, index, num_experts, cpu_output, like):
-        output = torch.empty_like(like)
+    def combine(self, results, index, num_experts, cpu_output, dtype):
+        output = torch.empty(results.shape[::2], dtype=dtype)
         self.queue(lambda: output.copy_(results.sum(dim=1) + cpu_output))
         return output
 

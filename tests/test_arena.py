@@ -8,7 +8,7 @@ import torch
 from conftest import demo_shape, make_plan, with_rank
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.loading.check import disk_problems
+from fiddler_run.loading.machine_check import disk_problems
 from fiddler_run.loading.model_check import refuse
 from fiddler_run.weights.arena import Arena, will_need
 

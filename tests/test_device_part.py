@@ -58,9 +58,9 @@ class GroupedKernels:
                     results[token, place] += weights[token, place] * applied(weight, states[token])
         assert used == set(range(launch.first_block, launch.first_block + launch.num_blocks))
 
-    def combine(self, results, index, num_experts, cpu_output, like):
+    def combine(self, results, index, num_experts, cpu_output, dtype):
         total = results.sum(dim=1) + (0 if cpu_output is None else cpu_output)
-        return total.to(like.dtype)
+        return total.to(dtype)
 
     def add_from_host(self, output, cpu_output):
         output += cpu_output

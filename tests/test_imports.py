@@ -9,13 +9,16 @@ from conftest import ROOT
 
 # A folder or a top-level module may import those below it in its list, never those above.
 RUNTIME = [
+    "__main__",
     "cli",
     "uses",
     "flags",
+    "flag_checks",
     "flag_types",
     "serving",
     "loading",
     "generation",
+    "ranks",
     "engine",
     "kernels",
     "weights",

@@ -6,11 +6,10 @@ from damage import assert_listed, simulate_2_gb, write_plan
 
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
-from fiddler_run.loading import check
-from fiddler_run.loading.check import (
-    check_plan,
+from fiddler_run.loading import machine_check
+from fiddler_run.loading.check import check_plan, device_note
+from fiddler_run.loading.machine_check import (
     core_problem,
-    device_note,
     gpu_memory_problem,
     host_memory_problem,
     machine_problems,
@@ -80,7 +79,7 @@ def test_shipped_plan_fits_a_machine_with_64_gb(tmp_path, monkeypatch):
     plan = Plan.load(ROOT / "plans" / "rtx4090.yaml")
     root = simulate_2_gb(tmp_path, monkeypatch)
     (root / "proc/meminfo").write_text(f"MemAvailable: {56 * 10**9 // 1024} kB\n")
-    monkeypatch.setattr(check, "num_cores", lambda: 32)
+    monkeypatch.setattr(machine_check, "num_cores", lambda: 32)
     assert machine_problems(plan, gpu(25 * 10**9), "plan") == []
     assert plan.rank.host_memory_bytes.experts < 50 * 10**9
     assert plan.num_host_blocks * 6 * 4096 * plan.block_neurons > 56 * 10**9

@@ -148,7 +148,7 @@ def profile_routing(
     if recorder.done < recorder.total:
         loader = ModelLoader(plan, name)
         with byte_progress(console) as progress:
-            task = progress.add_task("loading experts", total=loader.plan.rank.expert_bytes)
+            task = progress.add_task("loading experts", total=loader.plan.expert_bytes)
             model = loader.load(lambda count: progress.advance(task, count))
         with _progress(console) as progress:
             task = progress.add_task("prompts", total=recorder.total, completed=recorder.done)

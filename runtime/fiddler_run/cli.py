@@ -26,6 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(flags: argparse.Namespace) -> None:
     stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if flags.join is not None:
+        from fiddler_run.loading.rank import run_rank
+
+        run_rank(flags.join, flags.rank, flags.model, flags.disk_folder)
+        return
     plan_path = shipped_file(flags.plan)
     if flags.dry_run:
         dry_run(plan_path, flags, stderr)
@@ -38,12 +44,18 @@ def run(flags: argparse.Namespace) -> None:
         if path is not None:
             require_writable(path)
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with quitting_at_once("fiddler-run"), stderr.status("importing torch and transformers"):
-        from fiddler_run.generation.answer import generate
         from fiddler_run.loading.load import ModelLoader
 
-    loader = ModelLoader(plan, flags.model, flags.load_format, flags.disk_folder, plan_path)
+    loader = ModelLoader(
+        plan,
+        flags.model,
+        flags.load_format,
+        flags.disk_folder,
+        plan_path,
+        flags.listen,
+        on_waiting=stderr.print,
+    )
     if template is not None:
         set_template(loader, template)
     options = checked_options(flags, loader, prompt)  # fails before the long load
@@ -55,13 +67,28 @@ def run(flags: argparse.Namespace) -> None:
     if flags.serve:
         run_server(flags, loader, stderr)
         return
+    use_model(flags, loader, prompt, text_ids, options, stderr)
+
+
+def use_model(
+    flags: argparse.Namespace,
+    loader,
+    prompt: str | None,
+    text_ids: list[int] | None,
+    options,
+    stderr: Console,
+) -> None:
+    """Loads the model and does what the flags ask for. Prints figures and notes."""
+    from fiddler_run.generation.answer import generate
+
+    plan = loader.plan
     started = time.perf_counter()
     with byte_progress(stderr) as progress:
-        task = progress.add_task("loading experts", total=loader.plan.rank.expert_bytes)
+        task = progress.add_task("loading experts", total=plan.expert_bytes)
         model = loader.load(lambda count: progress.advance(task, count))
     load_s = time.perf_counter() - started
-    if model.store.overflow_note is not None:
-        stderr.print(f"note: {model.store.overflow_note}", style="yellow")
+    for note in loader.overflow_notes:
+        stderr.print(f"note: {note}", style="yellow")
     others = OtherProcesses()
     if flags.bench:
         run_bench(flags, model, options, load_s, stderr)

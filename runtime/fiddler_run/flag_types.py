@@ -38,3 +38,11 @@ def probability(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError("must be above 0 and at most 1")
     return value
+
+
+def address(text: str) -> tuple[str, int]:
+    """A host and a port, as in `10.0.0.1:29500`."""
+    host, _, number = text.rpartition(":")
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text}: write an address and a port: 10.0.0.1:29500")
+    return host.strip("[]"), port(number)

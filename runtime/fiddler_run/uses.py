@@ -19,7 +19,7 @@ def run_server(flags: argparse.Namespace, loader, stderr: Console) -> None:
 
     defaults = Defaults(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
     progress = byte_progress(stderr)
-    task = progress.add_task("loading experts", total=loader.plan.rank.expert_bytes)
+    task = progress.add_task("loading experts", total=loader.plan.expert_bytes)
 
     def listening(url: str) -> None:
         print(url, flush=True)

@@ -33,7 +33,7 @@ class DecodePath:
         return self._resources.kernels.decode is not None and tokens <= MAX_DECODE_TOKENS
 
     def run(self, layer: DecodeLayer, *tensors: torch.Tensor) -> torch.Tensor:
-        """Queues the experts' weighted sums [tokens, hidden] on the GPU, in the states' dtype.
+        """Queues the experts' weighted sums [tokens, hidden] on the GPU, in `output_dtype`.
 
         The GPU never waits for a job that has not been submitted.
 
@@ -111,7 +111,9 @@ class DecodePath:
         )
         timeline.end(*work)
         kernels.wait(buffers.output_ready, buffers.gave_up, job)
-        total = kernels.combine(results, index, layer.num_experts, cpu_output, hidden_states)
+        total = kernels.combine(
+            results, index, layer.num_experts, cpu_output, resources.output_dtype
+        )
         timeline.end(Lane.PYTHON, Work.QUEUE)
         return total
 

@@ -32,7 +32,7 @@ class DevicePart(Protocol):
         """Queues the work of a streamed piece, which is on the device."""
 
     def output(self, receive: Receive) -> torch.Tensor:
-        """The layer's output [tokens, hidden], in the states' dtype.
+        """The layer's output [tokens, hidden], in the resources' `output_dtype`.
 
         Args:
             receive: queues a wait for the CPU's part and its copy, and returns it, float32 on the
@@ -118,7 +118,11 @@ class GroupedPart:
 
     def output(self, receive: Receive) -> torch.Tensor:
         return self._kernels.combine(
-            self._results, self._index, self._num_experts, receive(), self._states
+            self._results,
+            self._index,
+            self._num_experts,
+            receive(),
+            self._resources.output_dtype,
         )
 
     def _launch(self, step: int, number: int) -> None:
@@ -193,7 +197,7 @@ class SinglePart:
         cpu_output = receive()
         if cpu_output is not None:
             output += cpu_output
-        return output.to(self._hidden_states.dtype)
+        return output.to(self._resources.output_dtype)
 
     def _tokens(self, call: int) -> slice:
         return slice(*self._calls.choices.starts[call : call + 2].tolist())

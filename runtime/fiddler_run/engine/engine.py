@@ -16,9 +16,16 @@ class ExpertEngine:
     `decode` serves small batches on a GPU, `prefill` everything else.
     """
 
-    def __init__(self, block_format: Encoding, kernels: Kernels, device: torch.device, slots: int):
+    def __init__(
+        self,
+        block_format: Encoding,
+        kernels: Kernels,
+        device: torch.device,
+        slots: int,
+        output_dtype: torch.dtype | None = None,
+    ):
         """Takes the arguments of `Resources`."""
-        self.resources = Resources(block_format, kernels, device, slots)
+        self.resources = Resources(block_format, kernels, device, slots, output_dtype)
         self.decode = DecodePath(self.resources)
         self.prefill = PrefillPath(self.resources)
 
@@ -30,6 +37,7 @@ def make_engine(
     slots: int,
     pinned: bool = False,
     activation: Activation = SILU,
+    output_dtype: torch.dtype | None = None,
 ) -> ExpertEngine:
     """The engine with the fastest kernels for these blocks.
 
@@ -39,6 +47,7 @@ def make_engine(
         slots: blocks of device memory to stream through. 0 if nothing is streamed.
         pinned: keep each thread on its own core.
         activation: of the experts.
+        output_dtype: of a layer's output. None: the experts' dtype.
     """
     kernels = kernels_for(block_format, device, threads, pinned, activation)
-    return ExpertEngine(block_format, kernels, device, slots)
+    return ExpertEngine(block_format, kernels, device, slots, output_dtype)

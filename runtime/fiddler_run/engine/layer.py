@@ -105,19 +105,14 @@ class ExpertsLayer:
         """
         if len(hidden_states) == 0:
             return torch.zeros_like(hidden_states)
-        wants_gradients = hidden_states.requires_grad or top_k_weights.requires_grad
-        if torch.is_grad_enabled() and wants_gradients:
-            raise FiddlerError(
-                "the experts do not support gradients; call the model inside torch.no_grad(), or"
-                " train the stock model"
-            )
+        require_no_gradients(hidden_states, top_k_weights)
         on_gpu = hidden_states.is_cuda
         current = torch.cuda.device(hidden_states.device) if on_gpu else nullcontext()
         with current, self._engine.resources.lock:
             timeline = self._engine.resources.timeline
             timeline.end(Lane.GPU, Work.DENSE)  # ends the time between the experts of two layers
             timeline.enter(self.number)
-            output = self._run(*_inputs(hidden_states, top_k_index, top_k_weights))
+            output = self._run(*layer_inputs(hidden_states, top_k_index, top_k_weights))
             timeline.begin(Lane.GPU, Work.DENSE)
             return output
 
@@ -137,7 +132,7 @@ class ExpertsLayer:
 
         All layers of a step must be recorded: `number` counts them, from 1.
         """
-        inputs = _inputs(hidden_states, top_k_index, top_k_weights)
+        inputs = layer_inputs(hidden_states, top_k_index, top_k_weights)
         return self._engine.decode.record(self.decode, number, *inputs)
 
     def begin_step(self) -> None:
@@ -199,7 +194,20 @@ class ExpertsLayer:
         return self._shares[key]
 
 
-def _inputs(
+def require_no_gradients(*tensors: torch.Tensor) -> None:
+    """Checks that no gradients are wanted.
+
+    Raises:
+        FiddlerError: they are.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise FiddlerError(
+            "the experts do not support gradients; call the model inside torch.no_grad(), or"
+            " train the stock model"
+        )
+
+
+def layer_inputs(
     hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inputs in the types and the layout that the kernels read."""

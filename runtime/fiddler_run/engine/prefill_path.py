@@ -46,7 +46,7 @@ class PrefillPath:
         *inputs: *Inputs,
         next_runs: Runs | None = None,
     ) -> torch.Tensor:
-        """Queues the calls' weighted sums [tokens, hidden] on the device, in the states' dtype.
+        """Queues the calls' weighted sums [tokens, hidden] on the device, in `output_dtype`.
 
         Args:
             calls: of one layer.
@@ -63,7 +63,7 @@ class PrefillPath:
             resources.jobs.finish()
             if self._cpu_does_all and cpu_output is not None:
                 # a copy, because the next layer reuses the buffer
-                return cpu_output.to(inputs[0].dtype, copy=True)
+                return cpu_output.to(resources.output_dtype, copy=True)
         timeline = resources.timeline
         timeline.begin(Lane.PYTHON, Work.QUEUE)
         ring = resources.ring

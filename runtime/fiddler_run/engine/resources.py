@@ -1,6 +1,7 @@
 """The resources that all layers of a model share: CPU threads, link, buffers. No decisions."""
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,21 +20,31 @@ from fiddler_run.kernels.table import Kernels
 class Resources:
     """The shared resources of one model's engine.
 
-    `kernels` compute blocks. `jobs` are the CPU's. `ring` is None if nothing is streamed. `counted`
+    `kernels` compute blocks, in `dtype`. `output_dtype` is that of a layer's output. `jobs` are the
+    CPU's. `ring` is None if nothing is streamed. `counted`
     [3] int64 counts the blocks that calls needed so far: resident, streamed, on the CPU. A layer's
     call holds `lock`, because buffers and jobs serve one call at a time.
     """
 
-    def __init__(self, block_format: Encoding, kernels: Kernels, device: torch.device, slots: int):
+    def __init__(
+        self,
+        block_format: Encoding,
+        kernels: Kernels,
+        device: torch.device,
+        slots: int,
+        output_dtype: torch.dtype | None = None,
+    ):
         """Allocates the shared resources.
 
         Args:
             device: holds the resident blocks.
             slots: blocks of device memory to stream through.
+            output_dtype: None: the experts' dtype.
         """
         self.kernels = kernels
         self.device = device
         self.dtype = getattr(torch, block_format.dtype)
+        self.output_dtype = output_dtype or self.dtype
         self.timeline = Timeline(device)
         self.buffers = PinnedBuffers(device)
         self.ring = StagingRing(slots, block_format.block_bytes, device) if slots else None
@@ -44,6 +55,7 @@ class Resources:
             torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)
         )
         self.lock = threading.RLock()
+        self.check_others: Callable[[], None] = lambda: None  # raises if another rank has failed
 
     @property
     def traffic(self) -> Traffic:
@@ -86,8 +98,9 @@ class Resources:
         """Checks that no hand-over has failed.
 
         Raises:
-            FiddlerError: the GPU timed out waiting for the CPU's threads.
+            FiddlerError: the GPU timed out waiting for the CPU's threads, or another rank failed.
         """
+        self.check_others()
         gave_up = self.buffers.gave_up
         if gave_up.item():
             torch.cuda.synchronize(self.device)

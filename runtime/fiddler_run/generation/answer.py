@@ -98,7 +98,8 @@ def answer(
     if request.grammar is not None:
         size = model.config.get_text_config().vocab_size
         processors.append(request.grammar.processor(tokenizer, size, end_tokens))
-    follower = _Follower(tokenizer, request, end_tokens, on_piece, probabilities, cancelled)
+    check = model.engine.resources.check_hand_over
+    follower = _Follower(tokenizer, request, end_tokens, on_piece, probabilities, cancelled, check)
     ids = torch.tensor([request.ids])
     with model.session.prefix_kept(request.ids) as prefix:
         output, measured = generate_ids(
@@ -171,6 +172,7 @@ class _Follower(StoppingCriteria):
         on_piece: Callable[[Piece], None],
         probabilities: _Probabilities,
         cancelled: threading.Event | None,
+        check: Callable[[], None],
     ):
         self.progress = _Progress()
         self._text = TextStream(tokenizer, request.ids)
@@ -179,9 +181,11 @@ class _Follower(StoppingCriteria):
         self._on_piece = on_piece
         self._probabilities = probabilities
         self._cancelled = cancelled
+        self._check = check
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
         token = int(input_ids[0, -1])
+        self._check()  # before a wrong token is passed on
         if token in self._end_tokens:
             self.progress.finish = "stop"
         else:

@@ -1,8 +1,8 @@
 """Runs one generation and measures it."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import (
@@ -13,7 +13,6 @@ from transformers import (
 )
 
 from fiddler_run.engine.calls import Traffic
-from fiddler_run.engine.resources import Resources
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.generation.sampling import Options, sampling_arguments
@@ -49,19 +48,21 @@ class Measured:
 
 
 class StepClock(StoppingCriteria):
-    """Records the time and the expert traffic after each step. Never stops a generation.
+    """Records the time of each step, and the expert traffic until the end of the first.
 
-    It works with all of transformers' decoding methods.
+    Never stops a generation. It works with all of transformers' decoding methods.
     """
 
-    def __init__(self, resources: Resources):
-        self._resources = resources
-        self.steps: list[tuple[float, Traffic]] = []
+    def __init__(self, traffic: Callable[[], Traffic]):
+        self.times_s: list[float] = []
+        self.first_traffic: Traffic | None = None
+        self._traffic = traffic
 
     def __call__(self, input_ids, scores, **kwargs):
         if input_ids.is_cuda:  # transformers does so right after this anyway
             torch.cuda.current_stream(input_ids.device).synchronize()
-        self.steps.append((time.perf_counter(), self._resources.traffic))
+        self.times_s.append(time.perf_counter())
+        self.first_traffic = self.first_traffic or self._traffic()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -148,8 +149,8 @@ def generate_ids(
     ids = ids.to(model.device)
     arguments.setdefault("attention_mask", torch.ones_like(ids))
     with model.session.turn():  # during all of it, so that only this generation is measured
-        clock = StepClock(model.engine.resources)
-        before = model.engine.resources.traffic
+        clock = StepClock(model.traffic)
+        before = model.traffic()
         started = time.perf_counter()
         output = model.generate(
             ids,
@@ -160,8 +161,20 @@ def generate_ids(
             **sampling_arguments(model, options, processors),
             **arguments,
         )
-        measured = _measure(clock, before, started, ids, model.device)
-        return output, replace(measured, reused_tokens=reused_tokens)
+        first_s = clock.times_s[0]
+        last_s = clock.times_s[-1]
+        steps = len(clock.times_s)
+        on_gpu = model.device.type == "cuda"
+        return output, Measured(
+            prompt_tokens=ids.shape[1],
+            output_tokens=steps,
+            ttft_s=first_s - started,
+            decode_tokens_per_s=len(ids) * (steps - 1) / (last_s - first_s) if steps > 1 else 0.0,
+            traffic=model.traffic() - clock.first_traffic,
+            prefill_traffic=clock.first_traffic - before,
+            peak_gpu_bytes=torch.cuda.max_memory_reserved(model.device) if on_gpu else 0,
+            reused_tokens=reused_tokens,
+        )
 
 
 def never_stopping(model: PlannedModel) -> dict[str, int]:
@@ -170,20 +183,3 @@ def never_stopping(model: PlannedModel) -> dict[str, int]:
     `min_new_tokens` would have the same effect, but costs time in each step.
     """
     return {"eos_token_id": model.config.vocab_size, "pad_token_id": 0}
-
-
-def _measure(
-    clock: StepClock, before: Traffic, started: float, ids: torch.Tensor, device: torch.device
-) -> Measured:
-    first_s, first_traffic = clock.steps[0]
-    last_s, last_traffic = clock.steps[-1]
-    steps = len(clock.steps)
-    return Measured(
-        prompt_tokens=ids.shape[1],
-        output_tokens=steps,
-        ttft_s=first_s - started,
-        decode_tokens_per_s=len(ids) * (steps - 1) / (last_s - first_s) if steps > 1 else 0.0,
-        traffic=last_traffic - first_traffic,
-        prefill_traffic=first_traffic - before,
-        peak_gpu_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
-    )

@@ -5,9 +5,12 @@ experts are ours: the stock experts modules lose their parameters and pass each 
 `ExpertsLayer`.
 """
 
+import weakref
+
 import torch
 
-from fiddler_run.engine.engine import ExpertEngine, make_engine
+from fiddler_run.engine.calls import Traffic
+from fiddler_run.engine.engine import ExpertEngine
 from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.engine.tuning import Tuning
 from fiddler_run.errors import FiddlerError
@@ -17,6 +20,9 @@ from fiddler_run.generation.host_embedding import HostEmbedding
 from fiddler_run.generation.session import Session
 from fiddler_run.models.dispatched import DispatchedModel
 from fiddler_run.plan.schema import Plan
+from fiddler_run.ranks.layer import SharedLayer
+from fiddler_run.ranks.peers import Peers
+from fiddler_run.ranks.share import share_of
 from fiddler_run.system.process_settings import dense_threads
 from fiddler_run.weights.store import ExpertStore
 
@@ -34,8 +40,9 @@ class PlannedModel(DispatchedModel):
     """What the runtime adds to a transformers causal language model.
 
     `plan` is the plan it runs and `defaults` the checkpoint's recommendations for sampling.
-    `engine` computes the experts, served by `layers` with the split that `tuning` found. `session`
-    runs one generation at a time. All that concerns experts is None until `attach_experts`.
+    `engine` computes the experts, served by `layers` with the split that `tuning` found; `peers`
+    are the other ranks, if the plan has any. `session` runs one generation at a time. All that
+    concerns experts is None until `attach_experts`.
     """
 
     def __init__(self, config):
@@ -45,6 +52,7 @@ class PlannedModel(DispatchedModel):
         self.defaults = GenerationDefaults()
         self.store: ExpertStore | None = None
         self.engine: ExpertEngine | None = None
+        self.peers: Peers | None = None
         self.layers: list[ExpertsLayer] = []
         self.tuning = Tuning()
         self.session: Session | None = None
@@ -73,33 +81,42 @@ class PlannedModel(DispatchedModel):
         """The KV cache, used by one generation at a time."""
         return self.session.cache
 
-    def attach_experts(self, plan: Plan, store: ExpertStore) -> None:
-        """Serves every layer's experts from `store`. The model must be on the store's device."""
+    def traffic(self) -> Traffic:
+        """The blocks that calls needed so far, of all ranks."""
+        traffic = self.engine.resources.traffic
+        if self.peers is not None:
+            for reply in self.peers.ask(do="count"):
+                traffic += Traffic(*reply["traffic"])
+        return traffic
+
+    def forget_traffic(self) -> None:
+        """Counts blocks anew, on all ranks."""
+        self.engine.resources.forget_traffic()
+        if self.peers is not None:
+            self.peers.tell(do="forget")
+
+    def attach_experts(self, plan: Plan, store: ExpertStore, peers: Peers | None = None) -> None:
+        """Serves every layer's experts from `store`, and from the other ranks if there are any.
+
+        The model must be on the store's device.
+        """
         rank = plan.rank
-        slots = rank.gpu_memory_bytes.staging // plan.block_bytes
-        engine = make_engine(
-            plan.block_format,
-            self.device,
-            rank.cpu_threads,
-            slots,
-            rank.cpu_pinned,
-            plan.model.activation,
-        )
+        engine, layers = share_of(plan, store, self.device)
         self.plan = plan
         self.store = store  # owns the arenas; the layers only hold views
         self.engine = engine
+        self.peers = peers
         self.tuning = Tuning()
-        places = zip(store.resident, store.host, store.on_disk, strict=True)
-        self.set_layers(
-            [
-                ExpertsLayer(number, resident, host, rank.stream_share_at, engine, on_disk)
-                for number, (resident, host, on_disk) in enumerate(places)
-            ]
-        )
+        self.set_layers(layers)
         dense_bytes = sum(parameter.nbytes for parameter in self.parameters())
         threads = dense_threads(rank.cpu_threads, dense_bytes // len(self.layers))
         self.session = Session(self, engine.resources, threads)
         self.session.make_cache(plan.workload.sequences, plan.workload.max_seq_len)
+        if peers is not None:
+            weakref.finalize(self, peers.close)
+            session = weakref.ref(self.session)
+            peers.is_used = lambda: session() is not None and session().is_used()
+            engine.resources.check_others = peers.check_failure
 
     def set_layers(self, layers: list[ExpertsLayer]) -> None:
         """Lets these layers serve the experts modules, in order."""
@@ -109,7 +126,7 @@ class PlannedModel(DispatchedModel):
         for layer, following in zip(layers, layers[1:], strict=False):
             layer.next = following
         for experts, layer in zip(self.experts_modules(), layers, strict=True):
-            experts.planned = layer
+            experts.planned = layer if self.peers is None else SharedLayer(layer, self.peers)
 
     def move_embedding_to_host(self) -> None:
         """Keeps the embedding table in host memory. Each step copies the rows it needs."""

@@ -22,6 +22,7 @@ from fiddler_run.generation.cuda_graphs import Capture, no_garbage_collection
 from fiddler_run.generation.pieces import Piece, Step, kept
 from fiddler_run.generation.recorder import Recorder
 from fiddler_run.models.dispatched import DispatchedModel
+from fiddler_run.ranks.layer import SharedLayer
 
 # attention functions are replaced for the whole process while one thread records
 RECORDING = threading.Lock()
@@ -58,7 +59,7 @@ class Tape:
             Exception: of many types, if it cannot be recorded.
         """
         served = [module.planned for module in model.experts_modules()]
-        layers = [each for each in served if isinstance(each, ExpertsLayer)]
+        layers = [each for each in served if isinstance(each, ExpertsLayer | SharedLayer)]
         captures_experts = bool(layers) and len(layers) == len(served)
         captures_experts &= all(layer.can_record(len(self.states)) for layer in layers)
         recorder = Recorder(step, make_capture, captures_experts)

@@ -51,7 +51,7 @@ class GpuKernels(TableKernels):
         results = torch.zeros((1, 1, hidden), device="cuda")
         cpu_output = torch.zeros((1, hidden), pin_memory=True)
         for each in (cpu_output, None):
-            self.combine(results, index, 1, each, states)
+            self.combine(results, index, 1, each, states.dtype)
         self.compile_blocks()
         torch.cuda.synchronize()
 
@@ -123,9 +123,9 @@ class GpuKernels(TableKernels):
         index: torch.Tensor,
         num_experts: int,
         cpu_output: torch.Tensor | None,
-        like: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """The layer's output, with the shape [tokens, hidden], dtype and device of `like`.
+        """The layer's output [tokens, hidden] in `dtype`.
 
         Args:
             results: [tokens, k, hidden] float32, of the GPU's blocks.
@@ -134,8 +134,8 @@ class GpuKernels(TableKernels):
             cpu_output: [tokens, hidden] float32, page-locked and complete. None if the CPU has no
                 part.
         """
-        output = torch.empty_like(like)
-        tokens, hidden = like.shape
+        tokens, _, hidden = results.shape
+        output = results.new_empty((tokens, hidden), dtype=dtype)
         combined = width_of(hidden, COMBINED)
         kernels.combine[tokens, hidden // combined](
             results,

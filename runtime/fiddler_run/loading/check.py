@@ -6,25 +6,20 @@ is imported on demand.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from fiddler_run.errors import FiddlerError
+from fiddler_run.loading.machine_check import disk_problems, machine_problems, plan_gpu
 from fiddler_run.loading.model_check import LoadFormat, ModelCheck, refuse
-from fiddler_run.models.sizes import ModelSizes
-from fiddler_run.plan.rank import GpuMemory
 from fiddler_run.plan.schema import Plan
-from fiddler_run.system.files import exists, is_folder, reason
-from fiddler_run.system.gpu import Gpu, current_gpu
-from fiddler_run.system.host import available_memory_bytes, num_cores
 from fiddler_run.system.locate import shipped_file
 from fiddler_run.weights.model_folder import local_folder
 
 
 class PlanCheck(ModelCheck):
-    """Checks a plan against its model's files and this machine.
+    """Checks a plan against its model's files and this machine, for one of its ranks.
 
-    `gpu` is the GPU that the plan will use, or None.
+    `gpu` is the GPU that the rank will use, or None.
     """
 
     def __init__(
@@ -35,6 +30,7 @@ class PlanCheck(ModelCheck):
         load_format: LoadFormat = "safetensors",
         disk_folder: str | Path | None = None,
         fetch: bool = False,
+        number: int = 0,
     ):
         """Runs the checks.
 
@@ -45,22 +41,23 @@ class PlanCheck(ModelCheck):
             disk_folder: holds the experts that the plan leaves on disk. None: the checkpoint's
                 folder or, for random weights, the working directory.
             load_format, fetch: as for a `ModelCheck`.
+            number: of the rank.
         """
         origin = "plan" if plan_file is None else str(plan_file)
         name = plan.model.name if model is None else model
         relative_to = (
             plan_file.resolve().parent if plan_file is not None and model is None else Path()
         )
-        self.gpu = plan_gpu(plan)
+        self.gpu = plan_gpu(plan, number)
         if fetch and local_folder(name, relative_to) is None:  # before a download of all weights
-            refuse(machine_problems(plan, self.gpu, origin))
+            refuse(machine_problems(plan, self.gpu, origin, number=number))
         super().__init__(plan.model, origin, name, relative_to, load_format, fetch)
         near = self.folder if self.folder is not None and load_format != "dummy" else Path()
         self.disk_folder = near if disk_folder is None else Path(disk_folder)
-        self._try(lambda: refuse(disk_problems(plan, self.disk_folder)))
+        self._try(lambda: refuse(disk_problems(plan, self.disk_folder, number)))
         sizes = self.sizes if self.skeleton is not None else None  # of another model
-        self.problems += machine_problems(plan, self.gpu, origin, sizes)
-        notes = device_note(plan, on_gpu=self.gpu is not None), prediction_note(plan, origin)
+        self.problems += machine_problems(plan, self.gpu, origin, sizes, number)
+        notes = device_note(plan, self.gpu is not None, number), prediction_note(plan, origin)
         self.notes += [note for note in notes if note]
 
 
@@ -95,134 +92,13 @@ def check_plan(
     return [*problems, *checked.problems], checked.notes
 
 
-def machine_problems(
-    plan: Plan, gpu: Gpu | None, origin: str, sizes: ModelSizes | None = None
-) -> list[str]:
-    """The requirements of a plan that this machine does not meet.
-
-    Args:
-        gpu: the GPU for the plan's GPU part. None if that part is kept in host memory.
-        sizes: the model's. None: checks that need them are left out.
-    """
-    embedding_bytes = plan.rank.host_memory_bytes.embedding
-    besides = 0 if sizes is None else besides_experts_bytes(plan, sizes)
-    what = "experts and embedding" if embedding_bytes else "experts"
-    held = plan.held_ram_bytes(gpu is not None)
-    loading = plan.model.loading_bytes
-    problems = [
-        core_problem(plan.rank.cpu_threads, num_cores()),
-        host_memory_problem(what, held, loading, available_memory_bytes(), 0 if gpu else besides),
-        gpu and gpu_memory_problem(plan.rank.gpu_memory_bytes, gpu),
-        gpu and gpu_part_problem(plan.rank.gpu_memory_bytes, besides - embedding_bytes),
-    ]
-    return [f"{origin}: {problem}" for problem in problems if problem]
-
-
-def besides_experts_bytes(plan: Plan, sizes: ModelSizes) -> int:
-    """Memory for the weights outside the experts, the KV cache and the staging ring."""
-    workload = plan.workload
-    cache = sizes.cache_bytes(workload.sequences, workload.max_seq_len)
-    return sizes.dense_bytes + cache + plan.rank.gpu_memory_bytes.staging
-
-
-def disk_problems(plan: Plan, folder: Path) -> list[str]:
-    """Problems with the folder for the experts that the plan leaves on disk."""
-    if plan.rank.disk_bytes and not exists(folder):
-        return [
-            f"{folder}: no such folder for the experts on disk; name another one with --disk-folder"
-        ]
-    try:
-        free = shutil.disk_usage(folder).free if plan.rank.disk_bytes and is_folder(folder) else 0
-    except OSError as error:
-        return [
-            f"{folder}: cannot determine the free space: {reason(error)}; name another folder"
-            " with --disk-folder"
-        ]
-    if plan.rank.disk_bytes <= free:
-        return []
-    return [
-        f"{folder}: the plan keeps {plan.rank.disk_bytes / 1e9:.2f} GB of experts on disk, but"
-        f" {free / 1e9:.2f} GB is free there; name another folder with --disk-folder, or plan"
-        " with more --host-mem"
-    ]
-
-
-def core_problem(threads: int, cores: int) -> str | None:
-    if threads <= cores:
-        return None
-    return (
-        f"cpu_threads is {threads}, but {cores} cores are available here; profile this machine"
-        " with `fiddler-opt profile` and plan again"
-    )
-
-
-def host_memory_problem(
-    what: str, held_bytes: int, loading_bytes: int, available_bytes: int, besides_bytes: int = 0
-) -> str | None:
-    """The problem if host memory cannot hold a plan's host part while it is loaded.
-
-    Without this check, the kernel's OOM killer would end the load.
-    """
-    if held_bytes + loading_bytes + besides_bytes <= available_bytes:
-        return None
-    besides = ""
-    if besides_bytes:
-        besides = f" and {besides_bytes / 1e9:.2f} GB for all other weights and buffers"
-    return (
-        f"its {what} need {held_bytes / 1e9:.2f} GB of host memory, plus"
-        f" {loading_bytes / 1e9:.2f} GB while loading{besides}, but {available_bytes / 1e9:.2f} GB"
-        " is available; close other programs, add memory, or plan with more --gpu-mem"
-    )
-
-
-def gpu_memory_problem(memory: GpuMemory, gpu: Gpu) -> str | None:
-    """The problem if less GPU memory is free than the plan needs besides its reserve.
-
-    The driver and libraries have already taken the reserve.
-    """
-    needed = memory.total - memory.reserve
-    if needed <= gpu.free_bytes:
-        return None
-    return (
-        f"gpu_memory_bytes.total is {memory.total / 1e9:.2f} GB, but {gpu.name} has"
-        f" {gpu.free_bytes / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB is needed besides the"
-        " reserve; free GPU memory, or plan again with a smaller --gpu-mem"
-    )
-
-
-def gpu_part_problem(memory: GpuMemory, besides_bytes: int) -> str | None:
-    """The problem if a plan leaves too little GPU memory for everything but the experts.
-
-    It is computed from the model, whatever the plan states.
-    """
-    room = memory.total - memory.reserve - memory.experts
-    if besides_bytes <= room:
-        return None
-    return (
-        f"gpu_memory_bytes leaves {max(0, room) / 1e9:.2f} GB for everything but the experts,"
-        f" but attention, KV cache and staging need {besides_bytes / 1e9:.2f}; plan again for this"
-        " workload"
-    )
-
-
-def plan_gpu(plan: Plan) -> Gpu | None:
-    """The GPU that a plan will use. None if the plan has no GPU part, or if it is kept in host
-    memory.
-
-    That is the case if the plan is for a machine without CUDA, or if this machine has no GPU.
-    """
-    rank = plan.rank
-    return current_gpu() if rank.device == "cuda" and rank.gpu_memory_bytes.total else None
-
-
-def device_note(plan: Plan, on_gpu: bool) -> str | None:
-    """Why a plan's GPU part is not in GPU memory. None if it is, or if there is none."""
-    if on_gpu or plan.rank.gpu_memory_bytes.total == 0:
+def device_note(plan: Plan, on_gpu: bool, number: int = 0) -> str | None:
+    """Why a rank's GPU part is not in GPU memory. None if it is, or if there is none."""
+    rank = plan.ranks[number]
+    if on_gpu or rank.gpu_memory_bytes.total == 0:
         return None
     reason = (
-        "the plan is for a machine without CUDA"
-        if plan.rank.device == "cpu"
-        else "no CUDA device here"
+        "the plan is for a machine without CUDA" if rank.device == "cpu" else "no CUDA device here"
     )
     return f"{reason}: the GPU part is kept in host memory and computed by the CPU"
 

@@ -11,12 +11,14 @@ from fiddler_run.generation.defaults import GenerationDefaults
 from fiddler_run.generation.generate import never_stopping
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
-from fiddler_run.loading.check import PlanCheck
 from fiddler_run.loading.model_check import LoadFormat
+from fiddler_run.loading.share import ShareLoader
 from fiddler_run.plan.schema import Plan
+from fiddler_run.ranks.launch import gather
+from fiddler_run.ranks.meet import meet
+from fiddler_run.ranks.peers import Peers
 from fiddler_run.system.locate import shipped_file
-from fiddler_run.system.process_settings import allow_gpu_memory
-from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
+from fiddler_run.weights.checkpoint import Checkpoint
 from fiddler_run.weights.store import ExpertStore
 
 # A pass with a tile of 32 tokens, one with a tile of 64, and one on the prefill path. The decode
@@ -52,11 +54,12 @@ def load_model(
     return loader.load(), loader.tokenizer
 
 
-class ModelLoader:
+class ModelLoader(ShareLoader):
     """A plan and a checkpoint that passed all checks. `load()` does the long work.
 
     Takes the arguments of `load_model` and raises the same errors. `plan_file` is the file of a
-    plan that is passed as an object.
+    plan that is passed as an object. Other ranks are started, and pass their checks, too.
+    `overflow_notes` say, after loading, which blocks take more memory than the plan states.
     """
 
     def __init__(
@@ -66,26 +69,24 @@ class ModelLoader:
         load_format: LoadFormat = "safetensors",
         disk_folder: str | Path | None = None,
         plan_file: Path | None = None,
+        listen: tuple[str, int] | None = None,
+        on_waiting: Callable[[str], None] = lambda _: None,
     ):
         if not isinstance(plan, Plan):
             plan_file = shipped_file(plan)
             plan = Plan.load(plan_file)
-        self.plan = plan
-        checked = PlanCheck(plan, plan_file, model, load_format, disk_folder, fetch=True)
-        checked.refuse()
-        self.notes = checked.notes
-        self.tokenizer = checked.tokenizer
-        self._checked = checked
-        if load_format == "dummy":
-            self.weights = DummyWeights(plan.model, getattr(torch, plan.model.dtype))
-        else:
-            self.weights = Checkpoint(checked.files, checked.tensors)
-        gpu = checked.gpu
-        self.device = torch.device("cpu")
-        if gpu is not None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-            memory = plan.rank.gpu_memory_bytes
-            allow_gpu_memory(checked.skeleton, self.device, memory.total - memory.reserve)
+        super().__init__(plan, 0, model, load_format, disk_folder, plan_file)
+        self.notes = self._checked.notes
+        self.tokenizer = self._checked.tokenizer
+        self.overflow_notes: list[str] = []
+        self.peers: Peers | None = None
+        if len(plan.ranks) > 1:
+            task = {
+                "model": str(self._checked.folder.resolve()),
+                "load_format": load_format,
+                "disk_folder": str(self._checked.disk_folder.resolve()),
+            }
+            self.peers = gather(plan, listen, task, on_waiting)
 
     @property
     def vocab_size(self) -> int:
@@ -113,15 +114,37 @@ class ModelLoader:
         model = model.eval().requires_grad_(False)
         if self.plan.rank.host_memory_bytes.embedding:
             model.move_embedding_to_host()
-        store = ExpertStore(self.plan, self.device, self._checked.disk_folder)
-        store.load(self.weights, on_bytes)
-        model.attach_experts(self.plan, store)
+        model.attach_experts(self.plan, self._load_experts(on_bytes), self.peers)
         if self.device.type == "cuda":
             with model.session.turn():
                 _warm_up(model)
                 model.tuning = _tune(model)
-                model.engine.resources.forget_traffic()
+                model.forget_traffic()
         return model
+
+    def _load_experts(self, on_bytes: Callable[[int], None]) -> ExpertStore:
+        """Loads the experts, on all ranks at once."""
+        peers = self.peers
+        if peers is None:
+            store = self.load_store(on_bytes)
+            self._note(store.overflow_note)
+            return store
+        peers.on_bytes = on_bytes
+        meet(self.plan, peers, self.device, self.model_id)
+
+        def count(num_bytes: int) -> None:
+            peers.check_failure()
+            on_bytes(num_bytes)
+
+        store = self.load_store(count)
+        self._note(store.overflow_note)
+        for rank, reply in enumerate(peers.replies(), 1):
+            self._note(reply["overflow_note"], f"rank {rank}: ")
+        return store
+
+    def _note(self, note: str | None, origin: str = "") -> None:
+        if note is not None:
+            self.overflow_notes.append(origin + note)
 
 
 @torch.no_grad()
@@ -147,7 +170,13 @@ def _tune(model: PlannedModel) -> Tuning:
     chunk = min(plan.prefill_chunk_tokens, plan.workload.max_seq_len)
     router = RouterSizes(shape.num_experts, shape.num_experts_per_tok, shape.hidden_size)
     prompt_tokens = chunk * plan.workload.batch_size
-    return tune(model.layers, model.engine.resources, router, prompt_tokens)
+    if model.peers is None:
+        return tune(model.layers, model.engine.resources, router, prompt_tokens)
+    # all ranks at once, because they share the memory of their machine
+    model.peers.tell(do="tune", prompt_tokens=prompt_tokens)
+    tuning = tune(model.layers, model.engine.resources, router, prompt_tokens)
+    model.peers.replies()
+    return tuning
 
 
 def place_dense_weights(

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from fiddler_run.encodings.base import Encoding
 from fiddler_run.encodings.table import ENCODINGS
-from fiddler_run.plan.placement import placement_problems
+from fiddler_run.plan.placement import Part, parts_of, placement_problems
 from fiddler_run.plan.prediction import Predicted, Provenance, Rates
 from fiddler_run.plan.rank import Rank
 from fiddler_run.plan.shape import ModelShape
@@ -126,6 +126,21 @@ class Plan(YamlFile):
             problems += [f"ranks[{number}].{problem}" for problem in found]
         return problems
 
+    def ranks_beside(self, number: int) -> list[int]:
+        """The ranks on the machine of rank `number`, itself included."""
+        machine = self.ranks[number].machine
+        return [other for other, rank in enumerate(self.ranks) if rank.machine == machine]
+
+    def parts_of(self, number: int, layer: int) -> list[Part]:
+        """The part of each of a layer's experts that a rank has."""
+        shape = self.model
+        return parts_of(self.ranks, number, layer, shape.num_experts, self.blocks_per_expert)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts, as stored."""
+        return sum(rank.expert_bytes for rank in self.ranks)
+
     @property
     def rank(self) -> Rank:
         """The first rank, which runs all but the experts. Usually the only one."""
@@ -159,7 +174,7 @@ class Plan(YamlFile):
     @property
     def loading_ram_bytes(self) -> int:
         """The same on the plan's devices for the first machine, while the model is loaded."""
-        numbers = [n for n, rank in enumerate(self.ranks) if rank.machine == self.rank.machine]
+        numbers = self.ranks_beside(0)
         held = (self.held_ram_bytes(self.ranks[n].device == "cuda", n) for n in numbers)
         return sum(held) + len(numbers) * self.model.loading_bytes
 

@@ -14,7 +14,7 @@ def progress(plan: Plan, worker: Worker) -> Json:
         "state": worker.state,
         "error": None if worker.error is None else str(worker.error),
         "loaded_bytes": worker.loaded_bytes,
-        "total_bytes": plan.rank.expert_bytes,
+        "total_bytes": plan.expert_bytes,
     }
 
 
@@ -25,7 +25,7 @@ def require_ready(plan: Plan, worker: Worker) -> None:
         ApiError: it is still loading, or has failed to load.
     """
     if worker.state == "loading":
-        loaded = f"{worker.loaded_bytes / 1e9:.1f} of {plan.rank.expert_bytes / 1e9:.1f} GB"
+        loaded = f"{worker.loaded_bytes / 1e9:.1f} of {plan.expert_bytes / 1e9:.1f} GB"
         raise ApiError(503, f"the model is loading: {loaded}; try again later")
     if worker.state == "failed":
         raise ApiError(503, f"the model could not be loaded: {worker.error}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fiddler_run.system.host import read
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -21,8 +23,26 @@ def current_gpu() -> Gpu | None:
 
     if not torch.cuda.is_available():
         return None
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    number = torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info()
     cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    bus = f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0"
-    return Gpu(device.name, bus, total, free + cached)
+    name = torch.cuda.get_device_properties(number).name
+    return Gpu(name, _bus_id(number), total, free + cached)
+
+
+def gpu_numa_nodes() -> list[int]:
+    """The NUMA node of each GPU. 0 if unknown."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    numbers = range(torch.cuda.device_count())
+    found = (read(f"sys/bus/pci/devices/{_bus_id(number)}/numa_node") for number in numbers)
+    return [int(node) if node.isdigit() else 0 for node in found]
+
+
+def _bus_id(number: int) -> str:
+    import torch
+
+    device = torch.cuda.get_device_properties(number)
+    return f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0"

@@ -33,6 +33,16 @@ def core_order() -> list[int]:
     return sorted(cpus, key=lambda cpu: _place(cpu, cpus))
 
 
+def core_siblings() -> list[list[int]]:
+    """The allowed CPUs of each physical core, ordered by NUMA node."""
+    cores: dict[tuple[int, int], list[int]] = {}
+    cpus = allowed_cpus()
+    for cpu in sorted(cpus):
+        _, node, first = _place(cpu, cpus)
+        cores.setdefault((node, first), []).append(cpu)
+    return [cores[key] for key in sorted(cores)]
+
+
 def allowed_cpus() -> set[int]:
     """The numbers of the CPUs on which this process may run."""
     if hasattr(os, "sched_getaffinity"):

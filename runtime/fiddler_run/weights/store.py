@@ -17,36 +17,31 @@ Places = list[list[torch.Tensor]]  # by layer and expert: uint8 [count, block_by
 
 
 class ExpertStore:
-    """The experts of a model, placed by the plan.
+    """A rank's part of the experts of a model, placed by the plan.
 
     `resident`, `host` and `on_disk` are views of three arenas.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, disk_folder: Path):
-        rank = plan.rank
+    def __init__(self, plan: Plan, device: torch.device, disk_folder: Path, number: int = 0):
+        """Allocates the memory of rank `number`."""
+        rank = plan.ranks[number]
         host = torch.device("cpu")
         self.block_format = plan.block_format
         self._device = device
         self._streams = rank.streams
         size = plan.block_bytes
         self._device_arena = Arena(rank.num_resident_blocks, size, device)
-        self._host_arena = Arena(plan.num_host_blocks, size, host)
+        self._host_arena = Arena(plan.host_blocks_of(number), size, host)
         self._disk_arena = Arena(rank.num_disk_blocks, size, host, disk_folder)
         self.resident: Places = []
         self.host: Places = []
         self.on_disk: Places = []
         self._referred: list[torch.Tensor] = []  # memory that blocks refer to
-        for layer in range(plan.model.num_layers):
-            resident = rank.resident_blocks[layer]
-            on_disk = rank.disk_blocks.get(layer, [0] * plan.model.num_experts)
-            self.resident.append([self._device_arena.take(count) for count in resident])
-            self.on_disk.append([self._disk_arena.take(count) for count in on_disk])
-            self.host.append(
-                [
-                    self._host_arena.take(plan.blocks_per_expert - here - there)
-                    for here, there in zip(resident, on_disk, strict=True)
-                ]
-            )
+        self._parts = [plan.parts_of(number, layer) for layer in range(plan.model.num_layers)]
+        for parts in self._parts:
+            self.resident.append([self._device_arena.take(part.resident) for part in parts])
+            self.host.append([self._host_arena.take(part.host) for part in parts])
+            self.on_disk.append([self._disk_arena.take(part.on_disk) for part in parts])
 
     def load(self, weights: Weights, on_bytes: Callable[[int], None] = lambda _: None) -> None:
         """Fills the arenas, several experts at a time.
@@ -79,15 +74,19 @@ class ExpertStore:
         )
 
     def _place(self, weights: Weights, layer: int, expert: int) -> int:
-        """Puts one expert into its three places, encoded. Returns its bytes."""
+        """Puts a rank's part of one expert into its three places, encoded. Returns its bytes."""
+        start = self._parts[layer][expert].first
         resident = self.resident[layer][expert]
         host = self.host[layer][expert]
         on_disk = self.on_disk[layer][expert]
+        if not len(resident) + len(host) + len(on_disk):
+            return 0
         stored = weights.blocks(layer, expert, self.block_format)
         matrices = weights.expert(layer, expert) if stored is None else ()
         neurons = self.block_format.block_neurons
 
         def fill(blocks: torch.Tensor, first: int) -> None:
+            first += start
             if stored is not None:
                 blocks.copy_(stored[first : first + len(blocks)])
                 return

@@ -1,0 +1,68 @@
+"""A rank other than 0: joins rank 0, loads its share of the experts, and computes until the end."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.schema import Plan
+from fiddler_run.ranks.connection import Connection, connect, release
+from fiddler_run.ranks.launch import JOIN_S
+
+
+def run_rank(
+    address: tuple[str, int],
+    rank: int,
+    model: str | None = None,
+    disk_folder: str | None = None,
+) -> None:
+    """Runs a rank until rank 0 ends it.
+
+    Args:
+        address: where rank 0 listens.
+        model: the checkpoint's folder here. None: as on rank 0.
+        disk_folder: for experts on disk; see `load_model`.
+
+    Raises:
+        FiddlerError: rank 0 cannot be reached or has gone, or the share cannot be loaded here.
+        SystemExit: the same, if rank 0 has started this process: it tells the user.
+    """
+    with connect(*address, patience_s=JOIN_S) as connection:
+        connection.send(rank=rank, release=release())
+        task = connection.receive()
+        if task is None:
+            raise FiddlerError(f"rank 0 at {address[0]}:{address[1]} is gone")
+        if "failed" in task:
+            raise FiddlerError(task["failed"])
+        try:
+            _work(connection, rank, task, model, disk_folder)
+        except FiddlerError as error:
+            connection.send(failed=str(error))
+            if task["started_here"]:
+                sys.exit(1)
+            raise
+        except Exception as error:
+            last = traceback.format_exception_only(error)[-1].strip()
+            connection.send(failed=f"{last} (its traceback is on its stderr)")
+            raise
+
+
+def _work(
+    connection: Connection, rank: int, task: dict, model: str | None, disk_folder: str | None
+) -> None:
+    from fiddler_run.loading.share import ShareLoader
+    from fiddler_run.ranks.meet import join
+    from fiddler_run.ranks.serve import end_with, serve
+    from fiddler_run.ranks.share import share_of
+
+    end_with(connection)
+    plan = Plan.parse(task["plan"], "the plan of rank 0")
+    loader = ShareLoader(
+        plan, rank, model or task["model"], task["load_format"], disk_folder or task["disk_folder"]
+    )
+    exchange = join(connection, rank, len(plan.ranks), loader.device, loader.model_id)
+    store = loader.load_store(lambda count: connection.send(loaded_bytes=count))
+    share = share_of(plan, store, loader.device, rank)
+    connection.send(overflow_note=store.overflow_note)
+    serve(connection, exchange, share, plan)

@@ -1,0 +1,112 @@
+"""Loads a rank's share of the experts. All checks precede the long work."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.loading.check import PlanCheck
+from fiddler_run.loading.model_check import LoadFormat
+from fiddler_run.plan.schema import Plan
+from fiddler_run.ranks.cores import bind_to_cores
+from fiddler_run.system.gpu import gpu_numa_nodes
+from fiddler_run.system.process_settings import allow_gpu_memory
+from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
+from fiddler_run.weights.store import ExpertStore
+from fiddler_run.weights.tensor_files import TensorFiles
+
+SAMPLED_BYTES = 2**16  # of each file, to tell models apart
+
+
+class ShareLoader:
+    """A rank's part of a plan, and a checkpoint, that passed all checks.
+
+    `device` is the rank's.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        number: int,
+        model: str | Path | None,
+        load_format: LoadFormat,
+        disk_folder: str | Path | None,
+        plan_file: Path | None = None,
+    ):
+        """Runs the checks.
+
+        If the rank shares its machine with others, it also binds this thread to its cores.
+
+        Args:
+            number: of the rank.
+            model, load_format, disk_folder, plan_file: as for a `PlanCheck`.
+
+        Raises:
+            FiddlerError: the plan does not fit this model or this machine, or the checkpoint is
+                incomplete.
+        """
+        self.plan = plan
+        self.number = number
+        _use_gpu(plan, number)
+        checked = PlanCheck(
+            plan, plan_file, model, load_format, disk_folder, fetch=True, number=number
+        )
+        checked.refuse()
+        bind_to_cores(plan, number, gpu_numa_nodes())
+        self._checked = checked
+        if load_format == "dummy":
+            self.weights = DummyWeights(plan.model, getattr(torch, plan.model.dtype))
+        else:
+            self.weights = Checkpoint(checked.files, checked.tensors)
+        self.device = torch.device("cpu")
+        if checked.gpu is not None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+            memory = plan.ranks[number].gpu_memory_bytes
+            allow_gpu_memory(checked.skeleton, self.device, memory.total - memory.reserve)
+
+    @property
+    def model_id(self) -> str:
+        """Differs between different weights."""
+        if isinstance(self.weights, DummyWeights):
+            return "random"
+        return _identified(self.weights.files)
+
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be written to outside it
+    def load_store(self, on_bytes: Callable[[int], None]) -> ExpertStore:
+        """Loads the rank's experts. Calls `on_bytes` with the bytes loaded since its last call."""
+        store = ExpertStore(self.plan, self.device, self._checked.disk_folder, self.number)
+        store.load(self.weights, on_bytes)
+        return store
+
+
+def _use_gpu(plan: Plan, number: int) -> None:
+    """Makes the rank's GPU the current one. Rank 0 keeps the present one.
+
+    Raises:
+        FiddlerError: this machine has fewer GPUs than the plan.
+    """
+    if number == 0 or plan.ranks[number].device != "cuda" or not torch.cuda.is_available():
+        return
+    before = [other for other in plan.ranks_beside(number) if other < number]
+    index = sum(plan.ranks[other].device == "cuda" for other in before)
+    if index >= torch.cuda.device_count():
+        raise FiddlerError(
+            f"the plan uses {index + 1} GPUs of this machine, but {torch.cuda.device_count()} can"
+            " be used; check CUDA_VISIBLE_DEVICES, or plan with fewer sizes at --gpu-mem"
+        )
+    torch.cuda.set_device(index)
+
+
+def _identified(files: TensorFiles) -> str:
+    """A hash of the files' sizes and of their last bytes."""
+    found = hashlib.sha256()
+    for path in sorted(files.paths):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - SAMPLED_BYTES))
+            found.update(f"{path.name} {size}".encode() + file.read())
+    return found.hexdigest()

@@ -1,0 +1,136 @@
+"""Messages between rank 0 and another rank: lines of JSON over a TCP connection.
+
+They say what to do, report progress and failures, and their end shows that a process has ended.
+Tensors take another way: `exchange`.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from contextlib import suppress
+from importlib.metadata import version
+
+from fiddler_run.errors import FiddlerError
+
+# A machine that no longer answers is given up after this time, like a process that has ended.
+SILENT_S = 8
+RETRY_S = 0.2
+MAX_LINE = 2**26  # bytes; a plan of thousands of experts takes a few megabytes
+
+
+class Connection:
+    """One end of a connection. `send` may be called from several threads, `receive` from one."""
+
+    def __init__(self, connected: socket.socket):
+        connected.settimeout(None)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _notice_silence(connected)
+        self._socket = connected
+        self._lines = connected.makefile("rb")
+        self._sending = threading.Lock()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def own_address(self) -> str:
+        """The address of this end."""
+        return self._socket.getsockname()[0]
+
+    @property
+    def address(self) -> str:
+        """The address of the other end."""
+        return self._socket.getpeername()[0]
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, **message: object) -> bool:
+        """Sends a message. False if the other end is gone; `receive` will end, too."""
+        line = json.dumps(message).encode() + b"\n"
+        try:
+            with self._sending:
+                self._socket.sendall(line)
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> dict | None:
+        """Waits for the next message. None once the other end is gone."""
+        try:
+            line = self._lines.readline(MAX_LINE)
+        except (OSError, ValueError):  # ValueError: closed by another thread
+            return None
+        if not line.endswith(b"\n"):
+            return None
+        try:
+            message = json.loads(line)
+        except ValueError:
+            return None
+        return message if isinstance(message, dict) else None
+
+    def close(self) -> None:
+        """Ends the connection. The other end and a thread in `receive` notice it."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+def connect(host: str, port: int, patience_s: float) -> Connection:
+    """Connects to rank 0, which may start later.
+
+    Raises:
+        FiddlerError: it does not answer within `patience_s` seconds.
+    """
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        left_s = deadline_s - time.monotonic()
+        try:
+            return Connection(socket.create_connection((host, port), timeout=max(left_s, RETRY_S)))
+        except OSError as error:
+            if left_s <= RETRY_S:
+                raise FiddlerError(
+                    f"--join {host}:{port}: rank 0 does not answer ({error.strerror or error});"
+                    " start it with the same address at --listen, and let its firewall pass"
+                ) from None
+        time.sleep(RETRY_S)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at this address alone.
+
+    Raises:
+        FiddlerError: the address cannot be used.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise FiddlerError(
+            f"--listen {host}:{port}: {error.strerror or error}; give an address of this machine"
+            " and a free port"
+        ) from None
+
+
+def release() -> str:
+    """What all ranks must run."""
+    return f"fiddler-opt {version('fiddler-opt')}"
+
+
+def _notice_silence(connected: socket.socket) -> None:
+    options = [
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", SILENT_S // 4),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", SILENT_S // 4),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", SILENT_S * 1000),
+    ]
+    for level, name, value in options:
+        if hasattr(socket, name):
+            connected.setsockopt(level, getattr(socket, name), value)

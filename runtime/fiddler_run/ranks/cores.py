@@ -1,0 +1,47 @@
+"""Divides the cores of a machine among its ranks."""
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+
+from fiddler_run.plan.schema import Plan
+from fiddler_run.system.host import core_siblings
+
+
+def bind_to_cores(plan: Plan, number: int, nodes: Sequence[int] = ()) -> None:
+    """Lets this thread, and those that it starts, run on the cores of rank `number`.
+
+    Args:
+        nodes: the NUMA nodes of this machine's GPUs. They count if each rank has one.
+    """
+    here = plan.ranks_beside(number)
+    if len(here) == 1 or not hasattr(os, "sched_setaffinity"):
+        return
+    threads = [plan.ranks[rank].cpu_threads for rank in here]
+    known = len(nodes) == len(here)
+    divided = divide(core_siblings(), threads, nodes if known else [0] * len(here))
+    own = divided[here.index(number)]
+    if own:
+        os.sched_setaffinity(0, {cpu for core in own for cpu in core})
+
+
+def divide(
+    cores: Sequence[list[int]], threads: Sequence[int], nodes: Sequence[int]
+) -> list[list[list[int]]]:
+    """The cores of each rank, in proportion to its `threads`.
+
+    Args:
+        cores: each with its CPUs, ordered by NUMA node.
+        nodes: where each rank should be. Ranks get their cores in this order.
+    """
+    order = sorted(range(len(threads)), key=lambda rank: nodes[rank])
+    ends = [
+        round(len(cores) * before / sum(threads))
+        for before in accumulate(threads[rank] for rank in order)
+    ]
+    parts = {}
+    start = 0
+    for rank, end in zip(order, ends, strict=True):
+        parts[rank] = list(cores[start:end])
+        start = end
+    return [parts[rank] for rank in range(len(threads))]

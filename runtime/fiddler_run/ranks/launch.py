@@ -1,0 +1,137 @@
+"""Brings the ranks of a plan together: starts those of this machine, waits for the others."""
+
+from __future__ import annotations
+
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.schema import Plan
+from fiddler_run.ranks.connection import Connection, listen, release
+from fiddler_run.ranks.peers import LEAVE_S, Peer, Peers, end_processes, ending
+
+JOIN_S = 60  # how long rank 0 waits for the others, and they for rank 0
+POLL_S = 0.1
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass
+class Gathering:
+    """Ranks on their way: `processes` were started here, `peers` have said who they are."""
+
+    plan: Plan
+    listening: socket.socket
+    processes: dict[int, subprocess.Popen] = field(default_factory=dict)
+    peers: dict[int, Peer] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[int]:
+        return [rank for rank in range(1, len(self.plan.ranks)) if rank not in self.peers]
+
+
+def gather(
+    plan: Plan,
+    address: tuple[str, int] | None,
+    task: dict[str, str],
+    waiting: Callable[[str], None] = lambda _: None,
+) -> Peers:
+    """Starts the other ranks on this machine, and waits for those on others.
+
+    Args:
+        address: where to listen. None: only this machine's ranks can connect.
+        task: what they need to load their share, passed on to them.
+        waiting: called with a line to show while other machines have yet to connect.
+
+    Raises:
+        FiddlerError: a rank does not come, or cannot run the plan.
+    """
+    elsewhere = [n for n, rank in enumerate(plan.ranks) if rank.machine != plan.rank.machine]
+    named = ", ".join(map(str, elsewhere))
+    if elsewhere and address is None:
+        raise FiddlerError(
+            f"the plan has ranks on other machines ({named}): give --listen with an address of this"
+            " machine and a port, and run `fiddler-run --join ADDRESS:PORT --rank N` for each of"
+            " them there"
+        )
+    with listen(*(address or (LOOPBACK, 0))) as listening:
+        gathering = Gathering(plan, listening)
+        host, port = listening.getsockname()[:2]
+        with _ending_on_error(gathering):
+            for number, rank in enumerate(plan.ranks[1:], 1):
+                if rank.machine == plan.rank.machine:
+                    gathering.processes[number] = _start(host, port, number)
+            if elsewhere:
+                waiting(f"waiting for ranks at {host}:{port}: {named}")
+            _welcome_all(gathering, {**task, "plan": plan.dump()})
+            return Peers([gathering.peers[number] for number in sorted(gathering.peers)])
+
+
+def _start(host: str, port: int, number: int) -> subprocess.Popen:
+    """Starts a rank of this machine. It ends when its connection to this process ends."""
+    command = [sys.executable, "-m", "fiddler_run", "--join", f"{host}:{port}", "--rank"]
+    return subprocess.Popen(
+        [*command, str(number)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for rank 0 alone
+    )
+
+
+def _welcome_all(gathering: Gathering, task: dict[str, str]) -> None:
+    """Waits until all ranks are connected, and gives them their task."""
+    deadline_s = time.monotonic() + JOIN_S
+    while gathering.missing:
+        readable, _, _ = select.select([gathering.listening], [], [], POLL_S)
+        if readable:
+            _welcome(gathering, Connection(gathering.listening.accept()[0]), task)
+        for number in gathering.missing:
+            process = gathering.processes.get(number)
+            if process is not None and process.poll() is not None:
+                raise FiddlerError(f"rank {number} {ending(process)} before it connected")
+        if time.monotonic() > deadline_s and gathering.missing:
+            missing = ", ".join(map(str, gathering.missing))
+            raise FiddlerError(
+                f"rank {missing} did not connect within {JOIN_S} s; run `fiddler-run --join"
+                " ADDRESS:PORT --rank N` there with the address of --listen, and let the"
+                " firewalls pass"
+            )
+
+
+def _welcome(gathering: Gathering, connection: Connection, task: dict[str, str]) -> None:
+    hello = connection.receive() or {}
+    rank = hello.get("rank")
+    problem = None
+    if hello.get("release") != release():
+        problem = (
+            f"rank {rank} ({connection.address}) runs {hello.get('release')}, and rank 0"
+            f" {release()}; install the same on both"
+        )
+    elif rank not in gathering.missing:
+        problem = f"{connection.address} connected as rank {rank}, which is not awaited"
+    if problem is not None:
+        connection.send(failed=problem)
+        connection.close()
+        raise FiddlerError(problem)
+    process = gathering.processes.get(rank)
+    connection.send(started_here=process is not None, **task)
+    gathering.peers[rank] = Peer(rank, connection, process)
+
+
+@contextmanager
+def _ending_on_error(gathering: Gathering) -> Iterator[None]:
+    """Ends what was started if not all ranks come together."""
+    try:
+        yield
+    except BaseException:
+        for peer in gathering.peers.values():
+            peer.connection.close()
+        for process in gathering.processes.values():
+            process.terminate()
+        end_processes([*gathering.processes.values()], LEAVE_S)
+        raise

@@ -1,0 +1,63 @@
+"""A rank other than 0: computes its share of each expert when rank 0 says so."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+
+import torch
+
+from fiddler_run.engine.tuning import RouterSizes, tune
+from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.schema import Plan
+from fiddler_run.ranks.connection import Connection
+from fiddler_run.ranks.exchange import Exchange, Sizes
+from fiddler_run.ranks.share import Share
+
+END_S = 1  # how long a rank may take to end by itself once rank 0 has gone
+
+
+@torch.inference_mode()
+def serve(connection: Connection, exchange: Exchange, share: Share, plan: Plan) -> None:
+    """Does what rank 0 says until it ends this rank.
+
+    Raises:
+        FiddlerError: rank 0 has gone.
+    """
+    engine, layers = share
+    resources = engine.resources
+    shape = plan.model
+    router = RouterSizes(shape.num_experts, shape.num_experts_per_tok, shape.hidden_size)
+    while (message := connection.receive()) is not None:
+        match message["do"]:
+            case "layer":
+                sizes = Sizes(message["tokens"], message["k"], shape.hidden_size, resources.dtype)
+                exchange.send(layers[message["layer"]](*exchange.take(sizes)))
+            case "tune":
+                resources.settle()
+                tune(layers, resources, router, message["prompt_tokens"])
+                resources.forget_traffic()
+                connection.send(tuned=True)
+            case "count":
+                resources.settle()
+                connection.send(traffic=resources.counted.tolist())
+            case "forget":
+                resources.settle()
+                resources.forget_traffic()
+            case "end":
+                return
+    raise FiddlerError("rank 0 is gone")
+
+
+def end_with(connection: Connection) -> None:
+    """Ends this process soon after the connection ends, even if it waits for a GPU."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(connection.fileno(), select.POLLRDHUP)
+        poll.poll()
+        threading.Event().wait(END_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,107 @@
+"""Several ranks give the results of one."""
+
+import random
+
+import pytest
+import torch
+from conftest import DEMO, demo_shape, random_plan
+from models import Stock
+from ranks import in_ranks, shared_plan
+from test_exactness import BATCHES, TEXTS, assert_same, encode, greedy
+
+from fiddler_run import load_model
+from fiddler_run.plan.schema import Plan
+
+
+def random_shared_plan(shape, seed: int, num_ranks: int, block_neurons: int = 32) -> Plan:
+    rng = random.Random(seed)
+    return shared_plan(random_plan(shape, rng, block_neurons), num_ranks, rng)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(random_plan(demo_shape(), random.Random(0)))
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(5), *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 25))]
+)
+def test_random_shares_match_stock(seed, request, loaded, stock):
+    """Two or three ranks; batches of 1 to 5 sequences, left-padded or of one length."""
+    model, tokenizer = loaded
+    plan = random_shared_plan(demo_shape(), seed, 2 + seed % 2, (32, 128, 64)[seed % 3])
+    new_tokens = 64 if request.node.get_closest_marker("slow") else 12
+    with in_ranks(model, plan, DEMO):
+        encoded = encode(tokenizer, BATCHES[seed % 5], model.device)
+        assert_same(model, stock, encoded, new_tokens)
+
+
+def test_beams_and_samples_match_stock(loaded, stock):
+    model, tokenizer = loaded
+    encoded = encode(tokenizer, TEXTS[:1], model.device)
+    more = [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "temperature": 0.8},
+    ]
+    with in_ranks(model, random_shared_plan(demo_shape(), 7, 2), DEMO):
+        for arguments in more:
+            wanted = {**greedy(8), **arguments}
+            expected = stock.generate(**encoded, seed=5, **wanted)
+            torch.manual_seed(5)
+            assert torch.equal(model.generate(**encoded, **wanted), expected)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_local_experts": 4, "num_experts_per_tok": 3},
+        {"intermediate_size": 100},
+        {"intermediate_size": 20, "num_hidden_layers": 1},
+    ],
+    ids=str,
+)
+def test_odd_shapes_match_stock(overrides, random_checkpoint, device):
+    folder, shape = random_checkpoint(**overrides)
+    ids = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    model, _ = load_model(random_plan(shape, random.Random(0)), folder)
+    for num_ranks in (2, 3):
+        with in_ranks(model, random_shared_plan(shape, num_ranks, num_ranks), folder):
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            assert_same(model, Stock(folder, device), inputs, 8)
+
+
+@torch.no_grad()
+def test_prompts_in_chunks_give_the_same_bits_again(loaded):
+    """In bfloat16 as well: the order of every sum is fixed."""
+    for dtype in ("float32", "bfloat16"):
+        plan = random_shared_plan(demo_shape(dtype), 3, 3)
+        plan = plan.model_copy(update={"prefill_chunk_tokens": 7})
+        model, tokenizer = load_model(random_plan(demo_shape(dtype), random.Random(0)))
+        ids = encode(tokenizer, ["One bright morning " * 6], model.device)["input_ids"]
+        found = []
+        for _ in range(2):
+            with in_ranks(model, plan, DEMO):
+                logits = model(ids).logits
+                found.append((logits, model.generate(ids, **greedy(8))))
+        (logits, tokens), (again, tokens_again) = found
+        assert torch.equal(logits, again)
+        assert torch.equal(tokens, tokens_again)
+
+
+def test_traffic_counts_the_blocks_of_all_ranks(loaded):
+    """Whatever the shares, a token needs all blocks of its experts."""
+    model, tokenizer = loaded
+    plan = random_shared_plan(demo_shape(), 11, 3)
+    encoded = encode(tokenizer, TEXTS[1:2], model.device)
+    with in_ranks(model, plan, DEMO), torch.no_grad():
+        before = model.traffic()
+        model(encoded["input_ids"][:, :1])
+        traffic = model.traffic() - before
+        own = model.engine.resources.traffic
+        model.forget_traffic()
+        assert model.traffic().needed_blocks == 0
+    assert traffic.needed_blocks == 6 * 2 * plan.blocks_per_expert
+    assert 0 < own.needed_blocks < traffic.needed_blocks
