@@ -82,7 +82,7 @@ class ModelLoader(ShareLoader):
         self.peers: Peers | None = None
         if len(plan.ranks) > 1:
             task = {
-                "model": str(self._checked.folder.resolve()),
+                "model": self._checked.name_anywhere,
                 "load_format": load_format,
                 "disk_folder": str(self._checked.disk_folder.resolve()),
             }

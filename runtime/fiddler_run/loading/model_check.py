@@ -74,6 +74,12 @@ class ModelCheck:
         self._fetch = fetch
         self._try(self._look_at_model)
 
+    @property
+    def name_anywhere(self) -> str:
+        """The model's name, or its folder as an absolute path."""
+        folder = local_folder(self._name, self._relative_to)
+        return self._name if folder is None else str(folder.resolve())
+
     def refuse(self) -> None:
         """Fails with the first problem, if there is any.
 
