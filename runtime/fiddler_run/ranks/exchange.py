@@ -110,26 +110,26 @@ class NcclExchange(Exchange):
         self._reduce.rootRank = 0
         for each in (self._broadcast, self._reduce):
             each.asyncOp = False  # on the current stream
-        self._group.broadcast([torch.zeros(1, device=device)], self._broadcast).wait()
+        self._group.broadcast([torch.zeros(1, device=device)], self._broadcast)
         torch.cuda.synchronize(device)
 
     def give(self, inputs: Inputs) -> None:
         message, views = Sizes.of(inputs).message(self.device)
         for view, tensor in zip(views, inputs, strict=True):
             view.copy_(tensor)
-        self._group.broadcast([message], self._broadcast).wait()
+        self._group.broadcast([message], self._broadcast)
 
     def take(self, sizes: Sizes) -> Inputs:
         message, views = sizes.message(self.device)
-        self._group.broadcast([message], self._broadcast).wait()
+        self._group.broadcast([message], self._broadcast)
         return views
 
     def add(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
-        self._group.reduce([partial], self._reduce).wait()
+        self._group.reduce([partial], self._reduce)
         return partial.to(dtype)
 
     def send(self, partial: Tensor) -> None:
-        self._group.reduce([partial], self._reduce).wait()
+        self._group.reduce([partial], self._reduce)
 
     def abort(self) -> None:
         self._group.abort()
