@@ -125,9 +125,6 @@ def test_parts_of_the_cost_add_up():
         assert sum(cost.ttft_parts(placement).values()) + 19 * cost.decode_step_s(
             placement
         ) == pytest.approx(steps)
-        layers = sum(
-            cost.layer_s(layer, placement.resident[layer], placement.on_disk[layer])
-            for layer in range(2)
-        )
+        layers = sum(cost.layer_s(layer, placement) for layer in range(2))
         fixed = sum(p.steps * sum(cost.fixed_s[p.name].values()) for p in cost.phases)
         assert layers + fixed == pytest.approx(steps)

@@ -119,7 +119,7 @@ def test_times_scale_with_bytes():
     small, large = (
         CostModel.build(m, machine, Routing.uniform(m), WORKLOAD, 64) for m in (model, other)
     )
-    first, second = (next(iter(c.scenarios["decode"][0])).host_s for c in (small, large))
+    first, second = (next(iter(c.scenarios["decode"][0])).ranks[0].host_s for c in (small, large))
     assert second[0] == pytest.approx(2 * first[0])
 
 
@@ -130,7 +130,7 @@ def test_zero_gpu_memory_costs_the_cpu_alone():
     """
     model = small_model(num_layers=1, num_experts=2)
     machine = machine_profile(model, device=10.0, host=80.0, dense=2.0, head=1.0, cpu=120.0)
-    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, 64, cpu_alone=True)
+    cost = CostModel.build(model, machine, Routing.uniform(model), WORKLOAD, 64, cpu_alone=[0])
     of_an_expert = (model.dense_layer_bytes + model.head_bytes) / model.expert_bytes
     assert cost.decode_step_s(Placement.of([[0, 0]])) == pytest.approx(
         (3 + (2 + of_an_expert) * 120) * 1e-6

@@ -43,7 +43,7 @@ def test_uniform_routing_needs_one_variable_per_layer():
     model = small_model(num_layers=3, num_experts=8, num_experts_per_tok=4)
     cost = CostModel.build(model, machine_profile(model), Routing.uniform(model), WORKLOAD, 64)
     program = Program([cost], MemoryLimits(1, 9), {cost.decode: 1}, relaxed=True)
-    assert [list(row) for row in program.r] == [[0]] * 3
+    assert [list(row) for row in program.blocks.r] == [[0]] * 3
 
 
 @pytest.mark.parametrize("seed", range(40))

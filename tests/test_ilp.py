@@ -17,6 +17,7 @@ from fiddler_opt.solve.cost import CostModel
 from fiddler_opt.solve.ilp import place, relaxed_s
 from fiddler_opt.solve.placement import MemoryLimits, Placement
 from fiddler_opt.solve.program import Program
+from fiddler_opt.solve.scenarios import RankSeconds
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Budget, Workload
 
@@ -45,11 +46,9 @@ def test_cost_model_matches_exhaustive_search():
         costs, limits = random_instance(random.Random(seed))
         placements = Exhaustive(costs[0], limits)
         for number in random.Random(seed).sample(
-            range(len(placements.resident)), k=min(9, len(placements.resident))
+            range(placements.num_placements), k=min(9, placements.num_placements)
         ):
-            placement = Placement(
-                placements.resident[number].tolist(), placements.on_disk[number].tolist()
-            )
+            placement = placements.placement(number)
             assert fits(placement, costs[0], limits)
             for cost in costs:
                 assert cost.total_s(placement) == pytest.approx(placements.total_s(cost)[number])
@@ -120,21 +119,16 @@ def scaled(cost: CostModel, scale: float) -> CostModel:
     def times(values: dict) -> dict:
         return {key: value * scale for key, value in values.items()}
 
+    def scaled_rank(rank: RankSeconds) -> RankSeconds:
+        return RankSeconds(times(rank.resident_s), times(rank.host_s), times(rank.disk_s))
+
     return replace(
         cost,
         fixed_s={name: times(parts) for name, parts in cost.fixed_s.items()},
         launch_overhead_s=times(cost.launch_overhead_s),
         scenarios={
             name: [
-                [
-                    replace(
-                        each,
-                        resident_s=times(each.resident_s),
-                        host_s=times(each.host_s),
-                        disk_s=times(each.disk_s),
-                    )
-                    for each in layer
-                ]
+                [replace(each, ranks=tuple(map(scaled_rank, each.ranks))) for each in layer]
                 for layer in layers
             ]
             for name, layers in cost.scenarios.items()

@@ -1,12 +1,13 @@
 """Explains a plan: the parts of its times, and the marginal value of a block of each expert."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from rich.console import Console
 
 from fiddler_opt.insight.table import table
 from fiddler_opt.solve.cost import CostModel
-from fiddler_opt.solve.placement import Placement
+from fiddler_opt.solve.placement import LayerBlocks, Placement
 from fiddler_run.plan.parts import PARTS
 from fiddler_run.plan.schema import Plan
 
@@ -15,13 +16,14 @@ NUM_SHOWN = 4  # marginal experts in each direction
 
 @dataclass(frozen=True)
 class MarginalValue:
-    """The value of one block of one expert.
+    """The value of one block of one expert in one rank.
 
     `chosen` is the fraction of decode steps that call the expert. `gain_us` and `cost_us` are the
-    microseconds of a decode step that one more resident block saves and one fewer costs. None if
-    there is no block to add or to remove.
+    microseconds of a decode step that one more resident block saves and one fewer costs, where the
+    rank exchanges it with its own host memory. None if there is no block to add or to remove.
     """
 
+    rank: int
     layer: int
     expert: int
     chosen: float
@@ -31,23 +33,37 @@ class MarginalValue:
 
 
 def marginal_values(cost: CostModel, placement: Placement) -> list[MarginalValue]:
-    """The marginal values of every expert, by layer."""
-    found = []
-    for layer, (row, on_disk) in enumerate(zip(placement.resident, placement.on_disk, strict=True)):
+    """The marginal values of every expert, by layer and rank."""
+    return [
+        _marginal_value(cost, layer, placed, rank, expert)
+        for layer in range(len(cost.called))
+        for placed in [placement.layer(layer, cost.blocks_per_expert)]
+        for rank in range(len(placed))
+        for expert in range(len(cost.called[layer]))
+    ]
 
-        def decode_us(expert: int, more: int, layer=layer, row=row, on_disk=on_disk) -> float:
-            changed = [*row[:expert], row[expert] + more, *row[expert + 1 :]]
-            return 1e6 * sum(cost.layer_parts(cost.decode.name, layer, changed, on_disk).values())
 
-        now_us = decode_us(0, 0)
-        for expert, (count, disk, chosen) in enumerate(
-            zip(row, on_disk, cost.called[layer], strict=True)
-        ):
-            can_grow = count + disk < cost.blocks_per_expert
-            gain_us = now_us - decode_us(expert, 1) if can_grow else None
-            cost_us = decode_us(expert, -1) - now_us if count else None
-            found.append(MarginalValue(layer, expert, chosen, count, gain_us, cost_us))
-    return found
+def _marginal_value(
+    cost: CostModel, layer: int, placed: list[LayerBlocks], rank: int, expert: int
+) -> MarginalValue:
+    def decode_us(more: int) -> float:
+        """Microseconds with `more` resident blocks of the expert and as many fewer in RAM."""
+        own = placed[rank]
+        changed = own._replace(
+            resident=_added(own.resident, expert, more), host=_added(own.host, expert, -more)
+        )
+        ranks = [*placed[:rank], changed, *placed[rank + 1 :]]
+        return 1e6 * sum(cost.layer_parts(cost.decode.name, layer, ranks).values())
+
+    resident = placed[rank].resident[expert]
+    gain_us = decode_us(0) - decode_us(1) if placed[rank].host[expert] else None
+    cost_us = decode_us(-1) - decode_us(0) if resident else None
+    chosen = cost.called[layer][expert]
+    return MarginalValue(rank, layer, expert, chosen, resident, gain_us, cost_us)
+
+
+def _added(row: list[int], expert: int, more: int) -> list[int]:
+    return [*row[:expert], row[expert] + more, *row[expert + 1 :]]
 
 
 def print_times(console: Console, plan: Plan) -> None:
@@ -95,8 +111,10 @@ def print_marginal(console: Console, found: list[MarginalValue], blocks_per_expe
     shrinking = sorted(
         (each for each in found if each.cost_us is not None), key=lambda each: each.cost_us
     )
+    several = any(each.rank for each in found)
     marginal = table(
         "marginal experts",
+        *(["rank"] if several else []),
         "layer",
         "expert",
         "chosen by",
@@ -108,13 +126,23 @@ def print_marginal(console: Console, found: list[MarginalValue], blocks_per_expe
         for each in experts[:NUM_SHOWN]:
             values = ["-" if us is None else f"{us:.2f} us" for us in (each.gain_us, each.cost_us)]
             blocks = f"{each.resident} of {blocks_per_expert}"
+            rank = [str(each.rank)] if several else []
             marginal.add_row(
-                name, str(each.layer), str(each.expert), f"{each.chosen:.0%}", blocks, *values
+                name,
+                *rank,
+                str(each.layer),
+                str(each.expert),
+                f"{each.chosen:.0%}",
+                blocks,
+                *values,
             )
     console.print(marginal)
-    whole = sum(each.resident == blocks_per_expert for each in found)
-    none = sum(each.resident == 0 for each in found)
+    on_gpus = Counter()  # blocks by layer and expert
+    for each in found:
+        on_gpus[each.layer, each.expert] += each.resident
+    whole = sum(count == blocks_per_expert for count in on_gpus.values())
+    none = sum(count == 0 for count in on_gpus.values())
     console.print(
-        f"{whole} experts are entirely on the GPU, {len(found) - whole - none} partly, {none} not"
-        " at all"
+        f"{whole} experts are entirely on the GPU{'s' if several else ''},"
+        f" {len(on_gpus) - whole - none} partly, {none} not at all"
     )

@@ -1,6 +1,7 @@
 """Baselines: simple rules, some of them of other systems, evaluated by the same cost model.
 
-Each places blocks by a simple rule and serves host blocks by its own policy.
+Each places blocks by a simple rule and serves host blocks by its own policy. With several ranks,
+they use the first alone, as on a machine with a single GPU.
 """
 
 from collections.abc import Callable

@@ -28,8 +28,9 @@ def compared(plan: Plan, problem: Problem, routing: Routing) -> Plan:
 
 
 def alternatives(problem: Problem, routing: Routing) -> dict[str, Alternative]:
-    """The predictions of the simple rules."""
+    """The predictions of the simple rules, for the first rank alone."""
     found = {}
+    problem = problem.of_first_rank()
     for name, rule in BASELINES.items():
         if rule.policy in ("link", "better") and not problem.has_link:
             continue

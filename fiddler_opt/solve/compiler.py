@@ -46,11 +46,13 @@ def compile_plan(
         placer: chooses the placement; `solve` by default.
 
     Raises:
-        FiddlerError: the budget is too small or exceeds the machine, or profile values are absurd.
+        FiddlerError: the budget is too small or exceeds the machine, the machine profile has fewer
+            ranks, or profile values are absurd.
     """
     require_plannable(model)
     with naming_absurd_numbers():
-        machine = machine.in_encoding(model.encoding)
+        num_ranks = 1 + len(budget.other_gpu_bytes)
+        machine = machine.first_ranks(num_ranks).in_encoding(model.encoding)
         problem = choose_chunk(model, machine, routing, workload, budget)
         solution = (placer or solve)(problem, routing, worst_of)
         predicted = predict(problem, routing, solution)
@@ -109,9 +111,13 @@ def integer_program(
 
 
 def by_rule(name: str) -> Placer:
-    """A placer by one of BASELINES, with the bounds of the integer program."""
+    """A placer by one of BASELINES, with the bounds of the integer program. For one rank only."""
 
     def place_it(problem: Problem, routing: Routing, worst_of: Sequence[Routing]) -> Solution:
+        if problem.machine.num_ranks > 1:
+            raise FiddlerError(
+                f"--baseline {name} places the experts of one rank; give --gpu-mem a single size"
+            )
         rule = BASELINES[name]
         cost = problem.cost(routing, rule.policy)
         placement = place_by_rule(rule, cost, problem.memory_limits())

@@ -2,45 +2,50 @@
 
 For one layer and a number of tokens
 
-    time = dense + E[ max( resident, host + disk, launch_overhead ) ]
+    time = dense + exchange + E[ max over ranks of ( resident, host + disk ), launch_overhead ]
 
     dense            attention, router and dispatch; experts wait for it
-    resident         the GPU, for blocks in GPU memory
-    host             CPU and link together, for blocks in host memory
-    disk             reading blocks from disk, for the CPU
+    exchange         hidden states to the other ranks and sums back; none with one rank
+    resident         a rank's GPU, for blocks in its GPU memory
+    host             its CPU and link together, for blocks in its host memory
+    disk             reading blocks from disk, for the CPU; only the first rank's
     launch_overhead  how much longer launching a layer takes than `dense`
 
 Inside the max, `resident` and `host + disk` are linear in blocks, and `launch_overhead` is
-constant. Without a GPU, the CPU computes both parts, and the max becomes a sum. The expectation is
-over the router's choices. It is exact for a single token with top-1 routing, or with top-2 routing
-if the frequencies of pairs are known. Otherwise each expert's expected time replaces its
-distribution, which is optimistic. A step adds the head.
+constant. In a rank without a GPU, the CPU computes both parts, and their sum counts. All ranks have
+a part of every expert and work at the same time. `dense`, `launch_overhead` and the head are the
+first rank's. The expectation is over the router's choices. It is exact for a single token with
+top-1 routing, or with top-2 routing if the frequencies of pairs are known. Otherwise each expert's
+expected time replaces its distribution, which is optimistic. A step adds the head.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.solve.phases import Phase, workload_phases
-from fiddler_opt.solve.placement import Placement
+from fiddler_opt.solve.placement import LayerBlocks, Placement
 from fiddler_opt.solve.scenarios import Scenario, chance_called, layer_scenarios
 from fiddler_opt.solve.times import ModelTimes, Policy
 from fiddler_run.plan.parts import PARTS
 from fiddler_run.plan.schema import Workload
+from fiddler_run.plan.shape import DTYPE_BYTES
 
 
 @dataclass(frozen=True)
 class CostModel:
     """Expected seconds of a workload's phases.
 
-    `fixed_s`: by phase and part, seconds of a step that do not depend on the placement.
-    `launch_overhead_s`: by phase, a lower bound on a layer's expert time. `scenarios`: by phase and
-    layer. `called`: by layer and expert, the probability that a decode step calls the expert.
+    `overlap`: by rank, True if its GPU, link and CPU work at the same time. `fixed_s`: by phase and
+    part, seconds of a step that do not depend on the placement. `launch_overhead_s`: by phase, a
+    lower bound on a layer's expert time. `scenarios`: by phase and layer. `called`: by layer and
+    expert, the probability that a decode step calls the expert.
     """
 
     blocks_per_expert: int
-    overlap: bool
+    overlap: tuple[bool, ...]
     batch_size: int
     phases: list[Phase]
     fixed_s: dict[str, dict[str, float]]
@@ -57,14 +62,21 @@ class CostModel:
         workload: Workload,
         chunk_tokens: int,
         policy: Policy = "together",
-        cpu_alone: bool = False,
+        cpu_alone: Collection[int] = (),
     ) -> "CostModel":
-        """The costs on a machine or, with `cpu_alone`, on its CPU without its GPU.
+        """The costs on all ranks of a machine profile.
 
-        Prompts pass in chunks of `chunk_tokens`.
+        Args:
+            chunk_tokens: prompts pass in chunks of this size.
+            cpu_alone: the ranks that use their CPU without their GPU.
         """
         shape = model.shape
-        times = ModelTimes(model, machine, policy, cpu_alone)
+        ranks = [
+            ModelTimes(model, machine.rank_profile(number), policy, number in cpu_alone)
+            for number in range(machine.num_ranks)
+        ]
+        times = ranks[0]
+        expert_times = [each.expert_s for each in ranks]
         phases = workload_phases(workload, chunk_tokens)
         fixed_s = {}
         launch_overhead_s = {}
@@ -76,14 +88,17 @@ class CostModel:
                 "head": times.head_s(phase.tokens, workload.sequences),
                 "dense": shape.num_layers * dense_s,
             }
+            if machine.network is not None:
+                exchange_s = layer_exchange_s(model, machine, phase.tokens)
+                fixed_s[phase.name]["exchange"] = shape.num_layers * exchange_s
             launch_overhead_s[phase.name] = overhead_s
             scenarios[phase.name] = [
-                layer_scenarios(observed, layer, phase, shape.num_experts_per_tok, times.expert_s)
+                layer_scenarios(observed, layer, phase, shape.num_experts_per_tok, expert_times)
                 for layer in range(shape.num_layers)
             ]
         return cls(
             blocks_per_expert=model.blocks_per_expert,
-            overlap=times.overlap,
+            overlap=tuple(each.overlap for each in ranks),
             batch_size=workload.batch_size,
             phases=phases,
             fixed_s=fixed_s,
@@ -94,54 +109,62 @@ class CostModel:
             ],
         )
 
-    def scenario_parts(
-        self, phase: str, scenario: Scenario, resident: list[int], on_disk: list[int]
-    ) -> dict[str, float]:
-        """Seconds of one layer's experts in a scenario, by part. If parts overlap, only the
-        longest.
+    def rank_parts(self, number: int, scenario: Scenario, placed: LayerBlocks) -> dict[str, float]:
+        """Seconds of one layer's experts in rank `number`, by part.
+
+        If parts overlap, only the longest.
         """
         blocks = self.blocks_per_expert
-        device = sum(seconds * resident[e] / blocks for e, seconds in scenario.resident_s.items())
-        host = sum(
-            seconds * (blocks - resident[e] - on_disk[e]) / blocks
-            for e, seconds in scenario.host_s.items()
-        )
+        whole = scenario.ranks[number]
+        device = sum(s * placed.resident[e] / blocks for e, s in whole.resident_s.items())
+        host = sum(s * placed.host[e] / blocks for e, s in whole.host_s.items())
         disk = sum(
-            seconds * on_disk[e] / blocks for e, seconds in scenario.disk_s.items() if on_disk[e]
+            s * placed.on_disk[e] / blocks for e, s in whole.disk_s.items() if placed.on_disk[e]
         )
-        if not self.overlap:
+        if not self.overlap[number]:
             return {"resident": device, "host": host, "disk": disk}
+        return {"host": host, "disk": disk} if host + disk >= device else {"resident": device}
+
+    def scenario_parts(
+        self, phase: str, scenario: Scenario, placed: Sequence[LayerBlocks]
+    ) -> dict[str, float]:
+        """Seconds of one layer's experts in a scenario, by part of the slowest rank.
+
+        Args:
+            placed: the layer's blocks in each rank.
+        """
+        ranks = [self.rank_parts(number, scenario, each) for number, each in enumerate(placed)]
+        slowest = max(ranks, key=lambda parts: sum(parts.values()))
         overhead = self.launch_overhead_s[phase]
-        if host + disk >= max(device, overhead):
-            return {"host": host, "disk": disk}
-        return {"resident": device} if device >= overhead else {"launch_overhead": overhead}
+        return slowest if sum(slowest.values()) >= overhead else {"launch_overhead": overhead}
 
     def layer_parts(
-        self, phase: str, layer: int, resident: list[int], on_disk: list[int]
+        self, phase: str, layer: int, placed: Sequence[LayerBlocks]
     ) -> dict[str, float]:
         """Expected seconds of one layer's experts by part."""
         parts = dict.fromkeys(PARTS, 0.0)
         for scenario in self.scenarios[phase][layer]:
-            for name, seconds in self.scenario_parts(phase, scenario, resident, on_disk).items():
+            for name, seconds in self.scenario_parts(phase, scenario, placed).items():
                 parts[name] += scenario.probability * seconds
         return parts
 
     def step_parts(self, phase: Phase, placement: Placement) -> dict[str, float]:
         """Expected seconds of one step of a phase by part. They add up to the step."""
         parts = {**dict.fromkeys(PARTS, 0.0), **self.fixed_s[phase.name]}
-        rows = zip(placement.resident, placement.on_disk, strict=True)
-        for layer, (resident, on_disk) in enumerate(rows):
-            for name, seconds in self.layer_parts(phase.name, layer, resident, on_disk).items():
+        for layer in range(len(self.called)):
+            placed = placement.layer(layer, self.blocks_per_expert)
+            for name, seconds in self.layer_parts(phase.name, layer, placed).items():
                 parts[name] += seconds
         return parts
 
     def step_s(self, phase: Phase, placement: Placement) -> float:
         return sum(self.step_parts(phase, placement).values())
 
-    def layer_s(self, layer: int, resident: list[int], on_disk: list[int]) -> float:
+    def layer_s(self, layer: int, placement: Placement) -> float:
         """Expected seconds of one layer's experts over the whole workload."""
+        placed = placement.layer(layer, self.blocks_per_expert)
         return sum(
-            phase.steps * sum(self.layer_parts(phase.name, layer, resident, on_disk).values())
+            phase.steps * sum(self.layer_parts(phase.name, layer, placed).values())
             for phase in self.phases
         )
 
@@ -175,10 +198,17 @@ class CostModel:
         return self.phases[-1]
 
     def hit_rate(self, placement: Placement) -> float:
-        """The resident fraction of the expert blocks that decode needs."""
+        """The fraction of the expert blocks that decode needs in the GPU memory of any rank."""
         needed = self.blocks_per_expert * sum(map(sum, self.called))
-        rows = zip(self.called, placement.resident, strict=True)
-        return sum(c * r for calls, row in rows for c, r in zip(calls, row, strict=True)) / needed
+        return (
+            sum(
+                chance * count
+                for rows in placement.resident_by_rank
+                for calls, row in zip(self.called, rows, strict=True)
+                for chance, count in zip(calls, row, strict=True)
+            )
+            / needed
+        )
 
     def by_popularity(self) -> list[tuple[int, int]]:
         """(layer, expert) pairs, the ones that decode calls most first."""
@@ -188,3 +218,16 @@ class CostModel:
             for expert, chance in enumerate(row)
         )
         return [(layer, expert) for _, layer, expert in order]
+
+
+def layer_exchange_s(model: ModelSpec, machine: MachineProfile, tokens: int) -> float:
+    """Seconds in which ranks exchange hidden states, choices and float32 sums of one layer.
+
+    The first rank sends and receives all of it. A choice is an index of 8 bytes and a weight of 4.
+    """
+    shape = model.shape
+    token_bytes = shape.hidden_size * (DTYPE_BYTES[shape.dtype] + 4)
+    token_bytes += shape.num_experts_per_tok * 12
+    others = machine.num_ranks - 1
+    network = machine.network
+    return network.round_trip_us * 1e-6 + others * tokens * token_bytes / network.bytes_per_s

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fiddler_opt.solve.cost import CostModel
+from fiddler_opt.solve.equal import spread_places
 from fiddler_opt.solve.phases import Phase
-from fiddler_opt.solve.placement import MemoryLimits, Placement
+from fiddler_opt.solve.placement import MemoryLimits, Placement, Rows, Share
 from fiddler_opt.solve.program import Program
 from fiddler_opt.solve.times import Policy
 from fiddler_run.errors import FiddlerError
@@ -51,7 +52,8 @@ def place(
     """
     started = time.perf_counter()
     program = workload_program(costs, limits)
-    status = program.solve(time_limit_s)
+    start = rounded_relaxation(costs, limits) if limits.others else None
+    status = program.solve(time_limit_s, start)
     if status not in SOLVED or not program.is_solved:
         raise FiddlerError(
             f"the solver found no placement in {time_limit_s:.0f} s (status: {status}); give it"
@@ -64,7 +66,7 @@ def place(
     solved = program.placement()
     found = [*known, solved]
     if limits.host_bytes is None:
-        found.insert(0, uniform(costs[0], solved.num_resident))
+        found.insert(0, uniform(costs[0], solved))
     timed = [(each, longest_s(each)) for each in found]
     least_s = min(seconds for _, seconds in timed)
     equal = [each for each in timed if each[1] <= least_s * EQUAL]
@@ -83,17 +85,36 @@ def workload_program(costs: Sequence[CostModel], limits: MemoryLimits) -> Progra
     return Program(costs, limits, {phase: phase.steps for phase in costs[0].phases})
 
 
-def uniform(cost: CostModel, num_blocks: int) -> Placement:
-    """The placement with equally many resident blocks of every expert, to within one.
+def rounded_relaxation(costs: Sequence[CostModel], limits: MemoryLimits) -> Placement | None:
+    """The rounded solution of the relaxation. None if host memory is limited.
 
-    Among equally good placements, it is the most robust to other routing.
+    It spares the solver the search for a first solution, which may take a minute for several ranks.
+    """
+    if any(each.host_bytes is not None for each in limits.ranks):
+        return None
+    program = Program(costs, limits, {phase: phase.steps for phase in costs[0].phases}, True)
+    solved = program.solve() == "optimal"
+    return program.blocks.rounded(limits) if solved else None
+
+
+def uniform(cost: CostModel, solved: Placement) -> Placement:
+    """The placement with as many blocks in each place, but equally many of every expert, to within
+    one.
+
+    Among equally good placements, it is the most robust to other routing. Nothing is on disk.
     """
     order = cost.by_popularity()
-    each, more = divmod(num_blocks, len(order))
-    resident = [[each] * len(row) for row in cost.called]
-    for layer, expert in order[:more]:
-        resident[layer][expert] += 1
-    return Placement.of(resident)
+    shares = [rows for share in solved.others for rows in (share.resident, share.host)]
+    counts = [sum(map(sum, rows)) for rows in (solved.resident, *shares)]
+
+    def rows_of(blocks: list[int]) -> Rows:
+        rows = [[0] * len(row) for row in cost.called]
+        for (layer, expert), count in zip(order, blocks, strict=True):
+            rows[layer][expert] = count
+        return rows
+
+    resident, *shares = map(rows_of, spread_places(counts, len(order)))
+    return Placement.of(resident, tuple(map(Share, shares[::2], shares[1::2])))
 
 
 def relaxed_s(

@@ -26,7 +26,7 @@ def lower(
         budget=problem.budget,
         prefill_chunk_tokens=problem.chunk_tokens,
         block_neurons=problem.model.block_neurons,
-        ranks=[rank_of(problem, solution)],
+        ranks=[rank_of(problem, solution, number) for number in range(problem.machine.num_ranks)],
         predicted=predicted,
         bytes_per_s=rates(problem.machine),
         provenance=Provenance(
@@ -38,29 +38,35 @@ def lower(
     )
 
 
-def rank_of(problem: Problem, solution: Solution) -> Rank:
-    """The only rank, which holds every block."""
+def rank_of(problem: Problem, solution: Solution, number: int) -> Rank:
+    """The part of rank `number`. Only the first has blocks on disk and the embedding table."""
     model = problem.model
-    machine = problem.machine
+    machine = problem.machine.rank_profile(number)
     placement = solution.placement
-    memory = problem.memory()
-    resident_bytes = placement.num_resident * model.block_bytes
-    disk_bytes = placement.num_on_disk * model.block_bytes
+    memory = problem.memory(number)
+    resident = placement.resident_by_rank[number]
+    host = placement.host_rows(number, model.blocks_per_expert)
+    resident_bytes, host_bytes = (
+        sum(map(sum, rows)) * model.block_bytes for rows in (resident, host)
+    )
+    disk_bytes = 0 if number else placement.num_on_disk * model.block_bytes
+    several = problem.machine.num_ranks > 1
     share = {1: 0.0}
     if memory.staging:
         share = without_repetition(stream_share(machine, solution.policy))
     return Rank(
+        machine=problem.machine.other_ranks[number - 1].machine if number else 0,
         device=machine.device.kind,
         gpu_memory_bytes=memory.model_copy(update={"experts": resident_bytes}),
         host_memory_bytes=HostMemory(
-            experts=model.all_expert_bytes - resident_bytes - disk_bytes,
-            embedding=problem.host_embedding_bytes,
+            experts=host_bytes, embedding=0 if number else problem.host_embedding_bytes
         ),
         disk_bytes=disk_bytes,
         cpu_threads=machine.cpu.threads,
         cpu_pinned=machine.cpu.pinned,
         stream_share=share,
-        resident_blocks=dict(enumerate(placement.resident)),
+        resident_blocks=dict(enumerate(resident)),
+        host_blocks=dict(enumerate(host)) if several else {},
         disk_blocks=dict(enumerate(placement.on_disk)) if disk_bytes else {},
     )
 

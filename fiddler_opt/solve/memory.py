@@ -47,72 +47,138 @@ def host_embedding_bytes(model: ModelSpec, machine: MachineProfile, gpu_bytes: i
 
 
 def fixed_memory(
-    model: ModelSpec, machine: MachineProfile, workload: Workload, total: int, chunk_tokens: int
+    model: ModelSpec,
+    machine: MachineProfile,
+    workload: Workload,
+    total: int,
+    chunk_tokens: int,
+    number: int = 0,
 ) -> GpuMemory:
-    """The GPU bytes of a plan without resident experts.
+    """The GPU bytes of rank `number` without resident experts.
 
-    A total of zero is a plan without a GPU. Reserve and staging are zero on a machine without CUDA,
-    and staging is zero where nothing is streamed.
+    A total of zero is a rank without a GPU. Reserve and staging are zero on a machine without CUDA,
+    and staging is zero where nothing is streamed. Ranks after the first have experts only. The
+    reserve assumes that all experts could be page-locked by one rank.
 
     Raises:
         FiddlerError: the total exceeds the device, or is too small even without experts.
     """
     if total == 0:
         return GpuMemory(**dict.fromkeys(GpuMemory.model_fields, 0))
-    device = machine.device
+    rank = machine.rank_profile(number)
+    device = rank.device
+    of_rank = f" of rank {number}" if machine.num_ranks > 1 else ""
     if total > device.memory_bytes:
         raise FiddlerError(
-            f"--gpu-mem {format_bytes(total)} is more than the {format_bytes(device.memory_bytes)}"
-            f" that {device.name} has according to the machine profile"
+            f"--gpu-mem {format_bytes(total)}{of_rank} is more than the"
+            f" {format_bytes(device.memory_bytes)} that {device.name} has according to the machine"
+            " profile"
         )
-    on_gpu = device.kind == "cuda"
-    streams = machine.streams
+    weights = 0
+    kv_cache = 0
+    activations = share_activation_bytes(model, rank.kernels, workload, chunk_tokens)
+    if number == 0:
+        weights = model.non_expert_bytes - host_embedding_bytes(model, rank, total)
+        kv_cache = model.sizes.cache_bytes(workload.sequences, workload.max_seq_len)
+        others = machine.num_ranks - 1
+        activations = activation_bytes(model, rank.kernels, workload, chunk_tokens, others)
     parts = {
-        "non_expert_weights": (
-            model.non_expert_bytes - host_embedding_bytes(model, machine, total)
-        ),
-        "kv_cache": model.sizes.cache_bytes(workload.sequences, workload.max_seq_len),
-        "staging": staged_blocks(model) * model.block_bytes if streams else 0,
-        "activations": activation_bytes(model, machine.kernels, workload, chunk_tokens),
-        "reserve": model.all_expert_bytes // PINNED_BYTES_PER_GPU_BYTE if streams else 0,
+        "non_expert_weights": weights,
+        "kv_cache": kv_cache,
+        "staging": staged_blocks(model) * model.block_bytes if rank.streams else 0,
+        "activations": activations,
+        "reserve": model.all_expert_bytes // PINNED_BYTES_PER_GPU_BYTE if rank.streams else 0,
     }
-    if on_gpu:
+    if device.kind == "cuda":
         parts["activations"] += LIBRARY_WORKSPACE_BYTES
         parts["reserve"] += device.context_bytes
     used = sum(parts.values())
     if used > total:
-        needs = ", ".join(
-            f"{PURPOSES.get(purpose, purpose)} {format_bytes(size)}"
-            for purpose, size in parts.items()
-            if size
-        )
-        raise FiddlerError(
-            f"--gpu-mem {format_bytes(total)} is too small: {format_bytes(used)} is needed before"
-            f" any expert ({needs}); give more, lower --max-seq-len, --num-beams or --batch-size,"
-            " or plan for the CPU alone with --gpu-mem 0GB"
-        )
+        raise _too_small(total, used, parts, of_rank)
     return GpuMemory(total=total, experts=0, **parts)
 
 
+def _too_small(total: int, used: int, parts: dict[str, int], of_rank: str) -> FiddlerError:
+    needs = ", ".join(
+        f"{PURPOSES.get(purpose, purpose)} {format_bytes(size)}"
+        for purpose, size in parts.items()
+        if size
+    )
+    return FiddlerError(
+        f"--gpu-mem {format_bytes(total)}{of_rank} is too small: {format_bytes(used)} is needed"
+        f" before any expert ({needs}); give more, lower --max-seq-len, --num-beams or"
+        " --batch-size, or plan for the CPU alone with --gpu-mem 0GB"
+    )
+
+
 def activation_bytes(
-    model: ModelSpec, limits: KernelLimits, workload: Workload, chunk_tokens: int
+    model: ModelSpec,
+    limits: KernelLimits,
+    workload: Workload,
+    chunk_tokens: int,
+    num_other_ranks: int = 0,
 ) -> int:
     """An upper estimate of the memory of a forward pass, without weights and cache.
 
     A pass takes a chunk of each prompt, or one token of each sequence.
 
     Per token: about ten vectors of the hidden size in the model's dtype (residual, norm, q, k, v,
-    attention output) and six in float32 (norm, dispatch sums), and for each chosen expert its input
-    and the sum of its blocks. Per token and block computed at once on the GPU: gate, up, their
-    product and the result, in float32; and the decoded weights of blocks. For few tokens instead:
-    the product for each token and block of the experts they may call, and the result of each
-    choice, in float32. Per prompt: the attention mask of the chunk. Per sequence: keys and values
-    expanded to all heads, and three copies of the logits in float32.
+    attention output) and six in float32 (norm, dispatch sums), one in float32 from each other rank,
+    and for each chosen expert its input and the sum of its blocks; and `product_bytes`. Per prompt:
+    the attention mask of the chunk. Per sequence: keys and values expanded to all heads, and three
+    copies of the logits in float32.
     """
     shape = model.shape
     width = DTYPE_BYTES[model.shape.dtype]
-    tokens = max(chunk_tokens * workload.batch_size, workload.sequences)
-    per_token = shape.hidden_size * (10 * width + 6 * 4 + shape.num_experts_per_tok * (width + 4))
+    tokens = pass_tokens(workload, chunk_tokens)
+    per_token = shape.hidden_size * (
+        10 * width + (6 + num_other_ranks) * 4 + shape.num_experts_per_tok * (width + 4)
+    )
+    masks = workload.batch_size * chunk_tokens * workload.max_seq_len * width
+    expanded = workload.max_seq_len * model.sizes.attended_elements * width
+    logits = 3 * 4 * model.vocab_size
+    return int(
+        ALLOCATOR_SLACK
+        * (
+            tokens * per_token
+            + product_bytes(model, limits, tokens)
+            + masks
+            + workload.sequences * (expanded + logits)
+        )
+    )
+
+
+def share_activation_bytes(
+    model: ModelSpec, limits: KernelLimits, workload: Workload, chunk_tokens: int
+) -> int:
+    """As `activation_bytes`, for a rank that computes only its share of the experts.
+
+    Per token: the hidden state in the model's dtype, as received and as computed with; three
+    vectors in float32 (dispatch sums and the result); for each chosen expert its index of 8 bytes,
+    its weight of 4, its input and the sum of its blocks; and `product_bytes`.
+    """
+    shape = model.shape
+    width = DTYPE_BYTES[model.shape.dtype]
+    tokens = pass_tokens(workload, chunk_tokens)
+    of_choice = 12 + shape.hidden_size * (width + 4)
+    per_token = shape.hidden_size * (2 * width + 3 * 4) + shape.num_experts_per_tok * of_choice
+    return int(ALLOCATOR_SLACK * (tokens * per_token + product_bytes(model, limits, tokens)))
+
+
+def pass_tokens(workload: Workload, chunk_tokens: int) -> int:
+    """The most tokens of one pass."""
+    return max(chunk_tokens * workload.batch_size, workload.sequences)
+
+
+def product_bytes(model: ModelSpec, limits: KernelLimits, tokens: int) -> int:
+    """An upper estimate of the memory of the experts' products on the GPU.
+
+    Per token and block computed at once: gate, up, their product and the result, in float32; and
+    the decoded weights of blocks. For few tokens instead: the product for each token and block of
+    the experts they may call, and the result of each choice, in float32.
+    """
+    shape = model.shape
+    width = DTYPE_BYTES[model.shape.dtype]
     products = (
         max(tokens, limits.token_blocks) * 4 * (4 * model.block_neurons + 2 * shape.hidden_size)
     )
@@ -123,15 +189,4 @@ def activation_bytes(
         max(few, 16) * blocks * model.block_neurons * width
         + few * shape.num_experts_per_tok * 4 * shape.hidden_size
     )
-    masks = workload.batch_size * chunk_tokens * workload.max_seq_len * width
-    expanded = workload.max_seq_len * model.sizes.attended_elements * width
-    logits = 3 * 4 * model.vocab_size
-    return int(
-        ALLOCATOR_SLACK
-        * (
-            tokens * per_token
-            + max(products, of_few)
-            + masks
-            + workload.sequences * (expanded + logits)
-        )
-    )
+    return max(products, of_few)

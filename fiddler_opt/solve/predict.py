@@ -13,7 +13,10 @@ GB = 10**9
 
 
 def predict(problem: Problem, routing: Routing, solution: Solution) -> Predicted:
-    """Predicts a solution's speed under `routing`. Leaves regret and alternatives empty."""
+    """Predicts a solution's speed under `routing`. Leaves regret and alternatives empty.
+
+    The next GB is one of the first rank.
+    """
     cost = problem.cost(routing, solution.policy)
     placement = solution.placement
     limits = problem.memory_limits()
@@ -71,7 +74,8 @@ def binding(
     limits = problem.memory_limits()
     all_blocks = problem.model.all_expert_bytes // problem.model.block_bytes
     resident = placement.num_resident
-    full = limits.gpu_blocks == resident < all_blocks and problem.budget.gpu_bytes > 0
+    capacity = sum(each.gpu_blocks for each in limits.ranks)
+    full = capacity == resident < all_blocks and any(problem.gpu_bytes)
     spilt = placement.num_on_disk > 0
     names = {
         (True, True): "GPU and host memory",

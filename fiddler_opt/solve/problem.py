@@ -1,6 +1,6 @@
 """Problem: the complete input of the solver, apart from the routing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
@@ -19,7 +19,8 @@ from fiddler_run.plan.schema import Budget, Plan, Workload
 class Problem:
     """Everything a plan depends on, except the routing.
 
-    `chunk_tokens`: tokens of a prompt that pass through the layers at once.
+    `machine` has the ranks that `budget` names. `chunk_tokens`: tokens of a prompt that pass
+    through the layers at once.
     """
 
     model: ModelSpec
@@ -31,8 +32,22 @@ class Problem:
     @classmethod
     def of(cls, plan: Plan, model: ModelSpec, machine: MachineProfile) -> "Problem":
         """The problem that a plan solves, in its encoding."""
-        model, machine = (each.in_encoding(plan.encoding) for each in (model, machine))
+        machine = machine.first_ranks(len(plan.ranks)).in_encoding(plan.encoding)
+        model = model.in_encoding(plan.encoding)
         return cls(model, machine, plan.workload, plan.budget, plan.prefill_chunk_tokens)
+
+    def of_first_rank(self) -> "Problem":
+        """The problem of the first rank alone."""
+        return replace(
+            self,
+            machine=self.machine.first_ranks(1),
+            budget=self.budget.model_copy(update={"other_gpu_bytes": []}),
+        )
+
+    @property
+    def gpu_bytes(self) -> list[int]:
+        """The budget of each rank. 0: it uses its CPU alone."""
+        return [self.budget.gpu_bytes, *self.budget.other_gpu_bytes]
 
     @property
     def has_link(self) -> bool:
@@ -44,14 +59,19 @@ class Problem:
     def host_embedding_bytes(self) -> int:
         return host_embedding_bytes(self.model, self.machine, self.budget.gpu_bytes)
 
-    def memory(self) -> GpuMemory:
-        """GPU bytes by purpose, without resident experts.
+    def memory(self, number: int = 0) -> GpuMemory:
+        """GPU bytes of a rank by purpose, without resident experts.
 
         Raises:
             FiddlerError: the budget is too small, or exceeds the machine.
         """
         return fixed_memory(
-            self.model, self.machine, self.workload, self.budget.gpu_bytes, self.chunk_tokens
+            self.model,
+            self.machine,
+            self.workload,
+            self.gpu_bytes[number],
+            self.chunk_tokens,
+            number,
         )
 
     def memory_limits(self) -> MemoryLimits:
@@ -59,23 +79,35 @@ class Problem:
 
         Raises:
             FiddlerError: as `memory`; or the host budget does not hold the embedding table; or
-                blocks would have to be on disk, but the disk was not timed.
+                blocks would have to be on disk, but the disk was not timed, or there are several
+                ranks.
         """
-        memory = self.memory()
+        first, *others = (
+            MemoryLimits(self.model.block_bytes, memory.total - memory.used)
+            for memory in map(self.memory, range(len(self.gpu_bytes)))
+        )
+        return replace(first, host_bytes=self._host_bytes(), others=tuple(others))
+
+    def _host_bytes(self) -> int | None:
+        """The bytes that the host budget leaves for experts."""
         host_bytes = self.budget.host_bytes
-        if host_bytes is not None:
-            if self.machine.disk_bytes_per_s is None:
-                raise FiddlerError(
-                    "--host-mem: the machine profile has no disk speed; `fiddler-opt profile"
-                    " --model FOLDER` times the checkpoint's, if a file has at least 64 MB"
-                )
-            if host_bytes < self.host_embedding_bytes:
-                raise FiddlerError(
-                    f"--host-mem {format_bytes(host_bytes)} is too small: the embedding table alone"
-                    f" takes {format_bytes(self.host_embedding_bytes)}; give more"
-                )
-            host_bytes -= self.host_embedding_bytes
-        return MemoryLimits(self.model.block_bytes, memory.total - memory.used, host_bytes)
+        if host_bytes is None:
+            return None
+        if self.budget.other_gpu_bytes:
+            raise FiddlerError(
+                "--host-mem is for one rank; remove it, or give --gpu-mem a single size"
+            )
+        if self.machine.disk_bytes_per_s is None:
+            raise FiddlerError(
+                "--host-mem: the machine profile has no disk speed; `fiddler-opt profile"
+                " --model FOLDER` times the checkpoint's, if a file has at least 64 MB"
+            )
+        if host_bytes < self.host_embedding_bytes:
+            raise FiddlerError(
+                f"--host-mem {format_bytes(host_bytes)} is too small: the embedding table alone"
+                f" takes {format_bytes(self.host_embedding_bytes)}; give more"
+            )
+        return host_bytes - self.host_embedding_bytes
 
     def cost(self, routing: Routing, policy: Policy = "together") -> CostModel:
         """The cost model under `routing`.
@@ -96,5 +128,5 @@ class Problem:
             self.workload,
             self.chunk_tokens,
             policy,
-            cpu_alone=self.budget.gpu_bytes == 0,
+            cpu_alone=[rank for rank, size in enumerate(self.gpu_bytes) if size == 0],
         )

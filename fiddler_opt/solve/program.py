@@ -1,25 +1,30 @@
 """The integer program: the placement within the memory limits that takes the least time.
 
 Variables
-    r[l,e]    integer, 0 .. blocks: resident blocks of expert e in layer l
-    d[l,e]    integer, 0 .. blocks: its blocks on disk; the others are in host memory
+    r[k,l,e]  integer, 0 .. blocks: resident blocks of expert e in layer l, in rank k
+    h[k,l,e]  integer, 0 .. blocks: its blocks in the host memory of rank k, for k >= 1
+    d[l,e]    integer, 0 .. blocks: its blocks on the disk of rank 0
     t[p,l,s]  seconds of layer l's experts in scenario s of phase p
 
-Minimise    sum over p, l, s of  steps(p) * probability(s) * t[p,l,s]                    (objective)
-subject to  t[p,l,s] >= sum over e called in s of  resident_s(e) * r / blocks                    (A)
-            t[p,l,s] >= sum over e called in s of
-                        host_s(e) * (blocks - r - d) / blocks + disk_s(e) * d / blocks           (B)
-            t[p,l,s] >= launch_overhead(p)                                                       (C)
-            sum over l, e of r[l,e] * block_bytes <= gpu_bytes                                   (D)
-            sum over l, e of (blocks - r - d) * block_bytes <= host_bytes                        (E)
-            r[l,e] + d[l,e] <= blocks                                                            (F)
+The other blocks are in the host memory of rank 0:
+    h[0,l,e] = blocks - d[l,e] - sum over k of r[k,l,e] - sum over k >= 1 of h[k,l,e]
 
-Experts of a layer that are equal in every scenario share an r and a d, which are named after the
-first of them and bounded by the blocks of all. Where nothing overlaps, t is the sum of the right
-sides of (A) and (B). Without a limit on host memory, d = 0 and (E), (F) are left out. For several
-routings, the longest of their objectives is minimised. A small reward for resident blocks of
-popular experts, POPULARITY_WEIGHT, fills memory where the objective is flat; the relaxation omits
-it.
+Minimise    sum over p, l, s of  steps(p) * probability(s) * t[p,l,s]                    (objective)
+subject to  t[p,l,s] >= sum over e called in s of  resident_s(k,e) * r[k,l,e] / blocks           (A)
+            t[p,l,s] >= sum over e called in s of
+                        host_s(k,e) * h[k,l,e] / blocks + disk_s(e) * d[l,e] / blocks            (B)
+            t[p,l,s] >= launch_overhead(p)                                                       (C)
+            sum over l, e of r[k,l,e] * block_bytes <= gpu_bytes(k)                              (D)
+            sum over l, e of h[k,l,e] * block_bytes <= host_bytes(k)                             (E)
+            h[0,l,e] >= 0                                                                        (F)
+
+(A), (B), (D) and (E) hold for each rank k; d is part of (B) for rank 0. Experts of a layer that are
+equal in every scenario share their variables, which are named after the first of them and bounded
+by the blocks of all. In a rank where nothing overlaps, t is at least the sum of the right sides of
+(A) and (B); with one rank, it is the sum itself. Without a limit on host memory, (E) is left out,
+and so is d for rank 0. With one rank and no d, (F) is left out. For several routings, the longest
+of their objectives is minimised. A small reward for resident blocks of popular experts,
+POPULARITY_WEIGHT, fills memory where the objective is flat; the relaxation omits it.
 """
 
 import tempfile
@@ -30,12 +35,12 @@ import highspy
 import pulp
 
 from fiddler_opt.solve.cost import CostModel
-from fiddler_opt.solve.equal import equal_experts, spread
+from fiddler_opt.solve.equal import equal_experts
 from fiddler_opt.solve.phases import Phase
-from fiddler_opt.solve.placement import MemoryLimits, Placement
-from fiddler_opt.solve.scenarios import Scenario
-from fiddler_opt.solve.solver import Solver
+from fiddler_opt.solve.placement import MemoryLimits, Placement, Share
+from fiddler_opt.solve.solver import MAX_GAP, MAX_GAP_OF_RANKS, Solver
 from fiddler_opt.solve.time_unit import time_unit
+from fiddler_opt.solve.variables import BlockVariables, total
 
 # Relative to the workload's time. A smaller reward falls below the solver's tolerance of 1e-7 for
 # reduced costs; a larger one loosens the bound.
@@ -57,43 +62,57 @@ class Program:
         self._unit = time_unit(costs, steps)  # the program's units of time per second
         self._relaxed = relaxed
         layers = range(len(self._cost.called))
-        self._groups = [equal_experts(costs, list(steps), layer) for layer in layers]
-        self.r = self._variables("r")
-        limited = limits.host_bytes is not None
-        self.d = self._variables("d") if limited else [{} for _ in layers]
+        groups = [equal_experts(costs, list(steps), layer) for layer in layers]
+        category = pulp.LpContinuous if relaxed else pulp.LpInteger
+        self.blocks = BlockVariables(self._cost, groups, limits, category)
         self._set_objective(costs, limits, steps)
-        resident = pulp.lpSum(r for row in self.r for r in row.values())
-        self._gpu_limit = resident <= limits.gpu_bytes / limits.block_bytes
-        self.lp += self._gpu_limit  # (D)
-        if limited:
-            on_disk = pulp.lpSum(d for row in self.d for d in row.values())
-            all_blocks = self._cost.blocks_per_expert * sum(map(len, self._cost.called))
-            host = all_blocks - resident - on_disk
-            self.lp += host <= limits.host_bytes / limits.block_bytes  # (E)
-            for resident_row, disk_row in zip(self.r, self.d, strict=True):
-                for expert, r in resident_row.items():
-                    self.lp += r + disk_row[expert] <= r.upBound  # (F)
+        self._gpu_limits = [
+            total(r) <= each.gpu_bytes / limits.block_bytes
+            for r, each in zip(self.blocks.resident, limits.ranks, strict=True)
+        ]
+        for constraint in self._gpu_limits:
+            self.lp += constraint  # (D)
+        self._limit_host_memory(limits)
 
-    def solve(self, time_limit_s: float | None = None) -> str:
-        """Solves the program. Returns the status in words.
+    def _limit_host_memory(self, limits: MemoryLimits) -> None:
+        """Adds (E) and (F)."""
+        elsewhere = self.blocks.elsewhere()
+        limited = limits.host_bytes is not None
+        if limited:
+            all_blocks = self._cost.blocks_per_expert * sum(map(len, self._cost.called))
+            host = all_blocks - pulp.lpSum(each for _, each in elsewhere)
+            self.lp += host <= limits.host_bytes / limits.block_bytes  # (E)
+        for (_, h), other in zip(self.blocks.others, limits.others, strict=True):
+            if other.host_bytes is not None:
+                self.lp += total(h) <= other.host_bytes / limits.block_bytes  # (E)
+        if limited or self.blocks.others:
+            for r, blocks in elsewhere:
+                self.lp += blocks <= r.upBound  # (F)
+
+    def solve(self, time_limit_s: float | None = None, start: Placement | None = None) -> str:
+        """Solves the program, from a placement within the limits if given. Returns the status in
+        words.
 
         Raises:
             FiddlerError: the solver failed.
         """
-        presolve = not any(self.d)  # with (F), it may take ten times as long as the rest
-        return Solver(self._constant, presolve, time_limit_s).run(self.lp)
+        presolve = not any(self.blocks.d)  # with (F), it may take ten times as long as the rest
+        max_gap = MAX_GAP_OF_RANKS if self.blocks.others else MAX_GAP
+        solver = Solver(self._constant, presolve, time_limit_s, max_gap)
+        return solver.run(self.lp, {} if start is None else self.blocks.values(start))
 
     def solve_again(self, limits: MemoryLimits) -> str:
         """Solves the solved relaxation for other GPU memory, from its present solution."""
         solver = self.lp.solverModel
-        gpu_blocks = limits.gpu_bytes / limits.block_bytes
-        solver.changeRowBounds(self._gpu_limit.index, -highspy.kHighsInf, gpu_blocks)
+        for constraint, each in zip(self._gpu_limits, limits.ranks, strict=True):
+            gpu_blocks = each.gpu_bytes / limits.block_bytes
+            solver.changeRowBounds(constraint.index, -highspy.kHighsInf, gpu_blocks)
         solver.run()
         return solver.modelStatusToString(solver.getModelStatus()).lower()
 
     @property
     def is_solved(self) -> bool:
-        return all(r.varValue is not None for row in self.r for r in row.values())
+        return self.blocks.are_solved
 
     @property
     def objective_s(self) -> float:
@@ -106,20 +125,7 @@ class Program:
 
     def placement(self) -> Placement:
         """The placement in the solution."""
-        resident = [[0] * len(row) for row in self._cost.called]
-        on_disk = [[0] * len(row) for row in self._cost.called]
-        for layer, groups in enumerate(self._groups):
-            for experts in groups:
-                first = experts[0]
-                in_gpu = round(self.r[layer][first].varValue)
-                not_in_host = in_gpu
-                if self.d[layer]:
-                    not_in_host += round(self.d[layer][first].varValue)
-                counts = (spread(blocks, len(experts)) for blocks in (in_gpu, not_in_host))
-                for expert, gpu, both in zip(experts, *counts, strict=True):
-                    resident[layer][expert] = gpu
-                    on_disk[layer][expert] = both - gpu
-        return Placement(resident, on_disk)
+        return self.blocks.placement()
 
     def text(self) -> str:
         """The program in LP format."""
@@ -127,20 +133,6 @@ class Program:
             path = Path(folder) / "program.lp"
             self.lp.writeLP(str(path))
             return path.read_text()
-
-    def _variables(self, name: str) -> list[dict[int, pulp.LpVariable]]:
-        """A variable for each group of equal experts, by layer and the group's first expert."""
-        blocks = self._cost.blocks_per_expert
-        category = pulp.LpContinuous if self._relaxed else pulp.LpInteger
-        return [
-            {
-                experts[0]: pulp.LpVariable(
-                    f"{name}_{layer}_{experts[0]}", 0, blocks * len(experts), category
-                )
-                for experts in groups
-            }
-            for layer, groups in enumerate(self._groups)
-        ]
 
     def _set_objective(
         self, costs: Sequence[CostModel], limits: MemoryLimits, steps: dict[Phase, int]
@@ -178,19 +170,36 @@ class Program:
         chances = [chance for row in cost.called for chance in row]
         mean = sum(chances) / len(chances)
         blocks = cost.blocks_per_expert
-        alike = min(blocks, max(0.0, limits.gpu_bytes / limits.block_bytes / len(chances)))
         simple_s = min(
-            cost.total_s(Placement.of([[count] * len(row) for row in cost.called]))
-            for count in (0, alike)
+            cost.total_s(self._alone(number, count))
+            for number, each in enumerate(limits.ranks)
+            for count in (
+                0,
+                min(blocks, max(0.0, each.gpu_bytes / limits.block_bytes / len(chances))),
+            )
         )
         weight = POPULARITY_WEIGHT * self._unit * simple_s / (2 * mean * len(chances) * blocks)
         return pulp.LpAffineExpression(
             [
                 (r, weight * (called[expert] + mean))
-                for row, called in zip(self.r, cost.called, strict=True)
+                for rows in self.blocks.resident
+                for row, called in zip(rows, cost.called, strict=True)
                 for expert, r in row.items()
             ]
         )
+
+    def _alone(self, number: int, resident: float) -> Placement:
+        """The placement of all blocks in rank `number`, `resident` of each expert on its GPU."""
+
+        def rows(count: float) -> list[list[float]]:
+            return [[count] * len(row) for row in self._cost.called]
+
+        in_host = self._cost.blocks_per_expert - resident
+        shares = [
+            Share(rows(resident), rows(in_host)) if other == number else Share(rows(0), rows(0))
+            for other in range(1, len(self.blocks.others) + 1)
+        ]
+        return Placement.of(rows(0 if number else resident), tuple(shares))
 
     def _objective(
         self, number: int, cost: CostModel, steps: dict[Phase, int]
@@ -202,30 +211,14 @@ class Program:
             for layer, scenarios in enumerate(cost.scenarios[phase.name]):
                 for s, scenario in enumerate(scenarios):
                     weight = count * scenario.probability
-                    resident, host = self._right_sides(cost, scenario, layer)
-                    if cost.overlap:
-                        t = pulp.LpVariable(f"t_{number}_{p}_{layer}_{s}", overhead)  # (C)
-                        objective.addterm(t, weight)
-                        for side in (resident, host):
+                    sides = self.blocks.right_sides(scenario, layer, self._unit)
+                    if not any(cost.overlap) and len(sides) == 1:
+                        objective.addInPlace(weight * sum(sides[0]))
+                        continue
+                    t = pulp.LpVariable(f"t_{number}_{p}_{layer}_{s}", overhead)  # (C)
+                    objective.addterm(t, weight)
+                    for overlap, parts in zip(cost.overlap, sides, strict=True):
+                        for side in parts if overlap else [sum(parts)]:
                             side.addterm(t, -1)
                             self.lp += side <= 0  # (A), (B)
-                    else:
-                        objective.addInPlace(weight * (resident + host))
         return objective
-
-    def _right_sides(
-        self, cost: CostModel, scenario: Scenario, layer: int
-    ) -> tuple[pulp.LpAffineExpression, pulp.LpAffineExpression]:
-        """The right sides of (A) and (B), in the program's unit."""
-        per_block = self._unit / cost.blocks_per_expert
-        r = self.r[layer]
-        d = self.d[layer]
-        resident = [(r[e], per_block * s) for e, s in scenario.resident_s.items() if e in r]
-        host = [(r[e], -per_block * s) for e, s in scenario.host_s.items() if e in r]
-        host += [
-            (d[e], per_block * (scenario.disk_s[e] - s))
-            for e, s in scenario.host_s.items()
-            if e in d
-        ]
-        all_in_host = self._unit * sum(scenario.host_s.values())
-        return pulp.LpAffineExpression(resident), pulp.LpAffineExpression(host, all_in_host)

@@ -1,6 +1,6 @@
 """Scenarios: sets of experts a layer may call, their probabilities, and each expert's time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,18 +8,25 @@ import numpy as np
 from fiddler_opt.inputs.routing import PhaseRouting
 from fiddler_opt.solve.phases import Phase
 
+# Maps numbers of tokens to the seconds of experts that are resident, in host memory, and on disk.
+ExpertTimes = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
 
 @dataclass(frozen=True)
-class Scenario:
-    """A set of experts called in a layer, with its probability.
+class RankSeconds:
+    """Seconds of each called expert if all its blocks were in this place of a rank."""
 
-    `resident_s`, `host_s`, `disk_s`: seconds of each called expert if all its blocks were there.
-    """
-
-    probability: float
     resident_s: dict[int, float]
     host_s: dict[int, float]
     disk_s: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A set of experts called in a layer, with its probability and the seconds of each rank."""
+
+    probability: float
+    ranks: tuple[RankSeconds, ...]
 
 
 def chance_called(probability: float, tokens: int) -> float:
@@ -37,7 +44,7 @@ def layer_scenarios(
     layer: int,
     phase: Phase,
     top_k: int,
-    expert_times: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
+    expert_times: Sequence[ExpertTimes],
 ) -> list[Scenario]:
     """The scenarios of one layer.
 
@@ -46,8 +53,7 @@ def layer_scenarios(
     choose the same experts.
 
     Args:
-        expert_times: maps numbers of tokens to the seconds of experts that are resident, in host
-            memory, and on disk.
+        expert_times: of each rank.
     """
     different = phase.tokens // phase.copies
     called = None
@@ -56,14 +62,24 @@ def layer_scenarios(
     elif different == 1 and top_k == 2 and routing.pair[layer]:
         called = routing.pair[layer].items()
     if called is not None:
-        times = [float(seconds) for seconds in expert_times(np.array(phase.copies))]
+        copies = np.array(phase.copies)
+        times = [[float(seconds) for seconds in each(copies)] for each in expert_times]
         return [
-            Scenario(p, *(dict.fromkeys(experts, seconds) for seconds in times))
+            Scenario(
+                p,
+                tuple(
+                    RankSeconds(*(dict.fromkeys(experts, seconds) for seconds in places))
+                    for places in times
+                ),
+            )
             for experts, p in called
             if p > 0
         ]
     experts = {e: p for e, p in enumerate(routing.expert[layer]) if p > 0}
     chances = np.array([chance_called(p, different) for p in experts.values()])
     tokens = phase.tokens * np.array(list(experts.values())) / chances
-    by_place = ((chances * times).tolist() for times in expert_times(tokens))
-    return [Scenario(1.0, *(dict(zip(experts, times, strict=True)) for times in by_place))]
+    ranks = []
+    for each in expert_times:
+        by_place = ((chances * times).tolist() for times in each(tokens))
+        ranks.append(RankSeconds(*(dict(zip(experts, times, strict=True)) for times in by_place)))
+    return [Scenario(1.0, tuple(ranks))]

@@ -1,5 +1,6 @@
 """HiGHS, as called by PuLP, and when it may stop."""
 
+from collections.abc import Mapping
 from math import isfinite
 
 import highspy
@@ -14,6 +15,8 @@ from fiddler_run.system.files import reason
 # bound take minutes. So the accepted gap grows with the cube of the elapsed seconds: 0.01% after
 # one second, 0.27% after three.
 MAX_GAP = 0.004
+# Equal ranks can be exchanged, too, and each layer's time is that of one rank's whole blocks.
+MAX_GAP_OF_RANKS = 0.01
 
 
 class Solver(pulp.HiGHS):
@@ -22,7 +25,13 @@ class Solver(pulp.HiGHS):
     Gaps refer to the objective with its constant, which PuLP drops, and `left_out`.
     """
 
-    def __init__(self, left_out: float, presolve: bool, time_limit_s: float | None):
+    def __init__(
+        self,
+        left_out: float,
+        presolve: bool,
+        time_limit_s: float | None,
+        max_gap: float = MAX_GAP,
+    ):
         super().__init__(
             mip=False,  # PuLP would pass integer variables one by one, in quadratic time
             msg=False,
@@ -33,13 +42,18 @@ class Solver(pulp.HiGHS):
             presolve="choose" if presolve else "off",
         )
         self._left_out = left_out
+        self._max_gap = max_gap
 
-    def run(self, lp: pulp.LpProblem) -> str:
+    def run(self, lp: pulp.LpProblem, start: Mapping[pulp.LpVariable, int]) -> str:
         """Solves the program. Returns the status in words.
+
+        Args:
+            start: the integer variables of a solution to start from; may be empty.
 
         Raises:
             FiddlerError: the solver failed.
         """
+        self._start = start
         try:
             lp.solve(self)
         except Exception as error:  # HiGHS and PuLP raise many types for numbers out of range
@@ -58,13 +72,17 @@ class Solver(pulp.HiGHS):
         integer = [each.index for each in lp.variables() if each.cat == pulp.LpInteger]
         kinds = np.full(len(integer), int(highspy.HighsVarType.kInteger), np.uint8)
         lp.solverModel.changeColsIntegrality(len(integer), np.array(integer, np.int32), kinds)
+        if self._start:
+            columns = np.array([each.index for each in self._start], np.int32)
+            values = np.array(list(self._start.values()), np.double)
+            lp.solverModel.setSolution(len(columns), columns, values)
         super().callSolver(lp)
 
     def _stop_when_close(self, kind, message, found, answer, _) -> None:
         """A HiGHS callback."""
         if not isfinite(found.mip_primal_bound) or found.running_time <= 1:
             return
-        accepted = min(RELATIVE_GAP * found.running_time**3, MAX_GAP)
+        accepted = min(RELATIVE_GAP * found.running_time**3, self._max_gap)
         whole = found.mip_primal_bound + self._left_out
         if found.mip_primal_bound - found.mip_dual_bound <= accepted * whole:
             answer.user_interrupt = True

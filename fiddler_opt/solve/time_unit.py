@@ -15,12 +15,14 @@ def time_unit(costs: Sequence[CostModel], steps: dict[Phase, int]) -> float:
     """The factor from seconds to the program's times.
 
     Milliseconds, unless the solver's absolute tolerance would be too coarse for a layer's time, or
-    the numbers too large for it. Then it is the power of ten that makes that time 1 to 10.
+    the numbers too large for it. Then it is the power of ten that makes that time 1 to 10. A
+    layer's time is that of the fastest rank alone.
     """
 
     def layer_s(cost: CostModel, phase: Phase) -> float:
         scenarios = (each for layer in cost.scenarios[phase.name] for each in layer)
-        return max((sum(each.host_s.values()) for each in scenarios), default=0.0)
+        alone = (min(sum(rank.host_s.values()) for rank in each.ranks) for each in scenarios)
+        return max(alone, default=0.0)
 
     times = [
         (count * layer_s(cost, phase), layer_s(cost, phase))
