@@ -60,6 +60,31 @@ def parse_bytes_per_s(text: str, where: str) -> int:
     return _more_than_zero(parse_bytes(size, where), text, where)
 
 
+def parse_sizes(text: str, where: str) -> list[int]:
+    """Parses sizes such as `24GB,16GB` to bytes.
+
+    Raises:
+        FiddlerError: as `parse_bytes`.
+    """
+    return [parse_bytes(size, where) for size in text.split(",")]
+
+
+def parse_network(text: str, where: str) -> tuple[float, int]:
+    """Parses `0.2ms,1GB/s`: a network's round trip, in microseconds, and bytes per second.
+
+    Raises:
+        FiddlerError: the text is not a time above zero and a rate.
+    """
+    latency, comma, rate = text.partition(",")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(us|ms|s)\s*", latency)
+    if match is None or not comma or not 1e-3 <= float(match[1]) <= 1e6:
+        raise FiddlerError(
+            f"{where} {_short(text)}: not a round trip and a rate; write for example 0.2ms,1GB/s"
+        )
+    microseconds = float(match[1]) * {"us": 1, "ms": 10**3, "s": 10**6}[match[2]]
+    return microseconds, parse_bytes_per_s(rate, where)
+
+
 def parse_count(text: str, where: str) -> int:
     """Parses a whole number above zero.
 

@@ -41,7 +41,7 @@ def test_each_rank_has_a_profile_of_its_own():
     assert other.dense_layer_us == FAST.dense_layer_us
     assert machine.first_ranks(1) == FAST
     assert machine.first_ranks(2) == machine
-    with pytest.raises(FiddlerError, match="3 ranks, but the machine profile has 2"):
+    with pytest.raises(FiddlerError, match="3 sizes, a rank each, but the machine profile has 2"):
         machine.first_ranks(3)
 
 

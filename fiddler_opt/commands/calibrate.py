@@ -7,7 +7,9 @@ from rich.console import Console
 
 from fiddler_opt.commands import flags as shared
 from fiddler_opt.commands.files import command_line
+from fiddler_opt.inputs.machine_ranks import JOINED_BY
 from fiddler_run.encodings.table import plain_encoding
+from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 from fiddler_run.system.files import require_writable
 from fiddler_run.system.locate import shipped_file
@@ -39,9 +41,14 @@ def run(flags: argparse.Namespace, console: Console) -> None:
 
     path = shipped_file(flags.plan)
     plan = Plan.load(path)
+    if len(plan.ranks) > 1:
+        raise FiddlerError(
+            f"{path}: a plan of {len(plan.ranks)} ranks; calibrate each machine with a plan of one"
+        )
     result = Result.load(flags.result, plan)
     problem, routing = sources(plan, path, flags.machine, flags.routing)
-    old = Path(flags.machine or plan.provenance.machine).name.removesuffix(".machine.yaml")
+    named = flags.machine or plan.provenance.machine.split(JOINED_BY)[0]
+    old = Path(named).name.removesuffix(".machine.yaml")
     output = Path(flags.output or f"profiles/{old}-calibrated.machine.yaml")
     require_writable(output)
     with console.status("solving"):

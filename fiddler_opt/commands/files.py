@@ -10,9 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.machine_ranks import JOINED_BY, load_machines
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.inputs.routing_profile import RoutingProfile
+from fiddler_opt.insight.notes import ram_shortages
 from fiddler_opt.insight.sources import profile_sha256
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
@@ -29,10 +31,10 @@ def load_spec(name: str, console: Console) -> ModelSpec:
     return model
 
 
-def load_machine(flags: argparse.Namespace) -> tuple[MachineProfile, Path]:
-    """Loads the machine profile. Returns it with its path."""
-    path = machine_file(flags)
-    return MachineProfile.load(path), path
+def load_machine(flags: argparse.Namespace) -> tuple[MachineProfile, str]:
+    """Loads the machine profile, or joins several. Returns it with the files' names."""
+    names = [str(shipped_file(name)) for name in flags.machine or [machine_file(flags)]]
+    return load_machines(names, flags.network), JOINED_BY.join(names)
 
 
 def load_routing(flags: argparse.Namespace, model: ModelSpec) -> Routing:
@@ -92,24 +94,26 @@ def best_plan(
             refusals.append(error)
     if not plans:
         raise refusals[-1]
-    available_bytes = machine.memory.available_bytes
-    return min(plans, key=lambda plan: (plan.loading_ram_bytes > available_bytes, cost(plan)))
+    return min(plans, key=lambda plan: (bool(ram_shortages(plan, machine)), cost(plan)))
 
 
 def machine_file(flags: argparse.Namespace) -> Path:
-    named = getattr(flags, "machine", None)
-    return shipped_file(named) if named else Path(flags.profiles) / "local.machine.yaml"
+    """The profile of this machine."""
+    return Path(flags.profiles) / "local.machine.yaml"
 
 
 def routing_file(flags: argparse.Namespace, model: ModelSpec) -> Path:
     return Path(flags.profiles) / f"{model.short_name}.routing.yaml"
 
 
-def provenance(machine_path: Path, machine: MachineProfile, routing: str) -> dict[str, str]:
+def provenance(
+    machine_name: str, machine: MachineProfile, routing: str, network: str | None = None
+) -> dict[str, str]:
     """A plan's provenance, except for the keys that describe the solver's run."""
     return {
         "command": command_line(),
-        "machine": str(machine_path),
+        "machine": machine_name,
+        "network": network or "",
         "machine_sha256": profile_sha256(machine),
         "machine_source": machine.source,
         "routing": routing,

@@ -25,8 +25,17 @@ def add_profiles(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for the profiles that a new plan is made from."""
     parser.add_argument(
         "--machine",
+        nargs="+",
         metavar="FILE",
-        help="machine profile (default: local.machine.yaml in --profiles)",
+        help=(
+            "machine profile; several are joined, a machine each (default: local.machine.yaml in"
+            " --profiles)"
+        ),
+    )
+    parser.add_argument(
+        "--network",
+        metavar="LATENCY,RATE",
+        help="round trip and rate between the machines of several profiles, such as 0.2ms,1GB/s",
     )
     parser.add_argument(
         "--routing",

@@ -1,6 +1,7 @@
 """`fiddler-opt plan`: solves for the best placement and writes the plan."""
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from fiddler_opt.insight.notes import plan_notes
 from fiddler_opt.insight.plan_report import print_plan
 from fiddler_opt.solve.baselines import BASELINES
 from fiddler_opt.solve.target import least_memory, parse_rate
-from fiddler_opt.units import format_bytes, parse_bytes
+from fiddler_opt.units import format_bytes, parse_bytes, parse_sizes
 from fiddler_run.errors import FiddlerError
 from fiddler_run.flag_types import positive
 from fiddler_run.plan.schema import Budget, Plan
@@ -44,10 +45,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--gpu-mem",
-        metavar="SIZE",
+        metavar="SIZES",
         help=(
-            "GPU memory to use, such as 24GB; 0GB plans for the CPU alone (default: all that was"
-            " free on the profiled GPU)"
+            "GPU memory to use, such as 24GB; 0GB plans for the CPU alone; for several ranks, a"
+            " size each, such as 24GB,16GB (default: all that was free on the profiled GPUs)"
         ),
     )
     budget.add_argument(
@@ -92,47 +93,44 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace, console: Console) -> None:
     from fiddler_opt.solve.comparison import compared
     from fiddler_opt.solve.compiler import by_rule, compile_plan, integer_program
-    from fiddler_opt.solve.predict import workload_s
     from fiddler_opt.solve.problem import Problem
 
     rate = None if flags.target is None else parse_rate(flags.target)
-    gpu_bytes = None if flags.gpu_mem is None else parse_bytes(flags.gpu_mem, "--gpu-mem")
+    sizes = None if flags.gpu_mem is None else parse_sizes(flags.gpu_mem, "--gpu-mem")
     host_bytes = None if flags.host_mem is None else parse_bytes(flags.host_mem, "--host-mem")
     model = load_spec(flags.model, console)
     workload = plan_workload({key: getattr(flags, key) for key in DEFAULTS}, model)
-    machine, machine_path = load_machine(flags)
+    profile, machine_name = load_machine(flags)
     routing = load_routing(flags, model)
-    size = flags.gpu_mem or flags.target and f"{rate:g}toks"
-    if size is None:
-        gpu_bytes, size = free_gpu_memory(machine, console)
-    output = Path(flags.output or f"plans/{model.short_name}-{size}.yaml")
+    if rate is not None and profile.num_ranks > 1:
+        raise FiddlerError(
+            f"--target is for one rank, but the machine profile has {profile.num_ranks}; give"
+            " --gpu-mem a size for each"
+        )
+    if sizes is None and rate is None:
+        sizes = free_gpu_memory(profile, console)
+    machine = profile.first_ranks(len(sizes or [None]))
+    output = Path(flags.output or default_output(flags, model, sizes, rate))
     for path in (output, flags.emit):
         if path is not None:
             require_writable(path)
-    made = provenance(machine_path, machine, routing.origin)
     if flags.robust and not routing.sets:
         raise FiddlerError(
             "--robust needs a routing profile with sets of prompts; record one with `fiddler-opt"
             " profile --prompts`"
         )
     worst_of = tuple(routing.sets.values()) if flags.robust else ()
+    made = provenance(machine_name, profile, routing.origin, flags.network)
     placer = by_rule(flags.baseline) if flags.baseline else None
-    models = stored_models(flags, model, machine)
 
-    def solve(stored: ModelSpec, gpu_bytes: int) -> Plan:
-        budget = Budget(gpu_bytes=gpu_bytes, host_bytes=host_bytes)
+    def solve(stored: ModelSpec, *gpu_bytes: int) -> Plan:
+        budget = Budget(
+            gpu_bytes=gpu_bytes[0], host_bytes=host_bytes, other_gpu_bytes=list(gpu_bytes[1:])
+        )
         return compile_plan(stored, machine, routing, workload, budget, made, worst_of, placer)
 
-    def least(stored: ModelSpec) -> Plan:
-        return least_memory(partial(solve, stored), rate, machine.device.memory_bytes)
-
     with console.status("solving"):
-        if rate is None:
-            plan = best_plan(models, partial(solve, gpu_bytes=gpu_bytes), workload_s, machine)
-        else:
-            plan = best_plan(
-                models, least, lambda each: (each.budget.gpu_bytes, workload_s(each)), machine
-            )
+        plan = best(stored_models(flags, model, machine), machine, solve, sizes, rate)
         problem = Problem.of(plan, model, machine)
         plan = compared(plan, problem, routing)
     if flags.emit is not None:
@@ -140,24 +138,63 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     named = plan.model.model_copy(update={"name": name_in_plan(flags.model, output)})
     plan = plan.model_copy(update={"model": named})
     plan.save(output)
-    notes = plan_notes(plan, machine.in_encoding(plan.encoding), str(machine_path))
+    notes = plan_notes(plan, profile.in_encoding(plan.encoding), machine_name)
     shorter = shortened(workload) if flags.prompt_tokens is None else None
-    if shorter is not None:
-        notes = [shorter, *notes]
-    print_plan(console, plan, notes)
+    print_plan(console, plan, [shorter, *notes] if shorter is not None else notes)
     print(output)
 
 
-def free_gpu_memory(machine: MachineProfile, console: Console) -> tuple[int, str]:
-    """The bytes that were free on the profiled GPU, and that size as written in a file name."""
-    if machine.device.kind != "cuda":
+def best(
+    models: list[ModelSpec],
+    machine: MachineProfile,
+    solve: Callable[..., Plan],
+    sizes: list[int] | None,
+    rate: float | None,
+) -> Plan:
+    """The best plan for the GPU bytes `sizes` of each rank, or the least memory for a decode rate.
+
+    Args:
+        models: the model in each encoding.
+        solve: maps a model and the GPU bytes of each rank to a plan.
+    """
+    from fiddler_opt.solve.predict import workload_s
+
+    if rate is None:
+        return best_plan(models, lambda stored: solve(stored, *sizes), workload_s, machine)
+    return best_plan(
+        models,
+        lambda stored: least_memory(partial(solve, stored), rate, machine.device.memory_bytes),
+        lambda plan: (plan.budget.gpu_bytes, workload_s(plan)),
+        machine,
+    )
+
+
+def default_output(
+    flags: argparse.Namespace, model: ModelSpec, sizes: list[int] | None, rate: float | None
+) -> str:
+    """The file of a plan, named after the model and its GPU memory or target."""
+    if flags.gpu_mem is not None:
+        size = flags.gpu_mem.replace(",", "+")
+    elif sizes is not None:
+        size = "+".join(f"{free_bytes // 10**8 / 10:g}GB" for free_bytes in sizes)
+    else:
+        size = f"{rate:g}toks"
+    return f"plans/{model.short_name}-{size}.yaml"
+
+
+def free_gpu_memory(machine: MachineProfile, console: Console) -> list[int]:
+    """The bytes that were free on the profiled GPU of each rank."""
+    devices = [machine.device, *(rank.device for rank in machine.other_ranks)]
+    found = [device.free_bytes if device.kind == "cuda" else 0 for device in devices]
+    if not any(found):
         console.print(
             "no --gpu-mem, and the machine profile has no GPU: planning for the CPU alone"
         )
-        return 0, "0GB"
-    free_bytes = machine.device.free_bytes
+        return found
+    sizes = " and ".join(map(format_bytes, found))
+    names = " and ".join(device.name for device in devices)
     console.print(
-        f"no --gpu-mem: planning for the {format_bytes(free_bytes)} that, according to the machine"
-        f" profile, were free on {machine.device.name}"
+        f"no --gpu-mem: planning for the {sizes} that, according to the machine profile, were free"
+        f" on {names}"
     )
-    return free_bytes, f"{free_bytes // 10**8 / 10:g}GB"
+    return found

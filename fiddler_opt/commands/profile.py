@@ -133,7 +133,7 @@ def profile(flags: argparse.Namespace, console: Console) -> None:
         print(machine_path, flush=True)
     if job is not None:
         if runs_by is None:
-            made = provenance(machine_path, machine, "uniform (assumed)")
+            made = provenance(str(machine_path), machine, "uniform (assumed)")
             runs_by = cpu_plan(model, machine, context, made)
         trace = flags.trace and Path(flags.trace)
         routing = profile_routing(

@@ -40,9 +40,10 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         require_matplotlib()
     model = load_spec(flags.model, console)
     workload = plan_workload(asked.workload_values(), model)
-    machine, path = load_machine(flags)
+    profile, machine_name = load_machine(flags)
+    machine = profile.first_ranks(1)
     routing = load_routing(flags, model)
-    made = provenance(path, machine, routing.origin)
+    made = provenance(machine_name, profile, routing.origin, flags.network)
     models = stored_models(flags, model, machine)
 
     def solve(machine: MachineProfile, workload: Workload, gpu_bytes: int) -> Plan:

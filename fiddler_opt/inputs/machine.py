@@ -120,9 +120,9 @@ class MachineProfile(YamlFile):
         """
         if count > self.num_ranks:
             raise FiddlerError(
-                f"{count} ranks, but the machine profile has {self.num_ranks}: profile this machine"
-                f" with `fiddler-opt profile --ranks {count}`, or name several machines' profiles"
-                " with --machine a.yaml b.yaml"
+                f"--gpu-mem has {count} sizes, a rank each, but the machine profile has"
+                f" {self.num_ranks}; profile with `fiddler-opt profile --ranks {count}`, or name a"
+                " profile of each machine with --machine a.yaml b.yaml"
             )
         if count == 1:
             return self.rank_profile(0)

@@ -4,7 +4,36 @@ from collections.abc import Sequence
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.machine_parts import Network
+from fiddler_opt.units import parse_network
 from fiddler_run.errors import FiddlerError
+from fiddler_run.system.locate import shipped_file
+
+JOINED_BY = " + "  # between the names of joined files
+
+
+def load_machines(names: Sequence[str], network: str | None) -> MachineProfile:
+    """Loads a profile, or joins several.
+
+    Args:
+        network: between the machines, such as `0.2ms,1GB/s`.
+
+    Raises:
+        FiddlerError: a file cannot be read, the files cannot be joined, or the network is missing.
+    """
+    profiles = [MachineProfile.load(shipped_file(name)) for name in names]
+    if len(profiles) == 1:
+        if network is not None:
+            raise FiddlerError(
+                "--network is between several --machine files, but there is one; remove it"
+            )
+        return profiles[0]
+    if network is None:
+        raise FiddlerError(
+            f"--machine names {len(profiles)} machines; add their network's round trip and rate,"
+            " such as --network 0.2ms,1GB/s"
+        )
+    round_trip_us, bytes_per_s = parse_network(network, "--network")
+    return joined(profiles, names, Network(round_trip_us=round_trip_us, bytes_per_s=bytes_per_s))
 
 
 def joined(

@@ -6,14 +6,17 @@ Only the plans are read.
 from dataclasses import dataclass
 from pathlib import Path
 
+from fiddler_opt.inputs.machine_ranks import JOINED_BY
+from fiddler_opt.insight.plan_report import resident_rows
 from fiddler_opt.solve.predict import workload_s
 from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.placement import Part
 from fiddler_run.plan.schema import Plan
 
 Value = int | float | str | bool | None  # None: the plan has no such key
 # Keys that are compared in other ways, or that record how a plan was made.
 NOT_SETTINGS = {"version", "model", "ranks", "predicted", "bytes_per_s", "provenance"}
-NOT_RANK_SETTINGS = {"stream_share", "resident_blocks", "disk_blocks"}
+NOT_RANK_SETTINGS = {"stream_share", "resident_blocks", "host_blocks", "disk_blocks"}
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,16 @@ class Comparison:
     """The differences from one plan to another.
 
     `moves` lists the experts whose number of blocks in GPU memory changes; `disk_moves` counts
-    those whose number on disk does. `settings` lists those that differ; `predictions` lists all.
-    `notes` say why predictions may not be comparable.
+    those whose number on disk does, `rank_moves` those whose number in a rank does. `settings`
+    lists those that differ; `predictions` lists all. `notes` say why predictions may not be
+    comparable.
     """
 
     block_bytes: int
     resident_blocks: Change
     moves: list[Move]
     disk_moves: int
+    rank_moves: int
     settings: list[Change]
     predictions: list[Change]
     notes: list[str]
@@ -62,6 +67,7 @@ class Comparison:
         return not (
             self.moves
             or self.disk_moves
+            or self.rank_moves
             or self.settings
             or any(each.before != each.after for each in self.predictions)
         )
@@ -88,10 +94,12 @@ def compare(a: Plan, b: Plan) -> Comparison:
     return Comparison(
         block_bytes=a.block_bytes,
         resident_blocks=Change(
-            "resident_blocks", a.rank.num_resident_blocks, b.rank.num_resident_blocks
+            "resident_blocks",
+            *(sum(rank.num_resident_blocks for rank in plan.ranks) for plan in (a, b)),
         ),
         moves=_moves(a, b),
         disk_moves=_disk_moves(a, b),
+        rank_moves=_rank_moves(a, b),
         settings=_differing(_settings(a), _settings(b)) + _shares(a, b),
         predictions=[Change(name, before[name], after[name]) for name in named],
         notes=notes,
@@ -117,11 +125,12 @@ def _require_comparable(a: Plan, b: Plan) -> None:
 
 
 def _moves(a: Plan, b: Plan) -> list[Move]:
+    resident = [resident_rows(plan) for plan in (a, b)]
     return [
         Move(layer, expert, before, after)
         for layer in range(a.model.num_layers)
         for expert, (before, after) in enumerate(
-            zip(a.rank.resident_blocks[layer], b.rank.resident_blocks[layer], strict=True)
+            zip(resident[0][layer], resident[1][layer], strict=True)
         )
         if before != after
     ]
@@ -136,14 +145,40 @@ def _disk_moves(a: Plan, b: Plan) -> int:
     return sum(before != after for pair in rows for before, after in zip(*pair, strict=True))
 
 
+def _rank_moves(a: Plan, b: Plan) -> int:
+    """The experts of which a rank has other blocks. 0 unless both plans have as many ranks, at
+    least two.
+    """
+    if len(a.ranks) != len(b.ranks) or len(a.ranks) == 1:
+        return 0
+    return sum(
+        any(mine[1:3] != its[1:3] for mine, its in zip(*parts, strict=True))
+        for layer in range(a.model.num_layers)
+        for parts in zip(_parts_by_expert(a, layer), _parts_by_expert(b, layer), strict=True)
+    )
+
+
+def _parts_by_expert(plan: Plan, layer: int) -> list[tuple[Part, ...]]:
+    """For each expert, the part of each rank."""
+    parts = [plan.parts_of(number, layer) for number in range(len(plan.ranks))]
+    return list(zip(*parts, strict=True))
+
+
 def _settings(plan: Plan) -> dict[str, Value]:
     """All chosen and given values except the placement, by the file's keys."""
     made = plan.provenance
     settings = {
         "routing": made.routing,
-        "machine": f"{Path(made.machine).name} ({made.machine_sha256[:8]})",
+        "machine": f"{_machine_names(plan)} ({made.machine_sha256[:8]})",
+        "network": made.network or None,
+        "ranks": len(plan.ranks),
     }
-    chosen = plan.model_dump(exclude=NOT_SETTINGS) | plan.rank.model_dump(exclude=NOT_RANK_SETTINGS)
+    chosen = plan.model_dump(exclude=NOT_SETTINGS)
+    chosen["budget"].pop("other_gpu_bytes", None)  # the same as the ranks' gpu_memory_bytes.total
+    for number, rank in enumerate(plan.ranks):
+        of_rank = f"ranks[{number}]." if number else ""
+        values = rank.model_dump(exclude=NOT_RANK_SETTINGS)
+        chosen |= {f"{of_rank}{key}": value for key, value in values.items()}
     for key, value in chosen.items():
         if isinstance(value, dict):
             settings |= {f"{key}.{name}": each for name, each in value.items()}
@@ -152,19 +187,31 @@ def _settings(plan: Plan) -> dict[str, Value]:
     return settings
 
 
+def _machine_names(plan: Plan) -> str:
+    names = plan.provenance.machine.split(JOINED_BY)
+    return JOINED_BY.join(Path(name).name for name in names)
+
+
 def _differing(before: dict[str, Value], after: dict[str, Value]) -> list[Change]:
     changes = [Change(name, before.get(name), after.get(name)) for name in before | after]
     return [change for change in changes if change.before != change.after]
 
 
 def _shares(a: Plan, b: Plan) -> list[Change]:
-    """The stream shares that differ, at the token counts of either plan."""
-    tokens = sorted(a.rank.stream_share | b.rank.stream_share)
-    before, after = (
-        {f"stream_share[{count}]": round(plan.rank.stream_share_at(count), 4) for count in tokens}
-        for plan in (a, b)
-    )
-    return _differing(before, after)
+    """The stream shares of the ranks of both plans that differ, at the token counts of either."""
+    changes = []
+    for number, ranks in enumerate(zip(a.ranks, b.ranks, strict=False)):
+        of_rank = f"ranks[{number}]." if number else ""
+        tokens = sorted({count for rank in ranks for count in rank.stream_share})
+        before, after = (
+            {
+                f"{of_rank}stream_share[{count}]": round(rank.stream_share_at(count), 4)
+                for count in tokens
+            }
+            for rank in ranks
+        )
+        changes += _differing(before, after)
+    return changes
 
 
 def _work(plan: Plan) -> dict[str, int]:

@@ -42,6 +42,8 @@ def _print_moves(console: Console, comparison: Comparison) -> None:
     )
     if comparison.disk_moves:
         console.print(f"experts whose number of blocks on disk differs: {comparison.disk_moves}")
+    if comparison.rank_moves:
+        console.print(f"experts whose division between ranks differs: {comparison.rank_moves}")
     if not comparison.moves:
         return
     moved = table("layer", "blocks added", "removed", "largest changes (expert: blocks)")
@@ -83,9 +85,9 @@ def _values(change: Change) -> list[str]:
     """The values of a change as text, in full bytes if the rounded sizes look equal."""
     values = [change.before, change.after]
     in_bytes = any(key.endswith("_bytes") for key in change.name.split("."))
-    if in_bytes and None not in values:
-        sizes = [format_bytes(value) for value in values]
+    if in_bytes:
+        sizes = ["-" if value is None else format_bytes(value) for value in values]
         return sizes if sizes[0] != sizes[1] else [f"{value:,} B" for value in values]
-    if change.name.startswith("stream_share"):
+    if "stream_share[" in change.name:
         return [f"{value:.1%}" for value in values]
     return ["-" if value is None else str(value) for value in values]

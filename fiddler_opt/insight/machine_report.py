@@ -32,6 +32,23 @@ def print_machine(console: Console, machine: MachineProfile) -> None:
         f" head and sampling: {machine.head_us[1] / 1e3:.2f} ms"
     )
     _print_conditions(console, machine)
+    for number in range(1, machine.num_ranks):
+        _print_rank(console, number, machine)
+    if machine.network:
+        console.print(
+            f"network: {machine.network.round_trip_us:.0f} us a layer for one token,"
+            f" {format_bytes(machine.network.bytes_per_s)}/s"
+        )
+
+
+def _print_rank(console: Console, number: int, machine: MachineProfile) -> None:
+    """Prints the rates of a rank after the first."""
+    rank = machine.rank_profile(number)
+    console.print(
+        f"rank {number}, machine {machine.other_ranks[number - 1].machine}: {rank.device.name},"
+        f" {format_bytes(rank.device.memory_bytes)}; {rank.cpu.name}, {rank.cpu.threads} threads"
+    )
+    console.print(_rates(rank))
 
 
 def _rates(machine: MachineProfile) -> Table:

@@ -10,12 +10,17 @@ MIN_NOTED_DRIFT = 0.1  # a smaller drift changes predictions too little to menti
 
 
 def plan_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> list[str]:
-    """The assumptions and limits of a plan's predictions, one line each."""
+    """The assumptions and limits of a plan's predictions, one line each.
+
+    Args:
+        machine: may have more ranks than the plan.
+    """
     return [
         *_origin_notes(plan, machine, machine_file),
         *_shape_notes(plan, machine, machine_file),
         *_device_notes(plan, machine, machine_file),
         *_memory_notes(plan, machine, machine_file),
+        *_rank_notes(plan, machine),
     ]
 
 
@@ -55,29 +60,54 @@ def _shape_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Iter
 
 
 def _device_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Iterator[str]:
-    gpu_bytes = plan.rank.gpu_memory_bytes.total
-    if machine.link and not machine.streams and gpu_bytes:
-        yield (
-            f"according to {machine_file}, host memory cannot be page-locked: nothing is streamed"
-            " to the GPU, and prompts take longer"
-        )
-    if machine.device.kind == "cuda" and not gpu_bytes:
-        yield (
-            "attention was timed on the GPU, which this plan does not use: expect lower"
-            " speed than predicted"
-        )
-    if machine.device.kind == "cpu" and gpu_bytes:
-        yield (
-            "the machine profile has no GPU: the GPU part will be kept in host memory, which"
-            " gains nothing"
-        )
+    for number, rank in enumerate(plan.ranks):
+        profile = machine.rank_profile(number)
+        of_rank = f"rank {number}: " if len(plan.ranks) > 1 else ""
+        gpu_bytes = rank.gpu_memory_bytes.total
+        if profile.link and not profile.streams and gpu_bytes:
+            yield (
+                f"{of_rank}according to {machine_file}, host memory cannot be page-locked: nothing"
+                " is streamed to the GPU, and prompts take longer"
+            )
+        if profile.device.kind == "cuda" and not gpu_bytes and number == 0:
+            yield (
+                "attention was timed on the GPU, which this plan does not use: expect lower"
+                " speed than predicted"
+            )
+        if profile.device.kind == "cpu" and gpu_bytes:
+            yield (
+                f"{of_rank}the machine profile has no GPU: the GPU part will be kept in host"
+                " memory, which gains nothing"
+            )
 
 
 def _memory_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Iterator[str]:
-    available_bytes = machine.memory.available_bytes
-    if plan.loading_ram_bytes > available_bytes:
+    for number, needed_bytes, available_bytes in ram_shortages(plan, machine):
+        on_machine = f" on the machine of rank {number}" if number else ""
         yield (
-            f"loading this plan takes {format_bytes(plan.loading_ram_bytes)} of RAM, but according"
-            f" to {machine_file}, {format_bytes(available_bytes)} were free; close other programs,"
-            " add memory, or plan with more --gpu-mem or with --host-mem"
+            f"loading this plan takes {format_bytes(needed_bytes)} of RAM{on_machine}, but"
+            f" according to {machine_file}, {format_bytes(available_bytes)} were free; close other"
+            " programs, add memory, or plan with more --gpu-mem or with --host-mem"
+        )
+
+
+def ram_shortages(plan: Plan, machine: MachineProfile) -> list[tuple[int, int, int]]:
+    """For each machine with too little RAM, its first rank, the bytes needed and those free."""
+    found = []
+    for number in range(len(plan.ranks)):
+        if number == min(plan.ranks_beside(number)):
+            needed_bytes = plan.loading_ram_bytes_beside(number)
+            available_bytes = machine.rank_profile(number).memory.available_bytes
+            if needed_bytes > available_bytes:
+                found.append((number, needed_bytes, available_bytes))
+    return found
+
+
+def _rank_notes(plan: Plan, machine: MachineProfile) -> Iterator[str]:
+    used = len(plan.ranks)
+    if machine.num_ranks > used:
+        more = ",".join(["24GB"] * machine.num_ranks)
+        yield (
+            f"the machine profile has {machine.num_ranks} ranks, this plan uses {used}; for all of"
+            f" them, give --gpu-mem a size each, such as {more}"
         )

@@ -18,7 +18,7 @@ MIN_NOTED_REGRET = 0.0005  # less is printed as 0.0%
 def print_plan(console: Console, plan: Plan, notes: list[str]) -> None:
     """Prints a plan's memory, its predictions and its notes."""
     predicted = plan.predicted
-    if plan.rank.gpu_memory_bytes.total:
+    if any(rank.gpu_memory_bytes.total for rank in plan.ranks):
         print_gpu_memory(console, plan)
     print_host_memory(console, plan)
     if plan.encoding != plain_encoding(plan.model.dtype):
@@ -51,7 +51,11 @@ def print_optimality(console: Console, plan: Plan) -> None:
         )
     more = ""
     if plan.rank.device == "cuda":
-        more = f"; another GB of GPU memory would add {predicted.next_gb_tokens_per_s:.2f} tokens/s"
+        where = " in rank 0" if len(plan.ranks) > 1 else ""
+        more = (
+            f"; another GB of GPU memory{where} would add"
+            f" {predicted.next_gb_tokens_per_s:.2f} tokens/s"
+        )
     console.print(
         f"bound: no placement in this memory decodes faster than {predicted.bound_tokens_per_s:.2f}"
         f" tokens/s, according to this profile{more}"
@@ -59,32 +63,56 @@ def print_optimality(console: Console, plan: Plan) -> None:
 
 
 def print_gpu_memory(console: Console, plan: Plan) -> None:
-    """Prints GPU memory by purpose."""
-    gpu = plan.rank.gpu_memory_bytes
-    memory = table("GPU memory", "bytes", "")
-    for purpose, size in gpu.parts().items():
-        memory.add_row(PURPOSES.get(purpose, purpose), f"{size:,}", format_bytes(size))
-    memory.add_row("free", f"{gpu.total - gpu.used:,}", format_bytes(gpu.total - gpu.used))
-    memory.add_row("total", f"{gpu.total:,}", format_bytes(gpu.total), style="bold")
+    """Prints GPU memory by purpose. With several ranks, a column for each."""
+    memories = [rank.gpu_memory_bytes for rank in plan.ranks]
+    if len(memories) == 1:
+        memory = table("GPU memory", "bytes", "")
+    else:
+        memory = table("GPU memory", *(f"rank {number}" for number in range(len(memories))))
+
+    def figures(sizes: list[int]) -> list[str]:
+        texts = [format_bytes(size) for size in sizes]
+        return texts if len(memories) > 1 else [f"{size:,}" for size in sizes] + texts
+
+    for purpose in memories[0].parts():
+        sizes = [each.parts()[purpose] for each in memories]
+        memory.add_row(PURPOSES.get(purpose, purpose), *figures(sizes))
+    memory.add_row("free", *figures([each.total - each.used for each in memories]))
+    memory.add_row("total", *figures([each.total for each in memories]), style="bold")
     console.print(memory)
 
 
 def print_host_memory(console: Console, plan: Plan) -> None:
-    """Prints how many experts are on the GPU and where the others are."""
-    rank = plan.rank
-    host = rank.host_memory_bytes
-    blocks = rank.num_resident_blocks + plan.num_host_blocks + rank.num_disk_blocks
-    elsewhere = f"{format_bytes(host.experts)} in host memory"
-    if host.embedding:
-        elsewhere += f" (and {format_bytes(host.embedding)}, the embedding table)"
-    if rank.disk_bytes:
-        elsewhere += f", {format_bytes(rank.disk_bytes)} on disk"
-    console.print(
-        f"{rank.num_resident_blocks} of {blocks} expert blocks"
-        f" ({rank.num_resident_blocks / blocks:.1%}) on the GPU, the equivalent of"
-        f" {rank.num_resident_blocks / plan.blocks_per_expert:.1f} of"
-        f" {blocks // plan.blocks_per_expert} experts; {elsewhere}"
-    )
+    """Prints how many experts are on the GPUs and where the others are, for each rank."""
+    blocks = sum(rank.num_resident_blocks + rank.num_disk_blocks for rank in plan.ranks)
+    blocks += plan.num_host_blocks
+    for number, rank in enumerate(plan.ranks):
+        host = rank.host_memory_bytes
+        elsewhere = f"{format_bytes(host.experts)} in host memory"
+        if host.embedding:
+            elsewhere += f" (and {format_bytes(host.embedding)}, the embedding table)"
+        if rank.disk_bytes:
+            elsewhere += f", {format_bytes(rank.disk_bytes)} on disk"
+        of_rank = ""
+        if len(plan.ranks) > 1:
+            of_rank = f"rank {number}, machine {rank.machine}: "
+        console.print(
+            f"{of_rank}{rank.num_resident_blocks} of {blocks} expert blocks"
+            f" ({rank.num_resident_blocks / blocks:.1%}) on the GPU, the equivalent of"
+            f" {rank.num_resident_blocks / plan.blocks_per_expert:.1f} of"
+            f" {blocks // plan.blocks_per_expert} experts; {elsewhere}"
+        )
+
+
+def resident_rows(plan: Plan) -> list[list[int]]:
+    """By layer and expert, the blocks in the GPU memory of all ranks."""
+    return [
+        [
+            sum(counts)
+            for counts in zip(*(r.resident_blocks[layer] for r in plan.ranks), strict=True)
+        ]
+        for layer in range(plan.model.num_layers)
+    ]
 
 
 def print_alternatives(console: Console, plan: Plan) -> None:
@@ -97,7 +125,8 @@ def print_alternatives(console: Console, plan: Plan) -> None:
     own = (f"{predicted.decode_tokens_per_s:.2f}", f"{predicted.ttft_s:.2f} s")
     if {*rows.values()} <= {own}:
         return
-    others = table("compared with", "tokens/s", "first token")
+    alone = " rank 0 alone" if len(plan.ranks) > 1 else ""
+    others = table(f"compared with{alone}", "tokens/s", "first token")
     for words, figures in rows.items():
         others.add_row(words, *figures)
     others.add_row("this plan", *own, style="bold")
@@ -106,10 +135,13 @@ def print_alternatives(console: Console, plan: Plan) -> None:
 
 def print_placement(console: Console, plan: Plan) -> None:
     """Prints the resident blocks of every expert and how the plan was made."""
-    console.print(f"blocks in GPU memory by expert, out of {plan.blocks_per_expert} each:")
+    of_ranks = " of all ranks" if len(plan.ranks) > 1 else ""
+    console.print(
+        f"blocks in GPU memory{of_ranks} by expert, out of {plan.blocks_per_expert} each:"
+    )
     for experts in _columns_that_fit(console.width, plan):
         placed = table("layer", *map(str, experts))
-        for layer, row in plan.rank.resident_blocks.items():
+        for layer, row in enumerate(resident_rows(plan)):
             placed.add_row(str(layer), *(str(row[expert] or "·") for expert in experts))
         console.print(placed)
     made = plan.provenance

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.machine_ranks import JOINED_BY, load_machines
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.inputs.routing_profile import RoutingProfile
@@ -28,11 +29,17 @@ def sources(
         FiddlerError: a profile is missing from the path in the plan, or has changed since.
     """
     made = plan.provenance
-    machine = MachineProfile.load(shipped_file(machine_path or made.machine))
-    if profile_sha256(machine) != made.machine_sha256:
+    names = made.machine.split(JOINED_BY)
+    if machine_path and len(names) > 1:
         raise FiddlerError(
-            f"{machine_path or made.machine}: not the profile that the plan was made from; name"
-            " the original with --machine"
+            f"--machine {machine_path}: the plan was made from {len(names)} machine profiles,"
+            f" {made.machine}; put these files back and remove --machine"
+        )
+    machine = load_machines([machine_path] if machine_path else names, made.network or None)
+    if profile_sha256(machine) != made.machine_sha256:
+        advice = "name the original with --machine" if len(names) == 1 else "put the originals back"
+        raise FiddlerError(
+            f"{machine_path or made.machine}: not the profile that the plan was made from; {advice}"
         )
     model = ModelSpec.from_file(
         model_config_file(plan.model.name, plan_path.resolve().parent), plan.model.name

@@ -94,20 +94,27 @@ def fixed_memory(
         parts["reserve"] += device.context_bytes
     used = sum(parts.values())
     if used > total:
-        raise _too_small(total, used, parts, of_rank)
+        raise _too_small(total, used, parts, number, of_rank)
     return GpuMemory(total=total, experts=0, **parts)
 
 
-def _too_small(total: int, used: int, parts: dict[str, int], of_rank: str) -> FiddlerError:
+def _too_small(
+    total: int, used: int, parts: dict[str, int], number: int, of_rank: str
+) -> FiddlerError:
     needs = ", ".join(
         f"{PURPOSES.get(purpose, purpose)} {format_bytes(size)}"
         for purpose, size in parts.items()
         if size
     )
+    ways = (
+        "give it more, lower --num-beams or --batch-size, or let it use its CPU alone with 0GB"
+        if number
+        else "give more, lower --max-seq-len, --num-beams or --batch-size, or plan for the CPU"
+        " alone with --gpu-mem 0GB"
+    )
     return FiddlerError(
         f"--gpu-mem {format_bytes(total)}{of_rank} is too small: {format_bytes(used)} is needed"
-        f" before any expert ({needs}); give more, lower --max-seq-len, --num-beams or"
-        " --batch-size, or plan for the CPU alone with --gpu-mem 0GB"
+        f" before any expert ({needs}); {ways}"
     )
 
 

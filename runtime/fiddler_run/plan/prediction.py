@@ -1,6 +1,6 @@
 """The sections of a plan that describe it: its predictions, and how it was made."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -55,12 +55,20 @@ class Predicted(Section):
 
 
 class Provenance(Section):
-    """How the plan was made. `routing` is a file, or "uniform (assumed)"."""
+    """How the plan was made.
+
+    `machine` names the profiles of all machines, joined by " + ". `network` is between them, as
+    given to the planner; empty if there is one profile. `routing` is a file, or "uniform
+    (assumed)".
+    """
+
+    optional: ClassVar[tuple[str, ...]] = ("network",)
 
     command: str
     machine: str
     machine_sha256: str
     machine_source: str
+    network: str = ""
     routing: str
     solver: str
     status: str

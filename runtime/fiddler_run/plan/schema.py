@@ -174,7 +174,11 @@ class Plan(YamlFile):
     @property
     def loading_ram_bytes(self) -> int:
         """The same on the plan's devices for the first machine, while the model is loaded."""
-        numbers = self.ranks_beside(0)
+        return self.loading_ram_bytes_beside(0)
+
+    def loading_ram_bytes_beside(self, number: int) -> int:
+        """The same for the machine of rank `number`."""
+        numbers = self.ranks_beside(number)
         held = (self.held_ram_bytes(self.ranks[n].device == "cuda", n) for n in numbers)
         return sum(held) + len(numbers) * self.model.loading_bytes
 
