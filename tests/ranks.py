@@ -74,7 +74,7 @@ def in_ranks(model: PlannedModel, plan: Plan, folder: Path) -> Iterator[PlannedM
     def run(rank: int, address: tuple[str, int]) -> None:
         with connect(*address, patience_s=5) as connection:
             connection.send(rank=rank)
-            exchange = join(connection, rank, num_ranks, CPU, str(folder))
+            exchange = join(connection, rank, CPU, str(folder))
             store = ExpertStore(plan, CPU, folder, rank)
             store.load(weights)
             connection.send(overflow_note=None)
@@ -91,7 +91,7 @@ def in_ranks(model: PlannedModel, plan: Plan, folder: Path) -> Iterator[PlannedM
     ranks = {connection.receive()["rank"]: connection for connection in connections}
     peers = Peers([Peer(rank, ranks[rank]) for rank in sorted(ranks)])
     try:
-        meet(plan, peers, CPU, str(folder))
+        meet(peers, CPU, True, str(folder))
         store = ExpertStore(plan, model.device, folder)
         store.load(weights)
         peers.replies()

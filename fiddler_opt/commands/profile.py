@@ -69,6 +69,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="take fewer and shorter measurements, in less memory"
     )
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        default=1,
+        metavar="N",
+        help=(
+            "time N processes at once, each with a GPU of its own and its part of the cores, for"
+            " plans that use several GPUs (default: %(default)s)"
+        ),
+    )
     parser.add_argument("--force", action="store_true", help="measure even if the machine is busy")
 
 
@@ -128,6 +138,7 @@ def profile(flags: argparse.Namespace, console: Console) -> None:
             command_line(),
             console,
             keep_parts=job is not None,
+            num_ranks=flags.ranks,
         )
         print_machine(console, machine)
         print(machine_path, flush=True)

@@ -12,12 +12,13 @@ import torch
 from fiddler_opt.inputs import facts
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
-from fiddler_opt.measure.assemble import EXPERTS, machine_profile
+from fiddler_opt.measure.assemble import EXPERTS, machine_profile, ranks_profile
 from fiddler_opt.measure.dense import DenseBench
 from fiddler_opt.measure.device import describe_device
 from fiddler_opt.measure.experts import ExpertBench, engine_for
 from fiddler_opt.measure.link import time_copies
 from fiddler_opt.measure.quiet import undisturbed
+from fiddler_opt.measure.ranks import OtherRanks
 from fiddler_opt.measure.rounds import Us
 from fiddler_opt.measure.settings import ProfileSettings
 from fiddler_opt.measure.shares import sweep_shares
@@ -51,7 +52,7 @@ class MachineBench:
         self.found: dict[str, dict] = {}
         self.model = model
         self.settings = settings
-        self._folder = folder
+        self.folder = folder
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -122,7 +123,7 @@ class MachineBench:
         return DenseBench(self.model, self.device, self._stopwatch, engine)
 
     def _host(self) -> dict:
-        disk = facts.disk_bytes_per_s(self._folder) if self._folder else None
+        disk = facts.disk_bytes_per_s(self.folder) if self.folder else None
         return {
             "available_bytes": available_memory_bytes(),
             "disk_bytes_per_s": disk and round(disk),
@@ -203,21 +204,33 @@ def measure_machine(
     command: str,
     force: bool,
     on_part: Callable[[str, int], None],
+    others: OtherRanks | None = None,
 ) -> MachineProfile:
     """Times the parts that are not in `unfinished` yet.
 
     Args:
         force: measure even while other programs use the machine.
         on_part: called with the name of the next part and the number of finished parts.
+        others: ranks to time at the same moments.
 
     Raises:
         FiddlerError: other programs used the machine. Earlier parts are kept.
     """
     bench.found = unfinished.parts
+    if others is not None:
+        others.remember(bench.found)
     for finished, (name, measure) in enumerate(bench.parts.items()):
         on_part(name, finished)
-        unfinished.part(name, measure if force else partial(undisturbed, name, measure))
-    return machine_profile(bench.found, bench.timed, bench.models, command)
+        if not force:
+            measure = partial(undisturbed, name, measure)
+        kind, _ = bench.timed.get(name, (None, 0))
+        if others is not None and kind != LAYERS:  # the first rank alone has layers
+            measure = partial(others.time, name, measure, bench.found)
+        unfinished.part(name, measure)
+    if others is None:
+        return machine_profile(bench.found, bench.timed, bench.models, command)
+    network = unfinished.part("network", partial(others.network, bench.model, bench.device))
+    return ranks_profile(bench.found, bench.timed, bench.models, command, others.count, network)
 
 
 def release_gpu_memory() -> None:

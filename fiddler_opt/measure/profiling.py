@@ -23,7 +23,7 @@ from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.routing import Routing, RoutingProfile
 from fiddler_opt.measure.prompts import encode_prompts, name_sets, read_prompts
-from fiddler_opt.measure.settings import QUICK, THOROUGH
+from fiddler_opt.measure.settings import profile_settings
 from fiddler_opt.measure.unfinished import Unfinished, forget_unfinished, unfinished_path
 from fiddler_opt.solve.compiler import compile_plan
 from fiddler_run.plan.schema import Budget, Plan, Workload
@@ -44,10 +44,12 @@ def profile_machine(
     command: str,
     console: Console,
     keep_parts: bool,
+    num_ranks: int = 1,
 ) -> MachineProfile:
     """Times this machine and saves its profile.
 
     Args:
+        num_ranks: how many ranks to time at once, each with its own GPU, if there are any.
         keep_parts: keep the timed parts, so that a command that is interrupted later does not time
             them again. The caller calls `forget_unfinished` at its end.
 
@@ -60,16 +62,25 @@ def profile_machine(
             measure_machine,
             release_gpu_memory,
         )
+        from fiddler_opt.measure.ranks import OtherRanks
 
-    bench = MachineBench(model, QUICK if quick else THOROUGH, folder)
-    unfinished = Unfinished(path, bench.identity)
-    if len(unfinished.parts) == len(bench.parts) and not keep_parts:
+    others = None
+    if num_ranks > 1:
+        with console.status("starting the other ranks"):
+            others = OtherRanks(
+                num_ranks, str(folder.resolve() if folder else model.shape.name), quick
+            )
+    bench = MachineBench(model, profile_settings(quick, num_ranks), folder)
+    identity = bench.identity | ({"ranks": num_ranks} if others else {})
+    unfinished = Unfinished(path, identity)
+    done = sum(name in unfinished.parts for name in bench.parts)
+    if done == len(bench.parts) and not keep_parts:
         forget_unfinished(path)  # kept by a command that recorded routing afterwards
-        unfinished = Unfinished(path, bench.identity)
-    if unfinished.parts:
+        unfinished = Unfinished(path, identity)
+        done = 0
+    if done:
         console.print(
-            f"resuming an unfinished profile: {len(unfinished.parts)} of {len(bench.parts)} parts"
-            " are timed"
+            f"resuming an unfinished profile: {done} of {len(bench.parts)} parts are timed"
         )
     with _progress(console) as progress:
         task = progress.add_task("timing", total=len(bench.parts))
@@ -77,9 +88,11 @@ def profile_machine(
         def on_part(name: str, finished: int) -> None:
             progress.update(task, description=f"timing {name}", completed=finished)
 
-        machine = measure_machine(bench, unfinished, command, force, on_part)
+        machine = measure_machine(bench, unfinished, command, force, on_part, others)
         progress.update(task, description="timing", completed=len(bench.parts))
     machine.save(path)
+    if others is not None:
+        others.close()
     if not keep_parts:
         forget_unfinished(path)
     del bench  # frees the timed memory, which a model may need

@@ -1,6 +1,6 @@
 """ProfileSettings: how thoroughly a machine is measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,9 @@ QUICK = ProfileSettings(
     memory_fraction=0.25,
     max_host_bytes=8 * 10**9,
 )
+
+
+def profile_settings(quick: bool, num_ranks: int = 1) -> ProfileSettings:
+    """The settings of a rank that shares this machine's memory with others."""
+    settings = QUICK if quick else THOROUGH
+    return replace(settings, memory_fraction=settings.memory_fraction / num_ranks)

@@ -82,11 +82,13 @@ class ModelLoader(ShareLoader):
         self.peers: Peers | None = None
         if len(plan.ranks) > 1:
             task = {
+                "plan": plan.dump(),
                 "model": self._checked.name_anywhere,
                 "load_format": load_format,
                 "disk_folder": str(self._checked.disk_folder.resolve()),
             }
-            self.peers = gather(plan, listen, task, on_waiting)
+            machines = [rank.machine for rank in plan.ranks]
+            self.peers = gather(machines, listen, task, waiting=on_waiting)
 
     @property
     def vocab_size(self) -> int:
@@ -130,7 +132,8 @@ class ModelLoader(ShareLoader):
             self._note(store.overflow_note)
             return store
         peers.on_bytes = on_bytes
-        meet(self.plan, peers, self.device, self.model_id)
+        one_machine = len(self.plan.ranks_beside(0)) == len(self.plan.ranks)
+        meet(peers, self.device, one_machine, self.model_id)
 
         def count(num_bytes: int) -> None:
             peers.check_failure()

@@ -10,7 +10,7 @@ from fiddler_run.models.sizes import ModelSizes
 from fiddler_run.plan.rank import GpuMemory
 from fiddler_run.plan.schema import Plan
 from fiddler_run.system.files import exists, is_folder, reason
-from fiddler_run.system.gpu import Gpu, current_gpu
+from fiddler_run.system.gpu import Gpu, current_gpu, num_gpus
 from fiddler_run.system.host import available_memory_bytes, num_cores
 
 
@@ -19,7 +19,7 @@ def machine_problems(
 ) -> list[str]:
     """The requirements of a rank that this machine does not meet.
 
-    The first rank of a machine answers for what all of them share: cores and host memory.
+    The first rank of a machine answers for what all of them share: GPUs, cores, host memory.
 
     Args:
         gpu: the GPU for the rank's GPU part. None if that part is kept in host memory.
@@ -42,6 +42,7 @@ def machine_problems(
         loading = len(here) * plan.model.loading_bytes
         available = available_memory_bytes()
         problems[:0] = [
+            gpu_count_problem(plan, number, num_gpus()),
             core_problem(sum(plan.ranks[each].cpu_threads for each in here), num_cores()),
             host_memory_problem(what, held, loading, available, 0 if gpu else besides),
         ]
@@ -76,6 +77,17 @@ def disk_problems(plan: Plan, folder: Path, number: int = 0) -> list[str]:
         f" {free / 1e9:.2f} GB is free there; name another folder with --disk-folder, or plan"
         " with more --host-mem"
     ]
+
+
+def gpu_count_problem(plan: Plan, number: int, gpus: int) -> str | None:
+    """The problem if a machine has some GPUs, but fewer than its ranks use."""
+    needed = sum(plan.ranks[each].device == "cuda" for each in plan.ranks_beside(number))
+    if gpus == 0 or needed <= gpus:
+        return None
+    return (
+        f"its ranks use {needed} GPUs of this machine, but {gpus} can be used; check"
+        " CUDA_VISIBLE_DEVICES, or plan with fewer sizes at --gpu-mem"
+    )
 
 
 def core_problem(threads: int, cores: int) -> str | None:

@@ -61,8 +61,9 @@ def _work(
     loader = ShareLoader(
         plan, rank, model or task["model"], task["load_format"], disk_folder or task["disk_folder"]
     )
-    exchange = join(connection, rank, len(plan.ranks), loader.device, loader.model_id)
+    exchange = join(connection, rank, loader.device, loader.model_id)
     store = loader.load_store(lambda count: connection.send(loaded_bytes=count))
     share = share_of(plan, store, loader.device, rank)
     connection.send(overflow_note=store.overflow_note)
     serve(connection, exchange, share, plan)
+    exchange.abort()

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from fiddler_run.errors import FiddlerError
 from fiddler_run.loading.check import PlanCheck
 from fiddler_run.loading.model_check import LoadFormat
 from fiddler_run.plan.schema import Plan
 from fiddler_run.ranks.cores import bind_to_cores
-from fiddler_run.system.gpu import gpu_numa_nodes
+from fiddler_run.system.gpu import gpu_numa_nodes, num_gpus
 from fiddler_run.system.process_settings import allow_gpu_memory
 from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
 from fiddler_run.weights.store import ExpertStore
@@ -56,7 +55,9 @@ class ShareLoader:
             plan, plan_file, model, load_format, disk_folder, fetch=True, number=number
         )
         checked.refuse()
-        bind_to_cores(plan, number, gpu_numa_nodes())
+        here = plan.ranks_beside(number)
+        threads = [plan.ranks[rank].cpu_threads for rank in here]
+        bind_to_cores(threads, here.index(number), gpu_numa_nodes())
         self._checked = checked
         if load_format == "dummy":
             self.weights = DummyWeights(plan.model, getattr(torch, plan.model.dtype))
@@ -84,21 +85,13 @@ class ShareLoader:
 
 
 def _use_gpu(plan: Plan, number: int) -> None:
-    """Makes the rank's GPU the current one. Rank 0 keeps the present one.
-
-    Raises:
-        FiddlerError: this machine has fewer GPUs than the plan.
-    """
-    if number == 0 or plan.ranks[number].device != "cuda" or not torch.cuda.is_available():
+    """Makes the rank's GPU the current one. Rank 0 keeps the present one."""
+    if number == 0 or plan.ranks[number].device != "cuda":
         return
     before = [other for other in plan.ranks_beside(number) if other < number]
     index = sum(plan.ranks[other].device == "cuda" for other in before)
-    if index >= torch.cuda.device_count():
-        raise FiddlerError(
-            f"the plan uses {index + 1} GPUs of this machine, but {torch.cuda.device_count()} can"
-            " be used; check CUDA_VISIBLE_DEVICES, or plan with fewer sizes at --gpu-mem"
-        )
-    torch.cuda.set_device(index)
+    if index < num_gpus():
+        torch.cuda.set_device(index)
 
 
 def _identified(files: TensorFiles) -> str:

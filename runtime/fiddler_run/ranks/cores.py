@@ -4,23 +4,21 @@ import os
 from collections.abc import Sequence
 from itertools import accumulate
 
-from fiddler_run.plan.schema import Plan
 from fiddler_run.system.host import core_siblings
 
 
-def bind_to_cores(plan: Plan, number: int, nodes: Sequence[int] = ()) -> None:
-    """Lets this thread, and those that it starts, run on the cores of rank `number`.
+def bind_to_cores(threads: Sequence[int], place: int, nodes: Sequence[int]) -> None:
+    """Lets this thread, and those that it starts, run on its rank's part of the cores.
 
     Args:
+        threads: of each rank on this machine.
+        place: of this rank among them.
         nodes: the NUMA nodes of this machine's GPUs. They count if each rank has one.
     """
-    here = plan.ranks_beside(number)
-    if len(here) == 1 or not hasattr(os, "sched_setaffinity"):
+    if len(threads) == 1 or not hasattr(os, "sched_setaffinity"):
         return
-    threads = [plan.ranks[rank].cpu_threads for rank in here]
-    known = len(nodes) == len(here)
-    divided = divide(core_siblings(), threads, nodes if known else [0] * len(here))
-    own = divided[here.index(number)]
+    known = len(nodes) == len(threads)
+    own = divide(core_siblings(), threads, nodes if known else [0] * len(threads))[place]
     if own:
         os.sched_setaffinity(0, {cpu for core in own for cpu in core})
 

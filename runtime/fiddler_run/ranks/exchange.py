@@ -90,7 +90,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """Ends all that is under way, without results. From any thread."""
+        """Ends all that is under way, without results. From any thread. The last call."""
 
 
 class NcclExchange(Exchange):

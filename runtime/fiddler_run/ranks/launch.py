@@ -7,12 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.plan.schema import Plan
 from fiddler_run.ranks.connection import Connection, listen, release
 from fiddler_run.ranks.peers import LEAVE_S, Peer, Peers, end_processes, ending
 
@@ -25,33 +24,36 @@ LOOPBACK = "127.0.0.1"
 class Gathering:
     """Ranks on their way: `processes` were started here, `peers` have said who they are."""
 
-    plan: Plan
+    num_ranks: int
     listening: socket.socket
     processes: dict[int, subprocess.Popen] = field(default_factory=dict)
     peers: dict[int, Peer] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[int]:
-        return [rank for rank in range(1, len(self.plan.ranks)) if rank not in self.peers]
+        return [rank for rank in range(1, self.num_ranks) if rank not in self.peers]
 
 
 def gather(
-    plan: Plan,
+    machines: Sequence[int],
     address: tuple[str, int] | None,
-    task: dict[str, str],
+    task: dict[str, object],
+    module: str = "fiddler_run",
     waiting: Callable[[str], None] = lambda _: None,
 ) -> Peers:
     """Starts the other ranks on this machine, and waits for those on others.
 
     Args:
+        machines: the number of each rank's machine.
         address: where to listen. None: only this machine's ranks can connect.
-        task: what they need to load their share, passed on to them.
+        task: what the others need to know.
+        module: what a rank of this machine runs.
         waiting: called with a line to show while other machines have yet to connect.
 
     Raises:
-        FiddlerError: a rank does not come, or cannot run the plan.
+        FiddlerError: a rank does not come, or runs another release.
     """
-    elsewhere = [n for n, rank in enumerate(plan.ranks) if rank.machine != plan.rank.machine]
+    elsewhere = [rank for rank, machine in enumerate(machines) if machine != machines[0]]
     named = ", ".join(map(str, elsewhere))
     if elsewhere and address is None:
         raise FiddlerError(
@@ -60,30 +62,30 @@ def gather(
             " them there"
         )
     with listen(*(address or (LOOPBACK, 0))) as listening:
-        gathering = Gathering(plan, listening)
+        gathering = Gathering(len(machines), listening)
         host, port = listening.getsockname()[:2]
         with _ending_on_error(gathering):
-            for number, rank in enumerate(plan.ranks[1:], 1):
-                if rank.machine == plan.rank.machine:
-                    gathering.processes[number] = _start(host, port, number)
+            for rank, machine in enumerate(machines[1:], 1):
+                if machine == machines[0]:
+                    gathering.processes[rank] = _start(module, host, port, rank)
             if elsewhere:
                 waiting(f"waiting for ranks at {host}:{port}: {named}")
-            _welcome_all(gathering, {**task, "plan": plan.dump()})
-            return Peers([gathering.peers[number] for number in sorted(gathering.peers)])
+            _welcome_all(gathering, task)
+            return Peers([gathering.peers[rank] for rank in sorted(gathering.peers)])
 
 
-def _start(host: str, port: int, number: int) -> subprocess.Popen:
+def _start(module: str, host: str, port: int, rank: int) -> subprocess.Popen:
     """Starts a rank of this machine. It ends when its connection to this process ends."""
-    command = [sys.executable, "-m", "fiddler_run", "--join", f"{host}:{port}", "--rank"]
     return subprocess.Popen(
-        [*command, str(number)],
+        # -P: a folder of that name in the working directory must not shadow the module
+        [sys.executable, "-P", "-m", module, "--join", f"{host}:{port}", "--rank", str(rank)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for rank 0 alone
     )
 
 
-def _welcome_all(gathering: Gathering, task: dict[str, str]) -> None:
+def _welcome_all(gathering: Gathering, task: dict[str, object]) -> None:
     """Waits until all ranks are connected, and gives them their task."""
     deadline_s = time.monotonic() + JOIN_S
     while gathering.missing:
@@ -103,7 +105,7 @@ def _welcome_all(gathering: Gathering, task: dict[str, str]) -> None:
             )
 
 
-def _welcome(gathering: Gathering, connection: Connection, task: dict[str, str]) -> None:
+def _welcome(gathering: Gathering, connection: Connection, task: dict[str, object]) -> None:
     hello = connection.receive() or {}
     rank = hello.get("rank")
     problem = None

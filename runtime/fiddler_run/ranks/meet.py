@@ -6,17 +6,17 @@ import torch
 import torch.distributed as distributed
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.plan.schema import Plan
 from fiddler_run.ranks.connection import Connection, listen
 from fiddler_run.ranks.exchange import Exchange, GlooExchange, NcclExchange
 from fiddler_run.ranks.peers import Peers
 
 
-def meet(plan: Plan, peers: Peers, device: torch.device, model: str) -> None:
+def meet(peers: Peers, device: torch.device, one_machine: bool, model: str) -> Exchange:
     """Connects rank 0 with the others, which call `join`.
 
     Args:
         device: of rank 0.
+        one_machine: True if all ranks are on the same machine.
         model: identifies the files of its model.
 
     Raises:
@@ -29,10 +29,10 @@ def meet(plan: Plan, peers: Peers, device: torch.device, model: str) -> None:
             raise FiddlerError(
                 f"rank {rank} has other files of the model than rank 0; copy the whole folder"
             )
-    one_machine = len({rank.machine for rank in plan.ranks}) == 1
     on_gpus = {device.type, *(reply["device"] for reply in found)} == {"cuda"}
     nccl = one_machine and on_gpus
     host = peers.own_address
+    num_ranks = 1 + len(found)
     listening = listen(host, 0)
     store = distributed.TCPStore(
         host,
@@ -41,13 +41,12 @@ def meet(plan: Plan, peers: Peers, device: torch.device, model: str) -> None:
         wait_for_workers=False,
         master_listen_fd=listening.detach(),
     )
-    peers.tell(port=store.port, nccl=nccl)
-    peers.exchange = _exchange(nccl, 0, len(plan.ranks), device, store, host)
+    peers.tell(port=store.port, num_ranks=num_ranks, nccl=nccl)
+    peers.exchange = _exchange(nccl, 0, num_ranks, device, store, host)
+    return peers.exchange
 
 
-def join(
-    connection: Connection, rank: int, num_ranks: int, device: torch.device, model: str
-) -> Exchange:
+def join(connection: Connection, rank: int, device: torch.device, model: str) -> Exchange:
     """Connects a rank with rank 0, which calls `meet`.
 
     Raises:
@@ -59,7 +58,7 @@ def join(
         raise FiddlerError("rank 0 is gone")
     store = distributed.TCPStore(connection.address, message["port"], is_master=False)
     own_address = connection.own_address
-    return _exchange(message["nccl"], rank, num_ranks, device, store, own_address)
+    return _exchange(message["nccl"], rank, message["num_ranks"], device, store, own_address)
 
 
 def _exchange(

@@ -30,13 +30,16 @@ def current_gpu() -> Gpu | None:
     return Gpu(name, _bus_id(number), total, free + cached)
 
 
-def gpu_numa_nodes() -> list[int]:
-    """The NUMA node of each GPU. 0 if unknown."""
+def num_gpus() -> int:
+    """The number of GPUs that this process may use."""
     import torch
 
-    if not torch.cuda.is_available():
-        return []
-    numbers = range(torch.cuda.device_count())
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def gpu_numa_nodes() -> list[int]:
+    """The NUMA node of each GPU. 0 if unknown."""
+    numbers = range(num_gpus())
     found = (read(f"sys/bus/pci/devices/{_bus_id(number)}/numa_node") for number in numbers)
     return [int(node) if node.isdigit() else 0 for node in found]
 

@@ -1,0 +1,80 @@
+"""Another rank of `fiddler-opt profile --ranks`: times what rank 0 says, when it says so."""
+
+import argparse
+import sys
+
+from fiddler_run.command import exit_status
+from fiddler_run.errors import FiddlerError
+from fiddler_run.flag_types import address, positive
+from fiddler_run.ranks.connection import Connection, connect, release
+from fiddler_run.ranks.launch import JOIN_S
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--join", type=address, required=True)
+    parser.add_argument("--rank", type=positive, required=True)
+    flags = parser.parse_args()
+    return exit_status(lambda: run(flags.join, flags.rank), "fiddler-opt profile")
+
+
+def run(host_and_port: tuple[str, int], rank: int) -> None:
+    with connect(*host_and_port, patience_s=JOIN_S) as connection:
+        connection.send(rank=rank, release=release())
+        task = connection.receive()
+        if task is None or "failed" in task:
+            return  # rank 0 tells the user
+        try:
+            _work(connection, rank, task)
+        except FiddlerError as error:
+            connection.send(failed=str(error))
+
+
+def _work(connection: Connection, rank: int, task: dict) -> None:
+    import torch
+    import yaml
+
+    from fiddler_opt.inputs.model import ModelSpec
+    from fiddler_opt.measure.machine import MachineBench
+    from fiddler_opt.measure.ranks import free_bytes, timed_sizes
+    from fiddler_opt.measure.settings import profile_settings
+    from fiddler_run.ranks.cores import bind_to_cores
+    from fiddler_run.ranks.exchange import Sizes
+    from fiddler_run.ranks.meet import join
+    from fiddler_run.ranks.serve import end_with
+    from fiddler_run.system.gpu import gpu_numa_nodes
+
+    end_with(connection)
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() < task["count"]:
+            raise FiddlerError(
+                f"--ranks {task['count']}: each needs a GPU of its own, and there are"
+                f" {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(rank)
+    bind_to_cores([1] * task["count"], rank, gpu_numa_nodes())
+    model = ModelSpec.load(task["model"])
+    bench = MachineBench(model, profile_settings(task["quick"], task["count"]), None)
+    connection.send(ready=True)
+    while (message := connection.receive()) is not None:
+        match message["do"]:
+            case "remember" if message["rank"] == rank:
+                bench.found = yaml.safe_load(message["parts"])
+            case "time":
+                values = bench.parts[message["part"]]()
+                bench.found[message["part"]] = values
+                connection.send(values=yaml.safe_dump(values))
+            case "exchange":
+                before = free_bytes(bench.device)
+                exchange = join(connection, rank, bench.device, "")
+                dtype = getattr(torch, message["dtype"])
+                for tokens, choices in timed_sizes(model):
+                    exchange.take(Sizes(tokens, choices, message["hidden"], dtype))
+                    exchange.send(torch.zeros(tokens, message["hidden"], device=bench.device))
+                connection.send(exchange_bytes=before - free_bytes(bench.device))
+            case "end":
+                return
+
+
+if __name__ == "__main__":
+    sys.exit(main())
