@@ -10,8 +10,9 @@ from planning import machine_profile, random_routing, several_ranks, small_model
 
 from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.solve.cost import CostModel
-from fiddler_opt.solve.ilp import place, relaxed_s
+from fiddler_opt.solve.ilp import place, relaxed_s, rounded_relaxation
 from fiddler_opt.solve.placement import MemoryLimits, Placement, Share
+from fiddler_opt.solve.rounding import whole_blocks
 from fiddler_run.plan.schema import Workload
 
 WORKLOAD = Workload(prompt_tokens=10, output_tokens=20, num_beams=1, batch_size=1, max_seq_len=64)
@@ -142,3 +143,21 @@ def test_equal_experts_share_variables_and_get_all_their_blocks():
         counts = np.array([row for rank in blocks for row in rank])
         assert (counts.sum(axis=0) == cost.blocks_per_expert).all()
         assert (counts.max(axis=1) - counts.min(axis=1) <= 1).all()
+
+
+def test_a_rounded_relaxation_is_a_placement_within_the_limits():
+    for seed in range(20):
+        costs, limits = random_ranks_instance(random.Random(seed))
+        limits = replace(limits, host_bytes=None)
+        unlimited = tuple(replace(each, host_bytes=None) for each in limits.others)
+        limits = replace(limits, others=unlimited)
+        placement, bound_s = rounded_relaxation(costs, limits)
+        assert fits(placement, costs[0], limits)
+        assert max(cost.total_s(placement) for cost in costs) >= bound_s * (1 - 1e-9)
+
+
+def test_whole_blocks_keep_the_totals():
+    counts = [[0.5, 1.2, 0.3], [0.5, 1.2, 0.3], [1.0, 0.6, 2.4]]
+    rounded = whole_blocks(counts, [2, 2, 4])
+    assert [sum(each) for each in rounded] == [2, 2, 4]
+    assert [sum(each) for each in zip(*rounded, strict=True)] == [2, 3, 3]

@@ -14,6 +14,7 @@ from fiddler_run.errors import FiddlerError
 
 SOLVED = ("optimal", "stopped early", "time limit")
 EQUAL = 1 + 1e-9  # times within this ratio are equal
+RANKS_TIME_LIMIT_S = 30.0  # for several ranks, whose rounded relaxation is good already
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,18 @@ def place(
     """
     started = time.perf_counter()
     program = workload_program(costs, limits)
-    start = rounded_relaxation(costs, limits) if limits.others else None
+    start, relaxed_bound_s = rounded_relaxation(costs, limits) if limits.others else (None, 0.0)
+    if start is not None:
+        known = [*known, start]
+        time_limit_s = min(time_limit_s, RANKS_TIME_LIMIT_S)
     status = program.solve(time_limit_s, start)
-    if status not in SOLVED or not program.is_solved:
+    found = list(known)
+    if status in SOLVED and program.is_solved:
+        solved = program.placement()
+        found.append(solved)
+        if limits.host_bytes is None:
+            found.insert(0, uniform(costs[0], solved))
+    elif start is None:
         raise FiddlerError(
             f"the solver found no placement in {time_limit_s:.0f} s (status: {status}); give it"
             " more memory or time"
@@ -63,10 +73,6 @@ def place(
     def longest_s(placement: Placement) -> float:
         return max(cost.total_s(placement) for cost in costs)
 
-    solved = program.placement()
-    found = [*known, solved]
-    if limits.host_bytes is None:
-        found.insert(0, uniform(costs[0], solved))
     timed = [(each, longest_s(each)) for each in found]
     least_s = min(seconds for _, seconds in timed)
     equal = [each for each in timed if each[1] <= least_s * EQUAL]
@@ -74,7 +80,7 @@ def place(
     return Solution(
         placement=placement,
         objective_s=objective_s,
-        bound_s=min(objective_s, program.bound_s),
+        bound_s=min(objective_s, max(relaxed_bound_s, program.bound_s)),
         status=status,
         solve_s=time.perf_counter() - started,
     )
@@ -85,16 +91,19 @@ def workload_program(costs: Sequence[CostModel], limits: MemoryLimits) -> Progra
     return Program(costs, limits, {phase: phase.steps for phase in costs[0].phases})
 
 
-def rounded_relaxation(costs: Sequence[CostModel], limits: MemoryLimits) -> Placement | None:
-    """The rounded solution of the relaxation. None if host memory is limited.
+def rounded_relaxation(
+    costs: Sequence[CostModel], limits: MemoryLimits
+) -> tuple[Placement | None, float]:
+    """The rounded solution of the relaxation, and the relaxation's seconds, a lower bound.
 
-    It spares the solver the search for a first solution, which may take a minute for several ranks.
+    The solution is None if host memory is limited. It spares the solver the search for a first one,
+    which may take a minute for several ranks.
     """
-    if any(each.host_bytes is not None for each in limits.ranks):
-        return None
     program = Program(costs, limits, {phase: phase.steps for phase in costs[0].phases}, True)
-    solved = program.solve() == "optimal"
-    return program.blocks.rounded(limits) if solved else None
+    if program.solve() != "optimal":
+        return None, 0.0
+    limited = any(each.host_bytes is not None for each in limits.ranks)
+    return None if limited else program.blocks.rounded(limits), program.objective_s
 
 
 def uniform(cost: CostModel, solved: Placement) -> Placement:

@@ -31,6 +31,7 @@ class Solver(pulp.HiGHS):
         presolve: bool,
         time_limit_s: float | None,
         max_gap: float = MAX_GAP,
+        method: str = "choose",
     ):
         super().__init__(
             mip=False,  # PuLP would pass integer variables one by one, in quadratic time
@@ -40,6 +41,7 @@ class Solver(pulp.HiGHS):
             callbackTuple=(self._stop_when_close, None),
             callbacksToActivate=[highspy.cb.HighsCallbackType.kCallbackMipInterrupt],
             presolve="choose" if presolve else "off",
+            solver=method,
         )
         self._left_out = left_out
         self._max_gap = max_gap
