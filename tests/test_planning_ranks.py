@@ -128,3 +128,28 @@ def test_a_plan_of_two_ranks_calibrates_nothing(folder):
     path = "plans/four-layers-6GB+4GB.yaml"
     result = run("fiddler-opt", "calibrate", path, "result.json", cwd=folder)
     assert_refused(result, "a plan of 2 ranks; calibrate each machine with a plan of one")
+
+
+def test_whatif_repeats_the_machine(folder):
+    """Two ranks have twice the GPU memory, CPUs and links of one."""
+    flags = ("--model", "four-layers", "--machine", MACHINE, "--encoding", "bf16")
+    result = run("fiddler-opt", "whatif", *flags, "--ranks", "1..3", "--gpu-mem", "4GB", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "each rank has its own GPU, link and RAM" in result.stdout
+    rows = [line.split("│") for line in result.stdout.splitlines() if line.startswith("│")]
+    assert [row[1].strip() for row in rows] == ["1", "2", "3"]
+    rates = [float(row[2]) for row in rows]
+    assert rates[2] > rates[1] > 1.5 * rates[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--machine", MACHINE, "--ranks", "1,100"), "--ranks 1,100: there can be 64 at most"),
+        (("--machine", MACHINE, MACHINE, "--ranks", "1,2"), "--machine: give one profile"),
+        (("--machine", MACHINE, "--ranks", "0,2"), "--ranks 0: must be more than zero"),
+    ],
+)
+def test_impossible_ranks_are_refused(folder, flags, words):
+    result = run("fiddler-opt", "whatif", "--model", "four-layers", *flags, cwd=folder)
+    assert_refused(result, words)

@@ -8,6 +8,8 @@ from fiddler_opt.units import (
     parse_bytes,
     parse_bytes_per_s,
     parse_count,
+    parse_network,
+    parse_sizes,
     parse_values,
     round_values,
 )
@@ -121,3 +123,20 @@ def test_absurd_sizes_are_refused(parse, text):
 def test_largest_sizes_are_parsed():
     assert parse_bytes("1048576TiB", "--gpu-mem") == 2**60
     assert parse_count("0002147483647", "--beams") == 2**31 - 1
+
+
+def test_networks_are_parsed():
+    assert parse_network("0.2ms,1GB/s", "--network") == (200.0, GB)
+    assert parse_network("30us, 20GB/s", "--network") == (30.0, 20 * GB)
+
+
+@pytest.mark.parametrize(
+    "text", ["0.2ms", "1GB/s", "0.2,1GB/s", "0ms,1GB/s", "1ms,1GB", "1ms,0B/s"]
+)
+def test_malformed_networks_are_refused(text):
+    with pytest.raises(FiddlerError, match="--network"):
+        parse_network(text, "--network")
+
+
+def test_lists_of_sizes_keep_their_order():
+    assert parse_sizes("24GB,0GB,16GB", "--gpu-mem") == [24 * GB, 0, 16 * GB]

@@ -31,10 +31,16 @@ def load_spec(name: str, console: Console) -> ModelSpec:
     return model
 
 
-def load_machine(flags: argparse.Namespace) -> tuple[MachineProfile, str]:
-    """Loads the machine profile, or joins several. Returns it with the files' names."""
+def load_machine(
+    flags: argparse.Namespace, network: str | None = None
+) -> tuple[MachineProfile, str]:
+    """Loads the machine profile, or joins several. Returns it with the files' names.
+
+    Args:
+        network: between the machines, as given by --network.
+    """
     names = [str(shipped_file(name)) for name in flags.machine or [machine_file(flags)]]
-    return load_machines(names, flags.network), JOINED_BY.join(names)
+    return load_machines(names, network), JOINED_BY.join(names)
 
 
 def load_routing(flags: argparse.Namespace, model: ModelSpec) -> Routing:

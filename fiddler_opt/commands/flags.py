@@ -33,14 +33,18 @@ def add_profiles(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument(
-        "--network",
-        metavar="LATENCY,RATE",
-        help="round trip and rate between the machines of several profiles, such as 0.2ms,1GB/s",
-    )
-    parser.add_argument(
         "--routing",
         metavar="FILE",
         help="routing profile (default: the model's in --profiles, else uniform routing)",
+    )
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag for the network between the machines of several profiles."""
+    parser.add_argument(
+        "--network",
+        metavar="LATENCY,RATE",
+        help="round trip and rate between the machines of several profiles, such as 0.2ms,1GB/s",
     )
 
 

@@ -64,6 +64,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ),
     )
     shared.add_profiles(parser)
+    shared.add_network(parser)
     shared.add_encoding(parser)
     for key, words in WORKLOAD_HELP.items():
         parser.add_argument(
@@ -100,7 +101,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     host_bytes = None if flags.host_mem is None else parse_bytes(flags.host_mem, "--host-mem")
     model = load_spec(flags.model, console)
     workload = plan_workload({key: getattr(flags, key) for key in DEFAULTS}, model)
-    profile, machine_name = load_machine(flags)
+    profile, machine_name = load_machine(flags, flags.network)
     routing = load_routing(flags, model)
     if rate is not None and profile.num_ranks > 1:
         raise FiddlerError(

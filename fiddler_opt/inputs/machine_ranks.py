@@ -32,8 +32,17 @@ def load_machines(names: Sequence[str], network: str | None) -> MachineProfile:
             f"--machine names {len(profiles)} machines; add their network's round trip and rate,"
             " such as --network 0.2ms,1GB/s"
         )
-    round_trip_us, bytes_per_s = parse_network(network, "--network")
-    return joined(profiles, names, Network(round_trip_us=round_trip_us, bytes_per_s=bytes_per_s))
+    return joined(profiles, names, network_of(network))
+
+
+def network_of(text: str) -> Network:
+    """Parses the flag --network, such as `0.2ms,1GB/s`.
+
+    Raises:
+        FiddlerError: the text is not a time above zero and a rate.
+    """
+    round_trip_us, bytes_per_s = parse_network(text, "--network")
+    return Network(round_trip_us=round_trip_us, bytes_per_s=bytes_per_s)
 
 
 def joined(
@@ -71,3 +80,10 @@ def joined(
             f"{' + '.join(names)}: {problems[0]}; profile all machines with the same release"
         )
     return result
+
+
+def repeated(machine: MachineProfile, count: int, network: Network) -> MachineProfile:
+    """The profile of `count` machines that are all like the one of a single rank."""
+    if count == 1:
+        return machine
+    return joined([machine] * count, ["the profile"] * count, network)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.machine_ranks import network_of, repeated
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.workload import DEFAULTS
 from fiddler_opt.insight.scaling import with_gpu_memory, with_rates
@@ -11,7 +12,7 @@ from fiddler_opt.insight.sweep_flags import WhatIf
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan, Workload
 
-# The best plan on a machine for a workload and a number of bytes of GPU memory.
+# The best plan on a machine for a workload and a number of bytes of GPU memory in each rank.
 Solve = Callable[[MachineProfile, Workload, int], Plan]
 
 
@@ -61,7 +62,11 @@ def points(asked: WhatIf, machine: MachineProfile, workload: Workload) -> list[P
             Point(
                 value,
                 asked.quantity.show(value),
-                with_gpu_memory(supposed, gpu_bytes),
+                repeated(
+                    with_gpu_memory(supposed, gpu_bytes),
+                    given.get("ranks", 1),
+                    network_of(asked.network),
+                ),
                 workload,
                 gpu_bytes,
             )

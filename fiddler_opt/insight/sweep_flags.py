@@ -17,6 +17,7 @@ from fiddler_opt.units import (
     parse_values,
 )
 from fiddler_run.errors import FiddlerError
+from fiddler_run.plan.schema import MAX_RANKS
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ QUANTITIES = {
     "gpu_mem": Quantity(("--gpu-mem",), "GPU memory", "B", "the profiled GPU's"),
     "link": Quantity(("--link",), "link bandwidth", "B/s", "as profiled"),
     "ram": Quantity(("--ram",), "RAM bandwidth for the CPU", "B/s", "as profiled"),
+    "ranks": Quantity(("--ranks",), "ranks", "", "1"),
     "max_seq_len": _of_workload("max_seq_len", ("--context", "--max-seq-len"), "context", "tokens"),
     "num_beams": _of_workload("num_beams", ("--beams", "--num-beams"), "beams"),
     "batch_size": _of_workload("batch_size", ("--batch-size",), "sequences at once"),
@@ -71,13 +73,20 @@ QUANTITIES = {
 }
 
 
+DEFAULT_NETWORK = "0.03ms,20GB/s"
+
+
 @dataclass(frozen=True)
 class WhatIf:
-    """The values of `swept`, a key of QUANTITIES, and one value for each other given quantity."""
+    """The values of `swept`, a key of QUANTITIES, and one value for each other given quantity.
+
+    `network`: between ranks, if there are several.
+    """
 
     swept: str
     values: list[int]
     fixed: dict[str, int]
+    network: str = DEFAULT_NETWORK
 
     @property
     def quantity(self) -> Quantity:
@@ -92,6 +101,14 @@ class WhatIf:
         return {key: fits if key == self.swept else self.fixed.get(key) for key in DEFAULTS}
 
 
+NOTES = {
+    "ranks": (
+        "; each brings its own GPU, link and memory bandwidth, as separate machines do, and the"
+        " --gpu-mem given"
+    )
+}
+
+
 def add_whatif_flags(parser: argparse.ArgumentParser) -> None:
     for key, quantity in QUANTITIES.items():
         parser.add_argument(
@@ -100,9 +117,15 @@ def add_whatif_flags(parser: argparse.ArgumentParser) -> None:
             metavar="VALUES",
             help=(
                 f"{quantity.title}: one value, a list A,B,C, or a range A..B (default:"
-                f" {quantity.default})"
+                f" {quantity.default}){NOTES.get(key, '')}"
             ),
         )
+    parser.add_argument(
+        "--network",
+        metavar="LATENCY,RATE",
+        default=DEFAULT_NETWORK,
+        help="with --ranks: round trip and rate between them (default: %(default)s)",
+    )
     parser.add_argument(
         "--plot",
         metavar="FILE",
@@ -132,4 +155,6 @@ def parse_whatif(flags: argparse.Namespace) -> WhatIf:
             " --beams 1,2,4"
         )
     fixed = {key: values[0] for key, values in given.items() if key != swept[0]}
-    return WhatIf(swept[0], given[swept[0]], fixed)
+    if max(given.get("ranks", [1])) > MAX_RANKS:
+        raise FiddlerError(f"--ranks {flags.ranks}: there can be {MAX_RANKS} at most")
+    return WhatIf(swept[0], given[swept[0]], fixed, flags.network)

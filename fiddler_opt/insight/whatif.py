@@ -84,6 +84,7 @@ def describe(asked: WhatIf, point: Point) -> str:
         "gpu_mem": f"{format_bytes(point.gpu_total_bytes)} GPU memory",
         "link": f"link {format_bytes_per_s(given['link'])}" if "link" in given else "",
         "ram": f"RAM {format_bytes_per_s(given['ram'])}" if "ram" in given else "",
+        "ranks": f"{given['ranks']} ranks" if given.get("ranks", 1) > 1 else "",
         "prompt_tokens": f"{work.prompt_tokens} prompt tokens",
         "output_tokens": f"{work.output_tokens} output tokens",
         "max_seq_len": f"context {work.max_seq_len}",
@@ -114,11 +115,15 @@ def assumption(asked: WhatIf, machine: MachineProfile) -> str:
             f"reads from the profiled RAM, {reads}, scale with it; computing takes as long as"
             " profiled"
         ),
+        "ranks": (
+            "each rank has its own GPU, link and RAM, as fast as the profiled ones; they exchange"
+            f" states over {asked.network}"
+        ),
         "max_seq_len": (
             "a longer cache takes memory from the experts; attention takes as long as profiled"
         ),
     }
-    supposed = [asked.swept, *(key for key in ("link", "ram") if key in asked.fixed)]
+    supposed = [asked.swept, *(key for key in ("link", "ram", "ranks") if key in asked.fixed)]
     return (
         "; ".join(assumed[key] for key in supposed if key in assumed)
         or "times by numbers of tokens as profiled"
