@@ -99,7 +99,9 @@ def binding_words(plan: Plan) -> str:
         longest = f"most of a decode step goes to {PARTS[max(known, key=known.get)]}"
     if predicted.binding == "nothing":
         return f"{longest}; more memory would not help"
-    more = f"another GB of GPU memory would add {predicted.next_gb_tokens_per_s:.3f} tokens/s"
+    where = " in rank 0" if len(plan.ranks) > 1 else ""
+    gain = f"{predicted.next_gb_tokens_per_s:.3f} tokens/s"
+    more = f"another GB of GPU memory{where} would add {gain}"
     return f"{longest}; {predicted.binding} is used up, and {more}"
 
 

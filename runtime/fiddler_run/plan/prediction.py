@@ -37,8 +37,8 @@ class Predicted(Section):
     `gap` is relative: (found - bound) / found, in seconds. `decode_ms` and `ttft_ms` are the
     milliseconds of a decode step and of the time to first token, by the parts of `plan.parts`.
     `binding` is the budget that limits the speed. `next_gb_tokens_per_s` is the gain from another
-    GB of GPU memory. `regret` is, by set of prompts, the relative extra time compared with a plan
-    made for that set. `alternatives` are the predictions of simpler rules.
+    GB of the first rank's GPU memory. `regret` is, by set of prompts, the relative extra time
+    compared with a plan made for that set. `alternatives` are the predictions of simpler rules.
     """
 
     decode_tokens_per_s: Rate
