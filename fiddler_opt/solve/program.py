@@ -99,10 +99,14 @@ class Program:
         presolve = not any(self.blocks.d)  # with (F), it may take ten times as long as the rest
         several = bool(self.blocks.others)
         max_gap = MAX_GAP_OF_RANKS if several else MAX_GAP
-        # For 4 ranks of 6144 experts, the simplex method takes 80 s, interior points 13 s.
-        method = "ipm" if several and self._relaxed else "choose"
-        solver = Solver(self._constant, presolve, time_limit_s, max_gap, method)
-        return solver.run(self.lp, {} if start is None else self.blocks.values(start))
+        values = {} if start is None else self.blocks.values(start)
+        if several and self._relaxed:
+            # For 4 ranks of 6144 experts, the simplex method takes 80 s, interior points 13 s. They
+            # fail on a few absurd profiles.
+            solver = Solver(self._constant, presolve, time_limit_s, max_gap, "ipm")
+            if solver.run(self.lp, values) == "optimal":
+                return "optimal"
+        return Solver(self._constant, presolve, time_limit_s, max_gap).run(self.lp, values)
 
     def solve_again(self, limits: MemoryLimits) -> str:
         """Solves the solved relaxation for other GPU memory, from its present solution."""
