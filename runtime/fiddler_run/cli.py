@@ -37,6 +37,9 @@ def run(flags: argparse.Namespace) -> None:
         dry_run(plan_path, flags, stderr)
         return
     plan = Plan.load(plan_path)
+    if len(plan.ranks) > 1:
+        # PyTorch warns of a group that the end of the process ends
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     prompt = read_stdin() if flags.prompt == "-" else flags.prompt
     text = None if flags.perplexity is None else read_text(flags.perplexity)
     template = None if flags.template is None else read_text(shipped_file(flags.template))

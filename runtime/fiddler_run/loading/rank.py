@@ -66,4 +66,3 @@ def _work(
     share = share_of(plan, store, loader.device, rank)
     connection.send(overflow_note=store.overflow_note)
     serve(connection, exchange, share, plan)
-    exchange.abort()

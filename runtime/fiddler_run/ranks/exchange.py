@@ -90,13 +90,16 @@ class Exchange(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """Ends all that is under way, without results. From any thread. The last call."""
+        """Ends all that is under way, without results. From any thread."""
 
 
 class NcclExchange(Exchange):
     """Between the GPUs of one machine. The order of the sum is NCCL's, and always the same."""
 
     can_record = True
+
+    # It is never destroyed in order: NCCL would wait for the CUDA graphs that hold its work. The
+    # end of the process ends it.
 
     def __init__(self, rank: int, num_ranks: int, device: torch.device, store: distributed.Store):
         super().__init__(rank, num_ranks, device)

@@ -133,8 +133,6 @@ class Peers:
         self._closing = True
         in_step = self.failure is None and not self._within_layer
         self.tell(do="end")
-        if self.exchange is not None and in_step:
-            self.exchange.abort()  # there is nothing under way, and PyTorch warns otherwise
         for peer in self._peers:
             peer.connection.close()
         started_here = [peer.process for peer in self._peers if peer.process is not None]
