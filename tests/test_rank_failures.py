@@ -83,9 +83,18 @@ def assert_one_line(lines: list[str], words: str) -> None:
     assert not any("Traceback" in line for line in lines), lines
 
 
+def cpus_of(pid: int) -> set[int]:
+    """The CPUs that a process's first thread may use."""
+    return os.sched_getaffinity(pid)
+
+
 def test_a_killed_rank_ends_the_run(plan_file):
     run = started(plan_file)
     run.wait_for_output(1)
+    both = [cpus_of(pid) for pid in (run.process.pid, run.other)]
+    if len(os.sched_getaffinity(0)) > 1:
+        assert not set.intersection(*both)
+    assert set.union(*both) == os.sched_getaffinity(0)
     os.kill(run.other, signal.SIGKILL)
     status, lines = run.end()
     assert status == 1

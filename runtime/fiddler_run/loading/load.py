@@ -89,6 +89,7 @@ class ModelLoader(ShareLoader):
             }
             machines = [rank.machine for rank in plan.ranks]
             self.peers = gather(machines, listen, task, waiting=on_waiting)
+            self.bind_to_cores()
 
     @property
     def vocab_size(self) -> int:

@@ -61,6 +61,7 @@ def _work(
     loader = ShareLoader(
         plan, rank, model or task["model"], task["load_format"], disk_folder or task["disk_folder"]
     )
+    loader.bind_to_cores()
     exchange = join(connection, rank, loader.device, loader.model_id)
     store = loader.load_store(lambda count: connection.send(loaded_bytes=count))
     share = share_of(plan, store, loader.device, rank)

@@ -38,8 +38,6 @@ class ShareLoader:
     ):
         """Runs the checks.
 
-        If the rank shares its machine with others, it also binds this thread to its cores.
-
         Args:
             number: of the rank.
             model, load_format, disk_folder, plan_file: as for a `PlanCheck`.
@@ -55,9 +53,6 @@ class ShareLoader:
             plan, plan_file, model, load_format, disk_folder, fetch=True, number=number
         )
         checked.refuse()
-        here = plan.ranks_beside(number)
-        threads = [plan.ranks[rank].cpu_threads for rank in here]
-        bind_to_cores(threads, here.index(number), gpu_numa_nodes())
         self._checked = checked
         if load_format == "dummy":
             self.weights = DummyWeights(plan.model, getattr(torch, plan.model.dtype))
@@ -68,6 +63,15 @@ class ShareLoader:
             self.device = torch.device("cuda", torch.cuda.current_device())
             memory = plan.ranks[number].gpu_memory_bytes
             allow_gpu_memory(checked.skeleton, self.device, memory.total - memory.reserve)
+
+    def bind_to_cores(self) -> None:
+        """Binds this thread, and those that it starts, to the rank's part of the cores.
+
+        Processes that it starts later are bound to them, too.
+        """
+        here = self.plan.ranks_beside(self.number)
+        threads = [self.plan.ranks[rank].cpu_threads for rank in here]
+        bind_to_cores(threads, here.index(self.number), gpu_numa_nodes())
 
     @property
     def model_id(self) -> str:
