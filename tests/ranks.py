@@ -68,6 +68,7 @@ def in_ranks(model: PlannedModel, plan: Plan, folder: Path) -> Iterator[PlannedM
     """Lets a loaded model run a plan whose other ranks are threads; experts are in `folder`."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # a thread that has received a message should not wait for another
+    torch.set_num_threads(1)  # MKL's number of threads is that of the process
     weights = open_checkpoint(folder)
     num_ranks = len(plan.ranks)
 

@@ -64,12 +64,9 @@ def profile_machine(
         )
         from fiddler_opt.measure.ranks import OtherRanks
 
-    others = None
-    if num_ranks > 1:
-        with console.status("starting the other ranks"):
-            others = OtherRanks(
-                num_ranks, str(folder.resolve() if folder else model.shape.name), quick
-            )
+    name = model.shape.name if folder is None else str(folder.resolve())
+    with console.status("starting the other ranks"):
+        others = OtherRanks(num_ranks, name, quick) if num_ranks > 1 else None
     bench = MachineBench(model, profile_settings(quick, num_ranks), folder)
     identity = bench.identity | ({"ranks": num_ranks} if others else {})
     unfinished = Unfinished(path, identity)
@@ -77,8 +74,7 @@ def profile_machine(
     if done == len(bench.parts) and not keep_parts:
         forget_unfinished(path)  # kept by a command that recorded routing afterwards
         unfinished = Unfinished(path, identity)
-        done = 0
-    if done:
+    elif done:
         console.print(
             f"resuming an unfinished profile: {done} of {len(bench.parts)} parts are timed"
         )

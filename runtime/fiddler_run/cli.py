@@ -30,7 +30,7 @@ def run(flags: argparse.Namespace) -> None:
     if flags.join is not None:
         from fiddler_run.loading.rank import run_rank
 
-        run_rank(flags.join, flags.rank, flags.model, flags.disk_folder)
+        run_rank(flags.join, flags.rank, flags.model, flags.disk_folder, stderr.print)
         return
     plan_path = shipped_file(flags.plan)
     if flags.dry_run:

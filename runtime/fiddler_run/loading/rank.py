@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 from fiddler_run.ranks.connection import Connection, connect, release
 from fiddler_run.ranks.launch import JOIN_S
+
+WAIT_S = 0.5  # how much later than the exchange the connection may end
 
 
 def run_rank(
@@ -16,6 +19,7 @@ def run_rank(
     rank: int,
     model: str | None = None,
     disk_folder: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Runs a rank until rank 0 ends it.
 
@@ -23,6 +27,7 @@ def run_rank(
         address: where rank 0 listens.
         model: the checkpoint's folder here. None: as on rank 0.
         disk_folder: for experts on disk; see `load_model`.
+        tell: called with lines to show, if rank 0 has not started this process.
 
     Raises:
         FiddlerError: rank 0 cannot be reached or has gone, or the share cannot be loaded here.
@@ -35,22 +40,40 @@ def run_rank(
             raise FiddlerError(f"rank 0 at {address[0]}:{address[1]} is gone")
         if "failed" in task:
             raise FiddlerError(task["failed"])
+        if task["started_here"]:
+            tell = _ignore
+        tell(f"connected to rank 0 at {address[0]}:{address[1]}; loading")
         try:
-            _work(connection, rank, task, model, disk_folder)
+            _work(connection, rank, task, model, disk_folder, tell)
         except FiddlerError as error:
             connection.send(failed=str(error))
             if task["started_here"]:
                 sys.exit(1)
             raise
         except Exception as error:
+            if connection.has_ended(WAIT_S):  # an exchange that it broke off fails in many ways
+                if task["started_here"]:
+                    sys.exit(1)
+                raise FiddlerError("rank 0 is gone") from None
             last = traceback.format_exception_only(error)[-1].strip()
             connection.send(failed=f"{last} (its traceback is on its stderr)")
             raise
 
 
+def _ignore(_: str) -> None:
+    pass
+
+
 def _work(
-    connection: Connection, rank: int, task: dict, model: str | None, disk_folder: str | None
+    connection: Connection,
+    rank: int,
+    task: dict,
+    model: str | None,
+    disk_folder: str | None,
+    tell: Callable[[str], None],
 ) -> None:
+    import torch
+
     from fiddler_run.loading.share import ShareLoader
     from fiddler_run.ranks.meet import join
     from fiddler_run.ranks.serve import end_with, serve
@@ -62,8 +85,10 @@ def _work(
         plan, rank, model or task["model"], task["load_format"], disk_folder or task["disk_folder"]
     )
     loader.bind_to_cores()
+    torch.set_num_threads(plan.ranks[rank].cpu_threads)
     exchange = join(connection, rank, loader.device, loader.model_id)
     store = loader.load_store(lambda count: connection.send(loaded_bytes=count))
     share = share_of(plan, store, loader.device, rank)
     connection.send(overflow_note=store.overflow_note)
+    tell(f"computes {plan.ranks[rank].expert_bytes / 1e9:.2f} GB of experts until rank 0 ends")
     serve(connection, exchange, share, plan)

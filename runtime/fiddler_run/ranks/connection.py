@@ -7,6 +7,7 @@ Tensors take another way: `exchange`.
 from __future__ import annotations
 
 import json
+import select
 import socket
 import threading
 import time
@@ -48,9 +49,6 @@ class Connection:
         """The address of the other end."""
         return self._socket.getpeername()[0]
 
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
     def send(self, **message: object) -> bool:
         """Sends a message. False if the other end is gone; `receive` will end, too."""
         line = json.dumps(message).encode() + b"\n"
@@ -74,6 +72,12 @@ class Connection:
         except ValueError:
             return None
         return message if isinstance(message, dict) else None
+
+    def has_ended(self, patience_s: float | None = None) -> bool:
+        """True if the other end is gone, or goes within `patience_s`. None: waits for it."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(None if patience_s is None else patience_s * 1000))
 
     def close(self) -> None:
         """Ends the connection. The other end and a thread in `receive` notice it."""
