@@ -5,7 +5,7 @@ import sys
 
 from rich.console import Console
 
-from fiddler_opt.commands import calibrate, diff, doctor, pack, plan, profile, show, whatif
+from fiddler_opt.commands import calibrate, diff, doctor, pack, plan, profile, replay, show, whatif
 from fiddler_run.command import exit_status
 from fiddler_run.flags import add_version
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "show": show,
     "whatif": whatif,
     "diff": diff,
+    "replay": replay,
     "calibrate": calibrate,
     "doctor": doctor,
     "pack": pack,

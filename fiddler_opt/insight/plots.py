@@ -1,6 +1,6 @@
 """Plots profiles, plans and what-ifs.
 
-This is the only module that needs matplotlib.
+This module and `replay_report` are the only ones that need matplotlib.
 """
 
 import io
@@ -27,7 +27,7 @@ def plot(shown: Plan | MachineProfile | RoutingProfile, path: str | Path) -> Non
     """
     require_matplotlib()
     figure = {Plan: _plan, MachineProfile: _machine, RoutingProfile: _routing}[type(shown)](shown)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_curves(
@@ -81,7 +81,7 @@ def plot_curves(
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(title, fontsize="medium", wrap=True)
-    _save(figure, path)
+    save(figure, path)
 
 
 def require_matplotlib() -> None:
@@ -97,7 +97,8 @@ def require_matplotlib() -> None:
     matplotlib.use("Agg")
 
 
-def _save(figure, path: str | Path) -> None:
+def save(figure, path: str | Path) -> None:
+    """Writes a figure in the format given by the file's suffix. Raises as `plot`."""
     picture = io.BytesIO()
     try:
         figure.savefig(picture, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
