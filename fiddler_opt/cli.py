@@ -5,7 +5,18 @@ import sys
 
 from rich.console import Console
 
-from fiddler_opt.commands import calibrate, diff, doctor, pack, plan, profile, replay, show, whatif
+from fiddler_opt.commands import (
+    calibrate,
+    diff,
+    doctor,
+    export,
+    pack,
+    plan,
+    profile,
+    replay,
+    show,
+    whatif,
+)
 from fiddler_run.command import exit_status
 from fiddler_run.flags import add_version
 
@@ -19,6 +30,7 @@ COMMANDS = {
     "calibrate": calibrate,
     "doctor": doctor,
     "pack": pack,
+    "export": export,
 }
 
 
