@@ -18,6 +18,9 @@ READING = [
     ["show", ROOT / "plans/demo.yaml", "--why", "--machine", "{}"],
     ["diff", ROOT / "plans/demo.yaml", "{}"],
     ["calibrate", ROOT / "plans/demo.yaml", "{}"],
+    ["replay", "{}", "trace.npz"],
+    ["replay", ROOT / "plans/demo.yaml", "{}"],
+    ["export", "{}", "--to", "llama.cpp"],
     [
         "profile",
         "--model",
@@ -36,6 +39,8 @@ WRITING = [
     ["plan", "--gpu-mem", "24GB", "--machine", MACHINE, "--emit", "{}"],
     ["whatif", "--gpu-mem", "8GB,24GB", "--machine", MACHINE, "--plot", "{}"],
     ["show", ROOT / "plans/demo.yaml", "--plot", "{}"],
+    ["replay", ROOT / "plans/demo.yaml", "--synthetic", "0,0.5", "--plot", "{}"],
+    ["export", ROOT / "plans/rtx4090.yaml", "--to", "llama.cpp", "-o", "{}"],
 ]
 FOLDERS = [
     ["doctor", "--model", DEMO, "--profiles", "{}"],
@@ -79,8 +84,12 @@ def test_unusable_paths_are_refused(looped_folder, monkeypatch, capsys, command,
 
 def test_nul_in_a_path_is_refused(looped_folder, monkeypatch, capsys):
     monkeypatch.chdir(looped_folder)
-    for command in (["show", "a\0b"], ["plan", "--gpu-mem", "24GB", "--machine", "a\0b"]):
-        assert main(command) == 1
+    for command in (
+        ["show", "a\0b"],
+        ["plan", "--gpu-mem", "24GB", "--machine", "a\0b"],
+        ["replay", ROOT / "plans/demo.yaml", "a\0b"],
+    ):
+        assert main([str(part) for part in command]) == 1
         captured = capsys.readouterr()
         assert "cannot read" in captured.err or "no such" in captured.err
         assert len(captured.err.splitlines()) == 1

@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.system.files import write_whole
+from fiddler_run.system.files import cannot_read, write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +53,8 @@ class RoutingTrace:
         """
         try:
             content = Path(path).read_bytes()
-        except OSError as error:
-            raise FiddlerError(f"{path}: cannot read: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise cannot_read(path, error) from None
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 arrays = {field.name: file[field.name] for field in fields(cls)}
