@@ -20,7 +20,7 @@ class Synthetic:
 
     In each layer, the popularity of the experts falls as rank ** -skew; 0 is uniform. `repeat` is
     the fraction of tokens that choose at least one of the experts that the token before chose in
-    the same layer. For Mixtral-8x7B, that is 0.46 if tokens are independent, and 0.46 to 0.67 in
+    the same layer. For Mixtral-8x7B, that is 0.46 if tokens are independent, and 0.45 to 0.67 in
     the published routing (Mixtral of Experts, arXiv 2401.04088, table 5).
     """
 
