@@ -125,7 +125,7 @@ def test_an_interrupt_ends_all_ranks(plan_file):
 def test_ranks_killed_at_any_moment(rank, seed, plan_file):
     """From the start of the other rank to its decode."""
     run = started(plan_file)
-    time.sleep(random.Random(seed).uniform(0, 20))
+    time.sleep(random.Random(seed).uniform(0, 12))
     os.kill(run.other if rank else run.process.pid, signal.SIGKILL)
     status, lines = run.end()
     if rank == 0:
@@ -133,6 +133,17 @@ def test_ranks_killed_at_any_moment(rank, seed, plan_file):
     else:
         assert status == 1
         assert_one_line(lines, "rank 1")
+
+
+@pytest.mark.slow
+def test_an_idle_server_ends_with_a_rank(plan_file):
+    run = Run("--plan", plan_file, "--model", DEMO, "--serve", "--port", 0, "--num-beams", 1)
+    while "ready" not in run.process.stderr.readline():
+        assert run.process.poll() is None
+    os.kill(run.other, signal.SIGKILL)
+    status, lines = run.end()
+    assert status == 1
+    assert_one_line(lines, "rank 1 (127.0.0.1) was ended by SIGKILL")
 
 
 def refused(plan_file: Path, **hello: object) -> str:

@@ -7,7 +7,6 @@ from fiddler_run.command import exit_status
 from fiddler_run.errors import FiddlerError
 from fiddler_run.flag_types import address, positive
 from fiddler_run.ranks.connection import Connection, connect, release
-from fiddler_run.ranks.launch import JOIN_S
 
 
 def main() -> int:
@@ -19,7 +18,7 @@ def main() -> int:
 
 
 def run(host_and_port: tuple[str, int], rank: int) -> None:
-    with connect(*host_and_port, patience_s=JOIN_S) as connection:
+    with connect(*host_and_port, patience_s=1) as connection:
         connection.send(rank=rank, release=release())
         task = connection.receive()
         if task is None or "failed" in task:

@@ -132,17 +132,21 @@ class ModelLoader(ShareLoader):
             store = self.load_store(on_bytes)
             self._note(store.overflow_note)
             return store
-        peers.on_bytes = on_bytes
         one_machine = len(self.plan.ranks_beside(0)) == len(self.plan.ranks)
         meet(peers, self.device, one_machine, self.model_id)
 
-        def count(num_bytes: int) -> None:
+        counted = 0  # of the bytes that others have loaded
+
+        def count(num_bytes: int = 0) -> None:
+            nonlocal counted
             peers.check_failure()
-            on_bytes(num_bytes)
+            of_others = peers.loaded_bytes - counted
+            counted += of_others
+            on_bytes(num_bytes + of_others)
 
         store = self.load_store(count)
         self._note(store.overflow_note)
-        for rank, reply in enumerate(peers.replies(), 1):
+        for rank, reply in enumerate(peers.replies(count), 1):
             self._note(reply["overflow_note"], f"rank {rank}: ")
         return store
 

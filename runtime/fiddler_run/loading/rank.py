@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
-from fiddler_run.ranks.connection import Connection, connect, release
+from fiddler_run.ranks.connection import STARTED_BY, Connection, connect, release
 from fiddler_run.ranks.launch import JOIN_S
 
 WAIT_S = 0.5  # how much later than the exchange the connection may end
@@ -33,35 +34,42 @@ def run_rank(
         FiddlerError: rank 0 cannot be reached or has gone, or the share cannot be loaded here.
         SystemExit: the same, if rank 0 has started this process: it tells the user.
     """
-    with connect(*address, patience_s=JOIN_S) as connection:
+    if STARTED_BY not in os.environ:
+        _join(address, rank, model, disk_folder, tell, JOIN_S)
+        return
+    try:
+        _join(address, rank, model, disk_folder, lambda _: None, patience_s=1)
+    except FiddlerError:
+        sys.exit(1)
+
+
+def _join(
+    address: tuple[str, int],
+    rank: int,
+    model: str | None,
+    disk_folder: str | None,
+    tell: Callable[[str], None],
+    patience_s: float,
+) -> None:
+    with connect(*address, patience_s) as connection:
         connection.send(rank=rank, release=release())
         task = connection.receive()
         if task is None:
-            raise FiddlerError(f"rank 0 at {address[0]}:{address[1]} is gone")
+            raise FiddlerError("rank 0 is gone")
         if "failed" in task:
             raise FiddlerError(task["failed"])
-        if task["started_here"]:
-            tell = _ignore
         tell(f"connected to rank 0 at {address[0]}:{address[1]}; loading")
         try:
             _work(connection, rank, task, model, disk_folder, tell)
         except FiddlerError as error:
             connection.send(failed=str(error))
-            if task["started_here"]:
-                sys.exit(1)
             raise
         except Exception as error:
             if connection.has_ended(WAIT_S):  # an exchange that it broke off fails in many ways
-                if task["started_here"]:
-                    sys.exit(1)
                 raise FiddlerError("rank 0 is gone") from None
             last = traceback.format_exception_only(error)[-1].strip()
             connection.send(failed=f"{last} (its traceback is on its stderr)")
             raise
-
-
-def _ignore(_: str) -> None:
-    pass
 
 
 def _work(

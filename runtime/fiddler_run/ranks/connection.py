@@ -19,6 +19,7 @@ from fiddler_run.errors import FiddlerError
 # A machine that no longer answers is given up after this time, like a process that has ended.
 SILENT_S = 8
 RETRY_S = 0.2
+STARTED_BY = "FIDDLER_STARTED_BY"  # environment variable of a rank that rank 0 has started
 MAX_LINE = 2**26  # bytes; a plan of thousands of experts takes a few megabytes
 
 

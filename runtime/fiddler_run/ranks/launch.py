@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.ranks.connection import Connection, listen, release
+from fiddler_run.ranks.connection import STARTED_BY, Connection, listen, release
 from fiddler_run.ranks.peers import LEAVE_S, Peer, Peers, end_processes, ending
 
 JOIN_S = 60  # how long rank 0 waits for the others, and they for rank 0
@@ -79,6 +80,7 @@ def _start(module: str, host: str, port: int, rank: int) -> subprocess.Popen:
     return subprocess.Popen(
         # -P: a folder of that name in the working directory must not shadow the module
         [sys.executable, "-P", "-m", module, "--join", f"{host}:{port}", "--rank", str(rank)],
+        env={**os.environ, STARTED_BY: str(os.getpid())},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for rank 0 alone
@@ -120,9 +122,8 @@ def _welcome(gathering: Gathering, connection: Connection, task: dict[str, objec
         connection.send(failed=problem)
         connection.close()
         raise FiddlerError(problem)
-    process = gathering.processes.get(rank)
-    connection.send(started_here=process is not None, **task)
-    gathering.peers[rank] = Peer(rank, connection, process)
+    connection.send(**task)
+    gathering.peers[rank] = Peer(rank, connection, gathering.processes.get(rank))
 
 
 @contextmanager

@@ -41,19 +41,19 @@ class Peer:
 class Peers:
     """All other ranks. Tensors go through `exchange`.
 
-    `failure` is the line that says which rank has failed and why, or None. `on_bytes` takes the
-    bytes of experts that others have loaded, from another thread. `is_used` is true while a
-    generation runs.
+    `failure` is the line that says which rank has failed and why, or None. `loaded_bytes` counts
+    the experts that others have loaded. `is_used` is true while a generation runs.
     """
 
     def __init__(self, peers: list[Peer]):
         self.failure: str | None = None
         self.exchange: Exchange | None = None
-        self.on_bytes: Callable[[int], None] = lambda _: None
+        self.loaded_bytes = 0
         self.is_used: Callable[[], bool] = lambda: False
         self._peers = peers
         self._replies: dict[int, SimpleQueue] = {peer.rank: SimpleQueue() for peer in peers}
         self._closing = False
+        self._counting = threading.Lock()
         self._told = threading.Event()  # the failure was raised
         self._within_layer = False
         for peer in peers:
@@ -107,13 +107,13 @@ class Peers:
         for peer in self._peers:
             peer.connection.send(**message)
 
-    def replies(self) -> list[dict]:
-        """Waits for one reply of each, in the order of the ranks.
+    def replies(self, meanwhile: Callable[[], None] = lambda: None) -> list[dict]:
+        """Waits for one reply of each, in the order of the ranks. Calls `meanwhile` now and then.
 
         Raises:
             FiddlerError: a rank has failed.
         """
-        return [self._reply(peer) for peer in self._peers]
+        return [self._reply(peer, meanwhile) for peer in self._peers]
 
     def ask(self, **message: object) -> list[dict]:
         """Sends a message to all others and waits for their replies; see `replies`."""
@@ -138,9 +138,10 @@ class Peers:
         started_here = [peer.process for peer in self._peers if peer.process is not None]
         end_processes(started_here, LEAVE_S if in_step else 0)
 
-    def _reply(self, peer: Peer) -> dict:
+    def _reply(self, peer: Peer, meanwhile: Callable[[], None]) -> dict:
         while True:
             self.check_failure()
+            meanwhile()
             try:
                 return self._replies[peer.rank].get(timeout=POLL_S)
             except Empty:
@@ -149,7 +150,8 @@ class Peers:
     def _listen(self, peer: Peer) -> None:
         while (message := peer.connection.receive()) is not None:
             if "loaded_bytes" in message:
-                self.on_bytes(message["loaded_bytes"])
+                with self._counting:
+                    self.loaded_bytes += message["loaded_bytes"]
             elif "failed" in message:
                 self._fail(f"{peer.name}: {message['failed']}")
             else:

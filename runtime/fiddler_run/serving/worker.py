@@ -16,6 +16,7 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.answer import Answer, Piece, Request, answer
 from fiddler_run.generation.model import PlannedModel
 
+CHECK_S = 1.0  # how often an idle worker checks that the other ranks are there
 Event = Piece | Answer | Exception
 Load = Callable[[Callable[[int], None]], PlannedModel]
 
@@ -142,10 +143,15 @@ class Worker:
         self.loaded_bytes += new_bytes
 
     def _next(self) -> Job | None:
-        """Waits for a job. None once the worker is ending."""
+        """Waits for a job. None once the worker is ending.
+
+        Raises:
+            FiddlerError: another rank of the model has failed.
+        """
         with self._changed:
             self.running = None
-            self._changed.wait_for(lambda: self._waiting or self._ending)
+            while not self._changed.wait_for(lambda: self._waiting or self._ending, CHECK_S):
+                self.model.engine.resources.check_others()
             if self._ending:
                 return None
             self.running = self._waiting.popleft()
