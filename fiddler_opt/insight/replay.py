@@ -4,9 +4,9 @@ The seconds of a decode step follow the cost model, with the experts that the st
 
     step = fixed + sum over layers of max( resident, host, copies, launch_overhead )
 
-`copies` is the link's time for the blocks that a policy inserts. They are needed by the step, so
-the link computes them by streaming, and the CPU and the link together take at least `host` for all
-blocks that were not resident.
+`host` is the time of the CPU and the link together for all blocks that are not resident. `copies`
+is the link's time for those of them that the policy inserts: the step needs them anyway, so copying
+them is no further work, but only the link can do it.
 """
 
 from collections.abc import Callable, Sequence
