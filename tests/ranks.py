@@ -92,7 +92,7 @@ def in_ranks(model: PlannedModel, plan: Plan, folder: Path) -> Iterator[PlannedM
     ranks = {connection.receive()["rank"]: connection for connection in connections}
     peers = Peers([Peer(rank, ranks[rank]) for rank in sorted(ranks)])
     try:
-        meet(peers, CPU, True, str(folder))
+        meet(peers, model.device, True, str(folder))
         store = ExpertStore(plan, model.device, folder)
         store.load(weights)
         peers.replies()

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from conftest import DEMO, demo_shape, random_plan
+from ranks import in_ranks, shared_plan
 
 from fiddler_run import cli
 from fiddler_run.encodings.lossless12 import Lossless12
@@ -58,6 +59,16 @@ def test_same_digits_in_both_encodings(place):
         model, tokenizer = place(plan)
         found.append(perplexity(model, tokenizer, encoded(tokenizer)))
     assert f"{found[0].value:.3f}" == f"{found[-1].value:.3f}"
+
+
+def test_same_digits_in_two_ranks(place):
+    plan = random_plan(demo_shape(), random.Random(6), block_neurons=64)
+    model, tokenizer = place(plan)
+    ids = encoded(tokenizer)[:200]
+    alone = perplexity(model, tokenizer, ids)
+    with in_ranks(model, shared_plan(plan, 2, random.Random(7)), DEMO):
+        shared = perplexity(model, tokenizer, ids)
+    assert f"{shared.value:.4f}" == f"{alone.value:.4f}"
 
 
 def test_short_text_is_refused(place):

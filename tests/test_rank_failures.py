@@ -53,6 +53,9 @@ class Run:
         """Waits until the run has printed some text, without the rest of its line."""
         assert len(os.read(self.process.stdout.fileno(), characters)) > 0
 
+    def kill_other(self) -> None:
+        os.kill(self.other, signal.SIGKILL)
+
     def end(self) -> tuple[int, list[str]]:
         """The exit status, and the lines on stderr, once all processes have ended."""
         _, stderr = self.process.communicate(timeout=END_S)
@@ -95,7 +98,7 @@ def test_a_killed_rank_ends_the_run(plan_file):
     if len(os.sched_getaffinity(0)) > 1:
         assert not set.intersection(*both)
     assert set.union(*both) == os.sched_getaffinity(0)
-    os.kill(run.other, signal.SIGKILL)
+    run.kill_other()
     status, lines = run.end()
     assert status == 1
     assert_one_line(lines, "rank 1 (127.0.0.1) was ended by SIGKILL")
@@ -140,7 +143,7 @@ def test_an_idle_server_ends_with_a_rank(plan_file):
     run = Run("--plan", plan_file, "--model", DEMO, "--serve", "--port", 0, "--num-beams", 1)
     while "ready" not in run.process.stderr.readline():
         assert run.process.poll() is None
-    os.kill(run.other, signal.SIGKILL)
+    run.kill_other()
     status, lines = run.end()
     assert status == 1
     assert_one_line(lines, "rank 1 (127.0.0.1) was ended by SIGKILL")

@@ -111,3 +111,10 @@ def _rank_notes(plan: Plan, machine: MachineProfile) -> Iterator[str]:
             f"the machine profile has {machine.num_ranks} ranks, this plan uses {used}; for all of"
             f" them, give --gpu-mem a size each, such as {more}"
         )
+    if used > 1:
+        rates = [each.decode_tokens_per_s for each in plan.predicted.alternatives.values()]
+        if max(rates, default=0.0) > plan.predicted.decode_tokens_per_s:
+            yield (
+                f"rank 0 alone would be faster, at {max(rates):.2f} tokens/s: the exchange between"
+                " the ranks takes longer than it saves; give a single size to --gpu-mem"
+            )

@@ -1,0 +1,63 @@
+"""Two ranks, each with a GPU of its own, that exchange by NCCL."""
+
+import random
+import signal
+
+import pytest
+import torch
+from conftest import DEMO, demo_shape, make_plan, with_rank
+from ranks import shared_plan
+from test_exactness import TEXTS, encode, greedy
+from test_rank_failures import Run, assert_one_line
+
+if torch.cuda.device_count() < 2:
+    pytest.skip("needs two CUDA devices", allow_module_level=True)
+
+from fiddler_run import load_model
+from fiddler_run.plan.schema import Plan
+
+TOLERANCE = 2e-2  # of logits of a whole model in bfloat16, relative
+
+
+def two_ranks(dtype: str) -> Plan:
+    plan = make_plan(demo_shape(dtype), [[3] * 8] * 6, share={1: 0.4}, threads=2)
+    plan = shared_plan(with_rank(plan, cpu_pinned=False), 2, random.Random(1))
+    ranks = [rank.model_copy(update={"cpu_threads": 2}) for rank in plan.ranks]
+    return plan.model_copy(update={"ranks": ranks})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_gpus_give_the_logits_of_one(dtype):
+    """In bfloat16, layers take the decode path, and decode steps are CUDA graphs."""
+    alone, tokenizer = load_model(make_plan(demo_shape(dtype), [[3] * 8] * 6), DEMO)
+    encoded = encode(tokenizer, TEXTS[:1], alone.device)
+    expected = alone(**encoded).logits
+    tokens = alone.generate(**encoded, **greedy(16))
+    both, _ = load_model(two_ranks(dtype), DEMO)
+    try:
+        found = both(**encoded).logits
+        again = both(**encoded).logits
+        generated = both.generate(**encoded, **greedy(16))
+        by_two = both.traffic()
+    finally:
+        both.peers.close()
+    tolerance = 1e-4 if dtype == "float32" else TOLERANCE
+    assert (found - expected).norm() <= tolerance * expected.norm()
+    assert torch.equal(found, again)
+    assert by_two.needed_blocks > 0
+    if dtype == "float32":
+        assert torch.equal(generated, tokens)
+
+
+def test_a_killed_rank_ends_a_run_on_gpus(tmp_path):
+    """Rank 0 then waits for its GPU, which waits for the other's."""
+    plan_file = tmp_path / "plan.yaml"
+    two_ranks("bfloat16").save(plan_file)
+    more = ("--num-beams", 1, "--temperature", 1, "--seed", 0, "--max-new-tokens", 240)
+    run = Run("--plan", plan_file, "--model", DEMO, *more, "Once upon a time")
+    run.wait_for_output(1)
+    run.kill_other()
+    status, lines = run.end()
+    assert status == 1
+    assert_one_line(lines, f"was ended by {signal.SIGKILL.name}")
