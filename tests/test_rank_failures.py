@@ -1,18 +1,28 @@
 """A rank that fails ends all of them, with one line; nothing is left running."""
 
+import gc
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
+import torch
 from conftest import DEMO, demo_shape, random_plan
 from ranks import shared_plan
+from test_exactness import TEXTS, greedy
 
-from fiddler_run.ranks.connection import connect, release
+from fiddler_run import load_model
+from fiddler_run.errors import FiddlerError
+from fiddler_run.loading.share import model_id
+from fiddler_run.ranks.connection import connect, listen, release
+from fiddler_run.ranks.launch import gather
+from fiddler_run.weights.tensor_files import TensorFiles
 
 END_S = 10
 START_S = 60
@@ -40,12 +50,10 @@ class Run:
         self.other = self._child()
 
     def _child(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         deadline_s = time.monotonic() + START_S
         while time.monotonic() < deadline_s:
-            found = children.read_text().split()
-            if found and "--join" in Path(f"/proc/{found[0]}/cmdline").read_text():
-                return int(found[0])
+            for pid in children(self.process.pid):
+                return pid
             time.sleep(0.02)
         raise AssertionError("no other rank was started")
 
@@ -64,6 +72,12 @@ class Run:
             assert time.monotonic() < deadline_s, "rank 1 still runs"
             time.sleep(0.05)
         return self.process.returncode, stderr.splitlines()
+
+
+def children(pid: int) -> list[int]:
+    """The ranks that a process has started."""
+    found = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [each for each in found if "--join" in Path(f"/proc/{each}/cmdline").read_text()]
 
 
 def is_running(pid: int) -> bool:
@@ -86,24 +100,42 @@ def assert_one_line(lines: list[str], words: str) -> None:
     assert not any("Traceback" in line for line in lines), lines
 
 
-def cpus_of(pid: int) -> set[int]:
-    """The CPUs that a process's first thread may use."""
-    return os.sched_getaffinity(pid)
+def test_a_model_has_its_ranks_as_long_as_it_lives(plan_file):
+    """The other rank is a process of its own, on cores of its own."""
+    cpus = os.sched_getaffinity(0)
+    model, tokenizer = load_model(plan_file, DEMO)
+    ids = tokenizer(TEXTS[0], return_tensors="pt").to(model.device)
+    alone, _ = load_model(random_plan(demo_shape(), random.Random(0)), DEMO)
+    assert torch.equal(model.generate(**ids, **greedy(8)), alone.generate(**ids, **greedy(8)))
+    (other,) = children(os.getpid())
+    assert len(os.sched_getaffinity(other)) < len(cpus) or len(cpus) == 1
+    assert os.sched_getaffinity(0) == cpus
+    del model
+    gc.collect()
+    assert not is_running(other)
 
 
+def test_a_model_says_which_rank_has_ended(plan_file):
+    model, tokenizer = load_model(plan_file, DEMO)
+    ids = tokenizer(TEXTS[0], return_tensors="pt").to(model.device)
+    (other,) = children(os.getpid())
+    os.kill(other, signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(FiddlerError, match=r"rank 1 \(127.0.0.1\) was ended by SIGKILL"):
+            model.generate(**ids, **greedy(8))
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run(plan_file):
     run = started(plan_file)
     run.wait_for_output(1)
-    both = [cpus_of(pid) for pid in (run.process.pid, run.other)]
-    if len(os.sched_getaffinity(0)) > 1:
-        assert not set.intersection(*both)
-    assert set.union(*both) == os.sched_getaffinity(0)
     run.kill_other()
     status, lines = run.end()
     assert status == 1
     assert_one_line(lines, "rank 1 (127.0.0.1) was ended by SIGKILL")
 
 
+@pytest.mark.slow
 def test_the_other_rank_ends_with_the_first(plan_file):
     run = started(plan_file)
     run.wait_for_output(1)
@@ -113,6 +145,7 @@ def test_the_other_rank_ends_with_the_first(plan_file):
     assert not any("Traceback" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_all_ranks(plan_file):
     run = started(plan_file)
     run.wait_for_output(1)
@@ -149,31 +182,50 @@ def test_an_idle_server_ends_with_a_rank(plan_file):
     assert_one_line(lines, "rank 1 (127.0.0.1) was ended by SIGKILL")
 
 
-def refused(plan_file: Path, **hello: object) -> str:
-    """The line of a run whose rank on another machine introduces itself like this."""
-    command = [sys.executable, "-m", "fiddler_run", "--plan", str(plan_file), "--model", str(DEMO)]
-    with subprocess.Popen(
-        [*command, "--listen", "127.0.0.1:0", "x"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as run:
-        waiting = next(line for line in run.stderr if line.startswith("waiting for ranks"))
-        port = int(waiting.split(":")[1])
-        with connect("127.0.0.1", port, 5) as connection:
+def refused(**hello: object) -> str:
+    """The line with which ranks do not come together if one introduces itself like this."""
+    addresses: SimpleQueue = SimpleQueue()
+    with ThreadPoolExecutor(1) as threads:
+        gathering = threads.submit(
+            gather, [0, 1], ("127.0.0.1", 0), {}, waiting=lambda line: addresses.put(line)
+        )
+        port = int(addresses.get(timeout=5).split(":")[1])
+        with connect("127.0.0.1", port, patience_s=5) as connection:
             connection.send(**hello)
             told = connection.receive()
-        assert run.wait(END_S) == 1
-        (line,) = [line for line in run.stderr if line.startswith("fiddler-run:")]
-        assert told["failed"] in line
-        return line
+        error = gathering.exception(timeout=5)
+    assert isinstance(error, FiddlerError)
+    assert told == {"failed": str(error)}
+    return str(error)
 
 
-def test_another_release_or_rank_is_refused(tmp_path):
-    rng = random.Random(0)
-    plan_file = tmp_path / "plan.yaml"
-    shared_plan(random_plan(demo_shape(), rng), 2, rng, machines=[0, 1]).save(plan_file)
-    line = refused(plan_file, rank=1, release="fiddler-opt 0.0.1")
-    assert f"rank 1 (127.0.0.1) runs fiddler-opt 0.0.1, and rank 0 {release()}" in line
-    line = refused(plan_file, rank=2, release=release())
-    assert "127.0.0.1 connected as rank 2, which is not awaited" in line
+def test_another_release_or_rank_is_refused():
+    line = refused(rank=1, release="fiddler-opt 0.0.1")
+    assert line.startswith(f"rank 1 (127.0.0.1) runs fiddler-opt 0.0.1, and rank 0 {release()}")
+    line = refused(rank=2, release=release())
+    assert line == "127.0.0.1 connected as rank 2, which is not awaited"
+    assert refused(hello="world").startswith("rank None (127.0.0.1) runs None")
+
+
+def test_ranks_elsewhere_need_an_address():
+    with pytest.raises(FiddlerError, match=r"other machines \(1, 2\): give --listen"):
+        gather([0, 1, 1], None, {})
+
+
+def test_rank_0_that_does_not_answer_is_named():
+    with listen("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+    with pytest.raises(FiddlerError, match=f"--join 127.0.0.1:{port}: rank 0 does not answer"):
+        connect("127.0.0.1", port, patience_s=0.1)
+    with pytest.raises(FiddlerError, match=r"--listen 192.0.2.200:1: .*; give an address of this"):
+        listen("192.0.2.200", 1)
+
+
+def test_a_model_with_other_files_is_refused(tmp_path, model):
+    """`model` is a copy of the demo's folder."""
+    assert model_id(TensorFiles(model)) == model_id(TensorFiles(DEMO))
+    shard = sorted(model.glob("*.safetensors"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert model_id(TensorFiles(model)) != model_id(TensorFiles(DEMO))

@@ -31,27 +31,33 @@ def run(host_and_port: tuple[str, int], rank: int) -> None:
 
 def _work(connection: Connection, rank: int, task: dict) -> None:
     import torch
+
+    from fiddler_run.ranks.cores import on_own_cores
+    from fiddler_run.ranks.serve import end_with
+    from fiddler_run.system.gpu import gpu_numa_nodes, num_gpus
+
+    end_with(connection)
+    if num_gpus():
+        if num_gpus() < task["count"]:
+            raise FiddlerError(
+                f"--ranks {task['count']}: each needs a GPU of its own, and there are {num_gpus()}"
+            )
+        torch.cuda.set_device(rank)
+    with on_own_cores([1] * task["count"], rank, gpu_numa_nodes()):
+        _measure(connection, rank, task)
+
+
+def _measure(connection: Connection, rank: int, task: dict) -> None:
+    import torch
     import yaml
 
     from fiddler_opt.inputs.model import ModelSpec
     from fiddler_opt.measure.machine import MachineBench
     from fiddler_opt.measure.ranks import free_bytes, timed_sizes
     from fiddler_opt.measure.settings import profile_settings
-    from fiddler_run.ranks.cores import bind_to_cores
     from fiddler_run.ranks.exchange import Sizes
     from fiddler_run.ranks.meet import join
-    from fiddler_run.ranks.serve import end_with
-    from fiddler_run.system.gpu import gpu_numa_nodes
 
-    end_with(connection)
-    if torch.cuda.is_available():
-        if torch.cuda.device_count() < task["count"]:
-            raise FiddlerError(
-                f"--ranks {task['count']}: each needs a GPU of its own, and there are"
-                f" {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(rank)
-    bind_to_cores([1] * task["count"], rank, gpu_numa_nodes())
     model = ModelSpec.load(task["model"])
     bench = MachineBench(model, profile_settings(task["quick"], task["count"]), None)
     connection.send(ready=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from statistics import median
 
 import torch
@@ -15,7 +16,7 @@ import yaml
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.measure.stopwatch import BUSY_CYCLES
 from fiddler_run.plan.shape import DTYPE_BYTES
-from fiddler_run.ranks.cores import bind_to_cores
+from fiddler_run.ranks.cores import on_own_cores
 from fiddler_run.ranks.exchange import Exchange, Inputs
 from fiddler_run.ranks.launch import gather
 from fiddler_run.ranks.meet import meet
@@ -42,7 +43,8 @@ class OtherRanks:
         task = {"model": model, "quick": quick, "count": count}
         self._peers = gather([0] * count, None, task, module="fiddler_opt.measure.rank")
         self._peers.replies()  # they have imported PyTorch, and found their GPU
-        bind_to_cores([1] * count, 0, gpu_numa_nodes())
+        self._on_own_cores = ExitStack()
+        self._on_own_cores.enter_context(on_own_cores([1] * count, 0, gpu_numa_nodes()))
 
     def remember(self, found: dict[str, dict]) -> None:
         """Gives each of them the parts that it has timed before."""
@@ -79,6 +81,7 @@ class OtherRanks:
         }
 
     def close(self) -> None:
+        self._on_own_cores.close()
         self._peers.close()
 
 

@@ -89,7 +89,6 @@ class ModelLoader(ShareLoader):
             }
             machines = [rank.machine for rank in plan.ranks]
             self.peers = gather(machines, listen, task, waiting=on_waiting)
-            self.bind_to_cores()
 
     @property
     def vocab_size(self) -> int:
@@ -117,7 +116,8 @@ class ModelLoader(ShareLoader):
         model = model.eval().requires_grad_(False)
         if self.plan.rank.host_memory_bytes.embedding:
             model.move_embedding_to_host()
-        model.attach_experts(self.plan, self._load_experts(on_bytes), self.peers)
+        with self.on_own_cores():
+            model.attach_experts(self.plan, self._load_experts(on_bytes), self.peers)
         if self.device.type == "cuda":
             with model.session.turn():
                 _warm_up(model)

@@ -92,11 +92,11 @@ def _work(
     loader = ShareLoader(
         plan, rank, model or task["model"], task["load_format"], disk_folder or task["disk_folder"]
     )
-    loader.bind_to_cores()
     torch.set_num_threads(plan.ranks[rank].cpu_threads)
-    exchange = join(connection, rank, loader.device, loader.model_id)
-    store = loader.load_store(lambda count: connection.send(loaded_bytes=count))
-    share = share_of(plan, store, loader.device, rank)
-    connection.send(overflow_note=store.overflow_note)
-    tell(f"computes {plan.ranks[rank].expert_bytes / 1e9:.2f} GB of experts until rank 0 ends")
-    serve(connection, exchange, share, plan)
+    with loader.on_own_cores():
+        exchange = join(connection, rank, loader.device, loader.model_id)
+        store = loader.load_store(lambda count: connection.send(loaded_bytes=count))
+        share = share_of(plan, store, loader.device, rank)
+        connection.send(overflow_note=store.overflow_note)
+        tell(f"computes {plan.ranks[rank].expert_bytes / 1e9:.2f} GB of experts until rank 0 ends")
+        serve(connection, exchange, share, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from fiddler_run.loading.check import PlanCheck
 from fiddler_run.loading.model_check import LoadFormat
 from fiddler_run.plan.schema import Plan
-from fiddler_run.ranks.cores import bind_to_cores
+from fiddler_run.ranks.cores import on_own_cores
 from fiddler_run.system.gpu import gpu_numa_nodes, num_gpus
 from fiddler_run.system.process_settings import allow_gpu_memory
 from fiddler_run.weights.checkpoint import Checkpoint, DummyWeights
@@ -64,21 +65,18 @@ class ShareLoader:
             memory = plan.ranks[number].gpu_memory_bytes
             allow_gpu_memory(checked.skeleton, self.device, memory.total - memory.reserve)
 
-    def bind_to_cores(self) -> None:
-        """Binds this thread, and those that it starts, to the rank's part of the cores.
-
-        Processes that it starts later are bound to them, too.
-        """
+    def on_own_cores(self) -> AbstractContextManager[None]:
+        """Meanwhile, this thread and those that it starts run on the rank's part of the cores."""
         here = self.plan.ranks_beside(self.number)
         threads = [self.plan.ranks[rank].cpu_threads for rank in here]
-        bind_to_cores(threads, here.index(self.number), gpu_numa_nodes())
+        return on_own_cores(threads, here.index(self.number), gpu_numa_nodes())
 
     @property
     def model_id(self) -> str:
-        """Differs between different weights."""
+        """Identifies the weights; see `model_id`."""
         if isinstance(self.weights, DummyWeights):
             return "random"
-        return _identified(self.weights.files)
+        return model_id(self.weights.files)
 
     @torch.inference_mode(False)  # tensors made in inference mode cannot be written to outside it
     def load_store(self, on_bytes: Callable[[int], None]) -> ExpertStore:
@@ -98,7 +96,7 @@ def _use_gpu(plan: Plan, number: int) -> None:
         torch.cuda.set_device(index)
 
 
-def _identified(files: TensorFiles) -> str:
+def model_id(files: TensorFiles) -> str:
     """A hash of the files' sizes and of their last bytes."""
     found = hashlib.sha256()
     for path in sorted(files.paths):

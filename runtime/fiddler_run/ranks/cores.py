@@ -1,14 +1,16 @@
 """Divides the cores of a machine among its ranks."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 from fiddler_run.system.host import core_siblings
 
 
-def bind_to_cores(threads: Sequence[int], place: int, nodes: Sequence[int]) -> None:
-    """Lets this thread, and those that it starts, run on its rank's part of the cores.
+@contextmanager
+def on_own_cores(threads: Sequence[int], place: int, nodes: Sequence[int]) -> Iterator[None]:
+    """Meanwhile, this thread runs on its rank's part of the cores. Those that it starts stay there.
 
     Args:
         threads: of each rank on this machine.
@@ -16,11 +18,17 @@ def bind_to_cores(threads: Sequence[int], place: int, nodes: Sequence[int]) -> N
         nodes: the NUMA nodes of this machine's GPUs. They count if each rank has one.
     """
     if len(threads) == 1 or not hasattr(os, "sched_setaffinity"):
+        yield
         return
     known = len(nodes) == len(threads)
     own = divide(core_siblings(), threads, nodes if known else [0] * len(threads))[place]
+    before = os.sched_getaffinity(0)
     if own:
         os.sched_setaffinity(0, {cpu for core in own for cpu in core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def divide(
