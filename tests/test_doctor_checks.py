@@ -27,8 +27,8 @@ def test_bytes_in_ram_by_hand():
     assert host_checks.bytes_in_ram(MIXTRAL, 140 * 10**9) == 0
 
 
-def torch_with(cuda: str | None, gpu_bytes: int | None = None) -> Torch:
-    gpu = gpu_bytes and ProbedGpu("RTX", GPU, gpu_bytes, True, None, True)
+def torch_with(cuda: str | None, gpu_bytes: int | None = None, count: int = 1) -> Torch:
+    gpu = gpu_bytes and ProbedGpu("RTX", GPU, gpu_bytes, True, None, True, count)
     return Torch(
         "2.8.0", cuda, ["avx2"], None if gpu else "The NVIDIA driver on your system is too old", gpu
     )
@@ -46,6 +46,11 @@ X16 = PcieLink(4, 16, 4, 16)
             gpu_checks.check_gpu(torch_with("12.8", 24 * 10**9), MIXTRAL, None, True, None),
             "ok",
             "RTX, 24.00 GB",
+        ),
+        (
+            gpu_checks.check_gpu(torch_with("12.8", 24 * 10**9, 2), MIXTRAL, None, True, None),
+            "ok",
+            "RTX, 24.00 GB, one of 2 GPUs; `fiddler-opt profile --ranks 2` lets plans use all",
         ),
         (
             gpu_checks.check_gpu(torch_with("12.8", 4 * 10**9), MIXTRAL, None, True, None),

@@ -31,6 +31,11 @@ def check_gpu(
                 f"{size}: too little for a GPU part, which needs about {needs} before any expert",
                 "plan with --gpu-mem 0GB",
             )
+        if torch.gpu.count > 1:
+            size += (
+                f", one of {torch.gpu.count} GPUs; `fiddler-opt profile --ranks {torch.gpu.count}`"
+                " lets plans use all of them"
+            )
         return Finding("ok", size)
     if not has_nvidia_gpu:
         return Finding(

@@ -16,7 +16,7 @@ from fiddler_run.encodings.base import Encoding
 from fiddler_run.encodings.table import ENCODINGS
 from fiddler_run.kernels.library import library, supported_variants
 from fiddler_run.kernels.table import GPU
-from fiddler_run.system.gpu import current_gpu
+from fiddler_run.system.gpu import current_gpu, num_gpus
 
 COPIED_BYTES = 2**26
 
@@ -54,6 +54,7 @@ def describe_gpu(source: torch.Tensor, block_format: Encoding) -> dict:
         "name": gpu.name,
         "bus_id": gpu.bus_id,
         "memory_bytes": gpu.total_bytes,
+        "count": num_gpus(),
         **kernels(block_format),
         "locks_freely": locks_freely(source),
     }

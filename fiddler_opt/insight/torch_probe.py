@@ -19,7 +19,7 @@ COPYING_S = 1.0  # until a copying GPU has raised its link speed
 
 @dataclass(frozen=True)
 class ProbedGpu:
-    """The GPU that PyTorch uses.
+    """The GPU that PyTorch uses, the first of `count`.
 
     `kernels_suit`: true if the GPU kernels support this model. `kernel_error`: why they cannot be
     compiled. `locks_freely`: true if memory can be page-locked regardless of `ulimit -l`.
@@ -32,6 +32,7 @@ class ProbedGpu:
     kernels_suit: bool
     kernel_error: str | None
     locks_freely: bool
+    count: int = 1
     link: facts.PcieLink | None = None
     h2d_bytes_per_s: float | None = None
 
