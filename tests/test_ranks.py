@@ -7,6 +7,7 @@ import torch
 from conftest import DEMO, demo_shape, random_plan
 from models import Stock
 from ranks import in_ranks, shared_plan
+from seeds import seeds
 from test_exactness import BATCHES, TEXTS, assert_same, encode, greedy
 
 from fiddler_run import load_model
@@ -23,9 +24,7 @@ def loaded():
     return load_model(random_plan(demo_shape(), random.Random(0)))
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(5), *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 25))]
-)
+@pytest.mark.parametrize("seed", seeds(4, 25))
 def test_random_shares_match_stock(seed, request, loaded, stock):
     """Two or three ranks; batches of 1 to 5 sequences, left-padded or of one length."""
     model, tokenizer = loaded
