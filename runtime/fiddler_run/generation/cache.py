@@ -55,7 +55,7 @@ class KeyValueCache(DynamicCache):
         kept = 0
         if len(self.tokens) == held:
             kept = len(os.path.commonprefix([self.tokens, prompt[:-1]]))
-        if kept < held and not all(type(layer) is _Layer for layer in self.layers):
+        if kept < held and not self.can_crop:
             kept = 0
         if kept == 0:
             self.reset(1)
@@ -63,6 +63,11 @@ class KeyValueCache(DynamicCache):
             self.crop(kept - held)
         self.tokens = []
         return kept
+
+    @property
+    def can_crop(self) -> bool:
+        """True if the last tokens can be dropped: there are no windows and no recurrent states."""
+        return all(type(layer) is _Layer for layer in self.layers)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replaces each sequence by the one with the given index. All states stay in place."""

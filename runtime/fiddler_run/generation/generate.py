@@ -14,6 +14,7 @@ from transformers import (
 
 from fiddler_run.engine.calls import Traffic
 from fiddler_run.errors import FiddlerError
+from fiddler_run.generation.lookup import LookupDecoding, require_lookup
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.generation.sampling import Options, sampling_arguments
 from fiddler_run.generation.text import chat_text, token_ids
@@ -28,6 +29,7 @@ class Measured:
     during decode, after the first token. `traffic` is that of decode, `prefill_traffic` that of
     prefill. `prompt_tokens` and `output_tokens` are those of one sequence.
 
+    `passes` are those of decode, fewer than its tokens if prompt lookup proposed some.
     `reused_tokens` are those of the prompt that the cache still held. `peak_gpu_bytes` is the most
     that PyTorch's allocator held; the driver and libraries hold the plan's reserve in addition.
     """
@@ -40,6 +42,7 @@ class Measured:
     prefill_traffic: Traffic
     peak_gpu_bytes: int
     reused_tokens: int = 0
+    passes: int = 0
 
     @property
     def all_traffic(self) -> Traffic:
@@ -145,8 +148,18 @@ def generate_ids(
         criteria: for ending the generation early.
         reused_tokens: the first tokens of `ids` that the cache in `arguments` holds.
         arguments: for transformers' `generate()`.
+
+    Raises:
+        FiddlerError: prompt lookup is asked for, but not for one sequence or of this model.
     """
     ids = ids.to(model.device)
+    lookup = None
+    if options.lookup:
+        require_lookup(model)
+        if len(ids) * options.num_beams > 1:
+            raise FiddlerError("--lookup: only for one sequence, without beams; remove the flag")
+        lookup = LookupDecoding(model.lookup_gate)
+        arguments["custom_generate"] = lookup
     arguments.setdefault("attention_mask", torch.ones_like(ids))
     with model.session.turn():  # during all of it, so that only this generation is measured
         clock = StepClock(model.traffic)
@@ -174,6 +187,7 @@ def generate_ids(
             prefill_traffic=clock.first_traffic - before,
             peak_gpu_bytes=torch.cuda.max_memory_reserved(model.device) if on_gpu else 0,
             reused_tokens=reused_tokens,
+            passes=steps - 1 if lookup is None else lookup.passes,
         )
 
 

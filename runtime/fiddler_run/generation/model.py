@@ -17,6 +17,7 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.cache import KeyValueCache
 from fiddler_run.generation.defaults import GenerationDefaults
 from fiddler_run.generation.host_embedding import HostEmbedding
+from fiddler_run.generation.lookup_gate import LookupGate
 from fiddler_run.generation.session import Session
 from fiddler_run.models.dispatched import DispatchedModel
 from fiddler_run.plan.schema import Plan
@@ -41,8 +42,8 @@ class PlannedModel(DispatchedModel):
 
     `plan` is the plan it runs and `defaults` the checkpoint's recommendations for sampling.
     `engine` computes the experts, served by `layers` with the split that `tuning` found; `peers`
-    are the other ranks, if the plan has any. `session` runs one generation at a time. All that
-    concerns experts is None until `attach_experts`.
+    are the other ranks, if the plan has any. `session` runs one generation at a time. `lookup_gate`
+    has measured this placement. All that concerns experts is None until `attach_experts`.
     """
 
     def __init__(self, config):
@@ -56,6 +57,7 @@ class PlannedModel(DispatchedModel):
         self.layers: list[ExpertsLayer] = []
         self.tuning = Tuning()
         self.session: Session | None = None
+        self.lookup_gate = LookupGate()
 
     def forward(self, *arguments, **named):
         if self.session is None:
@@ -107,6 +109,7 @@ class PlannedModel(DispatchedModel):
         self.engine = engine
         self.peers = peers
         self.tuning = Tuning()
+        self.lookup_gate = LookupGate()
         self.set_layers(layers)
         dense_bytes = sum(parameter.nbytes for parameter in self.parameters())
         threads = dense_threads(rank.cpu_threads, dense_bytes // len(self.layers))

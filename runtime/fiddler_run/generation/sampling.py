@@ -26,7 +26,8 @@ NO_NUMBERS = (
 class Options:
     """How to generate. `temperature` 0 is greedy.
 
-    `top_p` None takes the checkpoint's value, along with its other sampling parameters.
+    `top_p` None takes the checkpoint's value, along with its other sampling parameters. `lookup`:
+    see `LookupDecoding`; for one sequence, without beams.
     """
 
     max_new_tokens: int
@@ -35,6 +36,7 @@ class Options:
     top_p: float | None = None
     seed: int | None = None
     chat: bool = False
+    lookup: bool = False
 
 
 def sampling_arguments(
