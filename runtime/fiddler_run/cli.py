@@ -149,9 +149,15 @@ def checked_options(flags: argparse.Namespace, loader, prompt: str | None):
     """The generation options. Those without a flag come from the plan.
 
     Raises:
-        FiddlerError: the prompt cannot be encoded, or the plan has no room for prompt and answer.
+        FiddlerError: the prompt cannot be encoded, the plan has no room for prompt and answer, or
+            --lookup does not suit the model or the beams.
     """
-    from fiddler_run.generation.generate import check_length, encode_prompt, room_for_answer
+    from fiddler_run.generation.generate import (
+        check_length,
+        check_lookup,
+        encode_prompt,
+        room_for_answer,
+    )
     from fiddler_run.generation.sampling import Options
 
     plan = loader.plan
@@ -194,7 +200,9 @@ def checked_options(flags: argparse.Namespace, loader, prompt: str | None):
         top_p=flags.top_p,
         seed=flags.seed,
         chat=flags.chat,
+        lookup=flags.lookup,
     )
+    check_lookup(loader.skeleton, options)
     check_length(prompt_tokens, options, plan, batch_size)
     return options
 

@@ -26,6 +26,8 @@ def refuse_contradictions(parser: argparse.ArgumentParser, flags: argparse.Names
     if uses > 1 or (uses == 0 and not flags.talks):
         parser.error("give exactly one of: a prompt, --serve, --bench, --perplexity, --dry-run")
     _refuse_server_flags(parser, flags)
+    if flags.lookup and (flags.bench or flags.perplexity is not None or flags.dry_run):
+        parser.error("--lookup applies only to a prompt, chat and server")
     if (flags.serve or flags.talks) and (flags.chat or flags.num_beams not in (None, 1)):
         parser.error("--chat and --num-beams do not apply to chat and server")
     if flags.bench:

@@ -117,6 +117,14 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
         ),
     )
     add("--seed", type=seed, metavar="N", help="seed for sampling (default: random)")
+    add(
+        "--lookup",
+        action="store_true",
+        help=(
+            "where a text repeats itself or the prompt, propose several tokens and check them in"
+            " one pass, as long as that is faster; for a prompt, chat and server"
+        ),
+    )
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
     add(
         "--template",

@@ -17,7 +17,9 @@ def run_server(flags: argparse.Namespace, loader, stderr: Console) -> None:
     from fiddler_run.serving.requests import Defaults
     from fiddler_run.serving.serve import serve
 
-    defaults = Defaults(flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed)
+    defaults = Defaults(
+        flags.max_new_tokens, flags.temperature, flags.top_p, flags.seed, flags.lookup
+    )
     progress = byte_progress(stderr)
     task = progress.add_task("loading experts", total=loader.plan.expert_bytes)
 

@@ -69,6 +69,21 @@ class StepClock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+def check_lookup(model: PlannedModel, options: Options, batch_size: int = 1) -> None:
+    """Checks that the model can decode by prompt lookup, if the options ask for it.
+
+    Raises:
+        FiddlerError: it cannot, or there are several sequences.
+    """
+    if not options.lookup:
+        return
+    if batch_size * options.num_beams > 1:
+        raise FiddlerError(
+            "--lookup: only for one sequence, without beams; remove the flag, or give --num-beams 1"
+        )
+    require_lookup(model)
+
+
 def check_length(prompt_tokens: int, options: Options, plan: Plan, batch_size: int = 1) -> None:
     """Checks that the plan has room for a generation of `batch_size` sequences.
 
@@ -150,14 +165,12 @@ def generate_ids(
         arguments: for transformers' `generate()`.
 
     Raises:
-        FiddlerError: prompt lookup is asked for, but not for one sequence or of this model.
+        FiddlerError: see `check_lookup`.
     """
     ids = ids.to(model.device)
+    check_lookup(model, options, len(ids))
     lookup = None
     if options.lookup:
-        require_lookup(model)
-        if len(ids) * options.num_beams > 1:
-            raise FiddlerError("--lookup: only for one sequence, without beams; remove the flag")
         lookup = LookupDecoding(model.lookup_gate)
         arguments["custom_generate"] = lookup
     arguments.setdefault("attention_mask", torch.ones_like(ids))

@@ -22,6 +22,9 @@ def figures(plan: Plan, measured) -> Table:
         f"{measured.decode_tokens_per_s:.2f} tokens/s",
         f"{predicted.decode_tokens_per_s:.2f} tokens/s",
     )
+    if 0 < measured.passes < measured.output_tokens - 1:
+        each = (measured.output_tokens - 1) / measured.passes
+        table.add_row("tokens per pass, by lookup", f"{each:.2f}", "")
     traffic = measured.traffic if measured.output_tokens > 1 else measured.prefill_traffic
     table.add_row("GPU hit rate", f"{traffic.hit_rate:.1%}", f"{predicted.gpu_hit_rate:.1%}")
     if measured.peak_gpu_bytes:

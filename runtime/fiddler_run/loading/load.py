@@ -91,8 +91,13 @@ class ModelLoader(ShareLoader):
             self.peers = gather(machines, listen, task, waiting=on_waiting)
 
     @property
+    def skeleton(self) -> PlannedModel:
+        """The model without its weights."""
+        return self._checked.skeleton
+
+    @property
     def vocab_size(self) -> int:
-        return self._checked.skeleton.config.vocab_size
+        return self.skeleton.config.vocab_size
 
     @property
     def defaults(self) -> GenerationDefaults:

@@ -29,6 +29,7 @@ class Defaults:
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    lookup: bool = False
 
 
 class Requests:
@@ -148,6 +149,7 @@ class Requests:
             temperature=0.0 if temperature < MIN_TEMPERATURE else temperature,
             top_p=_first(body.top_p, defaults.top_p),
             seed=None if seed is None else seed % 2**63,
+            lookup=defaults.lookup,
         )
 
 
