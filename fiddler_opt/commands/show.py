@@ -8,6 +8,7 @@ from rich.console import Console
 from fiddler_opt.commands import flags as shared
 from fiddler_opt.commands.files import tables
 from fiddler_opt.insight.explain import marginal_values, print_marginal, print_times
+from fiddler_opt.insight.lookup import break_even
 from fiddler_opt.insight.plots import plot, require_matplotlib
 from fiddler_opt.insight.report import print_file
 from fiddler_opt.insight.sources import sources
@@ -53,7 +54,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
 
 
 def explain(flags: argparse.Namespace, console: Console, plan: Plan, path: Path) -> None:
-    """Explains a plan. Without its source profiles, leaves out the marginal experts."""
+    """Explains a plan. Without its source profiles, leaves out all that a cost model says."""
     print_times(tables(), plan)
     try:
         problem, routing = sources(plan, path, flags.machine, flags.routing)
@@ -62,5 +63,8 @@ def explain(flags: argparse.Namespace, console: Console, plan: Plan, path: Path)
             raise
         console.print(f"note: marginal experts are left out: {error}", style="yellow")
         return
-    found = marginal_values(problem.cost(routing), placement_of(plan))
+    placement = placement_of(plan)
+    if plan.workload.sequences == 1:
+        tables().print(break_even(problem, routing, placement).words)
+    found = marginal_values(problem.cost(routing), placement)
     print_marginal(tables(), found, plan.blocks_per_expert)

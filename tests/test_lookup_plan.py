@@ -1,0 +1,43 @@
+"""What plans say about prompt lookup."""
+
+import pytest
+from command_line import run
+from conftest import ROOT
+from planning import few_layers
+
+from fiddler_opt.insight.lookup import BreakEven, break_even
+from fiddler_opt.insight.sources import sources
+from fiddler_opt.solve.placement import placement_of
+from fiddler_run.plan.schema import Plan
+
+PLAN = ROOT / "plans/rtx4090.yaml"
+
+
+def test_break_even_is_the_number_of_distinct_experts():
+    """Host memory sets the pace: a pass takes as long as the experts that it calls, of 8."""
+    plan = Plan.load(PLAN)
+    problem, routing = sources(plan, PLAN, None, None)
+    found = break_even(problem, routing, placement_of(plan))
+    assert found.tokens == 17
+    called = 8 * (1 - (1 - 2 / 8) ** 17)
+    assert found.steps == pytest.approx(called / 2, rel=0.1)
+
+
+def test_why_states_the_break_even_of_one_sequence(tmp_path):
+    shown = run("fiddler-opt", "show", PLAN, "--why", cwd=ROOT)
+    assert "prompt lookup: a pass of 17 tokens takes 3." in shown.stdout
+    assert "--lookup pays if it yields more than 3." in shown.stdout
+    model = few_layers(tmp_path / "model", 2)
+    flags = ("--machine", ROOT / "profiles/rtx4090.machine.yaml", "--gpu-mem", "6GB")
+    several = ("--batch-size", "2", "--max-seq-len", "1024", "-o", "p.yaml")
+    planned = run("fiddler-opt", "plan", "--model", model, *flags, *several, cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    shown = run("fiddler-opt", "show", "p.yaml", "--why", cwd=tmp_path)
+    assert "next in" in shown.stdout
+    assert "lookup" not in shown.stdout
+
+
+def test_passes_that_take_as_long_as_their_tokens_cannot_pay():
+    assert BreakEven(3, 3.2).words == (
+        "prompt lookup: a pass of 3 tokens takes 3.2 decode steps; --lookup cannot pay"
+    )
