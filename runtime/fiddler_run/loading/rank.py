@@ -95,8 +95,13 @@ def _work(
     torch.set_num_threads(plan.ranks[rank].cpu_threads)
     with loader.on_own_cores():
         exchange = join(connection, rank, loader.device, loader.model_id)
-        store = loader.load_store(lambda count: connection.send(loaded_bytes=count))
-        share = share_of(plan, store, loader.device, rank)
-        connection.send(overflow_note=store.overflow_note)
-        tell(f"computes {plan.ranks[rank].expert_bytes / 1e9:.2f} GB of experts until rank 0 ends")
-        serve(connection, exchange, share, plan)
+        try:
+            store = loader.load_store(lambda count: connection.send(loaded_bytes=count))
+            share = share_of(plan, store, loader.device, rank)
+            connection.send(overflow_note=store.overflow_note)
+            size = f"{plan.ranks[rank].expert_bytes / 1e9:.2f} GB"
+            tell(f"computes {size} of experts until rank 0 ends")
+            serve(connection, exchange, share, plan)
+        except BaseException:
+            exchange.abort()
+            raise

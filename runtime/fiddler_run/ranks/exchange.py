@@ -6,6 +6,7 @@ otherwise gloo, through host memory.
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import NamedTuple
@@ -189,7 +190,9 @@ class GlooExchange(Exchange):
         self._group.send([partial.to(self._host)], 0, 0).wait()
 
     def abort(self) -> None:
-        """Nothing: gloo itself notices that a process has ended, and its abort crashes."""
+        """Prepares for the end of the process: gloo itself notices that another one has ended."""
+        # A group that has lost a rank sometimes crashes when it is destroyed or aborted.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
 
 
 def _pins(device: torch.device) -> bool:

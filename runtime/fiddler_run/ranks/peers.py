@@ -72,6 +72,9 @@ class Peers:
         except RuntimeError as error:  # gloo's and NCCL's
             self._wait_for_failure()
             raise FiddlerError(self.failure or f"the ranks lost each other: {error}") from None
+        except BaseException:  # an interrupt, after which the ranks are out of step
+            self._abort_exchange()
+            raise
         self.end()
 
     def begin(self, number: int, inputs: Inputs) -> None:
@@ -166,14 +169,17 @@ class Peers:
         self.failure = failure
         for peer in self._peers:
             peer.connection.close()
-        if self.exchange is not None:
-            threading.Thread(target=self.exchange.abort, daemon=True).start()
+        self._abort_exchange()
         deadline_s = time.monotonic() + LEAVE_S
         while time.monotonic() < deadline_s:
             if self._told.wait(POLL_S) or not self.is_used():
                 return
         print(f"fiddler-run: {failure}", file=sys.stderr, flush=True)
         os._exit(1)
+
+    def _abort_exchange(self) -> None:
+        if self.exchange is not None:  # in its own thread, because NCCL may wait
+            threading.Thread(target=self.exchange.abort, daemon=True).start()
 
     def _wait_for_failure(self) -> None:
         """Waits until the reason for a broken exchange is known."""
