@@ -1,5 +1,6 @@
 """Loads a model from a plan and a checkpoint. All checks precede the long work."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,7 @@ class ModelLoader(ShareLoader):
             }
             machines = [rank.machine for rank in plan.ranks]
             self.peers = gather(machines, listen, task, waiting=on_waiting)
+            self._end_ranks = weakref.finalize(self, self.peers.close)
 
     @property
     def skeleton(self) -> PlannedModel:
@@ -123,6 +125,8 @@ class ModelLoader(ShareLoader):
             model.move_embedding_to_host()
         with self.on_own_cores():
             model.attach_experts(self.plan, self._load_experts(on_bytes), self.peers)
+        if self.peers is not None:
+            self._end_ranks.detach()  # from here on, they end with the model
         if self.device.type == "cuda":
             with model.session.turn():
                 _warm_up(model)

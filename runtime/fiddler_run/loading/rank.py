@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
-from fiddler_run.ranks.connection import STARTED_BY, Connection, connect, release
-from fiddler_run.ranks.launch import JOIN_S
+from fiddler_run.ranks.connection import JOIN_S, STARTED_BY, Connection, connect, release
 
 WAIT_S = 0.5  # how much later than the exchange the connection may end
 

@@ -18,6 +18,8 @@ from fiddler_run.errors import FiddlerError
 
 # A machine that no longer answers is given up after this time, like a process that has ended.
 SILENT_S = 8
+JOIN_S = 60  # how long rank 0 waits for the others, and they for rank 0
+HELLO_S = 5  # how long someone who has connected may take to say who it is
 RETRY_S = 0.2
 STARTED_BY = "FIDDLER_STARTED_BY"  # environment variable of a rank that rank 0 has started
 MAX_LINE = 2**26  # bytes; a plan of thousands of experts takes a few megabytes
@@ -73,6 +75,10 @@ class Connection:
         except ValueError:
             return None
         return message if isinstance(message, dict) else None
+
+    def says_something(self, patience_s: float) -> bool:
+        """True if a message, or the end, comes within `patience_s`."""
+        return bool(select.select([self._socket], [], [], patience_s)[0])
 
     def has_ended(self, patience_s: float | None = None) -> bool:
         """True if the other end is gone, or goes within `patience_s`. None: waits for it."""

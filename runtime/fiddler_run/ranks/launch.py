@@ -13,10 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.ranks.connection import STARTED_BY, Connection, listen, release
+from fiddler_run.ranks.connection import (
+    HELLO_S,
+    JOIN_S,
+    STARTED_BY,
+    Connection,
+    listen,
+    release,
+)
 from fiddler_run.ranks.peers import LEAVE_S, Peer, Peers, end_processes, ending
 
-JOIN_S = 60  # how long rank 0 waits for the others, and they for rank 0
 POLL_S = 0.1
 LOOPBACK = "127.0.0.1"
 
@@ -108,12 +114,15 @@ def _welcome_all(gathering: Gathering, task: dict[str, object]) -> None:
 
 
 def _welcome(gathering: Gathering, connection: Connection, task: dict[str, object]) -> None:
-    hello = connection.receive() or {}
+    hello = connection.receive() if connection.says_something(HELLO_S) else None
+    if hello is None or "release" not in hello:  # not a rank; ports are also scanned
+        connection.close()
+        return
     rank = hello.get("rank")
     problem = None
-    if hello.get("release") != release():
+    if hello["release"] != release():
         problem = (
-            f"rank {rank} ({connection.address}) runs {hello.get('release')}, and rank 0"
+            f"rank {rank} ({connection.address}) runs {hello['release']}, and rank 0"
             f" {release()}; install the same on both"
         )
     elif rank not in gathering.missing:
