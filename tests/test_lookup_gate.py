@@ -95,6 +95,19 @@ def test_nothing_is_proposed_where_right_proposals_do_not_pay():
     assert tokens / steps > 0.97
 
 
+def test_shorter_drafts_that_do_not_pay_are_not_proposed():
+    """Although a longer one would, whose risk exceeds the credit."""
+    gate = LookupGate()
+    times = {3: 3.4, 5: 3.6, 9: 3.8, 17: 4.0}
+    for _ in range(MIN_STEPS):
+        gate.record(0, 0, STEP_S)
+    for _ in range(3):
+        gate.record(SHORTEST, SHORTEST, times[3] * STEP_S)
+    assert gate.expected(SHORTEST) < gate.cost(SHORTEST + 1)
+    assert gate.is_open
+    assert gate.draft_tokens() == 0
+
+
 def test_edited_copies_pay():
     """Every third draft is wrong after its first token."""
     gate = LookupGate()

@@ -66,10 +66,10 @@ class LookupGate:
         if self._all_plain_steps < MIN_STEPS or self._drafts == MAX_DRAFTS:
             return 0
         within = [each for each in DRAFT_TOKENS if self._risk(each) <= self._credit]
-        if self.is_open:
-            paying = (each for each in within if self._gain(each) > 1)
+        paying = [each for each in within if self._gain(each) > 1]
+        if paying:
             untimed = next((each for each in paying if each + 1 not in self._times_s), None)
-            return untimed or max(within, key=self._gain, default=0)
+            return untimed or max(paying, key=self._gain)
         shortest = DRAFT_TOKENS[0]
         waited = CREDIT_PER_STEP * self._plain_steps >= self._risk(shortest)
         return shortest if shortest in within and waited else 0
