@@ -4,13 +4,10 @@ import gc
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 import pytest
 import torch
@@ -21,10 +18,6 @@ from test_exactness import TEXTS, greedy
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
 from fiddler_run.loading.load import ModelLoader
-from fiddler_run.loading.share import model_id
-from fiddler_run.ranks.connection import connect, listen, release
-from fiddler_run.ranks.launch import gather
-from fiddler_run.weights.tensor_files import TensorFiles
 
 END_S = 10
 START_S = 60
@@ -191,54 +184,3 @@ def test_an_idle_server_ends_with_a_rank(plan_file):
     status, lines = run.end()
     assert status == 1
     assert_one_line(lines, "rank 1 (127.0.0.1) was ended by SIGKILL")
-
-
-def refused(**hello: object) -> str:
-    """The line with which ranks do not come together if one introduces itself like this."""
-    addresses: SimpleQueue = SimpleQueue()
-    with ThreadPoolExecutor(1) as threads:
-        gathering = threads.submit(
-            gather, [0, 1], ("127.0.0.1", 0), {}, waiting=lambda line: addresses.put(line)
-        )
-        port = int(addresses.get(timeout=5).split(":")[1])
-        with socket.create_connection(("127.0.0.1", port)) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            assert stranger.recv(100) == b""
-        with connect("127.0.0.1", port, patience_s=5) as connection:
-            connection.send(**hello)
-            told = connection.receive()
-        error = gathering.exception(timeout=5)
-    assert isinstance(error, FiddlerError)
-    assert told == {"failed": str(error)}
-    return str(error)
-
-
-def test_another_release_or_rank_is_refused():
-    line = refused(rank=1, release="fiddler-opt 0.0.1")
-    assert line.startswith(f"rank 1 (127.0.0.1) runs fiddler-opt 0.0.1, and rank 0 {release()}")
-    line = refused(rank=2, release=release())
-    assert line == "127.0.0.1 connected as rank 2, which is not awaited"
-
-
-def test_ranks_elsewhere_need_an_address():
-    with pytest.raises(FiddlerError, match=r"other machines \(1, 2\): give --listen"):
-        gather([0, 1, 1], None, {})
-
-
-def test_rank_0_that_does_not_answer_is_named():
-    with listen("127.0.0.1", 0) as listening:
-        port = listening.getsockname()[1]
-    with pytest.raises(FiddlerError, match=f"--join 127.0.0.1:{port}: rank 0 does not answer"):
-        connect("127.0.0.1", port, patience_s=0.1)
-    with pytest.raises(FiddlerError, match=r"--listen 192.0.2.200:1: .*; give an address of this"):
-        listen("192.0.2.200", 1)
-
-
-def test_a_model_with_other_files_is_refused(tmp_path, model):
-    """`model` is a copy of the demo's folder."""
-    assert model_id(TensorFiles(model)) == model_id(TensorFiles(DEMO))
-    shard = sorted(model.glob("*.safetensors"))[-1]
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    assert model_id(TensorFiles(model)) != model_id(TensorFiles(DEMO))

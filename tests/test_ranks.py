@@ -1,9 +1,12 @@
 """Several ranks give the results of one."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+import yaml
 from conftest import DEMO, demo_shape, random_plan
 from models import Stock
 from ranks import in_ranks, shared_plan
@@ -11,7 +14,9 @@ from seeds import seeds
 from test_exactness import BATCHES, TEXTS, assert_same, encode, greedy
 
 from fiddler_run import load_model
+from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
+from fiddler_run.ranks import exchange
 
 
 def random_shared_plan(shape, seed: int, num_ranks: int, block_neurons: int = 32) -> Plan:
@@ -104,3 +109,73 @@ def test_traffic_counts_the_blocks_of_all_ranks(loaded):
         assert model.traffic().needed_blocks == 0
     assert traffic.needed_blocks == 6 * 2 * plan.blocks_per_expert
     assert 0 < own.needed_blocks < traffic.needed_blocks
+
+
+@torch.no_grad()
+def test_an_error_within_a_layer_ends_the_ranks(loaded, monkeypatch):
+    """The error is raised as it is; after it, the ranks would not agree on the next layer."""
+    model, tokenizer = loaded
+    ids = encode(tokenizer, TEXTS[1:2], model.device)["input_ids"]
+    monkeypatch.setattr(exchange, "LAYER_TIMEOUT", timedelta(seconds=1))  # the other is a thread
+    with in_ranks(model, random_shared_plan(demo_shape(), 5, 2), DEMO):
+        expected = model(ids).logits
+        layer = model.layers[3]
+        with monkeypatch.context() as patched:
+            patched.setattr(layer, "_run", lambda *_: torch.zeros(1) @ torch.zeros(2))
+            with pytest.raises(RuntimeError, match="size"):
+                model(ids)
+        for _ in range(2):
+            with pytest.raises(FiddlerError, match="a layer was interrupted, so the ranks have"):
+                model(ids)
+    with in_ranks(model, random_shared_plan(demo_shape(), 5, 2), DEMO):
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_states_of_another_dtype_are_refused_before_they_are_sent(loaded):
+    model, tokenizer = loaded
+    ids = encode(tokenizer, TEXTS[1:2], model.device)["input_ids"]
+    with in_ranks(model, random_shared_plan(demo_shape(), 5, 2), DEMO), torch.no_grad():
+        served = model.experts_modules()[0].planned
+        states = torch.zeros(1, 128, dtype=torch.float64, device=model.device)
+        index = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        with pytest.raises(FiddlerError, match="computes in torch.float64, but its experts are"):
+            served(states, index, torch.ones(1, 2, device=model.device))
+        model(ids)
+
+
+def test_threads_take_turns_at_a_layer(loaded):
+    model, _ = loaded
+    with in_ranks(model, random_shared_plan(demo_shape(), 9, 2), DEMO):
+        served = model.experts_modules()[0].planned
+        states = torch.randn(6, 128, device=model.device)
+        index = torch.arange(12, device=model.device).view(6, 2) % 8
+        weights = torch.rand(6, 2, device=model.device)
+        expected = served(states, index, weights)
+        with ThreadPoolExecutor(4) as threads:
+            found = threads.map(lambda _: served(states, index, weights), range(12))
+            assert all(torch.equal(each, expected) for each in found)
+
+
+def test_an_interrupted_request_leaves_no_wrong_reply(loaded):
+    model, tokenizer = loaded
+    ids = encode(tokenizer, TEXTS[1:2], model.device)["input_ids"]
+    with in_ranks(model, random_shared_plan(demo_shape(), 9, 2), DEMO), torch.no_grad():
+        model.peers.request(do="count")
+        model(ids)
+        traffic = model.traffic()
+        assert traffic.needed_blocks > model.engine.resources.traffic.needed_blocks
+        model.forget_traffic()
+        assert model.traffic().needed_blocks == 0
+
+
+def test_blocks_of_ranks_add_up():
+    plan = random_shared_plan(demo_shape(), 2, 2)
+    ranks = plan.model_dump()["ranks"]
+    ranks[1]["host_blocks"][4][3] += 1
+    problems = [*Plan.examine(yaml.safe_dump({**plan.model_dump(), "ranks": ranks}), "p")[1]]
+    assert any("expert 3 of layer 4 has 9 blocks in all, not 8" in each for each in problems)
+    ranks[1]["host_blocks"][4][3] -= 1
+    ranks[1]["disk_blocks"] = {layer: [0] * 8 for layer in range(6)}
+    problems = Plan.examine(yaml.safe_dump({**plan.model_dump(), "ranks": ranks}), "p")[1]
+    (problem,) = problems
+    assert problem.startswith("p: ranks[1].disk_blocks: only for a single rank")

@@ -6,6 +6,7 @@ Finished work is saved, and the next call resumes where an interrupted one stopp
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,43 +58,46 @@ def profile_machine(
         FiddlerError: other programs use the machine and `force` is not set.
     """
     with console.status("importing torch and transformers"):
-        from fiddler_opt.measure.machine import (
-            MachineBench,
-            measure_machine,
-            release_gpu_memory,
-        )
+        from fiddler_opt.measure.machine import MachineBench, measure_machine, release_gpu_memory
         from fiddler_opt.measure.ranks import OtherRanks
 
     name = model.shape.name if folder is None else str(folder.resolve())
-    with console.status("starting the other ranks"):
-        others = OtherRanks(num_ranks, name, quick) if num_ranks > 1 else None
-    bench = MachineBench(model, profile_settings(quick, num_ranks), folder)
-    identity = bench.identity | ({"ranks": num_ranks} if others else {})
-    unfinished = Unfinished(path, identity)
-    done = sum(name in unfinished.parts for name in bench.parts)
-    if done == len(bench.parts) and not keep_parts:
-        forget_unfinished(path)  # kept by a command that recorded routing afterwards
-        unfinished = Unfinished(path, identity)
-    elif done:
-        console.print(
-            f"resuming an unfinished profile: {done} of {len(bench.parts)} parts are timed"
-        )
-    with _progress(console) as progress:
-        task = progress.add_task("timing", total=len(bench.parts))
+    with ExitStack() as stack:
+        others = None
+        if num_ranks > 1:
+            with console.status("starting the other ranks"):
+                others = stack.enter_context(OtherRanks(num_ranks, name, quick))
+        bench = MachineBench(model, profile_settings(quick, num_ranks), folder)
+        identity = bench.identity | ({"ranks": num_ranks} if others else {})
+        unfinished = _unfinished(path, identity, list(bench.parts), keep_parts, console)
+        with _progress(console) as progress:
+            task = progress.add_task("timing", total=len(bench.parts))
 
-        def on_part(name: str, finished: int) -> None:
-            progress.update(task, description=f"timing {name}", completed=finished)
+            def on_part(name: str, finished: int) -> None:
+                progress.update(task, description=f"timing {name}", completed=finished)
 
-        machine = measure_machine(bench, unfinished, command, force, on_part, others)
-        progress.update(task, description="timing", completed=len(bench.parts))
+            machine = measure_machine(bench, unfinished, command, force, on_part, others)
+            progress.update(task, description="timing", completed=len(bench.parts))
     machine.save(path)
-    if others is not None:
-        others.close()
     if not keep_parts:
         forget_unfinished(path)
     del bench  # frees the timed memory, which a model may need
     release_gpu_memory()
     return machine
+
+
+def _unfinished(
+    path: Path, identity: dict, parts: list[str], keep_parts: bool, console: Console
+) -> Unfinished:
+    """The parts of the profile at `path` that an interrupted command has timed."""
+    unfinished = Unfinished(path, identity)
+    done = sum(name in unfinished.parts for name in parts)
+    if done == len(parts) and not keep_parts:
+        forget_unfinished(path)  # kept by a command that recorded routing afterwards
+        return Unfinished(path, identity)
+    if done:
+        console.print(f"resuming an unfinished profile: {done} of {len(parts)} parts are timed")
+    return unfinished
 
 
 def routing_job(

@@ -80,7 +80,10 @@ class OtherRanks:
             "exchange_bytes": before - free_bytes(device),
         }
 
-    def close(self) -> None:
+    def __enter__(self) -> OtherRanks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._on_own_cores.close()
         self._peers.close()
 

@@ -111,6 +111,8 @@ def use_model(
         )
         print(flush=True)
         stderr.print(figures(plan, measured))
+    if loader.peers is not None:
+        return  # the other ranks would count as other programs
     note = busy_note(others.cores(), num_cores(), plan.rank.cpu_threads)
     if note is not None:
         stderr.print(note, style="yellow")

@@ -116,6 +116,10 @@ class ExpertsLayer:
             timeline.begin(Lane.GPU, Work.DENSE)
             return output
 
+    def check_dtype(self, hidden_states: torch.Tensor) -> None:
+        """Checks that the experts take these states; see `Resources.check_dtype`."""
+        self._engine.resources.check_dtype(hidden_states)
+
     def can_record(self, tokens: int) -> bool:
         """True if a batch of this size takes the decode path and no work is timed."""
         timed = self._engine.resources.timeline.on

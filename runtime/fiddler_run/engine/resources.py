@@ -55,7 +55,9 @@ class Resources:
             torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)
         )
         self.lock = threading.RLock()
-        self.check_others: Callable[[], None] = lambda: None  # raises if another rank has failed
+        # raises if another rank has failed; ends the other ranks within a layer
+        self.check_others: Callable[[], None] = lambda: None
+        self.abandon_others: Callable[[], None] = lambda: None
 
     @property
     def traffic(self) -> Traffic:
@@ -92,6 +94,7 @@ class Resources:
     def abandon(self) -> None:
         """Ends the CPU's unfinished jobs without results. The device continues without them."""
         with self.lock:
+            self.abandon_others()
             self.jobs.abandon()
 
     def check_hand_over(self) -> None:

@@ -87,7 +87,7 @@ class PlannedModel(DispatchedModel):
         """The blocks that calls needed so far, of all ranks."""
         traffic = self.engine.resources.traffic
         if self.peers is not None:
-            for reply in self.peers.ask(do="count"):
+            for reply in self.peers.replies(self.peers.request(do="count")):
                 traffic += Traffic(*reply["traffic"])
         return traffic
 
@@ -117,9 +117,8 @@ class PlannedModel(DispatchedModel):
         self.session.make_cache(plan.workload.sequences, plan.workload.max_seq_len)
         if peers is not None:
             weakref.finalize(self, peers.close)
-            session = weakref.ref(self.session)
-            peers.is_used = lambda: session() is not None and session().is_used()
             engine.resources.check_others = peers.check_failure
+            engine.resources.abandon_others = peers.abandon
 
     def set_layers(self, layers: list[ExpertsLayer]) -> None:
         """Lets these layers serve the experts modules, in order."""

@@ -111,10 +111,6 @@ class Session:
         """Makes a KV cache for `sequences` of `max_tokens`."""
         self.cache = KeyValueCache(self._model.config, sequences, max_tokens)
 
-    def is_used(self) -> bool:
-        """True while a turn is held."""
-        return self._depth > 0
-
     @property
     def is_timed(self) -> bool:
         """True while work is recorded on the timeline."""

@@ -127,7 +127,7 @@ class ModelLoader(ShareLoader):
             model.attach_experts(self.plan, self._load_experts(on_bytes), self.peers)
         if self.peers is not None:
             self._end_ranks.detach()  # from here on, they end with the model
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" or (self.peers is not None and self.peers.has_gpu):
             with model.session.turn():
                 _warm_up(model)
                 model.tuning = _tune(model)
@@ -155,8 +155,9 @@ class ModelLoader(ShareLoader):
 
         store = self.load_store(count)
         self._note(store.overflow_note)
-        for rank, reply in enumerate(peers.replies(count), 1):
+        for rank, reply in enumerate(peers.replies(meanwhile=count), 1):
             self._note(reply["overflow_note"], f"rank {rank}: ")
+        count()
         return store
 
     def _note(self, note: str | None, origin: str = "") -> None:
@@ -190,9 +191,9 @@ def _tune(model: PlannedModel) -> Tuning:
     if model.peers is None:
         return tune(model.layers, model.engine.resources, router, prompt_tokens)
     # all ranks at once, because they share the memory of their machine
-    model.peers.tell(do="tune", prompt_tokens=prompt_tokens)
+    request = model.peers.request(do="tune", prompt_tokens=prompt_tokens)
     tuning = tune(model.layers, model.engine.resources, router, prompt_tokens)
-    model.peers.replies()
+    model.peers.replies(request)
     return tuning
 
 

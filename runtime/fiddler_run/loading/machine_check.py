@@ -38,7 +38,8 @@ def machine_problems(
     here = plan.ranks_beside(number)
     if number == here[0]:
         what = "experts and embedding" if embedding_bytes else "experts"
-        held = sum(plan.held_ram_bytes(bool(gpu or plan_gpu(plan, each)), each) for each in here)
+        on_gpus = [gpu if each == number else plan_gpu(plan, each) for each in here]
+        held = sum(map(plan.held_ram_bytes, map(bool, on_gpus), here))
         loading = len(here) * plan.model.loading_bytes
         available = available_memory_bytes()
         problems[:0] = [
@@ -81,7 +82,8 @@ def disk_problems(plan: Plan, folder: Path, number: int = 0) -> list[str]:
 
 def gpu_count_problem(plan: Plan, number: int, gpus: int) -> str | None:
     """The problem if a machine has some GPUs, but fewer than its ranks use."""
-    needed = sum(plan.ranks[each].device == "cuda" for each in plan.ranks_beside(number))
+    here = (plan.ranks[each] for each in plan.ranks_beside(number))
+    needed = sum(rank.device == "cuda" and rank.gpu_memory_bytes.total > 0 for rank in here)
     if gpus == 0 or needed <= gpus:
         return None
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -102,5 +103,6 @@ def _work(
             tell(f"computes {size} of experts until rank 0 ends")
             serve(connection, exchange, share, plan)
         except BaseException:
-            exchange.abort()
+            # in its own thread, because NCCL may wait
+            threading.Thread(target=exchange.abort, daemon=True).start()
             raise

@@ -87,13 +87,14 @@ class ShareLoader:
 
 
 def _use_gpu(plan: Plan, number: int) -> None:
-    """Makes the rank's GPU the current one. Rank 0 keeps the present one."""
-    if number == 0 or plan.ranks[number].device != "cuda":
-        return
-    before = [other for other in plan.ranks_beside(number) if other < number]
-    index = sum(plan.ranks[other].device == "cuda" for other in before)
-    if index < num_gpus():
-        torch.cuda.set_device(index)
+    """Makes the rank's GPU the current one, if the plan uses several on this machine."""
+    with_gpu = [
+        each
+        for each in plan.ranks_beside(number)
+        if plan.ranks[each].device == "cuda" and plan.ranks[each].gpu_memory_bytes.total
+    ]
+    if len(with_gpu) > 1 and number in with_gpu and with_gpu.index(number) < num_gpus():
+        torch.cuda.set_device(with_gpu.index(number))
 
 
 def model_id(files: TensorFiles) -> str:

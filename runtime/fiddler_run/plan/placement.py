@@ -63,9 +63,11 @@ def placement_problems(
     if problems:
         return problems
     if several:
-        for number, rank in enumerate(ranks):
-            if rank.disk_blocks:
-                problems += row_problems(f"ranks[{number}].disk_blocks", rank.disk_blocks, whole)
+        problems = [
+            f"ranks[{number}].disk_blocks: only for a single rank; give them to a rank's memory"
+            for number, rank in enumerate(ranks)
+            if rank.disk_blocks
+        ]
         return problems or sum_problems(ranks, num_layers, num_experts, num_blocks)
     if not ranks[0].disk_blocks:
         return []
@@ -80,17 +82,10 @@ def sum_problems(
     ranks: Sequence[Rank], num_layers: int, num_experts: int, num_blocks: int
 ) -> list[str]:
     """The experts whose blocks do not add up to `num_blocks` over all ranks."""
-    none = [0] * num_experts
     problems = []
     for layer in range(num_layers):
         rows = [
-            row
-            for rank in ranks
-            for row in (
-                rank.resident_blocks[layer],
-                rank.host_blocks[layer],
-                rank.disk_blocks.get(layer, none),
-            )
+            row for rank in ranks for row in (rank.resident_blocks[layer], rank.host_blocks[layer])
         ]
         problems += [
             f"ranks: expert {expert} of layer {layer} has {total} blocks in all, not {num_blocks}"

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from fiddler_run.errors import FiddlerError
 
 # A machine that no longer answers is given up after this time, like a process that has ended.
-SILENT_S = 8
+SILENT_S = 4
 JOIN_S = 60  # how long rank 0 waits for the others, and they for rank 0
 HELLO_S = 5  # how long someone who has connected may take to say who it is
 RETRY_S = 0.2
@@ -26,7 +26,10 @@ MAX_LINE = 2**26  # bytes; a plan of thousands of experts takes a few megabytes
 
 
 class Connection:
-    """One end of a connection. `send` may be called from several threads, `receive` from one."""
+    """One end of a connection. `send` may be called from several threads, `receive` from one.
+
+    `in_order`: rank 0 has said that this is the end.
+    """
 
     def __init__(self, connected: socket.socket):
         connected.settimeout(None)
@@ -35,6 +38,7 @@ class Connection:
         self._socket = connected
         self._lines = connected.makefile("rb")
         self._sending = threading.Lock()
+        self.in_order = False
 
     def __enter__(self) -> Connection:
         return self
@@ -62,6 +66,13 @@ class Connection:
             return False
         return True
 
+    def hello(self) -> dict | None:
+        """The first message. None if it does not come soon; the connection is then of no use."""
+        self._socket.settimeout(HELLO_S)
+        message = self.receive()
+        self._socket.settimeout(None)
+        return message
+
     def receive(self) -> dict | None:
         """Waits for the next message. None once the other end is gone."""
         try:
@@ -75,10 +86,6 @@ class Connection:
         except ValueError:
             return None
         return message if isinstance(message, dict) else None
-
-    def says_something(self, patience_s: float) -> bool:
-        """True if a message, or the end, comes within `patience_s`."""
-        return bool(select.select([self._socket], [], [], patience_s)[0])
 
     def has_ended(self, patience_s: float | None = None) -> bool:
         """True if the other end is gone, or goes within `patience_s`. None: waits for it."""
@@ -137,9 +144,9 @@ def release() -> str:
 def _notice_silence(connected: socket.socket) -> None:
     options = [
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
-        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", SILENT_S // 4),
-        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", SILENT_S // 4),
-        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", SILENT_S - 1),
         (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", SILENT_S * 1000),
     ]
     for level, name, value in options:

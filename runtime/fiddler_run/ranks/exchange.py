@@ -7,6 +7,7 @@ otherwise gloo, through host memory.
 from __future__ import annotations
 
 import ctypes
+import os
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import NamedTuple
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-PATIENCE = timedelta(minutes=30)  # of a layer; a rank that ends is noticed at once
+CONNECT_TIMEOUT = timedelta(seconds=60)
+LAYER_TIMEOUT = timedelta(minutes=30)  # a rank that ends is noticed at once
 MAX_CHANNELS = 8  # of NCCL: more take GPU memory, and layers send little
 ALIGNMENT = 16  # bytes, of each tensor in a message; Triton compiles other variants for less
 
@@ -104,8 +106,10 @@ class NcclExchange(Exchange):
 
     def __init__(self, rank: int, num_ranks: int, device: torch.device, store: distributed.Store):
         super().__init__(rank, num_ranks, device)
+        # Rank 0 alone captures its part: nothing may depend on a capture by all.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         options = distributed.ProcessGroupNCCL.Options()
-        options._timeout = PATIENCE
+        options._timeout = LAYER_TIMEOUT
         options.config.max_ctas = MAX_CHANNELS
         self._group = distributed.ProcessGroupNCCL(store, rank, num_ranks, options)
         self._broadcast = distributed.BroadcastOptions()
@@ -158,7 +162,7 @@ class GlooExchange(Exchange):
         super().__init__(rank, num_ranks, device)
         options = distributed.ProcessGroupGloo._Options()
         options._devices = [distributed.ProcessGroupGloo.create_device(hostname=address)]
-        options._timeout = PATIENCE
+        options._timeout = CONNECT_TIMEOUT
         self._group = distributed.ProcessGroupGloo(store, rank, num_ranks, options)
         self._host = torch.device("cpu")
         self._under_way: list[tuple[distributed.Work, Tensor]] = []  # keeps messages alive
@@ -170,28 +174,30 @@ class GlooExchange(Exchange):
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         for work, _ in self._under_way:
-            work.wait()
+            work.wait(LAYER_TIMEOUT)
         others = range(1, self.num_ranks)
         self._under_way = [(self._group.send([message], other, 0), message) for other in others]
 
     def take(self, sizes: Sizes) -> Inputs:
         message, views = sizes.message(self._host)
-        self._group.recv([message], 0, 0).wait()
+        self._group.recv([message], 0, 0).wait(LAYER_TIMEOUT)
         return Inputs(*(view.to(self.device) for view in views))
 
     def add(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
         for other in range(1, self.num_ranks):
             received = torch.empty(partial.shape, dtype=partial.dtype, pin_memory=_pins(self._host))
-            self._group.recv([received], other, 0).wait()
+            self._group.recv([received], other, 0).wait(LAYER_TIMEOUT)
             partial += received.to(self.device)
         return partial.to(dtype)
 
     def send(self, partial: Tensor) -> None:
-        self._group.send([partial.to(self._host)], 0, 0).wait()
+        self._group.send([partial.to(self._host)], 0, 0).wait(LAYER_TIMEOUT)
 
     def abort(self) -> None:
-        """Prepares for the end of the process: gloo itself notices that another one has ended."""
-        # A group that has lost a rank sometimes crashes when it is destroyed or aborted.
+        """Keeps the group from being destroyed: after the loss of a rank, that may crash.
+
+        gloo itself notices that another process has ended.
+        """
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
 
 

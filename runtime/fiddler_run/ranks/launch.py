@@ -14,17 +14,18 @@ from dataclasses import dataclass, field
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.ranks.connection import (
-    HELLO_S,
     JOIN_S,
     STARTED_BY,
     Connection,
     listen,
     release,
 )
-from fiddler_run.ranks.peers import LEAVE_S, Peer, Peers, end_processes, ending
+from fiddler_run.ranks.peers import LEAVE_S, Peer, Peers
+from fiddler_run.ranks.processes import end_processes, ending
 
 POLL_S = 0.1
 LOOPBACK = "127.0.0.1"
+ANY_ADDRESS = ("0.0.0.0", "::", "")
 
 
 @dataclass
@@ -60,6 +61,10 @@ def gather(
     Raises:
         FiddlerError: a rank does not come, or runs another release.
     """
+    if address is not None and address[0] in ANY_ADDRESS:
+        raise FiddlerError(
+            f"--listen {address[0]}: give the address by which the other machines reach this one"
+        )
     elsewhere = [rank for rank, machine in enumerate(machines) if machine != machines[0]]
     named = ", ".join(map(str, elsewhere))
     if elsewhere and address is None:
@@ -114,7 +119,7 @@ def _welcome_all(gathering: Gathering, task: dict[str, object]) -> None:
 
 
 def _welcome(gathering: Gathering, connection: Connection, task: dict[str, object]) -> None:
-    hello = connection.receive() if connection.says_something(HELLO_S) else None
+    hello = connection.hello()
     if hello is None or "release" not in hello:  # not a rank; ports are also scanned
         connection.close()
         return

@@ -27,10 +27,11 @@ class SharedLayer:
         if len(hidden_states) == 0:
             return torch.zeros_like(hidden_states)
         require_no_gradients(hidden_states, top_k_weights)
+        self.local.check_dtype(hidden_states)
         inputs = Inputs(*layer_inputs(hidden_states, top_k_index, top_k_weights))
-        with self._peers.layer(self.local.number, inputs) as exchange:
-            exchange.give(inputs)
-            return exchange.add(self.local(*inputs), hidden_states.dtype)
+        with self._peers.layer(self.local.number, inputs):
+            self._peers.give(inputs)
+            return self._peers.add(self.local(*inputs), hidden_states.dtype)
 
     def can_record(self, tokens: int) -> bool:
         """True if a batch of this size can be captured in a CUDA graph."""
@@ -41,10 +42,9 @@ class SharedLayer:
     ) -> tuple[Tensor, Callable[[], None], Callable[[], None]]:
         """As a call, while a CUDA graph is captured; see `ExpertsLayer.record`."""
         inputs = Inputs(*layer_inputs(hidden_states, top_k_index, top_k_weights))
-        exchange = self._peers.exchange
-        exchange.give(inputs)
+        self._peers.give(inputs)
         partial, before, after = self.local.record(number, *inputs)
-        output = exchange.add(partial, hidden_states.dtype)
+        output = self._peers.add(partial, hidden_states.dtype)
 
         def begin() -> None:
             self._peers.begin(self.local.number, inputs)

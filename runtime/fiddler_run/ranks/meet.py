@@ -42,7 +42,9 @@ def meet(peers: Peers, device: torch.device, one_machine: bool, model: str) -> E
         master_listen_fd=listening.detach(),
     )
     peers.tell(port=store.port, num_ranks=num_ranks, nccl=nccl)
-    peers.exchange = _exchange(nccl, 0, num_ranks, device, store, host)
+    peers.has_gpu = any(reply["device"] == "cuda" for reply in found)
+    with peers.connecting():
+        peers.exchange = _exchange(nccl, 0, num_ranks, device, store, host)
     return peers.exchange
 
 

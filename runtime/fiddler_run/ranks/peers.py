@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+import torch
+from torch import Tensor
+
 from fiddler_run.errors import FiddlerError
 from fiddler_run.ranks.connection import Connection
 from fiddler_run.ranks.exchange import Exchange, Inputs
+from fiddler_run.ranks.processes import end_processes, ending
 
 # How long rank 0 may take to notice a failure by itself, before its process is ended.
 LEAVE_S = 5
@@ -41,59 +44,86 @@ class Peer:
 class Peers:
     """All other ranks. Tensors go through `exchange`.
 
-    `failure` is the line that says which rank has failed and why, or None. `loaded_bytes` counts
-    the experts that others have loaded. `is_used` is true while a generation runs.
+    `failure` is the line that says why the ranks cannot go on, or None. `loaded_bytes` counts the
+    experts that others have loaded. `has_gpu`: True if any of them uses a GPU.
     """
 
     def __init__(self, peers: list[Peer]):
         self.failure: str | None = None
         self.exchange: Exchange | None = None
         self.loaded_bytes = 0
-        self.is_used: Callable[[], bool] = lambda: False
+        self.has_gpu = False
         self._peers = peers
         self._replies: dict[int, SimpleQueue] = {peer.rank: SimpleQueue() for peer in peers}
+        self._requests = 0
         self._closing = False
-        self._counting = threading.Lock()
-        self._told = threading.Event()  # the failure was raised
-        self._within_layer = False
+        self._state = threading.Lock()  # guards `failure` and `loaded_bytes`
+        self._one_layer = threading.RLock()
+        self._busy = False  # this process may wait for another rank, where nothing interrupts it
+        self._raised = threading.Event()  # the failure was raised
         for peer in peers:
             threading.Thread(target=self._listen, args=(peer,), daemon=True).start()
 
     @contextmanager
-    def layer(self, number: int, inputs: Inputs) -> Iterator[Exchange]:
-        """Lets all ranks compute a layer's experts.
+    def layer(self, number: int, inputs: Inputs) -> Iterator[None]:
+        """Lets all ranks compute a layer's experts. Other threads wait.
 
         Raises:
             FiddlerError: a rank has failed.
         """
-        self.begin(number, inputs)
-        try:
-            yield self.exchange
-        except RuntimeError as error:  # gloo's and NCCL's
-            self._wait_for_failure()
-            raise FiddlerError(self.failure or f"the ranks lost each other: {error}") from None
-        except BaseException:  # an interrupt, after which the ranks are out of step
-            self._abort_exchange()
-            raise
-        self.end()
+        with self._one_layer:
+            self.begin(number, inputs)
+            try:
+                yield
+            except BaseException:
+                self.abandon()
+                raise
+            self.end()
 
     def begin(self, number: int, inputs: Inputs) -> None:
         """Tells the others that the inputs of a layer follow.
 
         Raises:
-            FiddlerError: a rank has failed, or an interrupt came while a layer was exchanged.
+            FiddlerError: a rank has failed.
         """
         self.check_failure()
-        if self._within_layer:
-            raise FiddlerError(
-                "the ranks are out of step, because a layer was interrupted; load the model again"
-            )
-        self._within_layer = True
+        self._busy = True
         self.tell(do="layer", layer=number, tokens=len(inputs.index), k=inputs.index.shape[1])
 
     def end(self) -> None:
         """The exchange of a layer is queued or done."""
-        self._within_layer = False
+        self._busy = False
+
+    def abandon(self) -> None:
+        """Ends the ranks if a layer was not finished: they would not agree on the next one."""
+        if self._busy and self.failure is None:
+            self._fail("a layer was interrupted, so the ranks have ended; load the model again")
+
+    def give(self, inputs: Inputs) -> None:
+        """Sends a layer's inputs to the others.
+
+        Raises:
+            FiddlerError: a rank has failed.
+        """
+        with self._naming_failures():
+            self.exchange.give(inputs)
+
+    def add(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum of all ranks' partial sums; see `Exchange.add`.
+
+        Raises:
+            FiddlerError: a rank has failed.
+        """
+        with self._naming_failures():
+            return self.exchange.add(partial, dtype)
+
+    @contextmanager
+    def connecting(self) -> Iterator[None]:
+        """While the exchange is being connected, which nothing can interrupt."""
+        self._busy = True
+        with self._naming_failures():
+            yield
+        self._busy = False
 
     def check_failure(self) -> None:
         """Checks that no rank has failed.
@@ -102,7 +132,7 @@ class Peers:
             FiddlerError: one has.
         """
         if self.failure is not None:
-            self._told.set()
+            self._raised.set()
             raise FiddlerError(self.failure)
 
     def tell(self, **message: object) -> None:
@@ -110,19 +140,30 @@ class Peers:
         for peer in self._peers:
             peer.connection.send(**message)
 
-    def replies(self, meanwhile: Callable[[], None] = lambda: None) -> list[dict]:
-        """Waits for one reply of each, in the order of the ranks. Calls `meanwhile` now and then.
+    def request(self, **message: object) -> int:
+        """Sends a message to all others that they reply to. Returns its number, for `replies`.
 
         Raises:
             FiddlerError: a rank has failed.
         """
-        return [self._reply(peer, meanwhile) for peer in self._peers]
-
-    def ask(self, **message: object) -> list[dict]:
-        """Sends a message to all others and waits for their replies; see `replies`."""
         self.check_failure()
-        self.tell(**message)
-        return self.replies()
+        self._requests += 1
+        self.tell(request=self._requests, **message)
+        return self._requests
+
+    def replies(
+        self, request: int | None = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> list[dict]:
+        """Waits for one reply of each to a request, in the order of the ranks.
+
+        Args:
+            request: its number. None: they report without a request.
+            meanwhile: called now and then.
+
+        Raises:
+            FiddlerError: a rank has failed.
+        """
+        return [self._reply(peer, request, meanwhile) for peer in self._peers]
 
     @property
     def own_address(self) -> str:
@@ -134,78 +175,68 @@ class Peers:
         if self._closing:
             return
         self._closing = True
-        in_step = self.failure is None and not self._within_layer
+        in_step = self.failure is None and not self._busy
         self.tell(do="end")
         for peer in self._peers:
             peer.connection.close()
         started_here = [peer.process for peer in self._peers if peer.process is not None]
         end_processes(started_here, LEAVE_S if in_step else 0)
 
-    def _reply(self, peer: Peer, meanwhile: Callable[[], None]) -> dict:
+    def _reply(self, peer: Peer, request: int | None, meanwhile: Callable[[], None]) -> dict:
         while True:
             self.check_failure()
             meanwhile()
             try:
-                return self._replies[peer.rank].get(timeout=POLL_S)
+                reply = self._replies[peer.rank].get(timeout=POLL_S)
             except Empty:
                 continue
+            if reply.get("request") == request:  # an interrupted wait leaves older ones
+                return reply
 
     def _listen(self, peer: Peer) -> None:
         while (message := peer.connection.receive()) is not None:
             if "loaded_bytes" in message:
-                with self._counting:
+                with self._state:
                     self.loaded_bytes += message["loaded_bytes"]
             elif "failed" in message:
                 self._fail(f"{peer.name}: {message['failed']}")
             else:
                 self._replies[peer.rank].put(message)
-        if not self._closing:
+        if not self._closing and self.failure is None:
             self._fail(f"{peer.name} {peer.ending()}")
 
     def _fail(self, failure: str) -> None:
-        """Ends the other ranks, and this process if it cannot notice by itself."""
-        if self.failure is not None:
-            return
-        self.failure = failure
+        """Ends the other ranks, and lets this one notice it."""
+        with self._state:
+            if self.failure is not None:
+                return
+            self.failure = failure
         for peer in self._peers:
             peer.connection.close()
-        self._abort_exchange()
-        deadline_s = time.monotonic() + LEAVE_S
-        while time.monotonic() < deadline_s:
-            if self._told.wait(POLL_S) or not self.is_used():
-                return
-        print(f"fiddler-run: {failure}", file=sys.stderr, flush=True)
-        os._exit(1)
+        # in its own thread, because NCCL may wait
+        threading.Thread(target=self._break_off, daemon=True).start()
 
-    def _abort_exchange(self) -> None:
-        if self.exchange is not None:  # in its own thread, because NCCL may wait
-            threading.Thread(target=self.exchange.abort, daemon=True).start()
+    def _break_off(self) -> None:
+        """Ends the exchange. Ends this process if it still waits for another rank after that."""
+        if self.exchange is not None:
+            ended = threading.Thread(target=self.exchange.abort, daemon=True)
+            ended.start()
+            ended.join(LEAVE_S)
+            stuck = ended.is_alive()
+        else:
+            stuck = False
+        if (self._busy or stuck) and not self._raised.wait(LEAVE_S):
+            print(f"fiddler-run: {self.failure}", file=sys.stderr, flush=True)
+            os._exit(1)
 
-    def _wait_for_failure(self) -> None:
-        """Waits until the reason for a broken exchange is known."""
-        deadline_s = time.monotonic() + LEAVE_S / 2
-        while self.failure is None and time.monotonic() < deadline_s:
-            time.sleep(POLL_S / 10)
-        self._told.set()
-
-
-def ending(process: subprocess.Popen) -> str:
-    """In words, how a process has ended."""
-    try:
-        status = process.wait(timeout=1)
-    except subprocess.TimeoutExpired:
-        return "closed its connection"
-    if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"has ended with status {status}"
-
-
-def end_processes(processes: Sequence[subprocess.Popen], patience_s: float) -> None:
-    """Waits for processes to end, and kills those that do not."""
-    deadline_s = time.monotonic() + patience_s
-    for process in processes:
+    @contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        """Converts an error of the exchange into the failure that has caused it."""
         try:
-            process.wait(timeout=max(0.0, deadline_s - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield
+        except RuntimeError as error:  # gloo's and NCCL's
+            deadline_s = time.monotonic() + LEAVE_S / 2
+            while self.failure is None and time.monotonic() < deadline_s:
+                time.sleep(POLL_S / 10)
+            self._fail(f"the ranks have lost each other: {error}")
+            self.check_failure()

@@ -38,14 +38,16 @@ def serve(connection: Connection, exchange: Exchange, share: Share, plan: Plan) 
                 resources.settle()
                 tune(layers, resources, router, message["prompt_tokens"])
                 resources.forget_traffic()
-                connection.send(tuned=True)
+                connection.send(request=message["request"])
             case "count":
                 resources.settle()
-                connection.send(traffic=resources.counted.tolist())
+                counted = resources.counted.tolist()
+                connection.send(request=message["request"], traffic=counted)
             case "forget":
                 resources.settle()
                 resources.forget_traffic()
             case "end":
+                connection.in_order = True
                 return
     raise FiddlerError("rank 0 is gone")
 
@@ -56,6 +58,6 @@ def end_with(connection: Connection) -> None:
     def watch() -> None:
         connection.has_ended()
         time.sleep(END_S)
-        os._exit(1)
+        os._exit(0 if connection.in_order else 1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,74 @@
+"""How ranks come together, and what keeps them from it."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+import pytest
+from conftest import DEMO
+
+from fiddler_run.errors import FiddlerError
+from fiddler_run.loading.share import model_id
+from fiddler_run.ranks import connection
+from fiddler_run.ranks.connection import connect, listen, release
+from fiddler_run.ranks.launch import gather
+from fiddler_run.weights.tensor_files import TensorFiles
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(connection, "HELLO_S", 0.3)
+
+
+def refused(**hello: object) -> str:
+    """The line with which ranks do not come together if one introduces itself like this."""
+    addresses: SimpleQueue = SimpleQueue()
+    with ThreadPoolExecutor(1) as threads:
+        gathering = threads.submit(
+            gather, [0, 1], ("127.0.0.1", 0), {}, waiting=lambda line: addresses.put(line)
+        )
+        port = int(addresses.get(timeout=5).split(":")[1])
+        for stranger_says in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01"):  # the latter half a line
+            with socket.create_connection(("127.0.0.1", port)) as stranger:
+                stranger.sendall(stranger_says)
+                assert stranger.recv(100) == b""
+        with connect("127.0.0.1", port, patience_s=5) as rank:
+            rank.send(**hello)
+            told = rank.receive()
+        error = gathering.exception(timeout=5)
+    assert isinstance(error, FiddlerError)
+    assert told == {"failed": str(error)}
+    return str(error)
+
+
+def test_another_release_or_rank_is_refused():
+    line = refused(rank=1, release="fiddler-opt 0.0.1")
+    assert line.startswith(f"rank 1 (127.0.0.1) runs fiddler-opt 0.0.1, and rank 0 {release()}")
+    line = refused(rank=2, release=release())
+    assert line == "127.0.0.1 connected as rank 2, which is not awaited"
+
+
+def test_ranks_elsewhere_need_an_address():
+    with pytest.raises(FiddlerError, match=r"other machines \(1, 2\): give --listen"):
+        gather([0, 1, 1], None, {})
+    with pytest.raises(FiddlerError, match="--listen 0.0.0.0: give the address by which"):
+        gather([0, 1], ("0.0.0.0", 0), {})
+
+
+def test_rank_0_that_does_not_answer_is_named():
+    with listen("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+    with pytest.raises(FiddlerError, match=f"--join 127.0.0.1:{port}: rank 0 does not answer"):
+        connect("127.0.0.1", port, patience_s=0.1)
+    with pytest.raises(FiddlerError, match=r"--listen 192.0.2.200:1: .*; give an address of this"):
+        listen("192.0.2.200", 1)
+
+
+def test_a_model_with_other_files_is_refused(tmp_path, model):
+    """`model` is a copy of the demo's folder."""
+    assert model_id(TensorFiles(model)) == model_id(TensorFiles(DEMO))
+    shard = sorted(model.glob("*.safetensors"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert model_id(TensorFiles(model)) != model_id(TensorFiles(DEMO))
