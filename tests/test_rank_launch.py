@@ -45,7 +45,7 @@ def test_another_release_or_rank_is_refused():
     line = refused(rank=1, release="fiddler-opt 0.0.1")
     assert line.startswith(f"rank 1 (127.0.0.1) runs fiddler-opt 0.0.1, and rank 0 {release()}")
     line = refused(rank=2, release=release())
-    assert line == "127.0.0.1 connected as rank 2, which is not awaited"
+    assert line == "127.0.0.1 connected as rank 2, which this plan does not expect"
 
 
 def test_ranks_elsewhere_need_an_address():

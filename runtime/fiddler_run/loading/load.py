@@ -59,7 +59,8 @@ class ModelLoader(ShareLoader):
     """A plan and a checkpoint that passed all checks. `load()` does the long work.
 
     Takes the arguments of `load_model` and raises the same errors. `plan_file` is the file of a
-    plan that is passed as an object. Other ranks are started, and pass their checks, too.
+    plan that is passed as an object. The plan's other ranks are started; they run their checks
+    meanwhile, and `load()` raises what they find.
     `overflow_notes` say, after loading, which blocks take more memory than the plan states.
     """
 

@@ -66,7 +66,7 @@ class ShareLoader:
             allow_gpu_memory(checked.skeleton, self.device, memory.total - memory.reserve)
 
     def on_own_cores(self) -> AbstractContextManager[None]:
-        """Meanwhile, this thread and those that it starts run on the rank's part of the cores."""
+        """Binds this thread to the rank's part of the cores. Threads that it starts stay bound."""
         here = self.plan.ranks_beside(self.number)
         threads = [self.plan.ranks[rank].cpu_threads for rank in here]
         return on_own_cores(threads, here.index(self.number), gpu_numa_nodes())

@@ -10,7 +10,7 @@ from fiddler_run.system.host import core_siblings
 
 @contextmanager
 def on_own_cores(threads: Sequence[int], place: int, nodes: Sequence[int]) -> Iterator[None]:
-    """Meanwhile, this thread runs on its rank's part of the cores. Those that it starts stay there.
+    """Binds this thread to its rank's part of the cores. Threads that it starts stay bound.
 
     Args:
         threads: of each rank on this machine.

@@ -93,7 +93,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """Ends all that is under way, without results. From any thread."""
+        """Ends all pending work without results. May be called from any thread."""
 
 
 class NcclExchange(Exchange):

@@ -1,4 +1,4 @@
-"""Brings the ranks of a plan together: starts those of this machine, waits for the others."""
+"""Starts the ranks of this machine and waits for those on others to connect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ANY_ADDRESS = ("0.0.0.0", "::", "")
 
 @dataclass
 class Gathering:
-    """Ranks on their way: `processes` were started here, `peers` have said who they are."""
+    """Ranks that are expected: `processes` were started here, `peers` have said who they are."""
 
     num_ranks: int
     listening: socket.socket
@@ -59,7 +59,7 @@ def gather(
         waiting: called with a line to show while other machines have yet to connect.
 
     Raises:
-        FiddlerError: a rank does not come, or runs another release.
+        FiddlerError: a rank does not connect, or runs another release.
     """
     if address is not None and address[0] in ANY_ADDRESS:
         raise FiddlerError(
@@ -131,7 +131,7 @@ def _welcome(gathering: Gathering, connection: Connection, task: dict[str, objec
             f" {release()}; install the same on both"
         )
     elif rank not in gathering.missing:
-        problem = f"{connection.address} connected as rank {rank}, which is not awaited"
+        problem = f"{connection.address} connected as rank {rank}, which this plan does not expect"
     if problem is not None:
         connection.send(failed=problem)
         connection.close()

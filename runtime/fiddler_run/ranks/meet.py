@@ -1,4 +1,4 @@
-"""Connects the exchanges of all ranks."""
+"""Connects all ranks for the exchange of tensors."""
 
 from __future__ import annotations
 
