@@ -31,7 +31,7 @@ from fiddler_opt.inputs.workload import plan_workload
 from fiddler_opt.solve.compiler import compile_plan
 from fiddler_opt.solve.placement import placement_of
 from fiddler_opt.solve.problem import Problem
-from fiddler_opt.units import parse_bytes
+from fiddler_opt.units import parse_sizes
 from fiddler_run.command import exit_status
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.generation.sampling import Options
@@ -99,7 +99,7 @@ def main() -> None:
     flags = parse_arguments()
     folder = Path(flags.output)
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = [parse_bytes(size, "--gpu-mem") for size in flags.gpu_mem.split(",")]
+    sizes = parse_sizes(flags.gpu_mem, "--gpu-mem")
     alone = MachineProfile.load(flags.machine)
     shared = MachineProfile.load(flags.ranks)
     if flags.delay is not None:

@@ -5,9 +5,13 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
+import pytest
 from planning import machine_profile, random_routing, several_ranks, small_model
 
+from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.solve.cost import CostModel
+from fiddler_opt.solve.ilp import place, relaxed_s
 from fiddler_opt.solve.phases import Phase
 from fiddler_opt.solve.placement import MemoryLimits, Placement, Rows, Share
 from fiddler_opt.solve.time_unit import RELATIVE_GAP
@@ -31,15 +35,7 @@ def random_instance(rng: random.Random) -> tuple[list[CostModel], MemoryLimits]:
     model = small_model(
         num_layers=layers, num_experts=experts, intermediate_size=neurons, num_experts_per_tok=top_k
     )
-    machine = machine_profile(
-        model,
-        device=rng.uniform(1, 60),
-        host=rng.uniform(20, 100),
-        dense=rng.uniform(1, 60),
-        dense_device=rng.uniform(1, 10),
-        kind=rng.choice(["cuda", "cuda", "cpu"]),
-        disk_bytes_per_s=rng.uniform(0.1, 3) * 1e9,
-    )
+    machine = random_profile(model, rng)
     workload = Workload(
         prompt_tokens=rng.randint(1, 20),
         output_tokens=rng.randint(1, 30),
@@ -57,6 +53,19 @@ def random_instance(rng: random.Random) -> tuple[list[CostModel], MemoryLimits]:
     return costs, MemoryLimits(size, gpu_bytes, host_bytes)
 
 
+def random_profile(model: ModelSpec, rng: random.Random) -> MachineProfile:
+    """A machine of one rank with random times."""
+    return machine_profile(
+        model,
+        device=rng.uniform(1, 60),
+        host=rng.uniform(20, 100),
+        dense=rng.uniform(1, 60),
+        dense_device=rng.uniform(1, 10),
+        kind=rng.choice(["cuda", "cuda", "cpu"]),
+        disk_bytes_per_s=rng.uniform(0.1, 3) * 1e9,
+    )
+
+
 def random_ranks_instance(rng: random.Random) -> tuple[list[CostModel], MemoryLimits]:
     """As `random_instance`, for two or three unequal ranks, at most 10,000 placements.
 
@@ -72,18 +81,7 @@ def random_ranks_instance(rng: random.Random) -> tuple[list[CostModel], MemoryLi
     model = small_model(
         num_layers=layers, num_experts=experts, intermediate_size=neurons, num_experts_per_tok=top_k
     )
-    ranks = [
-        machine_profile(
-            model,
-            device=rng.uniform(1, 60),
-            host=rng.uniform(20, 100),
-            dense=rng.uniform(1, 60),
-            dense_device=rng.uniform(1, 10),
-            kind=rng.choice(["cuda", "cuda", "cpu"]),
-            disk_bytes_per_s=rng.uniform(0.1, 3) * 1e9,
-        )
-        for _ in range(num_ranks)
-    ]
+    ranks = [random_profile(model, rng) for _ in range(num_ranks)]
     machine = several_ranks(*ranks, round_trip_us=rng.uniform(1, 50))
     workload = Workload(
         prompt_tokens=rng.randint(1, 20),
@@ -203,3 +201,21 @@ class Exhaustive:
         whole_s = np.zeros(blocks.shape[2])
         whole_s[list(seconds)] = list(seconds.values())
         return blocks[:, layer] @ whole_s / cost.blocks_per_expert
+
+
+def assert_optimal(costs: list[CostModel], limits: MemoryLimits) -> None:
+    """Asserts that the solver finds the best of all placements, and sound bounds."""
+    placements = Exhaustive(costs[0], limits)
+    best_s = np.max([placements.total_s(cost) for cost in costs], axis=0).min()
+    fastest_decode_s = max(placements.step_s(cost, cost.decode).min() for cost in costs)
+    solution = place(costs, limits)
+    assert fits(solution.placement, costs[0], limits)
+    assert solution.status == "optimal"
+    assert solution.objective_s == pytest.approx(
+        max(cost.total_s(solution.placement) for cost in costs)
+    )
+    assert best_s * (1 - 1e-9) <= solution.objective_s <= best_s * (1 + EXACT)
+    assert solution.bound_s <= best_s * (1 + 1e-9)
+    assert solution.gap <= EXACT
+    bounds_s = [relaxed_s([cost], [limits], {cost.decode: 1})[0] for cost in costs]
+    assert max(bounds_s) <= fastest_decode_s * (1 + 1e-9)

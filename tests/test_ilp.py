@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import DEMO, ROOT
-from exhaustive import EXACT, Exhaustive, fits, random_instance
+from exhaustive import EXACT, Exhaustive, assert_optimal, fits, random_instance
 from planning import machine_profile, random_routing, small_model
 from seeds import seeds
 
@@ -25,21 +25,7 @@ from fiddler_run.plan.schema import Budget, Workload
 
 @pytest.mark.parametrize("seed", seeds(80, 220))
 def test_program_matches_exhaustive_search(seed):
-    costs, limits = random_instance(random.Random(seed))
-    placements = Exhaustive(costs[0], limits)
-    best_s = np.max([placements.total_s(cost) for cost in costs], axis=0).min()
-    fastest_decode_s = max(placements.step_s(cost, cost.decode).min() for cost in costs)
-    solution = place(costs, limits)
-    assert fits(solution.placement, costs[0], limits)
-    assert solution.status == "optimal"
-    assert solution.objective_s == pytest.approx(
-        max(cost.total_s(solution.placement) for cost in costs)
-    )
-    assert best_s * (1 - 1e-9) <= solution.objective_s <= best_s * (1 + EXACT)
-    assert solution.bound_s <= best_s * (1 + 1e-9)
-    assert solution.gap <= EXACT
-    bounds_s = [relaxed_s([cost], [limits], {cost.decode: 1})[0] for cost in costs]
-    assert max(bounds_s) <= fastest_decode_s * (1 + 1e-9)
+    assert_optimal(*random_instance(random.Random(seed)))
 
 
 def test_cost_model_matches_exhaustive_search():

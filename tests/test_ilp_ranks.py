@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from exhaustive import EXACT, Exhaustive, fits, random_ranks_instance
+from exhaustive import EXACT, Exhaustive, assert_optimal, fits, random_ranks_instance
 from planning import machine_profile, random_routing, several_ranks, small_model
 from seeds import seeds
 
 from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.solve.cost import CostModel
-from fiddler_opt.solve.ilp import place, relaxed_s, rounded_relaxation
+from fiddler_opt.solve.ilp import place, rounded_relaxation
 from fiddler_opt.solve.placement import MemoryLimits, Placement, Share
 from fiddler_opt.solve.rounding import whole_blocks
 from fiddler_run.plan.schema import Workload
@@ -30,20 +30,7 @@ def best_s(cost: CostModel, limits: MemoryLimits) -> float:
 
 @pytest.mark.parametrize("seed", seeds(30, 100))
 def test_program_matches_exhaustive_search(seed):
-    costs, limits = random_ranks_instance(random.Random(seed))
-    placements = Exhaustive(costs[0], limits)
-    least_s = np.max([placements.total_s(cost) for cost in costs], axis=0).min()
-    fastest_decode_s = max(placements.step_s(cost, cost.decode).min() for cost in costs)
-    solution = place(costs, limits)
-    assert fits(solution.placement, costs[0], limits)
-    assert solution.status == "optimal"
-    assert solution.objective_s == pytest.approx(
-        max(cost.total_s(solution.placement) for cost in costs)
-    )
-    assert least_s * (1 - 1e-9) <= solution.objective_s <= least_s * (1 + EXACT)
-    assert solution.bound_s <= least_s * (1 + 1e-9)
-    bounds_s = [relaxed_s([cost], [limits], {cost.decode: 1})[0] for cost in costs]
-    assert max(bounds_s) <= fastest_decode_s * (1 + 1e-9)
+    assert_optimal(*random_ranks_instance(random.Random(seed)))
 
 
 def test_cost_model_matches_exhaustive_search():

@@ -69,3 +69,12 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help=f"{name} profile that the plan was made from (default: the file the plan names)",
         )
+
+
+def add_plot(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag for a plot besides the tables."""
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="also plot it to a .png, .svg or .pdf file (needs matplotlib)",
+    )

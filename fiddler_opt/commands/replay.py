@@ -42,11 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ),
     )
     shared.add_sources(parser)
-    parser.add_argument(
-        "--plot",
-        metavar="FILE",
-        help="also plot it to a .png, .svg or .pdf file (needs matplotlib)",
-    )
+    shared.add_plot(parser)
 
 
 def run(flags: argparse.Namespace, console: Console) -> None:

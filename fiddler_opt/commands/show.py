@@ -29,11 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="for a plan: where the time goes, what limits it, and the value of one more block",
     )
     shared.add_sources(parser)
-    parser.add_argument(
-        "--plot",
-        metavar="FILE",
-        help="also plot it to a .png, .svg or .pdf file (needs matplotlib)",
-    )
+    shared.add_plot(parser)
 
 
 def run(flags: argparse.Namespace, console: Console) -> None:

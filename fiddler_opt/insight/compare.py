@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fiddler_opt.inputs.machine_ranks import JOINED_BY
-from fiddler_opt.insight.plan_report import resident_rows
 from fiddler_opt.solve.predict import workload_s
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.placement import Part
@@ -125,7 +124,7 @@ def _require_comparable(a: Plan, b: Plan) -> None:
 
 
 def _moves(a: Plan, b: Plan) -> list[Move]:
-    resident = [resident_rows(plan) for plan in (a, b)]
+    resident = [plan.resident_rows() for plan in (a, b)]
     return [
         Move(layer, expert, before, after)
         for layer in range(a.model.num_layers)

@@ -104,17 +104,6 @@ def print_host_memory(console: Console, plan: Plan) -> None:
         )
 
 
-def resident_rows(plan: Plan) -> list[list[int]]:
-    """By layer and expert, the blocks in the GPU memory of all ranks."""
-    return [
-        [
-            sum(counts)
-            for counts in zip(*(r.resident_blocks[layer] for r in plan.ranks), strict=True)
-        ]
-        for layer in range(plan.model.num_layers)
-    ]
-
-
 def print_alternatives(console: Console, plan: Plan) -> None:
     """Prints the predictions of simpler rules in the same memory, unless all are equal."""
     predicted = plan.predicted
@@ -141,7 +130,7 @@ def print_placement(console: Console, plan: Plan) -> None:
     )
     for experts in _columns_that_fit(console.width, plan):
         placed = table("layer", *map(str, experts))
-        for layer, row in enumerate(resident_rows(plan)):
+        for layer, row in enumerate(plan.resident_rows()):
             placed.add_row(str(layer), *(str(row[expert] or "·") for expert in experts))
         console.print(placed)
     made = plan.provenance

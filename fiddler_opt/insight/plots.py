@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.routing_profile import RoutingProfile
-from fiddler_opt.insight.plan_report import resident_rows
 from fiddler_opt.insight.routing_report import merged_activations
 from fiddler_opt.insight.sweep import Row
 from fiddler_opt.insight.sweep_flags import Quantity
@@ -108,7 +107,7 @@ def save(figure, path: str | Path) -> None:
 
 
 def _plan(plan: Plan):
-    rows = resident_rows(plan)
+    rows = plan.resident_rows()
     title = f"{plan.model.name}: blocks in GPU memory, of {plan.blocks_per_expert} an expert"
     return _heat_map(rows, title, "blocks", plan.blocks_per_expert)
 

@@ -6,7 +6,8 @@ import sys
 from fiddler_run.command import exit_status
 from fiddler_run.errors import FiddlerError
 from fiddler_run.flag_types import address, positive
-from fiddler_run.ranks.connection import Connection, connect, release
+from fiddler_run.ranks.connection import Connection
+from fiddler_run.ranks.joining import joined
 
 
 def main() -> int:
@@ -18,15 +19,11 @@ def main() -> int:
 
 
 def run(host_and_port: tuple[str, int], rank: int) -> None:
-    with connect(*host_and_port, patience_s=1) as connection:
-        connection.send(rank=rank, release=release())
-        task = connection.receive()
-        if task is None or "failed" in task:
-            return  # rank 0 tells the user
-        try:
+    try:
+        with joined(host_and_port, rank, patience_s=1) as (connection, task):
             _work(connection, rank, task)
-        except FiddlerError as error:
-            connection.send(failed=str(error))
+    except FiddlerError:
+        sys.exit(1)  # rank 0 tells the user
 
 
 def _work(connection: Connection, rank: int, task: dict) -> None:
@@ -55,7 +52,6 @@ def _measure(connection: Connection, rank: int, task: dict) -> None:
     from fiddler_opt.measure.machine import MachineBench
     from fiddler_opt.measure.ranks import free_bytes, timed_sizes
     from fiddler_opt.measure.settings import profile_settings
-    from fiddler_run.ranks.exchange import Sizes
     from fiddler_run.ranks.meet import join
 
     model = ModelSpec.load(task["model"])
@@ -72,10 +68,9 @@ def _measure(connection: Connection, rank: int, task: dict) -> None:
             case "exchange":
                 before = free_bytes(bench.device)
                 exchange = join(connection, rank, bench.device, "")
-                dtype = getattr(torch, message["dtype"])
-                for tokens, choices in timed_sizes(model):
-                    exchange.take(Sizes(tokens, choices, message["hidden"], dtype))
-                    exchange.send(torch.zeros(tokens, message["hidden"], device=bench.device))
+                for sizes in timed_sizes(model):
+                    states = exchange.take(sizes).states
+                    exchange.send(torch.zeros_like(states, dtype=torch.float32))
                 connection.send(exchange_bytes=before - free_bytes(bench.device))
             case "end":
                 return

@@ -15,9 +15,9 @@ import yaml
 
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.measure.stopwatch import BUSY_CYCLES
-from fiddler_run.plan.shape import DTYPE_BYTES
+from fiddler_opt.solve.cost import exchanged_bytes
 from fiddler_run.ranks.cores import on_own_cores
-from fiddler_run.ranks.exchange import Exchange, Inputs
+from fiddler_run.ranks.exchange import Exchange, Sizes
 from fiddler_run.ranks.launch import gather
 from fiddler_run.ranks.meet import meet
 from fiddler_run.system.gpu import gpu_numa_nodes
@@ -67,13 +67,10 @@ class OtherRanks:
     def network(self, model: ModelSpec, device: torch.device) -> dict[str, float]:
         """The keys of `machine_parts.Network`, and `exchange_bytes`: the GPU memory it takes."""
         before = free_bytes(device)
-        self._peers.tell(do="exchange", hidden=model.shape.hidden_size, dtype=model.shape.dtype)
+        self._peers.tell(do="exchange")
         exchange = meet(self._peers, device, one_machine=True, model="")
-        one_s, many_s = (_exchange_s(exchange, model, n) for n in (1, MANY_TOKENS))
-        shape = model.shape
-        per_token = shape.hidden_size * (DTYPE_BYTES[shape.dtype] + 4)
-        per_token += 12 * shape.num_experts_per_tok
-        carried = (self.count - 1) * MANY_TOKENS * per_token
+        one_s, many_s = (_exchange_s(exchange, sizes) for sizes in _timed(model))
+        carried = (self.count - 1) * MANY_TOKENS * exchanged_bytes(model)
         return {
             "round_trip_us": round(one_s * 1e6, 1),
             "bytes_per_s": round(carried / many_s),
@@ -101,24 +98,23 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def timed_sizes(model: ModelSpec) -> list[tuple[int, int]]:
-    """Tokens and choices of each exchange that is timed, in order."""
-    choices = model.shape.num_experts_per_tok
-    return [(n, choices) for n in (1, MANY_TOKENS) for _ in range(REPEATS * EXCHANGES)]
-
-
-def _exchange_s(exchange: Exchange, model: ModelSpec, tokens: int) -> float:
-    """Seconds of a layer's exchange, if all ranks have queued it."""
+def _timed(model: ModelSpec) -> list[Sizes]:
     shape = model.shape
-    device = exchange.device
     dtype = getattr(torch, shape.dtype)
-    choices = (tokens, shape.num_experts_per_tok)
-    inputs = Inputs(
-        torch.zeros(tokens, shape.hidden_size, dtype=dtype, device=device),
-        torch.zeros(choices, dtype=torch.int64, device=device),
-        torch.zeros(choices, device=device),
-    )
-    partial = torch.zeros(tokens, shape.hidden_size, device=device)
+    k = shape.num_experts_per_tok
+    return [Sizes(tokens, k, shape.hidden_size, dtype) for tokens in (1, MANY_TOKENS)]
+
+
+def timed_sizes(model: ModelSpec) -> list[Sizes]:
+    """The sizes of each exchange that is timed, in order."""
+    return [sizes for sizes in _timed(model) for _ in range(REPEATS * EXCHANGES)]
+
+
+def _exchange_s(exchange: Exchange, sizes: Sizes) -> float:
+    """Seconds of a layer's exchange, if all ranks have queued it."""
+    device = exchange.device
+    inputs = sizes.message(device)[1]
+    partial = torch.zeros_like(inputs.states, dtype=torch.float32)
     found = []
     for _ in range(REPEATS):
         if device.type == "cuda":
@@ -129,7 +125,7 @@ def _exchange_s(exchange: Exchange, model: ModelSpec, tokens: int) -> float:
         started_s = time.perf_counter()
         for _ in range(EXCHANGES):
             exchange.give(inputs)
-            exchange.add(partial, dtype)
+            exchange.add(partial, sizes.dtype)
         elapsed_s = time.perf_counter() - started_s
         if device.type == "cuda":
             ended.record()

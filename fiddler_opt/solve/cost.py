@@ -221,13 +221,19 @@ class CostModel:
 
 
 def layer_exchange_s(model: ModelSpec, machine: MachineProfile, tokens: int) -> float:
-    """Seconds in which ranks exchange hidden states, choices and float32 sums of one layer.
+    """Seconds in which ranks exchange the states and sums of one layer.
 
-    The first rank sends and receives all of it. A choice is an index of 8 bytes and a weight of 4.
+    The first rank sends and receives all of it.
+    """
+    carried = (machine.num_ranks - 1) * tokens * exchanged_bytes(model)
+    return machine.network.round_trip_us * 1e-6 + carried / machine.network.bytes_per_s
+
+
+def exchanged_bytes(model: ModelSpec) -> int:
+    """Bytes of a token's hidden state, choices and float32 sums, to and from another rank.
+
+    A choice is an index of 8 bytes and a weight of 4.
     """
     shape = model.shape
-    token_bytes = shape.hidden_size * (DTYPE_BYTES[shape.dtype] + 4)
-    token_bytes += shape.num_experts_per_tok * 12
-    others = machine.num_ranks - 1
-    network = machine.network
-    return network.round_trip_us * 1e-6 + others * tokens * token_bytes / network.bytes_per_s
+    of_states = shape.hidden_size * (DTYPE_BYTES[shape.dtype] + 4)
+    return of_states + shape.num_experts_per_tok * 12

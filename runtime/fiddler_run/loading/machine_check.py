@@ -82,8 +82,7 @@ def disk_problems(plan: Plan, folder: Path, number: int = 0) -> list[str]:
 
 def gpu_count_problem(plan: Plan, number: int, gpus: int) -> str | None:
     """The problem if a machine has some GPUs, but fewer than its ranks use."""
-    here = (plan.ranks[each] for each in plan.ranks_beside(number))
-    needed = sum(rank.device == "cuda" and rank.gpu_memory_bytes.total > 0 for rank in here)
+    needed = len(plan.gpu_ranks_beside(number))
     if gpus == 0 or needed <= gpus:
         return None
     return (

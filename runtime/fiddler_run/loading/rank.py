@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
-from fiddler_run.ranks.connection import JOIN_S, STARTED_BY, Connection, connect, release
-
-WAIT_S = 0.5  # how much later than the exchange the connection may end
+from fiddler_run.ranks.connection import JOIN_S, STARTED_BY, Connection
+from fiddler_run.ranks.joining import joined
 
 
 def run_rank(
@@ -34,42 +32,21 @@ def run_rank(
         FiddlerError: rank 0 cannot be reached or has gone, or the share cannot be loaded here.
         SystemExit: the same, if rank 0 has started this process: it tells the user.
     """
-    if STARTED_BY not in os.environ:
-        _join(address, rank, model, disk_folder, tell, JOIN_S)
-        return
+    started_here = STARTED_BY in os.environ
     try:
-        _join(address, rank, model, disk_folder, lambda _: None, patience_s=1)
-    except FiddlerError:
-        sys.exit(1)
-
-
-def _join(
-    address: tuple[str, int],
-    rank: int,
-    model: str | None,
-    disk_folder: str | None,
-    tell: Callable[[str], None],
-    patience_s: float,
-) -> None:
-    with connect(*address, patience_s) as connection:
-        connection.send(rank=rank, release=release())
-        task = connection.receive()
-        if task is None:
-            raise FiddlerError("rank 0 is gone")
-        if "failed" in task:
-            raise FiddlerError(task["failed"])
-        tell(f"connected to rank 0 at {address[0]}:{address[1]}; loading")
-        try:
+        with joined(address, rank, 1 if started_here else JOIN_S) as (connection, task):
+            if started_here:
+                tell = _ignore
+            tell(f"connected to rank 0 at {address[0]}:{address[1]}; loading")
             _work(connection, rank, task, model, disk_folder, tell)
-        except FiddlerError as error:
-            connection.send(failed=str(error))
-            raise
-        except Exception as error:
-            if connection.has_ended(WAIT_S):  # an exchange that it broke off fails in many ways
-                raise FiddlerError("rank 0 is gone") from None
-            last = traceback.format_exception_only(error)[-1].strip()
-            connection.send(failed=f"{last} (its traceback is on its stderr)")
-            raise
+    except FiddlerError:
+        if started_here:
+            sys.exit(1)
+        raise
+
+
+def _ignore(_: str) -> None:
+    pass
 
 
 def _work(

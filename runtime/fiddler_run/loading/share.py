@@ -88,11 +88,7 @@ class ShareLoader:
 
 def _use_gpu(plan: Plan, number: int) -> None:
     """Makes the rank's GPU the current one, if the plan uses several on this machine."""
-    with_gpu = [
-        each
-        for each in plan.ranks_beside(number)
-        if plan.ranks[each].device == "cuda" and plan.ranks[each].gpu_memory_bytes.total
-    ]
+    with_gpu = plan.gpu_ranks_beside(number)
     if len(with_gpu) > 1 and number in with_gpu and with_gpu.index(number) < num_gpus():
         torch.cuda.set_device(with_gpu.index(number))
 

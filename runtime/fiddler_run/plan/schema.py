@@ -131,6 +131,23 @@ class Plan(YamlFile):
         machine = self.ranks[number].machine
         return [other for other, rank in enumerate(self.ranks) if rank.machine == machine]
 
+    def gpu_ranks_beside(self, number: int) -> list[int]:
+        """Those of them that use a GPU, in the order of the GPUs."""
+        ranks = self.ranks
+        return [
+            other
+            for other in self.ranks_beside(number)
+            if ranks[other].device == "cuda" and ranks[other].gpu_memory_bytes.total
+        ]
+
+    def resident_rows(self) -> list[list[int]]:
+        """By layer and expert, the blocks in the GPU memory of all ranks."""
+        of_layers = (
+            [rank.resident_blocks[layer] for rank in self.ranks]
+            for layer in range(self.model.num_layers)
+        )
+        return [[sum(counts) for counts in zip(*rows, strict=True)] for rows in of_layers]
+
     def parts_of(self, number: int, layer: int) -> list[Part]:
         """The part of each of a layer's experts that a rank has."""
         shape = self.model

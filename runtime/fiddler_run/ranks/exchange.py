@@ -70,8 +70,7 @@ class Exchange(ABC):
 
     can_record = False  # True if it can be captured in a CUDA graph
 
-    def __init__(self, rank: int, num_ranks: int, device: torch.device):
-        self.rank = rank
+    def __init__(self, num_ranks: int, device: torch.device):
         self.num_ranks = num_ranks
         self.device = device
 
@@ -105,7 +104,7 @@ class NcclExchange(Exchange):
     # end of the process ends it.
 
     def __init__(self, rank: int, num_ranks: int, device: torch.device, store: distributed.Store):
-        super().__init__(rank, num_ranks, device)
+        super().__init__(num_ranks, device)
         # Rank 0 alone captures its part: nothing may depend on a capture by all.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         options = distributed.ProcessGroupNCCL.Options()
@@ -159,7 +158,7 @@ class GlooExchange(Exchange):
         Args:
             address: of this machine, to be reached by the others.
         """
-        super().__init__(rank, num_ranks, device)
+        super().__init__(num_ranks, device)
         options = distributed.ProcessGroupGloo._Options()
         options._devices = [distributed.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = CONNECT_TIMEOUT

@@ -63,10 +63,7 @@ def about(plan: Plan, model: str, can_chat: bool) -> Json:
             "gpu_hit_rate": predicted.gpu_hit_rate,
             "prompt_tokens": plan.workload.prompt_tokens,
         },
-        "resident_blocks": [
-            [sum(counts) for counts in zip(*rows, strict=True)]
-            for rows in ([each.resident_blocks[layer] for each in plan.ranks] for layer in layers)
-        ],
+        "resident_blocks": plan.resident_rows(),
         "disk_blocks": on_disk,
     }
 
