@@ -1,6 +1,8 @@
 """`fiddler-opt profile --ranks`: several processes time the same part at the same moment."""
 
 import os
+import threading
+from functools import partial
 
 import pytest
 from command_line import run
@@ -9,8 +11,13 @@ from planning import small_model
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.machine_parts import MeasuredShape
+from fiddler_opt.measure import rank
 from fiddler_opt.measure.assemble import ranks_profile
+from fiddler_opt.measure.ranks import agreed
+from fiddler_opt.measure.shares import Agree, sweep_shares
 from fiddler_run.plan.schema import Plan
+from fiddler_run.ranks.connection import Connection, connect, listen
+from fiddler_run.ranks.peers import Peer, Peers
 
 pytestmark = pytest.mark.xdist_group("profile")  # tests that time this machine
 NETWORK = {"round_trip_us": 30.0, "bytes_per_s": 10**9, "exchange_bytes": 5}
@@ -61,6 +68,35 @@ def test_parts_of_all_ranks_make_one_profile():
     # the exchange's buffers are in GPU memory that PyTorch does not count
     assert profile.device.context_bytes == other.device.context_bytes == 7 + 5
     assert (profile.network.round_trip_us, profile.network.bytes_per_s) == (30.0, 10**9)
+
+
+def test_ranks_time_the_same_shares():
+    """Their best shares differ, so that a sweep of their own would take them different times."""
+    asked = {0: [], 1: []}
+    found = {}
+
+    def sweep(rank: int, best: float, agree: Agree) -> None:
+        def measure(shares: list[float]) -> dict[float, float]:
+            asked[rank].append(shares)
+            alone = {0.0: 2000.0, 1.0: 2000.0}
+            return {share: alone.get(share, 1000 * abs(share - best)) for share in shares}
+
+        found[rank] = sweep_shares(measure, [0.0, 1.0], 1 / 32, agree)
+
+    with listen("127.0.0.1", 0) as listening:
+        other = connect(*listening.getsockname(), patience_s=5)
+        peers = Peers([Peer(1, Connection(listening.accept()[0]))])
+    thread = threading.Thread(target=sweep, args=(1, 0.8, partial(rank.agree, other)))
+    thread.start()
+    sweep(0, 0.2, partial(agreed, peers))
+    thread.join(timeout=10)
+    assert asked[0] == asked[1]
+    assert len(asked[0]) > 2
+    for number, best in ((0, 0.2), (1, 0.8)):
+        fastest = min(found[number], key=found[number].get)
+        assert abs(fastest - best) <= 1 / 32
+    other.close()
+    peers.close()
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from fiddler_opt.measure.quiet import undisturbed
 from fiddler_opt.measure.ranks import OtherRanks
 from fiddler_opt.measure.rounds import Us
 from fiddler_opt.measure.settings import ProfileSettings
-from fiddler_opt.measure.shares import sweep_shares
+from fiddler_opt.measure.shares import Agree, sweep_shares
 from fiddler_opt.measure.stopwatch import Stopwatch
 from fiddler_opt.measure.threads import choose_threads
 from fiddler_opt.measure.unfinished import Unfinished
@@ -40,7 +40,8 @@ class MachineBench:
     """The parts of a machine profile. Each is measured by one call that returns plain values.
 
     `found` holds the parts measured so far, which later ones depend on. `timed` lists by name the
-    parts that depend on a number of tokens. Weights are made when the first part needs them.
+    parts that depend on a number of tokens. `agree`: see `sweep_shares`. Weights are made when the
+    first part needs them.
     """
 
     def __init__(self, model: ModelSpec, settings: ProfileSettings, folder: Path | None):
@@ -50,6 +51,7 @@ class MachineBench:
             folder: the checkpoint's folder, whose disk is timed too. None: no disk is timed.
         """
         self.found: dict[str, dict] = {}
+        self.agree: Agree = lambda shares: shares
         self.model = model
         self.settings = settings
         self.folder = folder
@@ -143,14 +145,17 @@ class MachineBench:
         self._require_same_memory()
         bench.use_threads(*self._threads)
         first = self.found.get(f"{kind}, {tokens} tokens, round 1")
-        measure = partial(bench.host_expert, tokens)
+
+        def measure(shares: list[float]) -> dict[float, float]:
+            return bench.host_expert(tokens, shares if bench.page_locked else [0.0])
+
         if first is not None:
             times = measure(list(first["host_expert_us"]))
-        elif not bench.page_locked:
-            times = measure([0.0])
         else:
-            ends = [0.0, 1.0] if tokens <= MAX_CPU_TOKENS else [1.0]
-            times = sweep_shares(measure, ends, block=1 / (bench.top_k * bench.blocks_per_expert))
+            ends = [0.0] if tokens <= MAX_CPU_TOKENS or not bench.page_locked else []
+            ends += [1.0] if bench.page_locked else []
+            block = 1 / (bench.top_k * bench.blocks_per_expert)
+            times = sweep_shares(measure, ends, block, self.agree)
         # Without a GPU, the same cores compute a "resident" expert at the same speed.
         resident_us = bench.resident_expert(tokens) if bench.on_gpu else min(times.values())
         return {
@@ -218,6 +223,7 @@ def measure_machine(
     """
     bench.found = unfinished.parts
     if others is not None:
+        bench.agree = others.agree
         others.remember(bench.found)
     for finished, (name, measure) in enumerate(bench.parts.items()):
         on_part(name, finished)

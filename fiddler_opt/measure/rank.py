@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 
 from fiddler_run.command import exit_status
 from fiddler_run.errors import FiddlerError
@@ -56,6 +57,7 @@ def _measure(connection: Connection, rank: int, task: dict) -> None:
 
     model = ModelSpec.load(task["model"])
     bench = MachineBench(model, profile_settings(task["quick"], task["count"]), None)
+    bench.agree = partial(agree, connection)
     connection.send(ready=True)
     while (message := connection.receive()) is not None:
         match message["do"]:
@@ -74,6 +76,19 @@ def _measure(connection: Connection, rank: int, task: dict) -> None:
                 connection.send(exchange_bytes=before - free_bytes(bench.device))
             case "end":
                 return
+
+
+def agree(connection: Connection, shares: list[float]) -> list[float]:
+    """As `ranks.agreed` of rank 0, which answers.
+
+    Raises:
+        FiddlerError: rank 0 has gone.
+    """
+    connection.send(shares=shares)
+    answer = connection.receive()
+    if answer is None:
+        raise FiddlerError("rank 0 is gone")
+    return answer["shares"]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Times several ranks of this machine at once, because they share its memory.
 
-Each other rank is a process of its own (`rank.py`). All time the same part at the same moment.
+Each other rank is a process of its own (`rank.py`). All time the same at the same moment.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fiddler_run.ranks.cores import on_own_cores
 from fiddler_run.ranks.exchange import Exchange, Sizes
 from fiddler_run.ranks.launch import gather
 from fiddler_run.ranks.meet import meet
+from fiddler_run.ranks.peers import Peers
 from fiddler_run.system.gpu import gpu_numa_nodes
 
 EXCHANGES = 20  # timed at once, because a GPU takes less time for one than Python
@@ -64,6 +65,10 @@ class OtherRanks:
             found[prefix(rank) + name] = yaml.safe_load(reply["values"])
         return own
 
+    def agree(self, shares: list[float]) -> list[float]:
+        """See `agreed`."""
+        return agreed(self._peers, shares)
+
     def network(self, model: ModelSpec, device: torch.device) -> dict[str, float]:
         """The keys of `machine_parts.Network`, and `exchange_bytes`: the GPU memory it takes."""
         before = free_bytes(device)
@@ -83,6 +88,23 @@ class OtherRanks:
     def __exit__(self, *_: object) -> None:
         self._on_own_cores.close()
         self._peers.close()
+
+
+def agreed(peers: Peers, shares: list[float]) -> list[float]:
+    """All shares that any rank wants to time next, in order.
+
+    All ranks time the same list at the same moment: one that went on alone would have the memory
+    for itself, and seem faster than it is.
+
+    Args:
+        shares: those that this rank wants to time.
+
+    Raises:
+        FiddlerError: a rank has failed.
+    """
+    wanted = sorted(set(shares).union(*(reply["shares"] for reply in peers.replies())))
+    peers.tell(shares=wanted)
+    return wanted
 
 
 def prefix(rank: int) -> str:

@@ -7,9 +7,12 @@ STEP = 1 / 32  # approximate distance between shares, rounded to whole blocks
 BALANCE_OF_MANY = 0.96  # assumed if the CPU alone is not timed
 
 Measure = Callable[[list[float]], dict[float, float]]
+Agree = Callable[[list[float]], list[float]]
 
 
-def sweep_shares(measure: Measure, ends: list[float], block: float) -> dict[float, float]:
+def sweep_shares(
+    measure: Measure, ends: list[float], block: float, agree: Agree = lambda shares: shares
+) -> dict[float, float]:
     """Microseconds by share, for the end points and the best share with its neighbours.
 
     The end points predict the best share, assuming that CPU and link do not slow each other down.
@@ -17,18 +20,30 @@ def sweep_shares(measure: Measure, ends: list[float], block: float) -> dict[floa
 
     Args:
         measure: times a list of shares together.
-        ends: 0.0, the CPU alone, and 1.0, the link alone; for many tokens only 1.0.
+        ends: 0.0, the CPU alone, and 1.0, the link alone; for many tokens only 1.0. Without a link
+            only 0.0, and there is nothing to sweep.
         block: the share of one block in a call.
+        agree: with several ranks, makes their lists of shares to time next into one.
     """
-    times = measure(ends)
-    center = BALANCE_OF_MANY
-    if 0.0 in times:
-        center = times[0.0] / (times[0.0] + times[1.0])
     step = block * max(1, round(STEP / block))
-    while new := [share for share in _around(center, step) if share not in times]:
+    times = measure(agree(ends))
+    while new := agree(_missing(times, step)):
         times |= measure(new)
-        center = min((share for share in times if 0 < share < 1), key=times.get)
     return dict(sorted(times.items()))
+
+
+def _missing(times: dict[float, float], step: float) -> list[float]:
+    """The neighbours of the best share that are not timed yet."""
+    if 1.0 not in times:
+        return []
+    inner = [share for share in times if 0 < share < 1]
+    if inner:
+        center = min(inner, key=times.get)
+    elif 0.0 in times:
+        center = times[0.0] / (times[0.0] + times[1.0])
+    else:
+        center = BALANCE_OF_MANY
+    return [share for share in _around(center, step) if share not in times]
 
 
 def _around(center: float, step: float) -> list[float]:
