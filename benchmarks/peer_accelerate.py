@@ -2,7 +2,7 @@
 
     python benchmarks/peer_accelerate.py CONFIG --gpu-bytes N
 
-Prints a JSON object with ttft_s and decode_tokens_per_s.
+Prints a JSON object with decode_tokens_per_s, after the first prompt, and ttft_s by prompt tokens.
 """
 
 import argparse
@@ -24,22 +24,26 @@ def main() -> None:
     if on_gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, flags.gpu_bytes / total))
-        memory[0] = max(0, flags.gpu_bytes - SPARE_BYTES - flags.prompt_tokens * 2**20)
+        memory[0] = max(0, flags.gpu_bytes - SPARE_BYTES - max(flags.prompt_tokens) * 2**20)
     model = offloaded_model(flags.config, memory, 0 if on_gpu else "cpu")
     device = "cuda" if on_gpu else "cpu"
-    ids = torch.randint(3, model.config.vocab_size, (1, flags.prompt_tokens), device=device)
-    arguments = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+    arguments = {"do_sample": False, "pad_token_id": 0}
 
-    def seconds(tokens: int) -> float:
+    def seconds(prompt_tokens: int, tokens: int) -> float:
+        ids = torch.randint(3, model.config.vocab_size, (1, prompt_tokens), device=device)
+        mask = torch.ones_like(ids)
         started_s = time.perf_counter()
-        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **arguments)
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, **arguments
+        )
         return time.perf_counter() - started_s
 
-    seconds(1)
-    first_s = seconds(1)
-    all_s = seconds(flags.output_tokens)
-    rate = (flags.output_tokens - 1) / (all_s - first_s)
-    print(json.dumps({"ttft_s": first_s, "decode_tokens_per_s": rate}))
+    shortest = flags.prompt_tokens[0]
+    seconds(shortest, 1)
+    first_s = {tokens: seconds(tokens, 1) for tokens in flags.prompt_tokens}
+    decode_s = seconds(shortest, flags.output_tokens) - first_s[shortest]
+    rate = (flags.output_tokens - 1) / decode_s
+    print(json.dumps({"decode_tokens_per_s": rate, "ttft_s": first_s}))
 
 
 def offloaded_model(config_file: str, memory: dict[int | str, int], main_device: int | str):
@@ -61,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("config", metavar="CONFIG", help="a config.json")
     add("--gpu-bytes", type=int, required=True, metavar="N")
-    add("--prompt-tokens", type=int, default=512, metavar="N")
+    add("--prompt-tokens", type=int, nargs="+", default=[512], metavar="N")
     add("--output-tokens", type=int, default=4, metavar="N")
     return parser.parse_args()
 

@@ -5,7 +5,8 @@
 CLONE is a clone of its repository. Its Mixtral needs transformers 4.36.2, a CUDA device, and a
 model of 32 layers with 8 experts. Nothing of it is changed, but it is given a model with random
 weights instead of a checkpoint, a tokenizer that returns random ids, and --gpu-bytes as the GPU's
-memory. Prints a JSON object with ttft_s and decode_tokens_per_s.
+memory. Prints a JSON object with decode_tokens_per_s, after the first prompt, and ttft_s by prompt
+tokens.
 """
 
 import argparse
@@ -14,27 +15,25 @@ import json
 import sys
 import types
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import torch
 import transformers
 from random_weights import fill
 
-RUNS = 3
+RUNS = 2
 
 
 def main() -> None:
     flags = parse_arguments()
     sys.path.insert(0, str(Path(flags.clone) / "src" / "fiddler"))
     with contextlib.redirect_stdout(sys.stderr):  # it prints its text
-        results = measure(flags)
-    ttft_s, decode_s = (sorted(values)[RUNS // 2] for values in zip(*results, strict=True))
-    rate = (flags.output_tokens - 1) / decode_s
-    print(json.dumps({"ttft_s": ttft_s, "decode_tokens_per_s": rate}))
+        result = measure(flags)
+    print(json.dumps(result))
 
 
-def measure(flags: argparse.Namespace) -> list[tuple[float, float]]:
-    """Seconds of the prompt and of all later tokens, for each run after the first."""
+def measure(flags: argparse.Namespace) -> dict:
     config = transformers.MixtralConfig.from_json_file(flags.config)
     torch.cuda.init()  # it reads the real properties of the GPU
     gpu = types.SimpleNamespace(total_memory=flags.gpu_bytes)
@@ -51,10 +50,17 @@ def measure(flags: argparse.Namespace) -> list[tuple[float, float]]:
         from mixtral import FiddlerMixtral
 
         model = FiddlerMixtral(arguments)
-        results = [
-            model.generate("", flags.output_tokens, flags.prompt_tokens) for _ in range(RUNS + 1)
-        ]
-    return [(prompt_s, decode_s) for prompt_s, decode_s, _ in results[1:]]
+        shortest = flags.prompt_tokens[0]
+        model.generate("", 2, shortest)  # warms up
+
+        def prompt_s(tokens: int) -> float:
+            return median(model.generate("", 1, tokens)[0] for _ in range(RUNS))
+
+        _, decode_s, _ = model.generate("", flags.output_tokens, shortest)
+        return {
+            "decode_tokens_per_s": (flags.output_tokens - 1) / decode_s,
+            "ttft_s": {tokens: prompt_s(tokens) for tokens in flags.prompt_tokens},
+        }
 
 
 def random_model(config: transformers.MixtralConfig) -> transformers.MixtralForCausalLM:
@@ -91,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     add("clone", metavar="CLONE")
     add("config", metavar="CONFIG", help="a config.json")
     add("--gpu-bytes", type=int, required=True, metavar="N")
-    add("--prompt-tokens", type=int, default=512, metavar="N")
+    add("--prompt-tokens", type=int, nargs="+", default=[512], metavar="N")
     add("--output-tokens", type=int, default=64, metavar="N")
     return parser.parse_args()
 

@@ -4,7 +4,8 @@
         --gpu-mem 24GB,24GB --encodings bf16 lossless12 -o FOLDER
 
 `one.machine.yaml` is the profile of a single rank, `two.machine.yaml` that of several (`fiddler-opt
-profile --ranks 2`), on the same machine. Writes ranks.json and ranks.md.
+profile --ranks 2`), on the same machine. Plans are made for the longest prompt; decode is timed
+after the first of `--prompts`. Writes ranks.json and ranks.md.
 
 With --delay 0.2ms,1GB/s, rank 0 waits as long as such a network would take for what it sends and
 receives, in addition to the real exchange by gloo. With GPUs, hide them (CUDA_VISIBLE_DEVICES=).
@@ -19,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from runs import PROVENANCE, arguments_parser, continued, forget, load
+from runs import PROVENANCE, arguments_parser, first_token_s, forget, load, repeated
 from table import markdown
 
 from fiddler_opt.inputs.machine import MachineProfile
@@ -33,14 +34,11 @@ from fiddler_opt.solve.placement import placement_of
 from fiddler_opt.solve.problem import Problem
 from fiddler_opt.units import parse_sizes
 from fiddler_run.command import exit_status
-from fiddler_run.generation.model import PlannedModel
-from fiddler_run.generation.sampling import Options
 from fiddler_run.plan.schema import Budget, Plan, Workload
 from fiddler_run.ranks import meet
 from fiddler_run.ranks.exchange import GlooExchange, Inputs
 from fiddler_run.system.files import write_whole
 
-REPEATS = 2
 COLUMNS = ("ranks", "experts", "decode, tokens/s", "predicted", "", "hit rate", "loading, s")
 
 
@@ -135,13 +133,13 @@ def measured(
 ) -> Row:
     model = ModelSpec.load(flags.model).in_encoding(encoding)
     routing = Routing.uniform(model)
-    workload = plan_workload({"prompt_tokens": flags.prompts[0]}, model)
+    workload = plan_workload({"prompt_tokens": max(flags.prompts)}, model)
     plan = compile_plan(model, machine, routing, workload, budget, PROVENANCE)
     started_s = time.perf_counter()
     loaded = load(plan, flags)
     load_s = time.perf_counter() - started_s
     prompts = flags.prompts
-    runs = [continued(loaded, prompts[0], n, Options(flags.tokens)) for n in range(REPEATS)]
+    runs = repeated(loaded, prompts[0], flags.tokens)
     row = Row(
         len(plan.ranks),
         plan.encoding,
@@ -155,12 +153,6 @@ def measured(
     if loaded.peers is not None:
         loaded.peers.close()
     return row
-
-
-def first_token_s(model: PlannedModel, prompt: int) -> float:
-    """The median of a few runs, after one that warms up."""
-    runs = [continued(model, prompt, seed, Options(2)) for seed in range(1 + REPEATS)]
-    return median(run.ttft_s for run in runs[1:])
 
 
 def predicted_s(

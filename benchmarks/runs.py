@@ -3,6 +3,7 @@
 import argparse
 import gc
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -17,6 +18,7 @@ from fiddler_run.plan.schema import Plan
 PROVENANCE = dict.fromkeys(
     ("command", "machine", "machine_sha256", "machine_source", "routing", "created"), "benchmark"
 )
+REPEATS = 2
 DEFAULT = "(default: %(default)s)"
 
 
@@ -56,6 +58,18 @@ def continued(model: PlannedModel, prompt_tokens: int, seed: int, options: Optio
     ids = random_ids(model, prompt_tokens, seed)
     _, measured = generate_ids(model, ids, options, **never_stopping(model))
     return measured
+
+
+def repeated(model: PlannedModel, prompt_tokens: int, tokens: int) -> list[Measured]:
+    """A few runs, after a short one that warms up."""
+    continued(model, prompt_tokens, 0, Options(4))
+    return [continued(model, prompt_tokens, seed, Options(tokens)) for seed in range(REPEATS)]
+
+
+def first_token_s(model: PlannedModel, prompt_tokens: int) -> float:
+    """The median of a few runs, after one that warms up."""
+    runs = [continued(model, prompt_tokens, seed, Options(2)) for seed in range(1 + REPEATS)]
+    return median(run.ttft_s for run in runs[1:])
 
 
 def random_ids(model: PlannedModel, tokens: int, seed: int) -> torch.Tensor:

@@ -107,6 +107,9 @@ class NcclExchange(Exchange):
         super().__init__(num_ranks, device)
         # Rank 0 alone captures its part: nothing may depend on a capture by all.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+        # Failures are noticed by the connections. PyTorch's watchdog would end the process by a
+        # signal before its user is told anything.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         options = distributed.ProcessGroupNCCL.Options()
         options._timeout = LAYER_TIMEOUT
         options.config.max_ctas = MAX_CHANNELS

@@ -1,0 +1,70 @@
+"""Runs another program, and observes how much memory the machine then uses."""
+
+import shutil
+import subprocess
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+SAMPLE_S = 0.2
+
+
+class Failed(Exception):
+    """The reason why a program gave no result."""
+
+
+@dataclass
+class Finished:
+    """What a program printed, and the largest numbers of bytes in use meanwhile.
+
+    `gpu_bytes`: of the first GPU, by all programs; 0 without nvidia-smi. `host_bytes`: more than
+    before, without what the system caches.
+    """
+
+    stdout: str
+    gpu_bytes: int
+    host_bytes: int
+
+
+def run(command: list[str], log: Path) -> Finished:
+    """Runs a program. Writes its stderr to `log`.
+
+    Raises:
+        Failed: its exit status is not 0.
+    """
+    before = host_bytes_used()
+    peak = {"gpu": 0, "host": 0}
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(SAMPLE_S):
+            peak["gpu"] = max(peak["gpu"], gpu_bytes("memory.used"))
+            peak["host"] = max(peak["host"], host_bytes_used() - before)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        with log.open("w") as errors:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False
+            )
+    finally:
+        over.set()
+        sampler.join()
+    if done.returncode != 0:
+        raise Failed(f"failed, see {log}")
+    return Finished(done.stdout, peak["gpu"], peak["host"])
+
+
+def host_bytes_used() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = {name: int(rest.split()[0]) for name, _, rest in (e.partition(":") for e in lines)}
+    return (kilobytes["MemTotal"] - kilobytes["MemAvailable"]) * 1024
+
+
+def gpu_bytes(what: str) -> int:
+    """`memory.used` or `memory.total` of the first GPU. 0 without nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 2**20
