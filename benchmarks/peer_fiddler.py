@@ -15,14 +15,11 @@ import json
 import sys
 import types
 from pathlib import Path
-from statistics import median
 from unittest import mock
 
 import torch
 import transformers
 from random_weights import fill
-
-RUNS = 2
 
 
 def main() -> None:
@@ -52,14 +49,10 @@ def measure(flags: argparse.Namespace) -> dict:
         model = FiddlerMixtral(arguments)
         shortest = flags.prompt_tokens[0]
         model.generate("", 2, shortest)  # warms up
-
-        def prompt_s(tokens: int) -> float:
-            return median(model.generate("", 1, tokens)[0] for _ in range(RUNS))
-
         _, decode_s, _ = model.generate("", flags.output_tokens, shortest)
         return {
             "decode_tokens_per_s": (flags.output_tokens - 1) / decode_s,
-            "ttft_s": {tokens: prompt_s(tokens) for tokens in flags.prompt_tokens},
+            "ttft_s": {tokens: model.generate("", 1, tokens)[0] for tokens in flags.prompt_tokens},
         }
 
 

@@ -1,6 +1,7 @@
 """The GPU memory budget: a plan's total is never exceeded, and it caps PyTorch's allocator."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from fiddler_opt.measure.device import describe_device
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.generate import generate_ids
+from fiddler_run.generation.perplexity import perplexity
 from fiddler_run.generation.sampling import Options
 from fiddler_run.plan.schema import Plan, Workload
 from fiddler_run.system.process_settings import allowed_gpu_bytes
-from gpu.conftest import CUDA, Wide, solved
+from gpu.conftest import CUDA, Wide, random_ids, solved
 
 
 def used_bytes() -> int:
@@ -51,6 +53,25 @@ def test_peak_memory_stays_under_the_plan_total(wide: Wide, beams: int, batch: i
     assert used_bytes() <= gpu.total
     fixed = gpu.non_expert_weights + gpu.experts + gpu.staging
     assert measured.peak_gpu_bytes - fixed <= gpu.kv_cache + gpu.activations
+
+
+def test_perplexity_at_full_context_stays_under_the_plan_total(wide: Wide):
+    folder, spec, machine = wide
+    workload = Workload(
+        prompt_tokens=512, output_tokens=16, num_beams=1, batch_size=1, max_seq_len=2048
+    )
+    torch.cuda.empty_cache()
+    machine = machine.model_copy(update={"device": Device(**describe_device(CUDA))})
+    plan = solved(spec, machine, workload, gpu_bytes=2**31 + 10**8)
+    torch.cuda.reset_peak_memory_stats()
+    model, _ = load_model(plan, folder)
+    tokenizer = SimpleNamespace(bos_token_id=None, decode=lambda ids: "x" * len(ids))
+    found = perplexity(model, tokenizer, random_ids(1, 3000, 1)[0].tolist())
+    assert found.windows == 2
+    assert found.value > 1
+    gpu = plan.rank.gpu_memory_bytes
+    assert torch.cuda.max_memory_reserved() <= gpu.total - gpu.reserve
+    assert used_bytes() <= gpu.total
 
 
 def test_allocation_beyond_the_cap_fails(wide: Wide):

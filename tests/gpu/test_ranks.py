@@ -14,6 +14,7 @@ if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA devices", allow_module_level=True)
 
 from fiddler_run import load_model
+from fiddler_run.generation.perplexity import perplexity
 from fiddler_run.plan.schema import Plan
 
 TOLERANCE = 2e-2  # of logits of a whole model in bfloat16, relative
@@ -34,11 +35,14 @@ def test_two_gpus_give_the_logits_of_one(dtype):
     encoded = encode(tokenizer, TEXTS[:1], alone.device)
     expected = alone(**encoded).logits
     tokens = alone.generate(**encoded, **greedy(16))
+    ids = tokenizer(" ".join(TEXTS))["input_ids"]
+    whole = perplexity(alone, tokenizer, ids)
     both, _ = load_model(two_ranks(dtype), DEMO)
     try:
         found = both(**encoded).logits
         again = both(**encoded).logits
         generated = both.generate(**encoded, **greedy(16))
+        shared = perplexity(both, tokenizer, ids)
         by_two = both.traffic()
     finally:
         both.peers.close()
@@ -46,6 +50,7 @@ def test_two_gpus_give_the_logits_of_one(dtype):
     assert (found - expected).norm() <= tolerance * expected.norm()
     assert torch.equal(found, again)
     assert by_two.needed_blocks > 0
+    assert shared.value == pytest.approx(whole.value, rel=1e-3)
     if dtype == "float32":
         assert torch.equal(generated, tokens)
 
@@ -59,5 +64,5 @@ def test_a_killed_rank_ends_a_run_on_gpus(tmp_path):
     run.wait_for_output(1)
     run.kill_other()
     status, lines = run.end()
-    assert status == 1
+    assert status == 1, lines
     assert_one_line(lines, f"was ended by {signal.SIGKILL.name}")
