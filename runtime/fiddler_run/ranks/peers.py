@@ -221,11 +221,11 @@ class Peers:
         if self.exchange is not None:
             ended = threading.Thread(target=self.exchange.abort, daemon=True)
             ended.start()
-            ended.join(LEAVE_S)
+            ended.join(LEAVE_S / 2)
             stuck = ended.is_alive()
         else:
             stuck = False
-        if (self._busy or stuck) and not self._raised.wait(LEAVE_S):
+        if (self._busy or stuck) and not self._raised.wait(LEAVE_S / 2 if stuck else LEAVE_S):
             print(f"fiddler-run: {self.failure}", file=sys.stderr, flush=True)
             os._exit(1)
 
