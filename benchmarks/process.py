@@ -1,5 +1,6 @@
 """Runs another program, and observes how much memory the machine then uses."""
 
+import os
 import shutil
 import subprocess
 import threading
@@ -27,12 +28,13 @@ class Finished:
 
 
 def run(command: list[str], log: Path) -> Finished:
-    """Runs a program. Writes its stderr to `log`.
+    """Runs a program, which sees one GPU. Writes its stderr to `log`.
 
     Raises:
         Failed: its exit status is not 0.
     """
     before = host_bytes_used()
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": first_gpu()}
     peak = {"gpu": 0, "host": 0}
     over = threading.Event()
 
@@ -46,7 +48,12 @@ def run(command: list[str], log: Path) -> Finished:
     try:
         with log.open("w") as errors:
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                check=False,
             )
     finally:
         over.set()
@@ -66,5 +73,16 @@ def gpu_bytes(what: str) -> int:
     """`memory.used` or `memory.total` of the first GPU. 0 without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return 0
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    command = [
+        "nvidia-smi",
+        "-i",
+        first_gpu(),
+        f"--query-gpu={what}",
+        "--format=csv,noheader,nounits",
+    ]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 2**20
+
+
+def first_gpu() -> str:
+    """The number of the first GPU that this process may use."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]

@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import shutil
+import subprocess
 import warnings
 from itertools import product
 
@@ -83,6 +85,17 @@ def test_llama_cpp_keeps_the_last_layers(experts):
     on_cpu = int(match[1])
     kept = {(layer, expert) for layer in range(on_cpu, LAYERS) for expert in range(EXPERTS)}
     assert kept == kept_on_gpu(export)
+
+
+@pytest.mark.skipif(shutil.which("llama-fit-params") is None, reason="llama.cpp is not in PATH")
+def test_llama_cpp_accepts_the_flags():
+    """Its parser reads them from left to right, and ends at --version."""
+    flags = TARGETS["llama.cpp"](source(9.0)).text.split()
+    for arguments, status in ((flags, 0), (["--n-cpu-mo", "1"], 1)):
+        found = subprocess.run(
+            ["llama-fit-params", *arguments, "--version"], capture_output=True, check=False
+        )
+        assert found.returncode == status, found.stderr
 
 
 def test_llama_cpp_counts_layers_without_experts():

@@ -109,7 +109,7 @@ def to_llama_cpp(source: Source) -> Export:
     return Export(
         text=f"-ngl 99 -c {context}{parallel} --n-cpu-moe {on_cpu}",
         rounded=layers_words(source, count),
-        written_for="llama.cpp, commit 001d906, and a GGUF file in the checkpoint's dtype",
+        written_for="llama.cpp, commit 0c1e570, and a GGUF file in the checkpoint's dtype",
         resident=whole_layers(source, range(first, shape.num_layers)),
         gpu_expert_bytes=count * source.layer_bytes,
         policy="cpu",

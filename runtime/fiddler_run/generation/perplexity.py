@@ -15,7 +15,7 @@ from fiddler_run.generation.prefill import prefill, require_chunks
 from fiddler_run.generation.recorder import replaced
 from fiddler_run.models.dispatched import DispatchedModel
 
-HEAD_TOKENS = 64  # whose logits are computed at once: those of a chunk could exceed GPU memory
+HEAD_TOKENS = 16  # whose logits are computed at once: those of a chunk could exceed GPU memory
 
 
 @dataclass(frozen=True)

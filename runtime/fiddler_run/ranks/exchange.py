@@ -142,6 +142,7 @@ class NcclExchange(Exchange):
         self._group.reduce([partial], self._reduce)
 
     def abort(self) -> None:
+        _keep(self._group)
         self._group.abort()
 
 
@@ -196,11 +197,13 @@ class GlooExchange(Exchange):
         self._group.send([partial.to(self._host)], 0, 0).wait(LAYER_TIMEOUT)
 
     def abort(self) -> None:
-        """Keeps the group from being destroyed: after the loss of a rank, that may crash.
+        """Ends nothing: gloo itself notices that another process has ended."""
+        _keep(self._group)
 
-        gloo itself notices that another process has ended.
-        """
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+
+def _keep(group: object) -> None:
+    """Keeps a group from being destroyed: after the loss of a rank, that may crash."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _pins(device: torch.device) -> bool:

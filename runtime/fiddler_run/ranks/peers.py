@@ -218,15 +218,21 @@ class Peers:
 
     def _break_off(self) -> None:
         """Ends the exchange. Ends this process if it still waits for another rank after that."""
+        stuck = False
         if self.exchange is not None:
-            ended = threading.Thread(target=self.exchange.abort, daemon=True)
+            # Python must not end its threads while one is in NCCL, so this one is waited for.
+            ended = threading.Thread(target=self.exchange.abort)
             ended.start()
             ended.join(LEAVE_S / 2)
             stuck = ended.is_alive()
-        else:
-            stuck = False
-        if (self._busy or stuck) and not self._raised.wait(LEAVE_S / 2 if stuck else LEAVE_S):
+        if not (self._busy or stuck):
+            return
+        told = self._raised.wait(LEAVE_S / 2 if stuck else LEAVE_S)
+        if not told:
             print(f"fiddler-run: {self.failure}", file=sys.stderr, flush=True)
+        elif stuck:
+            time.sleep(LEAVE_S / 4)  # for the line that the failure raises
+        if stuck or not told:
             os._exit(1)
 
     @contextmanager
