@@ -38,10 +38,10 @@ def main() -> None:
         )
         return time.perf_counter() - started_s
 
-    shortest = flags.prompt_tokens[0]
-    seconds(shortest, 1)
+    first = flags.prompt_tokens[0]
+    seconds(first, 1)
     first_s = {tokens: seconds(tokens, 1) for tokens in flags.prompt_tokens}
-    decode_s = seconds(shortest, flags.output_tokens) - first_s[shortest]
+    decode_s = seconds(first, flags.output_tokens) - first_s[first]
     rate = (flags.output_tokens - 1) / decode_s
     print(json.dumps({"decode_tokens_per_s": rate, "ttft_s": first_s}))
 

@@ -47,9 +47,9 @@ def measure(flags: argparse.Namespace) -> dict:
         from mixtral import FiddlerMixtral
 
         model = FiddlerMixtral(arguments)
-        shortest = flags.prompt_tokens[0]
-        model.generate("", 2, shortest)  # warms up
-        _, decode_s, _ = model.generate("", flags.output_tokens, shortest)
+        first = flags.prompt_tokens[0]
+        model.generate("", 2, first)  # warms up
+        _, decode_s, _ = model.generate("", flags.output_tokens, first)
         return {
             "decode_tokens_per_s": (flags.output_tokens - 1) / decode_s,
             "ttft_s": {tokens: model.generate("", 1, tokens)[0] for tokens in flags.prompt_tokens},

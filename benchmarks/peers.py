@@ -5,7 +5,7 @@
 - fiddler-run: each plan
 - llama.cpp: `llama-bench`, if it is in PATH and --gguf names a BF16 GGUF of the model, such as one
   made by random_gguf.py; with options of its own after `--`
-- llama.cpp --fit: the same, but it places the experts by itself
+- llama.cpp --fit: the same, but it places the experts by itself; options that place are left out
 - fiddler: the original Fiddler, if --fiddler names a clone of it, see peer_fiddler.py
 - accelerate: transformers with `device_map` offload, see peer_accelerate.py
 
@@ -20,7 +20,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,16 +32,21 @@ from fiddler_run.plan.schema import Plan
 from fiddler_run.system.files import write_whole
 
 HERE = Path(__file__).parent
-GPU_MARGIN = 2**20  # llama.cpp takes mebibytes
+OURS = "fiddler-run"
+MEBIBYTE = 2**20
+PLACING = ("-ngl", "-ncmoe", "-ot", "-ts")  # options of llama-bench
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all programs do. `gpu_bytes`: the memory that they may use."""
+    """What all programs do. `gpu_bytes`: the memory that they may use. `reserve_bytes`: the part of
+    it that PyTorch's allocator does not see.
+    """
 
     prompts: list[int]
     output_tokens: int
     gpu_bytes: int
+    reserve_bytes: int
     threads: int
 
 
@@ -51,13 +56,13 @@ Runner = Callable[[Task, argparse.Namespace, Path], tuple[str, Finished, dict]]
 def main() -> None:
     flags = parse_arguments()
     folder = Path(flags.output)
-    plans = [Plan.load(file) for file in flags.plan]
-    rank = plans[0].rank
-    task = Task(flags.prompts, flags.output_tokens, rank.gpu_memory_bytes.total, rank.cpu_threads)
+    rank = Plan.load(flags.plan[0]).rank
+    memory = rank.gpu_memory_bytes
+    task = Task(flags.prompts, flags.output_tokens, memory.total, memory.reserve, rank.cpu_threads)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "peers.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    for name, runner in programs(flags, plans):
+    for name, runner in programs(flags):
         print(f"{name} ...", file=sys.stderr)
         try:
             command, finished, measured = runner(task, flags, folder / f"{name}.log")
@@ -70,19 +75,19 @@ def main() -> None:
         except Failed as error:
             found[name] = {"why_not": str(error)}
         write_whole(file, json.dumps(found, indent=1))
-        write_whole(folder / "peers.md", table(found, flags.prompts))
+        rows = table(found, flags.prompts)
+        write_whole(folder / "peers.md", rows)
         figure(found).savefig(folder / "peers.png", dpi=130)
-    print(table(found, flags.prompts))
+    print(rows)
 
 
-def programs(flags: argparse.Namespace, plans: list[Plan]) -> Iterator[tuple[str, Runner]]:
+def programs(flags: argparse.Namespace) -> Iterator[tuple[str, Runner]]:
     """The chosen programs, by the name of their row."""
     for name in flags.only.split(","):
-        if name != "fiddler-run":
+        if name == OURS:
+            yield from ((f"{OURS}, {Path(file).stem}", planned(file)) for file in flags.plan)
+        else:
             yield name, PROGRAMS[name]
-            continue
-        for file, plan in zip(flags.plan, plans, strict=True):
-            yield f"fiddler-run, {plan.encoding}", planned(file)
 
 
 def planned(file: str) -> Runner:
@@ -95,8 +100,9 @@ def planned(file: str) -> Runner:
 def accelerate(task: Task, flags: argparse.Namespace, log: Path):
     if find_spec("accelerate") is None:
         raise Failed("not installed: pip install accelerate")
-    fewer = Task(task.prompts, flags.offload_tokens, task.gpu_bytes, task.threads)
-    arguments = [flags.model, "--gpu-bytes", str(task.gpu_bytes), *lengths(fewer)]
+    fewer = replace(task, output_tokens=flags.offload_tokens)
+    limit = str(task.gpu_bytes - task.reserve_bytes)
+    arguments = [flags.model, "--gpu-bytes", limit, *lengths(fewer)]
     return script(sys.executable, ["peer_accelerate.py", *arguments], log)
 
 
@@ -113,7 +119,9 @@ def llama(task: Task, flags: argparse.Namespace, log: Path):
 
 def fitted_llama(task: Task, flags: argparse.Namespace, log: Path):
     spare = gpu_bytes("memory.total") - task.gpu_bytes
-    return llama_bench(task, flags, ["-fitt", str(-(-spare // GPU_MARGIN)), "-r", "2"], log)
+    pairs = zip(flags.llama[::2], flags.llama[1::2], strict=False)
+    others = [word for pair in pairs if pair[0] not in PLACING for word in pair]
+    return llama_bench(task, flags, ["-fitt", str(-(-spare // MEBIBYTE)), *others], log)
 
 
 def llama_bench(task: Task, flags: argparse.Namespace, options: list[str], log: Path):
@@ -148,13 +156,13 @@ def lengths(task: Task) -> list[str]:
     return ["--prompt-tokens", *prompts, "--output-tokens", str(task.output_tokens)]
 
 
-PROGRAMS: dict[str, Runner | None] = {
-    "fiddler-run": None,  # see `programs`
+PROGRAMS: dict[str, Runner] = {
     "llama.cpp": llama,
     "llama.cpp --fit": fitted_llama,
     "fiddler": original_fiddler,
     "accelerate": accelerate,
 }
+NAMES = (OURS, *PROGRAMS)
 
 
 def table(found: dict[str, dict], prompts: list[int]) -> str:
@@ -166,7 +174,8 @@ def table(found: dict[str, dict], prompts: list[int]) -> str:
 def row(name: str, result: dict, prompts: list[int]) -> list[str]:
     if "why_not" in result:
         return [name, *[""] * (3 + len(prompts)), result["why_not"]]
-    first = [f"{result['ttft_s'][str(tokens)]:.2f}" for tokens in prompts]
+    first_s = {int(tokens): f"{seconds:.2f}" for tokens, seconds in result["ttft_s"].items()}
+    first = [first_s.get(tokens, "") for tokens in prompts]
     memory = [f"{result[kind] / 1e9:.1f}" for kind in ("gpu_bytes", "host_bytes")]
     return [name, f"{result['decode_tokens_per_s']:.2f}", *first, *memory, f"`{result['command']}`"]
 
@@ -183,9 +192,9 @@ def figure(found: dict[str, dict]):
             by_prompt.setdefault(f"first token of {tokens}, s (less is better)", {})[name] = seconds
     panels = {"decode, tokens/s (more is better)": rates, **by_prompt}
     drawn = Figure(figsize=(4.5 * len(panels), 0.6 + 0.4 * len(shown)), layout="constrained")
-    all_axes = drawn.subplots(1, len(panels), sharey=True)
+    (all_axes,) = drawn.subplots(1, len(panels), sharey=True, squeeze=False)
     for axes, (title, values) in zip(all_axes, panels.items(), strict=True):
-        axes.bar_label(axes.barh(list(values), list(values.values())), fmt="%.2g", padding=3)
+        axes.bar_label(axes.barh(list(values), list(values.values())), fmt="%.3g", padding=3)
         axes.set(title=title, xlim=(0, 1.2 * max(values.values(), default=1.0)))
     all_axes[0].invert_yaxis()  # of all panels, which share it
     return drawn
@@ -199,7 +208,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--plan", required=True, nargs="+", metavar="FILE")
     add("--model", required=True, metavar="CONFIG", help="the model's config.json")
-    add("--only", default=",".join(PROGRAMS), metavar="NAME,...", help=f"programs {default}")
+    add("--only", default=",".join(NAMES), metavar="NAME,...", help=f"programs {default}")
     add("--prompts", type=int, nargs="+", default=[512, 2048], metavar="N", help=default)
     add("--output-tokens", type=int, default=64, metavar="N", help=default)
     add("--offload-tokens", type=int, default=4, metavar="N", help=f"for accelerate {default}")
@@ -212,7 +221,7 @@ def parse_arguments() -> argparse.Namespace:
     flags = parser.parse_args()
     if flags.offload_tokens < 2:
         parser.error("--offload-tokens must be at least 2")
-    if unknown := set(flags.only.split(",")) - set(PROGRAMS):
+    if unknown := set(flags.only.split(",")) - set(NAMES):
         parser.error(f"--only: unknown program {sorted(unknown)[0]}")
     return flags
 

@@ -18,7 +18,7 @@ class Failed(Exception):
 class Finished:
     """What a program printed, and the largest numbers of bytes in use meanwhile.
 
-    `gpu_bytes`: of the first GPU, by all programs; 0 without nvidia-smi. `host_bytes`: more than
+    `gpu_bytes`: of the first GPU, by all programs. `host_bytes`: more than
     before, without what the system caches.
     """
 
@@ -34,7 +34,9 @@ def run(command: list[str], log: Path) -> Finished:
         Failed: its exit status is not 0.
     """
     before = host_bytes_used()
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": first_gpu()}
+    # in nvidia-smi's order, which is not CUDA's
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    environment = {**os.environ, **order, "CUDA_VISIBLE_DEVICES": first_gpu()}
     peak = {"gpu": 0, "host": 0}
     over = threading.Event()
 
@@ -70,8 +72,8 @@ def host_bytes_used() -> int:
 
 
 def gpu_bytes(what: str) -> int:
-    """`memory.used` or `memory.total` of the first GPU. 0 without nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
+    """`memory.used` or `memory.total` of the first GPU. 0 if it is hidden or there is none."""
+    if shutil.which("nvidia-smi") is None or not first_gpu().isdigit():
         return 0
     command = [
         "nvidia-smi",

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from runs import PROVENANCE, arguments_parser, first_token_s, forget, load, repeated
+from runs import PROVENANCE, arguments_parser, first_token_s, load, repeated
 from table import markdown
 
 from fiddler_opt.inputs.machine import MachineProfile
@@ -114,7 +114,6 @@ def main() -> None:
             print(*rows[-1].cells, file=sys.stderr)
             found = json.dumps([asdict(row) for row in rows], indent=1)
             write_whole(folder / "ranks.json", found)
-            forget()
     first = [f"{text}{n}, s" for n in flags.prompts for text in ("first of ", "predicted, ")]
     write_whole(folder / "ranks.md", markdown([*COLUMNS, *first], [row.cells for row in rows]))
 

@@ -6,13 +6,18 @@ import random
 
 import pytest
 import torch
-from conftest import DEMO, demo_shape, random_plan
+import yaml
+from conftest import DEMO, ROOT, demo_shape, random_plan
 from ranks import in_ranks, shared_plan
 
+from fiddler_opt.inputs.machine_parts import KernelLimits
+from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.inputs.workload import plan_workload
+from fiddler_opt.solve.memory import activation_bytes, chunk_candidates
 from fiddler_run import cli
 from fiddler_run.encodings.lossless12 import Lossless12
 from fiddler_run.errors import FiddlerError
-from fiddler_run.generation.perplexity import _windows, perplexity
+from fiddler_run.generation.perplexity import HEAD_TOKENS, _windows, perplexity
 
 LINES = (DEMO / "prompts" / "stories.jsonl").read_text().splitlines()
 TEXT = "\n".join(json.loads(line)["prompt"] for line in LINES)
@@ -69,6 +74,16 @@ def test_same_digits_in_two_ranks(place):
     with in_ranks(model, shared_plan(plan, 2, random.Random(7)), DEMO):
         shared = perplexity(model, tokenizer, ids)
     assert f"{shared.value:.4f}" == f"{alone.value:.4f}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "profiles").glob("*.model.yaml")))
+def test_logits_fit_into_the_smallest_plan(file):
+    """In bfloat16, in float32, and their softmax."""
+    model = ModelSpec.load(yaml.safe_load(file.read_text())["model"]["name"])
+    workload = plan_workload({}, model)
+    smallest = min(chunk_candidates(workload))
+    planned = activation_bytes(model, KernelLimits.of_runtime(), workload, smallest)
+    assert HEAD_TOKENS * model.vocab_size * (2 + 4 + 4) <= planned
 
 
 def test_short_text_is_refused(place):

@@ -50,6 +50,17 @@ def test_bench_frees_its_memory(demo):
     assert [arena() for arena in arenas] == [None] * len(arenas)
 
 
+def test_all_ranks_agree_on_the_shares(demo):
+    """On the ends, and then on what is missing: without a GPU, nothing."""
+    bench = MachineBench(demo, HASTY, None)
+    bench.found["threads"] = {"threads": 1, "pinned": False, "page_locked": False}
+    asked = []
+    bench.agree = lambda shares: asked.append(shares) or shares
+    found = bench.parts["experts, 1 tokens, round 1"]()
+    assert asked == [[0.0], []]
+    assert list(found["host_expert_us"]) == [0.0]
+
+
 def test_resuming_is_refused_if_page_locking_has_changed(demo):
     """Parts timed with page-locked memory do not go with parts timed without."""
     bench = MachineBench(demo, QUICK, None)

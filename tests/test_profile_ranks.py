@@ -15,6 +15,7 @@ from fiddler_opt.measure import rank
 from fiddler_opt.measure.assemble import ranks_profile
 from fiddler_opt.measure.ranks import agreed
 from fiddler_opt.measure.shares import Agree, sweep_shares
+from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 from fiddler_run.ranks.connection import Connection, connect, listen
 from fiddler_run.ranks.peers import Peer, Peers
@@ -71,32 +72,43 @@ def test_parts_of_all_ranks_make_one_profile():
 
 
 def test_ranks_time_the_same_shares():
-    """Their best shares differ, so that a sweep of their own would take them different times."""
+    """Their best shares differ: on its own, each would time other shares."""
     asked = {0: [], 1: []}
     found = {}
 
-    def sweep(rank: int, best: float, agree: Agree) -> None:
+    def sweep(number: int, best: float, agree: Agree) -> None:
         def measure(shares: list[float]) -> dict[float, float]:
-            asked[rank].append(shares)
+            asked[number].append(shares)
             alone = {0.0: 2000.0, 1.0: 2000.0}
             return {share: alone.get(share, 1000 * abs(share - best)) for share in shares}
 
-        found[rank] = sweep_shares(measure, [0.0, 1.0], 1 / 32, agree)
+        found[number] = sweep_shares(measure, [0.0, 1.0], 1 / 32, agree)
 
     with listen("127.0.0.1", 0) as listening:
         other = connect(*listening.getsockname(), patience_s=5)
         peers = Peers([Peer(1, Connection(listening.accept()[0]))])
-    thread = threading.Thread(target=sweep, args=(1, 0.8, partial(rank.agree, other)))
+    arguments = (1, 0.8, partial(rank.agree, other))
+    thread = threading.Thread(target=sweep, args=arguments, daemon=True)
     thread.start()
-    sweep(0, 0.2, partial(agreed, peers))
-    thread.join(timeout=10)
+    try:
+        sweep(0, 0.2, partial(agreed, peers))
+        thread.join(timeout=10)
+    finally:
+        other.close()
+        peers.close()
     assert asked[0] == asked[1]
     assert len(asked[0]) > 2
     for number, best in ((0, 0.2), (1, 0.8)):
         fastest = min(found[number], key=found[number].get)
         assert abs(fastest - best) <= 1 / 32
-    other.close()
-    peers.close()
+
+
+def test_a_rank_notices_that_rank_0_is_gone():
+    with listen("127.0.0.1", 0) as listening:
+        other = connect(*listening.getsockname(), patience_s=5)
+        Connection(listening.accept()[0]).close()
+    with pytest.raises(FiddlerError, match="rank 0 is gone"):
+        rank.agree(other, [0.5])
 
 
 @pytest.mark.slow

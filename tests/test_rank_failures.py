@@ -139,6 +139,40 @@ def test_a_killed_rank_ends_the_run(plan_file):
     assert_one_line(lines, "rank 1 (127.0.0.1) was ended by SIGKILL")
 
 
+STUCK = """
+import socket, time
+from fiddler_run.ranks.connection import Connection
+from fiddler_run.ranks.peers import Peer, Peers
+
+class Stuck:
+    def abort(self):
+        time.sleep(60)
+
+listening = socket.create_server(("127.0.0.1", 0))
+other = socket.create_connection(listening.getsockname())
+peers = Peers([Peer(1, Connection(listening.accept()[0]))])
+peers.exchange = Stuck()
+other.close()
+while peers.failure is None:
+    time.sleep(0.01)
+try:
+    peers.check_failure()
+except Exception as failure:
+    print(failure)
+"""
+
+
+def test_an_exchange_that_cannot_be_ended_delays_the_end_by_seconds():
+    """What the caller does with the failure is done before."""
+    begun_s = time.monotonic()
+    found = subprocess.run(
+        [sys.executable, "-c", STUCK], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert found.stdout == "rank 1 (127.0.0.1) is gone\n", found.stderr
+    assert found.returncode == 1
+    assert time.monotonic() - begun_s < 25
+
+
 @pytest.mark.slow
 def test_the_other_rank_ends_with_the_first(plan_file):
     run = started(plan_file)
@@ -159,13 +193,26 @@ def test_an_interrupt_ends_all_ranks(plan_file):
     assert_one_line(lines, "interrupted")
 
 
+@pytest.fixture(scope="module")
+def whole_run_s(plan_file) -> float:
+    """Seconds of a run from the start of the other rank, the shorter of two."""
+    times_s = []
+    for _ in range(2):
+        run = started(plan_file)
+        begun_s = time.monotonic()
+        run.process.communicate(timeout=START_S)
+        times_s.append(time.monotonic() - begun_s)
+        assert run.process.returncode == 0
+    return min(times_s)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("seed", range(20))
-def test_ranks_killed_at_any_moment(rank, seed, plan_file):
+def test_ranks_killed_at_any_moment(rank, seed, plan_file, whole_run_s):
     """From the start of the other rank to its decode."""
     run = started(plan_file)
-    time.sleep(random.Random(seed).uniform(0, 12))
+    time.sleep(random.Random(seed).uniform(0, 0.7 * whole_run_s))
     os.kill(run.other if rank else run.process.pid, signal.SIGKILL)
     status, lines = run.end()
     if rank == 0:

@@ -21,7 +21,7 @@ from fiddler_opt.measure.quiet import undisturbed
 from fiddler_opt.measure.ranks import OtherRanks
 from fiddler_opt.measure.rounds import Us
 from fiddler_opt.measure.settings import ProfileSettings
-from fiddler_opt.measure.shares import Agree, sweep_shares
+from fiddler_opt.measure.shares import Agree, alone, sweep_shares
 from fiddler_opt.measure.stopwatch import Stopwatch
 from fiddler_opt.measure.threads import choose_threads
 from fiddler_opt.measure.unfinished import Unfinished
@@ -31,7 +31,7 @@ from fiddler_run.system.gpu import current_gpu
 from fiddler_run.system.host import available_memory_bytes, cpu_name, num_cores
 from fiddler_run.system.process_settings import dense_threads
 
-METHOD = 5  # version of the timing method; parts timed by another version are discarded
+METHOD = 6  # version of the timing method; parts timed by another version are discarded
 MAX_CPU_TOKENS = 512  # tokens of an expert above which a CPU alone is never the fastest
 LAYERS = "layers without experts"
 
@@ -40,8 +40,8 @@ class MachineBench:
     """The parts of a machine profile. Each is measured by one call that returns plain values.
 
     `found` holds the parts measured so far, which later ones depend on. `timed` lists by name the
-    parts that depend on a number of tokens. `agree`: see `sweep_shares`. Weights are made when the
-    first part needs them.
+    parts that depend on a number of tokens. `agree`: see `sweep_shares`; with one
+    rank, nothing is to agree on. Weights are made when the first part needs them.
     """
 
     def __init__(self, model: ModelSpec, settings: ProfileSettings, folder: Path | None):
@@ -51,7 +51,7 @@ class MachineBench:
             folder: the checkpoint's folder, whose disk is timed too. None: no disk is timed.
         """
         self.found: dict[str, dict] = {}
-        self.agree: Agree = lambda shares: shares
+        self.agree: Agree = alone
         self.model = model
         self.settings = settings
         self.folder = folder

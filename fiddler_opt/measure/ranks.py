@@ -1,6 +1,6 @@
 """Times several ranks of this machine at once, because they share its memory.
 
-Each other rank is a process of its own (`rank.py`). All time the same at the same moment.
+Each other rank is a process of its own (`rank.py`). All start each measurement together.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class OtherRanks:
 
 
 def agreed(peers: Peers, shares: list[float]) -> list[float]:
-    """All shares that any rank wants to time next, in order.
+    """All shares that any rank wants to time next, sorted.
 
     All ranks time the same list at the same moment: one that went on alone would have the memory
     for itself, and seem faster than it is.

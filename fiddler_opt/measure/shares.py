@@ -10,8 +10,13 @@ Measure = Callable[[list[float]], dict[float, float]]
 Agree = Callable[[list[float]], list[float]]
 
 
+def alone(shares: list[float]) -> list[float]:
+    """What a single rank times next: what it wants."""
+    return shares
+
+
 def sweep_shares(
-    measure: Measure, ends: list[float], block: float, agree: Agree = lambda shares: shares
+    measure: Measure, ends: list[float], block: float, agree: Agree = alone
 ) -> dict[float, float]:
     """Microseconds by share, for the end points and the best share with its neighbours.
 

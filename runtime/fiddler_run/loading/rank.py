@@ -80,6 +80,6 @@ def _work(
             tell(f"computes {size} of experts until rank 0 ends")
             serve(connection, exchange, share, plan)
         except BaseException:
-            # in its own thread, because NCCL may wait; `end_with` ends this process even then
+            # in its own thread, because NCCL may wait; then `end_with` ends this process
             threading.Thread(target=exchange.abort).start()
             raise

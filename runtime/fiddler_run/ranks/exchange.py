@@ -111,7 +111,6 @@ class NcclExchange(Exchange):
         # signal before its user is told anything.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         options = distributed.ProcessGroupNCCL.Options()
-        options._timeout = LAYER_TIMEOUT
         options.config.max_ctas = MAX_CHANNELS
         self._group = distributed.ProcessGroupNCCL(store, rank, num_ranks, options)
         self._broadcast = distributed.BroadcastOptions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from torch import Tensor
 from fiddler_run.errors import FiddlerError
 from fiddler_run.ranks.connection import Connection
 from fiddler_run.ranks.exchange import Exchange, Inputs
-from fiddler_run.ranks.processes import end_processes, ending
+from fiddler_run.ranks.processes import end_processes, ending, exit_without
 
 # How long rank 0 may take to notice a failure by itself, before its process is ended.
 LEAVE_S = 5
@@ -220,19 +221,13 @@ class Peers:
         """Ends the exchange. Ends this process if it still waits for another rank after that."""
         stuck = False
         if self.exchange is not None:
-            # Python must not end its threads while one is in NCCL, so this one is waited for.
-            ended = threading.Thread(target=self.exchange.abort)
+            ended = threading.Thread(target=self.exchange.abort, daemon=True)
+            atexit.register(exit_without, ended, LEAVE_S / 2)
             ended.start()
             ended.join(LEAVE_S / 2)
             stuck = ended.is_alive()
-        if not (self._busy or stuck):
-            return
-        told = self._raised.wait(LEAVE_S / 2 if stuck else LEAVE_S)
-        if not told:
+        if (self._busy or stuck) and not self._raised.wait(LEAVE_S / 2 if stuck else LEAVE_S):
             print(f"fiddler-run: {self.failure}", file=sys.stderr, flush=True)
-        elif stuck:
-            time.sleep(LEAVE_S / 4)  # for the line that the failure raises
-        if stuck or not told:
             os._exit(1)
 
     @contextmanager

@@ -1,7 +1,10 @@
-"""The processes of ranks that were started here."""
+"""The ends of processes: of ranks that were started here, and of this one."""
 
+import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -26,3 +29,12 @@ def end_processes(processes: Sequence[subprocess.Popen], patience_s: float) -> N
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def exit_without(thread: threading.Thread, patience_s: float) -> None:
+    """Waits for a thread at the end of this process: Python crashes if it stops one inside NCCL."""
+    thread.join(patience_s)
+    if thread.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
