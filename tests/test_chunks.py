@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import demo_shape, random_plan
+from seeds import spread
 
 from fiddler_run.generation.answer import generate
 from fiddler_run.generation.generate import generate_ids
@@ -44,7 +45,9 @@ def test_prompt_longer_than_a_chunk_matches_stock(planned, stock, device):
     assert "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize(("batch", "beams"), [(1, 2), (1, 4), (1, 16), (2, 4), (4, 1), (16, 1)])
+@pytest.mark.parametrize(
+    ("batch", "beams"), spread([(1, 2), (1, 4), (1, 16), (2, 4), (4, 1), (16, 1)], 3)
+)
 def test_batches_and_beams_match_stock(planned, stock, batch, beams):
     """With padded and unpadded prompts, in the plan's chunks and in small ones, in one KV cache."""
     model, tokenizer = planned

@@ -14,6 +14,7 @@ from typing import NoReturn
 import pytest
 from command_line import MACHINE, SHIPPED_PLAN, started
 from conftest import DEMO, ROOT
+from seeds import spread
 
 from fiddler_run.command import SHOW_CURSOR, Terminated, exit_status, start
 from fiddler_run.errors import FiddlerError
@@ -158,7 +159,7 @@ def start_with(command: str, *arguments: object) -> int:
     return start(command, f"{command.replace('-', '_')}.cli")
 
 
-@pytest.mark.parametrize("delay_s", [0.01, 0.03, 0.1, 0.2, 0.4, 0.8])
+@pytest.mark.parametrize("delay_s", spread([0.01, 0.03, 0.1, 0.2, 0.4, 0.8], 2))
 @pytest.mark.parametrize("command", COMMANDS)
 def test_interrupt_leaves_no_traceback(tmp_path, command, delay_s):
     """At any moment of loading, generating, solving and writing."""

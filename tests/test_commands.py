@@ -41,6 +41,7 @@ def demo(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # as `make demo`
 def test_profile_plan_and_run_work_together(demo):
     plan = Plan.load(demo / "plans/demo.yaml")
     assert plan.rank.gpu_memory_bytes.used <= plan.rank.gpu_memory_bytes.total
@@ -54,6 +55,7 @@ def test_profile_plan_and_run_work_together(demo):
         assert words in result.stderr
 
 
+@pytest.mark.slow
 def test_profiling_routing_alone_keeps_the_machine_profile(demo, tmp_path):
     """The recorded routing is the same as before."""
     folder = shutil.copytree(demo / "profiles", tmp_path / "profiles")
@@ -86,6 +88,7 @@ def test_shipped_profiles_give_the_shipped_plan(tmp_path):
     assert {**again, "model": None} == {**shipped, "model": None}
 
 
+@pytest.mark.slow
 def test_shipped_plan_runs_from_any_folder(tmp_path):
     """The plan is named as in the README; the prompt comes from stdin."""
     arguments = "--plan", "plans/demo.yaml", "-", "--max-new-tokens", 40
@@ -109,16 +112,18 @@ def test_shipped_model_is_found_from_any_folder(tmp_path, monkeypatch):
     assert result.stdout.startswith(" there was a ")
 
 
-def test_seeded_sampling_and_beam_search_run(demo):
-    arguments = ("--plan", "plans/demo.yaml", "def add", "--max-new-tokens", 12)
+def test_seeded_sampling_and_beam_search_run(tmp_path):
+    arguments = ("--plan", SHIPPED_PLAN, "def add", "--max-new-tokens", 12)
     drawn = ("--temperature", 1.2, "--top-p", 0.9, "--seed", 3)
-    outputs = [run("fiddler-run", *arguments, *drawn, cwd=demo) for _ in range(2)]
+    outputs = [run("fiddler-run", *arguments, *drawn, cwd=tmp_path) for _ in range(2)]
     assert [result.returncode for result in outputs] == [0, 0]
     assert outputs[0].stdout == outputs[1].stdout
-    flags = ("--gpu-mem", "0GB", "--num-beams", 4, "-o", "beams.yaml")
-    planned = run("fiddler-opt", "plan", "--model", DEMO, *flags, cwd=demo)
+    flags = ("--machine", MACHINE, "--gpu-mem", "0GB", "--num-beams", 4, "-o", "beams.yaml")
+    planned = run("fiddler-opt", "plan", "--model", DEMO, *flags, cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
-    beams = run("fiddler-run", "--plan", "beams.yaml", "def add", "--max-new-tokens", 12, cwd=demo)
+    beams = run(
+        "fiddler-run", "--plan", "beams.yaml", "def add", "--max-new-tokens", 12, cwd=tmp_path
+    )
     assert beams.returncode == 0, beams.stderr
     assert "(" in beams.stdout  # the parameters of some function
 

@@ -18,6 +18,7 @@ from hand_over import (
     make_engine,
     wait_for,
 )
+from seeds import spread
 
 from fiddler_run.engine.buffers import PinnedBuffers
 from fiddler_run.kernels.cpu_calls import CpuCall
@@ -29,7 +30,7 @@ if library() is None:
     pytest.skip("the kernel is not built", allow_module_level=True)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("share", spread([0.3, 0.0, 1.0], 1))
 @pytest.mark.parametrize("tokens", [1, 2, 7, 64])
 def test_cpu_and_gpu_together_compute_the_layer(tokens, share):
     torch.manual_seed(tokens)

@@ -62,6 +62,7 @@ def test_doctor_finds_that_the_demo_model_runs(tmp_path):
     assert not (tmp_path / "it-ran").exists()
 
 
+@pytest.mark.slow
 def test_context_measurement_ignores_a_torch_module_in_the_folder(tmp_path, monkeypatch):
     """Only the imports of the process that measures the CUDA context are checked here."""
     (tmp_path / "torch.py").write_text("found = 'the wrong one'\n")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan, random_plan, with_rank
 from models import Stock, move_experts, open_checkpoint
-from seeds import seeds
+from seeds import seeds, spread
 
 from fiddler_run import load_model
 from fiddler_run.encodings.table import ENCODINGS
@@ -58,7 +58,7 @@ def encode(tokenizer, texts: list[str], device: torch.device):
     return tokenizer(texts, return_tensors="pt", padding=True).to(device)
 
 
-@pytest.mark.parametrize("seed", seeds(6, 12))
+@pytest.mark.parametrize("seed", seeds(3, 12))
 def test_random_placements_match_stock(seed, place, stock, device):
     """Batches of 1 to 5 sequences, left-padded or of one length; experts of 8, 4 or 2 blocks."""
     block_neurons = (32, 128, 64)[seed % 3]
@@ -92,22 +92,25 @@ def test_placement_without_streaming_matches_stock(seed, place, stock, device):
 
 @pytest.mark.parametrize(
     "overrides",
-    [
-        {"num_local_experts": 4},
-        {"num_local_experts": 4, "num_experts_per_tok": 1},
-        {"num_local_experts": 4, "num_experts_per_tok": 3},
-        {"intermediate_size": 100},
-        {"intermediate_size": 20},
-        {"tie_word_embeddings": True},
-        {"num_hidden_layers": 1},
-        {"head_dim": 16},
-        {
-            "num_local_experts": 4,
-            "intermediate_size": 75,
-            "tie_word_embeddings": True,
-            "num_hidden_layers": 1,
-        },
-    ],
+    spread(
+        [
+            {"num_local_experts": 4},
+            {"num_local_experts": 4, "num_experts_per_tok": 1},
+            {"num_local_experts": 4, "num_experts_per_tok": 3},
+            {"intermediate_size": 100},
+            {"intermediate_size": 20},
+            {"tie_word_embeddings": True},
+            {"num_hidden_layers": 1},
+            {"head_dim": 16},
+            {
+                "num_local_experts": 4,
+                "intermediate_size": 75,
+                "tie_word_embeddings": True,
+                "num_hidden_layers": 1,
+            },
+        ],
+        5,
+    ),
     ids=str,
 )
 def test_odd_shapes_match_stock(overrides, random_checkpoint, device):

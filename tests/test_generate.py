@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from conftest import demo_shape, random_plan
+from seeds import spread
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -26,17 +27,20 @@ def planned(place):
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        {"do_sample": False},
-        {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
-        {"num_beams": 4, "num_return_sequences": 2},
-        {"num_beams": 4, "do_sample": True},
-        {"cache_implementation": "static"},
-        {"cache_implementation": "static", "num_beams": 4},
-        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 4},
-        {"prompt_lookup_num_tokens": 3},
-        {"assistant_early_exit": 3},
-    ],
+    spread(
+        [
+            {"do_sample": False},
+            {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
+            {"num_beams": 4, "num_return_sequences": 2},
+            {"num_beams": 4, "do_sample": True},
+            {"cache_implementation": "static"},
+            {"cache_implementation": "static", "num_beams": 4},
+            {"repetition_penalty": 1.3, "no_repeat_ngram_size": 4},
+            {"prompt_lookup_num_tokens": 3},
+            {"assistant_early_exit": 3},
+        ],
+        5,
+    ),
     ids=str,
 )
 @pytest.mark.parametrize("padded", [False, True], ids=["single", "left-padded"])

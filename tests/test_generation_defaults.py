@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import make_plan
 from damage import change_json, write_plan
+from seeds import spread
 
 from fiddler_run import load_model
 from fiddler_run.generation.answer import generate
@@ -74,7 +75,7 @@ def expected(small) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", IGNORED)
+@pytest.mark.parametrize("kind", spread(IGNORED, 6))
 @pytest.mark.parametrize("where", [GENERATION, "config.json"])
 def test_flags_and_plan_decide_what_is_generated(small, expected, tmp_path, kind, where):
     folder = shutil.copytree(small, tmp_path / "copy")

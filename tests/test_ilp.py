@@ -123,6 +123,7 @@ def scaled(cost: CostModel, scale: float) -> CostModel:
     )
 
 
+@pytest.mark.slow
 def test_many_equal_placements_are_solved_in_time():
     """On a GPU that holds nearly all of the demo model, very many placements are equally good."""
     model = ModelSpec.load(str(DEMO))

@@ -88,6 +88,7 @@ def test_whatif_prints_and_plots_a_sweep(tmp_path):
     assert_refused(run("fiddler-opt", "whatif", *flags, cwd=tmp_path), "--gpu-mem")
 
 
+@pytest.mark.slow
 def test_doctor_refuses_a_model_that_does_not_fit(tmp_path):
     """test_doctor has the case of a model that fits."""
     config = json.loads((DEMO / "config.json").read_text())

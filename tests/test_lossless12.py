@@ -100,14 +100,14 @@ def test_random_weights_and_shapes():
     torch.manual_seed(0)
     rng = random.Random(0)
     referring = 0
-    for _ in range(1000):
+    for _ in range(400):
         neurons, hidden = (GROUP * rng.randint(1, 3) for _ in range(2))
         intermediate = rng.randint(1, 3 * neurons)
         gate, up = (drawn(rng, intermediate, hidden) for _ in range(2))
         down = drawn(rng, hidden, intermediate)
         first = neurons * rng.randrange(-(-intermediate // neurons))
         referring += bool(assert_lossless((gate, up, down), neurons, first))
-    assert 300 < referring < 900  # blocks of both kinds
+    assert 120 < referring < 360  # blocks of both kinds
 
 
 def test_trained_weights_need_few_escapes():

@@ -8,6 +8,7 @@ import sys
 import pytest
 from command_line import assert_refused, run
 from conftest import DEMO, ROOT
+from seeds import spread
 
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.model_file import ModelFile, config_sha256
@@ -52,7 +53,7 @@ def test_shipped_sizes_add_up_to_the_published_checkpoint(name):
     assert 2 * experts + model.sizes.dense_bytes == PUBLISHED_BYTES[name]
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-30B-A3B", "examples/tiny-mixtral"])
+@pytest.mark.parametrize("name", spread(["Qwen/Qwen3-30B-A3B", "examples/tiny-mixtral"], 1))
 def test_planning_with_a_model_file_loads_no_torch(name, tmp_path):
     code = (
         "import sys; from fiddler_opt.cli import main; status = main();"

@@ -119,6 +119,7 @@ def test_ranks_end_with_a_loader_that_loads_nothing(plan_file):
     assert not is_running(other)
 
 
+@pytest.mark.slow
 def test_a_model_says_which_rank_has_ended(plan_file):
     model, tokenizer = load_model(plan_file, DEMO)
     ids = tokenizer(TEXTS[0], return_tensors="pt").to(model.device)
@@ -162,6 +163,7 @@ except Exception as failure:
 """
 
 
+@pytest.mark.slow
 def test_an_exchange_that_cannot_be_ended_delays_the_end_by_seconds():
     """What the caller does with the failure is done before."""
     begun_s = time.monotonic()

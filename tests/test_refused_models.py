@@ -13,6 +13,7 @@ from damage import (
     replace_weights,
     write_plan,
 )
+from seeds import spread
 from transformers import MixtralForCausalLM
 
 from fiddler_opt.inputs.model import ModelSpec
@@ -165,7 +166,7 @@ VALUES = {
 REFUSED = {**TENSORS, **FILES, **VALUES}
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", spread(REFUSED, 16))
 def test_check_and_loading_refuse_alike(tmp_path, model, kind):
     damage, words = REFUSED[kind]
     damage(model)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from captures import record_on_any_device
 from conftest import DEMO, demo_shape, random_plan, with_rank
+from seeds import spread
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from fiddler_run import load_model
@@ -96,7 +97,7 @@ REPLACEMENTS = {
 }
 
 
-@pytest.mark.parametrize("replacement", REPLACEMENTS)
+@pytest.mark.parametrize("replacement", spread(REPLACEMENTS, 5))
 def test_replaced_part_is_used(replacement, device):
     """The tokens match those of transformers' own forward pass."""
     plan = random_plan(demo_shape(), random.Random(3), block_neurons=128)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan
 from planning import small_model
+from seeds import spread
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 from fiddler_opt.inputs.routing import Routing
@@ -105,7 +106,7 @@ def test_counts_match_stock_transformers(profile, job):
     assert all(part["decode"]["tokens"] > 40 for part in found.values())
 
 
-@pytest.mark.parametrize("done", [1, 4])
+@pytest.mark.parametrize("done", spread([4, 1], 1))
 def test_recording_resumes_where_it_stopped(model, job, trace, tmp_path, done):
     file = tmp_path / "part.npz"
     first = RoutingRecorder(job)

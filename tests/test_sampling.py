@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import DEMO, demo_shape, random_plan
+from seeds import spread
 
 from fiddler_run import load_model
 from fiddler_run.generation.answer import generate
@@ -14,7 +15,7 @@ TEXTS = ["Once upon a time", "def count"]
 NEW_TOKENS = 16
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", spread(["bfloat16", "float32"], 1))
 def test_concurrent_models_draw_their_own_random_numbers(dtype):
     """Two models sample in two threads and share the CPU's threads."""
     threads = 1 if dtype == "float32" else 2

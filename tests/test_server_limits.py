@@ -204,6 +204,7 @@ def test_memory_stays_flat(served):
     assert sizes[-1] - sizes[0] < 4_000_000, sizes
 
 
+@pytest.mark.slow
 def test_answers_while_loading():
     """Progress is shown, and requests are told to wait. SIGTERM ends loading."""
     slow = (

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import DEMO, demo_shape, make_plan, random_plan, with_rank
 from models import answer
+from seeds import spread
 from transformers import DynamicCache, StoppingCriteria, TextIteratorStreamer
 
 from fiddler_run import load_model
@@ -29,7 +30,7 @@ def loaded(dtype: str, seed: int = 3):
     return load_model(plan, DEMO)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=spread(["bfloat16", "float32"], 1))
 def model_and_tokenizer(request):
     return loaded(request.param)
 
