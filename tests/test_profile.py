@@ -17,7 +17,7 @@ from conftest import DEMO, ROOT
 
 from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.inputs.routing import RoutingProfile
-from fiddler_opt.measure import machine, profiling, quiet
+from fiddler_opt.measure import machine, quiet, settings
 from fiddler_opt.measure.machine import MachineBench
 from fiddler_opt.measure.quiet import undisturbed
 from fiddler_opt.measure.routing import RoutingTrace
@@ -141,7 +141,7 @@ def test_killed_profile_resumes(tmp_path, demo, torch_threads, monkeypatch):
     prompts = DEMO / "prompts" / "stories.jsonl"
     arguments = ("profile", "--quick", "--force", "--model", DEMO, "--prompts", prompts)
     arguments += ("--output-tokens", "2")
-    monkeypatch.setattr(profiling, "QUICK", HASTY)
+    monkeypatch.setattr(settings, "QUICK", HASTY)
     hasty = f"import fiddler_opt.measure.settings as s; s.QUICK = s.{HASTY!r}"
     options = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "first": hasty}
     killed = started("fiddler-opt", *arguments, **options)
