@@ -46,6 +46,7 @@ def test_probe_reports_which_blocks_the_kernels_support(gpu_kernels):
         assert (found["kernel_error"] is None) == torch.cuda.is_available()
 
 
+@pytest.mark.slow
 def test_doctor_finds_that_the_demo_model_runs(tmp_path):
     """A torch.py in the current folder must not be imported."""
     (tmp_path / "torch.py").write_text("open('it-ran', 'w')\n")

@@ -66,7 +66,7 @@ def test_random_placements_match_stock(seed, place, stock, device):
     texts = BATCHES[seed % 5]
     encoded = encode(tokenizer, texts, device)
     assert bool((encoded["attention_mask"] == 0).any()) == (len(set(texts)) > 1)
-    assert_same(model, stock, encoded, 64 if seed == 0 else NEW_TOKENS)
+    assert_same(model, stock, encoded, 64 if seed == 3 else NEW_TOKENS)
 
 
 @pytest.mark.parametrize("kind", ["resident", "streamed", "cpu"])
@@ -79,7 +79,7 @@ def test_one_kind_of_blocks_alone_matches_stock(kind, place, stock, device):
     assert hit_rate == (1.0 if kind == "resident" else 0.0)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(1, 2))
 def test_placement_without_streaming_matches_stock(seed, place, stock, device):
     """Without a GPU, all blocks are then computed in one CPU job."""
     plan = random_plan(demo_shape(), random.Random(100 + seed), block_neurons=64)

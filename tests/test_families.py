@@ -32,7 +32,6 @@ COMMON = (
     "lfm2_moe",
     "mimo_v2_flash",
     "mixtral",
-    "qwen2_moe",
     "qwen3_5_moe_text",
     "qwen3_moe",
     "qwen3_next",
@@ -47,6 +46,7 @@ PADDED = {
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 767}
 ENCODINGS_OF_BFLOAT16 = ["bf16", *(["lossless12"] if Lossless12.available() else [])]
 # of each kind of cache one
+FEW = ("deepseek_v2", "mimo_v2_flash", "qwen3_next")
 CACHES = ("deepseek_v2", "lfm2_moe", "mimo_v2_flash", "mixtral", "qwen3_next")
 
 
@@ -148,7 +148,7 @@ def test_logits_match(case):
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("case", families(CACHES), indirect=True)
+@pytest.mark.parametrize("case", families(FEW), indirect=True)
 def test_tokens_match(case):
     """Twice, because states are reset; with beams, padding and chunks, or both refuse them."""
     greedy = {"input_ids": PROMPT}
@@ -236,7 +236,7 @@ def continued(case: Case, tail: list[int], fresh: bool) -> tuple[list[int], list
     return ids, reused
 
 
-@pytest.mark.parametrize("case", families(CACHES), indirect=True)
+@pytest.mark.parametrize("case", families(FEW), indirect=True)
 def test_reused_prefix_gives_the_same_tokens(case):
     for tail in ([5, 6, 7, 8, 9, 10], [91]):
         expected, none = continued(case, tail, fresh=True)

@@ -75,7 +75,7 @@ def expected(small) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", spread(IGNORED, 6))
+@pytest.mark.parametrize("kind", spread(IGNORED, 4))
 @pytest.mark.parametrize("where", [GENERATION, "config.json"])
 def test_flags_and_plan_decide_what_is_generated(small, expected, tmp_path, kind, where):
     folder = shutil.copytree(small, tmp_path / "copy")

@@ -133,7 +133,7 @@ def test_a_plan_of_two_ranks_calibrates_nothing(folder):
 def test_whatif_repeats_the_machine(folder):
     """Two ranks have twice the GPU memory, CPUs and links of one."""
     flags = ("--model", "four-layers", "--machine", MACHINE, "--encoding", "bf16")
-    result = run("fiddler-opt", "whatif", *flags, "--ranks", "1..2", "--gpu-mem", "4GB", cwd=folder)
+    result = run("fiddler-opt", "whatif", *flags, "--ranks", "1..2", "--gpu-mem", "8GB", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "each rank has its own GPU, link and RAM" in result.stdout
     rows = [line.split("│") for line in result.stdout.splitlines() if line.startswith("│")]

@@ -6,6 +6,7 @@ import random
 import pytest
 from planning import machine_profile, random_machine, random_routing, small_model
 from rich.console import Console
+from seeds import spread
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
@@ -49,7 +50,7 @@ def rows_of(machine: MachineProfile, asked: WhatIf, model: ModelSpec = MODEL) ->
     return sweep(points(asked, machine, WORKLOAD), model, solve)
 
 
-@pytest.mark.parametrize("swept", ["gpu_mem", "link", "ram"])
+@pytest.mark.parametrize("swept", spread(["gpu_mem", "link", "ram"], 2))
 def test_more_of_any_resource_never_predicts_slower(swept):
     for machine in MACHINES[:6]:
         given = {"gpu_mem": NEEDED + 4 * MODEL.expert_bytes}
