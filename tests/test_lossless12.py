@@ -96,18 +96,19 @@ def drawn(rng: random.Random, rows: int, width: int) -> torch.Tensor:
     return weights.bfloat16()
 
 
-def test_random_weights_and_shapes():
-    torch.manual_seed(0)
-    rng = random.Random(0)
+@pytest.mark.parametrize("seed", seeds(2, 5))
+def test_random_weights_and_shapes(seed):
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
     referring = 0
-    for _ in range(400):
+    for _ in range(200):
         neurons, hidden = (GROUP * rng.randint(1, 3) for _ in range(2))
         intermediate = rng.randint(1, 3 * neurons)
         gate, up = (drawn(rng, intermediate, hidden) for _ in range(2))
         down = drawn(rng, hidden, intermediate)
         first = neurons * rng.randrange(-(-intermediate // neurons))
         referring += bool(assert_lossless((gate, up, down), neurons, first))
-    assert 120 < referring < 360  # blocks of both kinds
+    assert 60 < referring < 180  # blocks of both kinds
 
 
 def test_trained_weights_need_few_escapes():

@@ -5,6 +5,7 @@ import yaml
 from command_line import assert_refused, files_in, run
 from conftest import DEMO, ROOT
 from planning import few_layers
+from seeds import spread
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import ModelSpec
@@ -226,10 +227,10 @@ def test_profile_without_link_times_rules_out_link_baselines(plan_command, plann
         assert_refused(refused, "timed the share 1.0")
 
 
-def test_no_plan_is_faster_than_its_bound(planned, two_sets):
-    for flags in (("--robust",), ("--baseline", "greedy")):
-        plan = planned("--gpu-mem", "6GB", "--routing", two_sets, *flags)
-        assert plan.predicted.bound_tokens_per_s >= plan.predicted.decode_tokens_per_s
+@pytest.mark.parametrize("flags", spread(["--robust", "--robust --baseline greedy", ""], 1))
+def test_no_plan_is_faster_than_its_bound(planned, two_sets, flags):
+    plan = planned("--gpu-mem", "6GB", "--routing", two_sets, *flags.split())
+    assert plan.predicted.bound_tokens_per_s >= plan.predicted.decode_tokens_per_s
 
 
 def test_absurd_workloads_are_refused(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 from command_line import assert_refused, run
 from conftest import ROOT
 from planning import few_layers
+from seeds import spread
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.machine_parts import Network
@@ -130,15 +131,17 @@ def test_a_plan_of_two_ranks_calibrates_nothing(folder):
     assert_refused(result, "a plan of 2 ranks; calibrate each machine with a plan of one")
 
 
-def test_whatif_repeats_the_machine(folder):
+@pytest.mark.parametrize(("ranks", "memory"), spread([("1..2", "8GB"), ("1..3", "4GB")], 1))
+def test_whatif_repeats_the_machine(folder, ranks, memory):
     """Two ranks have twice the GPU memory, CPUs and links of one."""
     flags = ("--model", "four-layers", "--machine", MACHINE, "--encoding", "bf16")
-    result = run("fiddler-opt", "whatif", *flags, "--ranks", "1..2", "--gpu-mem", "8GB", cwd=folder)
+    result = run("fiddler-opt", "whatif", *flags, "--ranks", ranks, "--gpu-mem", memory, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "each rank has its own GPU, link and RAM" in result.stdout
     rows = [line.split("│") for line in result.stdout.splitlines() if line.startswith("│")]
-    assert [row[1].strip() for row in rows] == ["1", "2"]
+    assert [row[1].strip() for row in rows] == ["1", "2", "3"][: int(ranks[-1])]
     rates = [float(row[2]) for row in rows]
+    assert rates == sorted(set(rates))
     assert rates[1] > 1.5 * rates[0]
 
 

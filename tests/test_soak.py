@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 from conftest import DEMO, demo_shape, random_plan
 from ranks import shared_plan
-from test_answer import PERSON
+from test_answer import PERSON, TEXT
 from test_rank_failures import children
 
 from fiddler_run import load_model
@@ -18,20 +18,7 @@ from fiddler_run.generation.answer import Piece, Request, answer
 from fiddler_run.generation.grammar import Grammar
 from fiddler_run.generation.sampling import Options
 
-WORDS = (
-    "once",
-    "upon",
-    "a",
-    "time",
-    "there",
-    "was",
-    "kind",
-    "bear",
-    "girl",
-    "who",
-    "liked",
-    "park",
-)
+WORDS = TEXT.split()
 ANSWERS = 1000
 WARM_UP = 200  # answers after which libraries have allocated what they keep
 MORE_BYTES = 10_000_000  # what the allocator may keep in fragments
