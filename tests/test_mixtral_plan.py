@@ -1,6 +1,7 @@
 """Plans of Mixtral-8x7B, checked against numbers computed by hand."""
 
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -166,6 +167,15 @@ def test_more_sequences_take_more_memory(model, machine):
     )
     assert one < beams < 2 * one
     assert batch > 3 * one
+
+
+def test_scores_take_memory_without_a_fused_kernel(model, machine):
+    """In bfloat16, two copies of 2 bytes and one of 4 for each head; and 10% of slack."""
+    eager = replace(model, sizes=model.sizes.model_copy(update={"score_heads": 32}))
+    fused, kept = (
+        activation_bytes(each, machine.kernels, WORKLOAD, 512) for each in (model, eager)
+    )
+    assert kept - fused == pytest.approx(1.1 * 8 * 32 * 512 * WORKLOAD.max_seq_len, abs=2)
 
 
 def test_embedding_lies_in_host_memory_with_a_gpu(model, machine):

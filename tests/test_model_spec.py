@@ -74,6 +74,20 @@ def test_kv_bytes_per_token(mixtral):
     assert mixtral.sizes.state_bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "heads"),
+    [
+        ({}, 0),
+        ({"torch_dtype": "float32"}, 32),  # 8 heads of keys are shared: no fused kernel does that
+        ({"torch_dtype": "float32", "num_key_value_heads": 32}, 0),
+        ({"model_type": "granitemoe_swa", "num_hidden_layers": 1}, 32),  # has attention sinks
+    ],
+)
+def test_heads_whose_scores_are_kept(mixtral, changes, heads):
+    model = ModelSpec.from_config({**mixtral.config.raw, **changes}, "m", "here")
+    assert model.sizes.score_heads == heads
+
+
 def test_indivisible_expert_is_padded(mixtral):
     sizes = {"num_hidden_layers": 1, "intermediate_size": 100}
     narrow = ModelSpec.from_config({**mixtral.config.raw, **sizes}, "m", "here")

@@ -38,6 +38,7 @@ class ModelFile(YamlFile):
         "kv_bytes_per_token": "what a token adds to the KV cache",
         "state_bytes": "what the cache takes for each sequence besides",
         "attended_elements": "of a token's keys and values in one layer, for all heads",
+        "score_heads": "whose attention scores a GPU keeps in memory; 0 with a fused kernel",
     }
 
     @classmethod

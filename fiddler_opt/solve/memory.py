@@ -133,7 +133,8 @@ def activation_bytes(
     attention output) and six in float32 (norm, dispatch sums), one in float32 from each other rank,
     and for each chosen expert its input and the sum of its blocks; and `product_bytes`. Per prompt:
     the attention mask of the chunk. Per sequence: keys and values expanded to all heads, and three
-    copies of the logits in float32.
+    copies of the logits in float32. Without a fused attention kernel, also the scores of all heads:
+    two copies in the model's dtype, and one in float32.
     """
     shape = model.shape
     width = DTYPE_BYTES[model.shape.dtype]
@@ -144,12 +145,14 @@ def activation_bytes(
     masks = workload.batch_size * chunk_tokens * workload.max_seq_len * width
     expanded = workload.max_seq_len * model.sizes.attended_elements * width
     logits = 3 * 4 * model.vocab_size
+    scores = tokens * workload.max_seq_len * model.sizes.score_heads * (2 * width + 4)
     return int(
         ALLOCATOR_SLACK
         * (
             tokens * per_token
             + product_bytes(model, limits, tokens)
             + masks
+            + scores
             + workload.sequences * (expanded + logits)
         )
     )

@@ -106,6 +106,7 @@ def _describe(model: DispatchedModel, name: str, dtype: str) -> tuple[ModelShape
         kv_bytes_per_token=kv_bytes,
         state_bytes=few - FEW_TOKENS * kv_bytes,
         attended_elements=_attended_elements(config),
+        score_heads=_score_heads(config, dtype),
     )
     return shape, sizes
 
@@ -160,12 +161,21 @@ def _is_tied(model: DispatchedModel) -> bool:
 
 def _attended_elements(config) -> int:
     """Elements of a token's keys and values for all heads, in the largest layer."""
-    layers = getattr(config, "per_layer_config", None) or [config]  # sizes may differ
+    heads = _largest(config, "num_attention_heads", "num_key_value_heads")
+    usual = _largest(config, "head_dim", "global_head_dim") or -(-config.hidden_size // heads)
+    key = max(usual, _largest(config, "qk_nope_head_dim") + _largest(config, "qk_rope_head_dim"))
+    return heads * (key + max(usual, _largest(config, "v_head_dim")))
 
-    def size(*names: str) -> int:
-        return max(getattr(layer, name, None) or 0 for layer in layers for name in names)
 
-    heads = size("num_attention_heads", "num_key_value_heads")
-    usual = size("head_dim", "global_head_dim") or -(-config.hidden_size // heads)
-    key = max(usual, size("qk_nope_head_dim") + size("qk_rope_head_dim"))
-    return heads * (key + max(usual, size("v_head_dim")))
+def _score_heads(config, dtype: str) -> int:
+    """See `ModelSizes`. PyTorch's fused kernels share keys among heads only in 16 bits."""
+    heads = _largest(config, "num_attention_heads")
+    shared = 0 < _largest(config, "num_key_value_heads") < heads
+    fused = config._attn_implementation == "sdpa" and not (shared and dtype == "float32")
+    return 0 if fused else heads
+
+
+def _largest(config, *names: str) -> int:
+    """The largest of these sizes in any layer, or 0."""
+    layers = getattr(config, "per_layer_config", None) or [config]
+    return max(getattr(layer, name, None) or 0 for layer in layers for name in names)

@@ -1,6 +1,6 @@
 """ModelSizes: what a model needs besides its experts. Imports no torch."""
 
-from fiddler_run.plan.yaml_file import Bytes, BytesOrZero, Count, Section
+from fiddler_run.plan.yaml_file import Bytes, BytesOrZero, Count, CountOrZero, Section
 
 
 class ModelSizes(Section):
@@ -10,7 +10,8 @@ class ModelSizes(Section):
     each layer with experts, on average, including layers without experts that follow it.
     `kv_bytes_per_token` is the growth of the KV cache by a token, `state_bytes` what it takes for a
     sequence besides. `attended_elements` are the elements of one token's keys and values in one
-    layer, expanded to all heads.
+    layer, expanded to all heads. `score_heads` are the heads whose scores, of each new token with
+    each token of the context, a GPU keeps in memory at once: none if attention is a fused kernel.
     """
 
     family: str
@@ -23,6 +24,7 @@ class ModelSizes(Section):
     kv_bytes_per_token: BytesOrZero
     state_bytes: BytesOrZero
     attended_elements: Count
+    score_heads: CountOrZero = 0
 
     def cache_bytes(self, sequences: int, tokens: int) -> int:
         """Bytes of the KV cache of `sequences` of `tokens`."""
