@@ -26,7 +26,7 @@ from fiddler_opt.measure.unfinished import Unfinished
 from fiddler_run.errors import FiddlerError
 from fiddler_run.system.host import num_cores
 
-HASTY = replace(QUICK, tokens=(1, 64), dense_tokens=(1, 64), seconds=0.02, max_host_bytes=10**8)
+HASTY = replace(QUICK, tokens=(1, 64), dense_tokens=(1, 64), seconds=0.02, memory_fraction=0.005)
 UNFINISHED = Path("profiles/.local.machine.yaml.unfinished")
 
 pytestmark = pytest.mark.xdist_group("profile")  # tests that time this machine

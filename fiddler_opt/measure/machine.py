@@ -112,10 +112,9 @@ class MachineBench:
     @cached_property
     def _experts(self) -> dict[str, ExpertBench]:
         """By kind, the experts in one encoding. They share the memory equally."""
-        available = int(self.settings.memory_fraction * available_memory_bytes())
-        host_bytes = min(self.settings.max_host_bytes, available) // len(self.models)
+        host_bytes = int(self.settings.memory_fraction * available_memory_bytes())
         return {
-            kind: ExpertBench(model, host_bytes, self._stopwatch, self.device)
+            kind: ExpertBench(model, host_bytes // len(self.models), self._stopwatch, self.device)
             for kind, model in self.models.items()
         }
 

@@ -14,7 +14,6 @@ class ProfileSettings:
             temporary slowdown; a single round mispredicts decode by 5%.
         seconds: approximate time for the figures that are timed together.
         memory_fraction: fraction of the available host memory that the timed experts fill.
-        max_host_bytes: upper limit of that memory.
     """
 
     tokens: tuple[int, ...]
@@ -22,7 +21,6 @@ class ProfileSettings:
     rounds: int
     seconds: float
     memory_fraction: float
-    max_host_bytes: int
 
 
 THOROUGH = ProfileSettings(
@@ -31,7 +29,6 @@ THOROUGH = ProfileSettings(
     rounds=3,
     seconds=0.6,
     memory_fraction=0.75,
-    max_host_bytes=10**15,
 )
 QUICK = ProfileSettings(
     tokens=(1, 4, 16, 64, 256, 1024),
@@ -39,7 +36,6 @@ QUICK = ProfileSettings(
     rounds=1,
     seconds=0.2,
     memory_fraction=0.25,
-    max_host_bytes=8 * 10**9,
 )
 
 

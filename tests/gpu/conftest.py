@@ -34,7 +34,6 @@ HASTY = ProfileSettings(
     rounds=1,
     seconds=0.02,
     memory_fraction=0.1,
-    max_host_bytes=10**9,
 )
 WIDE = {
     "hidden_size": 1024,
