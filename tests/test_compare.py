@@ -83,6 +83,16 @@ def test_comparison_lists_changed_settings(better):
         assert line in [words[: len(line)] for words in lines]
 
 
+def test_blocks_of_different_sizes_are_counted_in_the_smaller():
+    """As in plans for one rank and for two."""
+    doubled = make_plan(demo_shape(), [[count // 2 for count in row] for row in FIRST], 64)
+    found = compare(plan(FIRST), doubled)
+    assert found.moves == []
+    assert found.resident_blocks == Change("resident_blocks", 8, 8)
+    assert Change("block_neurons", 32, 64) in found.settings
+    assert found.notes == ["blocks of different sizes are counted in blocks of 32 neurons"]
+
+
 def test_budget_and_encoding_are_settings():
     """The dtype is not: it belongs to the model and cannot differ."""
     changed = plan(FIRST, budget__gpu_bytes=2 * 10**9, budget__host_bytes=10**9, encoding="other")
@@ -161,14 +171,10 @@ def test_equal_plans_are_the_same():
             {"model__dtype": "bfloat16"},
             "of different models cannot be compared: model.dtype is float32 and bfloat16",
         ),
-        (
-            {"block_neurons": 64},
-            "of different block sizes cannot be compared: block_neurons is 32 and 64",
-        ),
     ],
     ids=str,
 )
-def test_plans_of_other_models_or_block_sizes_are_refused(change, words):
+def test_plans_of_other_models_are_refused(change, words):
     with pytest.raises(FiddlerError, match=words) as refusal:
         compare(plan(FIRST), plan(FIRST, **change))
     assert "\n" not in str(refusal.value)

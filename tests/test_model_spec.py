@@ -58,6 +58,18 @@ def test_block_sizes(mixtral, hidden_size, neurons, top_k, block_neurons, packed
         assert model.in_encoding("lossless12").block_neurons == packed
 
 
+def test_several_ranks_divide_smaller_blocks(mixtral):
+    """A rank's part of an expert has as many blocks as the whole expert in one rank."""
+    assert [mixtral.for_ranks(count).block_neurons for count in (1, 2, 3, 4)] == [
+        896,
+        448,
+        448,
+        224,
+    ]
+    packed = mixtral.in_encoding("lossless12").for_ranks(2)
+    assert (packed.block_neurons, packed.blocks_per_expert) == (448, 32)
+
+
 def test_non_expert_bytes(mixtral):
     # 46,702,792,704 parameters, of which 256 experts of 176,160,768
     assert mixtral.non_expert_bytes == 2 * (46_702_792_704 - 256 * 176_160_768)

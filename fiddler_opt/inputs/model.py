@@ -19,13 +19,14 @@ from fiddler_run.plan.shape import ModelShape
 from fiddler_run.weights.model_folder import model_config_file
 from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE, TensorFiles
 
-# 16 blocks split an expert to 3%, and blocks of 1 MiB are copied at full link speed. Small experts
-# do with fewer: all experts that a layer calls are together split to within half a block. On a CPU,
-# blocks of 256 neurons are a tenth faster than of 96, but need not exceed 4 MiB for that.
+# 16 blocks of a rank split an expert to 3%, and blocks of 1 MiB are copied at full link speed.
+# Small experts do with fewer: all experts that a layer calls are together split to within half a
+# block. On a CPU, blocks of 256 neurons are a tenth faster than of 96, but need not exceed 4 MiB
+# for that.
 FULL_SPEED_WEIGHTS = 2**19  # in 16 bits each
 FAST_NEURONS = 256
 FAST_WEIGHTS = 2**21
-MAX_BLOCKS = 16
+MAX_BLOCKS = 16  # of each rank
 MIN_BLOCKS = 4  # smaller experts are toys: no block is too small for them
 DEFAULT_MODEL = "mistralai/Mixtral-8x7B-v0.1"
 
@@ -36,6 +37,7 @@ class ModelSpec:
 
     `config` is its config.json. `note` states an assumption that was made because the model's files
     leave something open. None if there is none. `chosen_encoding` None: the plain one of its dtype.
+    `num_ranks`: the ranks over which the blocks of every expert are divided.
     """
 
     shape: ModelShape
@@ -43,6 +45,7 @@ class ModelSpec:
     config: ModelConfig
     note: str | None = None
     chosen_encoding: str | None = None
+    num_ranks: int = 1
 
     @classmethod
     def load(cls, name: str) -> "ModelSpec":
@@ -102,12 +105,13 @@ class ModelSpec:
         multiple = max(32, ENCODINGS[self.encoding].multiple)
         of_neuron = shape.expert_elements // neurons  # weights
         full_speed = -(-FULL_SPEED_WEIGHTS // of_neuron)
-        least = -(-neurons // MAX_BLOCKS)
+        most_blocks = MAX_BLOCKS * self.num_ranks
+        least = -(-neurons // most_blocks)
         fast = 0
         if neurons >= MIN_BLOCKS * full_speed:
             least = max(least, full_speed)
             called = neurons * shape.num_experts_per_tok
-            fast = min(FAST_NEURONS, FAST_WEIGHTS // of_neuron, called // MAX_BLOCKS)
+            fast = min(FAST_NEURONS, FAST_WEIGHTS // of_neuron, called // most_blocks)
         least = -(-least // multiple) * multiple
         sizes = range(least, max(2 * least, fast) + 1, multiple)
         return min(sizes, key=lambda size: (-neurons % size, size > fast, abs(size - fast)))
@@ -134,6 +138,12 @@ class ModelSpec:
                 f" of {self.shape.hidden_size}; choose from {', '.join(self.encodings)}"
             )
         return replace(self, chosen_encoding=name)
+
+    def for_ranks(self, count: int) -> "ModelSpec":
+        """The same model with blocks for this many ranks: each divides its part as finely as one
+        rank would divide the whole.
+        """
+        return replace(self, num_ranks=count)
 
     @property
     def block_format(self) -> Encoding:

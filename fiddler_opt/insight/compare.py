@@ -4,6 +4,7 @@ Only the plans are read.
 """
 
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 
 from fiddler_opt.inputs.machine_ranks import JOINED_BY
@@ -15,7 +16,8 @@ from fiddler_run.plan.schema import Plan
 Value = int | float | str | bool | None  # None: the plan has no such key
 # Keys that are compared in other ways, or that record how a plan was made.
 NOT_SETTINGS = {"version", "model", "ranks", "predicted", "bytes_per_s", "provenance"}
-NOT_RANK_SETTINGS = {"stream_share", "resident_blocks", "host_blocks", "disk_blocks"}
+BLOCKS = {"resident_blocks", "host_blocks", "disk_blocks"}
+NOT_RANK_SETTINGS = {"stream_share", *BLOCKS}
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Comparison:
     """The differences from one plan to another.
 
     `moves` lists the experts whose number of blocks in GPU memory changes; `disk_moves` counts
-    those whose number on disk does, `rank_moves` those whose number in a rank does. `settings`
+    those whose number on disk does, `rank_moves` those whose number in a rank does. Blocks of
+    different sizes are counted in the largest size that divides both. `settings`
     lists those that differ; `predictions` lists all. `notes` say why predictions may not be
     comparable.
     """
@@ -76,10 +79,14 @@ def compare(a: Plan, b: Plan) -> Comparison:
     """The changes from plan `a` to plan `b`.
 
     Raises:
-        FiddlerError: the plans are of different models or use blocks of different sizes.
+        FiddlerError: the plans are of different models.
     """
-    _require_comparable(a, b)
+    _require_same_model(a, b)
     notes = []
+    neurons = gcd(a.block_neurons, b.block_neurons)
+    if a.block_neurons != b.block_neurons:
+        notes.append(f"blocks of different sizes are counted in blocks of {neurons} neurons")
+    placed = [_cut(plan, neurons) for plan in (a, b)]
     same_work = _work(a) == _work(b)
     if not same_work:
         notes.append("the plans are for different workloads, and so are the predictions")
@@ -91,21 +98,21 @@ def compare(a: Plan, b: Plan) -> Comparison:
     after = _predictions(b)
     named = [name for name in before if name != "workload_s" or same_work]
     return Comparison(
-        block_bytes=a.block_bytes,
+        block_bytes=placed[0].block_bytes,
         resident_blocks=Change(
             "resident_blocks",
-            *(sum(rank.num_resident_blocks for rank in plan.ranks) for plan in (a, b)),
+            *(sum(rank.num_resident_blocks for rank in plan.ranks) for plan in placed),
         ),
-        moves=_moves(a, b),
-        disk_moves=_disk_moves(a, b),
-        rank_moves=_rank_moves(a, b),
+        moves=_moves(*placed),
+        disk_moves=_disk_moves(*placed),
+        rank_moves=_rank_moves(*placed),
         settings=_differing(_settings(a), _settings(b)) + _shares(a, b),
         predictions=[Change(name, before[name], after[name]) for name in named],
         notes=notes,
     )
 
 
-def _require_comparable(a: Plan, b: Plan) -> None:
+def _require_same_model(a: Plan, b: Plan) -> None:
     for key in type(a.model).model_fields:
         values = [getattr(plan.model, key) for plan in (a, b)]
         # Folders are named relative to each plan, so only the last part is compared.
@@ -116,11 +123,19 @@ def _require_comparable(a: Plan, b: Plan) -> None:
                 f"plans of different models cannot be compared: model.{key} is {values[0]} and"
                 f" {values[1]}"
             )
-    if a.block_neurons != b.block_neurons:
-        raise FiddlerError(
-            f"plans of different block sizes cannot be compared: block_neurons is {a.block_neurons}"
-            f" and {b.block_neurons}"
-        )
+
+
+def _cut(plan: Plan, neurons: int) -> Plan:
+    """The same placement in smaller blocks."""
+    factor = plan.block_neurons // neurons
+    ranks = []
+    for rank in plan.ranks:
+        cut = {
+            key: {layer: [count * factor for count in row] for layer, row in rows.items()}
+            for key, rows in rank.model_dump(include=BLOCKS).items()
+        }
+        ranks.append(rank.model_copy(update=cut))
+    return plan.model_copy(update={"block_neurons": neurons, "ranks": ranks})
 
 
 def _moves(a: Plan, b: Plan) -> list[Move]:

@@ -53,7 +53,7 @@ def compile_plan(
     with naming_absurd_numbers():
         num_ranks = 1 + len(budget.other_gpu_bytes)
         machine = machine.first_ranks(num_ranks).in_encoding(model.encoding)
-        problem = choose_chunk(model, machine, routing, workload, budget)
+        problem = choose_chunk(model.for_ranks(num_ranks), machine, routing, workload, budget)
         solution = (placer or solve)(problem, routing, worst_of)
         predicted = predict(problem, routing, solution)
         return lower(problem, solution, predicted, provenance)

@@ -31,15 +31,25 @@ class Problem:
 
     @classmethod
     def of(cls, plan: Plan, model: ModelSpec, machine: MachineProfile) -> "Problem":
-        """The problem that a plan solves, in its encoding."""
+        """The problem that a plan solves, in its encoding.
+
+        Raises:
+            FiddlerError: its blocks have another size than those of a new plan.
+        """
         machine = machine.first_ranks(len(plan.ranks)).in_encoding(plan.encoding)
-        model = model.in_encoding(plan.encoding)
+        model = model.in_encoding(plan.encoding).for_ranks(len(plan.ranks))
+        if plan.block_neurons != model.block_neurons:
+            raise FiddlerError(
+                f"the plan's block_neurons is {plan.block_neurons}, but this release plans with"
+                f" {model.block_neurons}; make the plan again"
+            )
         return cls(model, machine, plan.workload, plan.budget, plan.prefill_chunk_tokens)
 
     def of_first_rank(self) -> "Problem":
         """The problem of the first rank alone."""
         return replace(
             self,
+            model=self.model.for_ranks(1),
             machine=self.machine.first_ranks(1),
             budget=self.budget.model_copy(update={"other_gpu_bytes": []}),
         )
