@@ -5,6 +5,7 @@ import io
 import os
 import pty
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -107,6 +108,29 @@ def test_interrupt_while_importing_exits_with_130():
     assert "Traceback" not in errors
     assert process.returncode == 130
     assert errors.rstrip().endswith("fiddler-run: interrupted")
+
+
+AT_ONCE = """
+import atexit, os, sys, types
+from fiddler_run import command
+
+def main():
+    print("the last line")
+    command.ends_at_once.set()
+    return 1
+
+sys.modules["slow"] = types.SimpleNamespace(main=main)
+atexit.register(os.abort)
+sys.exit(command.start("name", "slow"))
+"""
+
+
+def test_a_process_that_cannot_end_in_order_ends_at_once():
+    """Without Python's shutdown, which would crash or wait. Its output is written."""
+    found = subprocess.run(
+        [sys.executable, "-c", AT_ONCE], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (1, "the last line\n", "")
 
 
 class Forked:

@@ -18,6 +18,8 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 # long as a wake-up. The default is a hundred times longer; while another program uses one of the
 # cores, every operation then costs a time slice of the scheduler.
 GOMP_SPINCOUNT = "2000"
+# Set if a library's threads would crash the end of this process, or wait forever.
+ends_at_once = threading.Event()
 
 
 class Terminated(BaseException):
@@ -40,6 +42,10 @@ def start(name: str, module: str) -> int:
     status = main()
     # only Python's shutdown remains, which would print a traceback
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if ends_at_once.is_set():
+        with suppress(OSError, AttributeError):
+            sys.stdout.flush()
+        os._exit(status)
     return status
 
 

@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 import torch
 from torch import Tensor
 
+from fiddler_run.command import ends_at_once
 from fiddler_run.errors import FiddlerError
 from fiddler_run.ranks.connection import Connection
 from fiddler_run.ranks.exchange import Exchange, Inputs
@@ -211,21 +212,26 @@ class Peers:
         with self._state:
             if self.failure is not None:
                 return
+            # before anyone sees the failure, and may end the process
+            ends_at_once.set()
+            aborting = self._start_abort()
             self.failure = failure
         for peer in self._peers:
             peer.connection.close()
-        # in its own thread, because NCCL may wait
-        threading.Thread(target=self._break_off, daemon=True).start()
+        threading.Thread(target=self._end_if_stuck, args=(aborting,), daemon=True).start()
 
-    def _break_off(self) -> None:
-        """Ends the exchange. Ends this process if it still waits for another rank after that."""
-        stuck = False
-        if self.exchange is not None:
-            ended = threading.Thread(target=self.exchange.abort, daemon=True)
-            atexit.register(exit_without, ended, LEAVE_S / 2)
-            ended.start()
-            ended.join(LEAVE_S / 2)
-            stuck = ended.is_alive()
+    def _start_abort(self) -> threading.Thread:
+        """Ends the exchange, in a thread of its own: NCCL may wait. The process waits for it."""
+        abort = self.exchange.abort if self.exchange is not None else None
+        aborting = threading.Thread(target=abort, daemon=True)
+        aborting.start()
+        atexit.register(exit_without, aborting, LEAVE_S / 2)
+        return aborting
+
+    def _end_if_stuck(self, aborting: threading.Thread) -> None:
+        """Ends this process if it still waits for another rank after the end of the exchange."""
+        aborting.join(LEAVE_S / 2)
+        stuck = aborting.is_alive()
         if (self._busy or stuck) and not self._raised.wait(LEAVE_S / 2 if stuck else LEAVE_S):
             print(f"fiddler-run: {self.failure}", file=sys.stderr, flush=True)
             os._exit(1)
