@@ -5,6 +5,13 @@
 Prints a JSON object with decode_tokens_per_s, after the first prompt, and ttft_s by prompt tokens.
 """
 
+import os
+
+from fiddler_run.command import GOMP_SPINCOUNT
+
+# As the command does, before PyTorch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
+
 import argparse
 import json
 from statistics import median

@@ -33,6 +33,17 @@ def test_rows_of_other_runs_are_kept(peers):
     assert len(peers.figure({}).axes) == 1
 
 
+def test_programs_choose_their_own_threads(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import process
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("OTHER", "kept")
+    print_both = "import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ['OTHER'])"
+    found = process.run([sys.executable, "-c", print_both], tmp_path / "log")
+    assert found.stdout == "None kept\n"
+
+
 @pytest.mark.slow
 def test_programs_run_or_say_why_not(tmp_path):
     command = [
