@@ -123,9 +123,10 @@ def test_shared_prefix_is_not_computed_again(planned):
     """The text is that of a fresh cache: continued, branched off, shortened, in chunks."""
     model, tokenizer = planned
     first = tokenizer(TEXT)["input_ids"]
-    text = answered(planned, TEXT)[0].text
+    options = Options(6)
+    text = answered(planned, TEXT, options=options)[0].text
     spoken = tokenizer(text, add_special_tokens=False)["input_ids"]
-    more = tokenizer(" The bear said: " * 30, add_special_tokens=False)["input_ids"]
+    more = tokenizer(" The bear said: " * 12, add_special_tokens=False)["input_ids"]
     turns = [
         (first, 0),
         ([*first, *spoken, *more[:5]], len(first) + len(spoken) - 1),
@@ -140,10 +141,10 @@ def test_shared_prefix_is_not_computed_again(planned):
     expected = []
     for ids, _ in turns:
         model.session.cache.tokens = []
-        expected.append(answered(planned, ids)[0].text)
+        expected.append(answered(planned, ids, options=options)[0].text)
     model.session.cache.tokens = []
     for (ids, reused), text in zip(turns, expected, strict=True):
-        found, _ = answered(planned, ids)
+        found, _ = answered(planned, ids, options=options)
         assert found.text == text
         assert found.measured.reused_tokens == reused
 

@@ -132,7 +132,7 @@ def test_fixed_hit_rate_is_the_runtimes(place):
     texts = ["Once upon a time", "12 + 30 =", "Long ago there was a curious bear. " * 18]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
     assert len(prompts[-1]) > 128  # prefilled in two chunks
-    job = RoutingJob(demo_shape(), {"set": prompts}, 24, 256)
+    job = RoutingJob(demo_shape(), {"set": prompts}, 12, 256)
     recorder = RoutingRecorder(job)
     model, _ = place(make_plan(demo_shape(), [[3] * 8] * 6))
     for _ in recorder.run(model):
