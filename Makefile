@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(BIN)/fiddler-opt plan --machine profiles/rtx4090.machine.yaml --gpu-mem 24GB -o $(DEMO_FOLDER)/rtx4090.yaml
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check --quiet .
