@@ -13,6 +13,7 @@ from fiddler_run.loading.machine_check import (
     gpu_memory_problem,
     host_memory_problem,
     machine_problems,
+    other_gpu_problems,
 )
 from fiddler_run.plan.schema import Plan
 from fiddler_run.system.gpu import Gpu
@@ -52,6 +53,23 @@ def test_limits_of_the_machine_are_exact():
     assert problem.startswith(
         "gpu_memory_bytes.total is 24.00 GB, but RTX has 22.99 GB free, and 23.00 GB is needed"
     )
+
+
+def test_gpus_of_other_ranks_are_checked_before_a_run(monkeypatch):
+    """Rank 1 uses the CPU alone, so rank 2 has the second GPU, with 22.99 of 23 GB free."""
+    plan = make_plan(demo_shape(), [[0] * 8] * 6)
+    memory = plan.rank.gpu_memory_bytes.model_copy(update={"total": 24 * 10**9, "reserve": 10**9})
+    rank = plan.rank.model_copy(update={"device": "cuda", "gpu_memory_bytes": memory})
+    without = memory.model_copy(update={"total": 0})
+    alone = rank.model_copy(update={"gpu_memory_bytes": without})
+    plan = plan.model_copy(update={"ranks": [rank, alone, rank]})
+    free_bytes = [23 * 10**9, 22_990_000_000]
+    monkeypatch.setattr(machine_check, "num_gpus", lambda: len(free_bytes))
+    monkeypatch.setattr(machine_check, "gpu_at", lambda number: gpu(free_bytes[number]))
+    (problem,) = other_gpu_problems(plan, "two.yaml")
+    assert problem.startswith("two.yaml: ranks[2].gpu_memory_bytes.total is 24.00 GB, but RTX has")
+    free_bytes[1] = 23 * 10**9
+    assert other_gpu_problems(plan, "two.yaml") == []
 
 
 def test_needed_host_memory_by_hand(tmp_path, monkeypatch):

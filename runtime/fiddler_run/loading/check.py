@@ -9,7 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.loading.machine_check import disk_problems, machine_problems, plan_gpu
+from fiddler_run.loading.machine_check import (
+    disk_problems,
+    machine_problems,
+    other_gpu_problems,
+    plan_gpu,
+)
 from fiddler_run.loading.model_check import LoadFormat, ModelCheck, refuse
 from fiddler_run.plan.schema import Plan
 from fiddler_run.system.locate import shipped_file
@@ -89,7 +94,8 @@ def check_plan(
             "the model and this machine were not checked, because the plan cannot be read"
         ]
     checked = PlanCheck(plan, path, model, load_format, disk_folder)
-    return [*problems, *checked.problems], checked.notes
+    problems += [*checked.problems, *other_gpu_problems(plan, str(path))]
+    return problems, checked.notes
 
 
 def device_note(plan: Plan, on_gpu: bool, number: int = 0) -> str | None:

@@ -10,7 +10,7 @@ from fiddler_run.models.sizes import ModelSizes
 from fiddler_run.plan.rank import GpuMemory
 from fiddler_run.plan.schema import Plan
 from fiddler_run.system.files import exists, is_folder, reason
-from fiddler_run.system.gpu import Gpu, current_gpu, num_gpus
+from fiddler_run.system.gpu import Gpu, current_gpu, gpu_at, num_gpus
 from fiddler_run.system.host import available_memory_bytes, num_cores
 
 
@@ -48,6 +48,23 @@ def machine_problems(
             host_memory_problem(what, held, loading, available, 0 if gpu else besides),
         ]
     return [f"{origin}: {problem}" for problem in problems if problem]
+
+
+def other_gpu_problems(plan: Plan, origin: str) -> list[str]:
+    """The GPU memory that further ranks on the machine of rank 0 lack.
+
+    A rank that is loaded checks its own GPU.
+    """
+    others = [
+        (place, number) for place, number in enumerate(plan.gpu_ranks_beside(0)) if number > 0
+    ]
+    gpus = num_gpus() if others else 0  # it imports PyTorch
+    problems = {
+        number: gpu_memory_problem(plan.ranks[number].gpu_memory_bytes, gpu_at(place))
+        for place, number in others
+        if place < gpus
+    }
+    return [f"{origin}: ranks[{number}].{each}" for number, each in problems.items() if each]
 
 
 def besides_experts_bytes(plan: Plan, sizes: ModelSizes) -> int:

@@ -21,11 +21,15 @@ def current_gpu() -> Gpu | None:
     """The current CUDA device. None if there is none."""
     import torch
 
-    if not torch.cuda.is_available():
-        return None
-    number = torch.cuda.current_device()
-    free, total = torch.cuda.mem_get_info()
-    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return gpu_at(torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def gpu_at(number: int) -> Gpu:
+    """The CUDA device with this number. Takes some of its memory until the process ends."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(number)
+    cached = torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
     name = torch.cuda.get_device_properties(number).name
     return Gpu(name, _bus_id(number), total, free + cached)
 
