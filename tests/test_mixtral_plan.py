@@ -69,6 +69,7 @@ def plan_on(machine: MachineProfile, gpu_bytes: int, placer=None, encoding: str 
 
 def test_small_experts_have_a_larger_staging_ring():
     assert staged_blocks(mixtral()) == 12
+    assert staged_blocks(mixtral().for_ranks(2)) == 24  # of half the size
     sizes = {
         "num_experts": 128,
         "num_experts_per_tok": 8,

@@ -17,8 +17,8 @@ ALLOCATOR_SLACK = 1.1
 # the GPU maps page-locked memory with 8 bytes per 4 KiB; measured: 140.5 MB for 72 GB
 PINNED_BYTES_PER_GPU_BYTE = 512
 # The staging ring, of which the GPU reads a third while blocks arrive in the others: at least
-# STAGED_BLOCKS, and up to STAGED_BYTES of the blocks of small experts, but no more than a part of a
-# layer's. A third must take the link longer than Python takes to queue it.
+# STAGED_BLOCKS of those for one rank, and up to STAGED_BYTES of the blocks of small experts, but no
+# more than a part of a layer's. A third must take the link longer than Python takes to queue it.
 STAGED_BLOCKS = 12
 STAGED_BYTES = 96_000_000
 STAGED_PART_OF_LAYER = 16
@@ -33,7 +33,8 @@ def chunk_candidates(workload: Workload) -> list[int]:
 def staged_blocks(model: ModelSpec) -> int:
     """Blocks of the staging ring."""
     of_layer = model.shape.num_experts * model.blocks_per_expert // STAGED_PART_OF_LAYER
-    return max(STAGED_BLOCKS, min(of_layer, STAGED_BYTES // model.block_bytes))
+    least = -(-STAGED_BLOCKS * model.for_ranks(1).block_bytes // model.block_bytes)
+    return max(least, min(of_layer, STAGED_BYTES // model.block_bytes))
 
 
 def host_embedding_bytes(model: ModelSpec, machine: MachineProfile, gpu_bytes: int) -> int:
