@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SAMPLE_S = 0.2
-OPENMP = ("OMP_", "GOMP_", "KMP_")  # the prefixes of its settings
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # settings of OpenMP
 
 
 class Failed(Exception):
@@ -31,8 +31,8 @@ class Finished:
 def run(command: list[str], log: Path) -> Finished:
     """Runs a program, which sees one GPU. Writes its stderr to `log`.
 
-    Settings of OpenMP in this process's environment are not passed on: threads that sleep at once
-    suit some programs, and slow others down.
+    How OpenMP's threads wait is not passed on: threads that sleep at once suit some programs, and
+    slow others down.
 
     Raises:
         Failed: its exit status is not 0.
@@ -40,7 +40,7 @@ def run(command: list[str], log: Path) -> Finished:
     before = host_bytes_used()
     # in nvidia-smi's order, which is not CUDA's
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    own = {name: value for name, value in os.environ.items() if not name.startswith(OPENMP)}
+    own = {name: value for name, value in os.environ.items() if name not in WAITING}
     environment = {**own, **order, "CUDA_VISIBLE_DEVICES": first_gpu()}
     peak = {"gpu": 0, "host": 0}
     over = threading.Event()

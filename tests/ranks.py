@@ -16,7 +16,8 @@ from fiddler_run.plan.rank import HostMemory
 from fiddler_run.plan.schema import Plan
 from fiddler_run.ranks.connection import Connection, connect, listen
 from fiddler_run.ranks.meet import join, meet
-from fiddler_run.ranks.peers import Peer, Peers
+from fiddler_run.ranks.peer import Peer
+from fiddler_run.ranks.peers import Peers
 from fiddler_run.ranks.serve import serve
 from fiddler_run.ranks.share import share_of
 from fiddler_run.weights.store import ExpertStore

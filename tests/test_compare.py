@@ -93,6 +93,15 @@ def test_blocks_of_different_sizes_are_counted_in_the_smaller():
     assert found.notes == ["blocks of different sizes are counted in blocks of 32 neurons"]
 
 
+def test_padding_is_no_difference():
+    """All experts of 480 neurons in GPU memory, in 5 blocks of 96 and in 4 of 128."""
+    shape = demo_shape().model_copy(update={"intermediate_size": 480})
+    whole = [make_plan(shape, [[480 // n + (480 % n > 0)] * 8] * 6, n) for n in (96, 128)]
+    found = compare(*whole)
+    assert found.moves == []
+    assert found.resident_blocks == Change("resident_blocks", 6 * 8 * 15, 6 * 8 * 15)
+
+
 def test_budget_and_encoding_are_settings():
     """The dtype is not: it belongs to the model and cannot differ."""
     changed = plan(FIRST, budget__gpu_bytes=2 * 10**9, budget__host_bytes=10**9, encoding="other")

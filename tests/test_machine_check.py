@@ -67,7 +67,7 @@ def test_gpus_of_other_ranks_are_checked_before_a_run(monkeypatch):
     monkeypatch.setattr(machine_check, "num_gpus", lambda: len(free_bytes))
     monkeypatch.setattr(machine_check, "gpu_at", lambda number: gpu(free_bytes[number]))
     (problem,) = other_gpu_problems(plan, "two.yaml")
-    assert problem.startswith("two.yaml: ranks[2].gpu_memory_bytes.total is 24.00 GB, but RTX has")
+    assert problem.startswith("two.yaml: ranks[2]: gpu_memory_bytes.total is 24.00 GB, but RTX has")
     free_bytes[1] = 23 * 10**9
     assert other_gpu_problems(plan, "two.yaml") == []
 

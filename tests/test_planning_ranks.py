@@ -8,7 +8,11 @@ from seeds import spread
 
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.machine_parts import Network
+from fiddler_opt.inputs.machine_ranks import load_machines
+from fiddler_opt.inputs.model import ModelSpec
 from fiddler_opt.insight.sources import profile_sha256
+from fiddler_opt.solve.problem import Problem
+from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 
 MACHINE = ROOT / "profiles" / "rtx4090.machine.yaml"
@@ -50,6 +54,18 @@ def test_a_plan_of_two_ranks(two):
     )
     assert two.provenance.machine == f"{MACHINE} + {MACHINE}"
     assert two.provenance.network == "0.2ms,1GB/s"
+
+
+def test_two_ranks_have_finer_blocks(folder, two):
+    model = ModelSpec.load(str(folder / "four-layers"))
+    machines = load_machines([MACHINE, MACHINE], "0.2ms,1GB/s")
+    assert (two.block_neurons, two.blocks_per_expert) == (448, 32)
+    problem = Problem.of(two, model, machines)
+    assert problem.model.block_neurons == 448
+    assert problem.of_first_rank().model.block_neurons == 896
+    coarser = two.model_copy(update={"block_neurons": 896})
+    with pytest.raises(FiddlerError, match="block_neurons is 896, but this release plans with 448"):
+        Problem.of(coarser, model, machines)
 
 
 def test_commands_read_a_plan_of_two_ranks(folder):

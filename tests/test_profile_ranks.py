@@ -18,7 +18,8 @@ from fiddler_opt.measure.shares import Agree, sweep_shares
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 from fiddler_run.ranks.connection import Connection, connect, listen
-from fiddler_run.ranks.peers import Peer, Peers
+from fiddler_run.ranks.peer import Peer
+from fiddler_run.ranks.peers import Peers
 
 pytestmark = pytest.mark.xdist_group("profile")  # tests that time this machine
 NETWORK = {"round_trip_us": 30.0, "bytes_per_s": 10**9, "exchange_bytes": 5}

@@ -143,7 +143,8 @@ def test_a_killed_rank_ends_the_run(plan_file):
 STUCK = """
 import socket, time
 from fiddler_run.ranks.connection import Connection
-from fiddler_run.ranks.peers import Peer, Peers
+from fiddler_run.ranks.peer import Peer
+from fiddler_run.ranks.peers import Peers
 
 class Stuck:
     def abort(self):

@@ -1,6 +1,9 @@
-"""How ranks come together, and what keeps them from it."""
+"""How ranks come together, what keeps them from it, and what follows the loss of one."""
 
+import signal
 import socket
+import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -10,8 +13,11 @@ from conftest import DEMO
 from fiddler_run.errors import FiddlerError
 from fiddler_run.loading.share import model_id
 from fiddler_run.ranks import connection
-from fiddler_run.ranks.connection import connect, listen, release
+from fiddler_run.ranks import peers as peers_module
+from fiddler_run.ranks.connection import Connection, connect, listen, release
 from fiddler_run.ranks.launch import gather
+from fiddler_run.ranks.peer import Peer
+from fiddler_run.ranks.peers import Peers
 from fiddler_run.weights.tensor_files import TensorFiles
 
 
@@ -72,3 +78,20 @@ def test_a_model_with_other_files_is_refused(tmp_path, model):
     content[-1] ^= 1
     shard.write_bytes(content)
     assert model_id(TensorFiles(model)) != model_id(TensorFiles(DEMO))
+
+
+def test_a_lost_rank_is_ended_and_ends_the_command_at_once(monkeypatch):
+    """A process that does not end by itself is killed, as one that is stopped would be."""
+    at_once = threading.Event()
+    monkeypatch.setattr(peers_module, "ends_at_once", at_once)
+    listening = socket.create_server(("127.0.0.1", 0))
+    with socket.create_connection(listening.getsockname()) as other:
+        process = subprocess.Popen(["sleep", "60"])
+        peers = Peers([Peer(1, Connection(listening.accept()[0]), process)])
+        assert not at_once.is_set()
+        other.close()
+        with pytest.raises(FiddlerError, match=r"rank 1 \(127.0.0.1\) closed its connection"):
+            peers.replies()
+    assert at_once.is_set()
+    assert process.wait(timeout=10) == -signal.SIGKILL
+    listening.close()

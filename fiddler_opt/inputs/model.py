@@ -140,8 +140,8 @@ class ModelSpec:
         return replace(self, chosen_encoding=name)
 
     def for_ranks(self, count: int) -> "ModelSpec":
-        """The same model with blocks for this many ranks: each divides its part as finely as one
-        rank would divide the whole.
+        """The same model with blocks for this many ranks: up to MAX_BLOCKS for each, as far as
+        blocks stay large enough.
         """
         return replace(self, num_ranks=count)
 

@@ -10,14 +10,12 @@ from pathlib import Path
 from fiddler_opt.inputs.machine_ranks import JOINED_BY
 from fiddler_opt.solve.predict import workload_s
 from fiddler_run.errors import FiddlerError
-from fiddler_run.plan.placement import Part
 from fiddler_run.plan.schema import Plan
 
 Value = int | float | str | bool | None  # None: the plan has no such key
 # Keys that are compared in other ways, or that record how a plan was made.
 NOT_SETTINGS = {"version", "model", "ranks", "predicted", "bytes_per_s", "provenance"}
-BLOCKS = {"resident_blocks", "host_blocks", "disk_blocks"}
-NOT_RANK_SETTINGS = {"stream_share", *BLOCKS}
+NOT_RANK_SETTINGS = {"stream_share", "resident_blocks", "host_blocks", "disk_blocks"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def compare(a: Plan, b: Plan) -> Comparison:
     neurons = gcd(a.block_neurons, b.block_neurons)
     if a.block_neurons != b.block_neurons:
         notes.append(f"blocks of different sizes are counted in blocks of {neurons} neurons")
-    placed = [_cut(plan, neurons) for plan in (a, b)]
+    resident = [_counted(plan.resident_rows(), plan, neurons) for plan in (a, b)]
     same_work = _work(a) == _work(b)
     if not same_work:
         notes.append("the plans are for different workloads, and so are the predictions")
@@ -98,14 +96,11 @@ def compare(a: Plan, b: Plan) -> Comparison:
     after = _predictions(b)
     named = [name for name in before if name != "workload_s" or same_work]
     return Comparison(
-        block_bytes=placed[0].block_bytes,
-        resident_blocks=Change(
-            "resident_blocks",
-            *(sum(rank.num_resident_blocks for rank in plan.ranks) for plan in placed),
-        ),
-        moves=_moves(*placed),
-        disk_moves=_disk_moves(*placed),
-        rank_moves=_rank_moves(*placed),
+        block_bytes=a.block_bytes * neurons // a.block_neurons,
+        resident_blocks=Change("resident_blocks", *(sum(map(sum, rows)) for rows in resident)),
+        moves=_moves(*resident),
+        disk_moves=_disk_moves(a, b, neurons),
+        rank_moves=_rank_moves(a, b, neurons),
         settings=_differing(_settings(a), _settings(b)) + _shares(a, b),
         predictions=[Change(name, before[name], after[name]) for name in named],
         notes=notes,
@@ -125,57 +120,52 @@ def _require_same_model(a: Plan, b: Plan) -> None:
             )
 
 
-def _cut(plan: Plan, neurons: int) -> Plan:
-    """The same placement in smaller blocks."""
+def _counted(rows: list[list[int]], plan: Plan, neurons: int) -> list[list[int]]:
+    """Numbers of a plan's blocks as numbers of blocks of `neurons`, without padding."""
     factor = plan.block_neurons // neurons
-    ranks = []
-    for rank in plan.ranks:
-        cut = {
-            key: {layer: [count * factor for count in row] for layer, row in rows.items()}
-            for key, rows in rank.model_dump(include=BLOCKS).items()
-        }
-        ranks.append(rank.model_copy(update=cut))
-    return plan.model_copy(update={"block_neurons": neurons, "ranks": ranks})
+    most = -(-plan.model.intermediate_size // neurons)
+    return [[min(count * factor, most) for count in row] for row in rows]
 
 
-def _moves(a: Plan, b: Plan) -> list[Move]:
-    resident = [plan.resident_rows() for plan in (a, b)]
+def _moves(before: list[list[int]], after: list[list[int]]) -> list[Move]:
     return [
-        Move(layer, expert, before, after)
-        for layer in range(a.model.num_layers)
-        for expert, (before, after) in enumerate(
-            zip(resident[0][layer], resident[1][layer], strict=True)
-        )
-        if before != after
+        Move(layer, expert, *counts)
+        for layer, rows in enumerate(zip(before, after, strict=True))
+        for expert, counts in enumerate(zip(*rows, strict=True))
+        if counts[0] != counts[1]
     ]
 
 
-def _disk_moves(a: Plan, b: Plan) -> int:
+def _disk_moves(a: Plan, b: Plan, neurons: int) -> int:
     none = [0] * a.model.num_experts
-    rows = [
-        (a.rank.disk_blocks.get(layer, none), b.rank.disk_blocks.get(layer, none))
-        for layer in range(a.model.num_layers)
-    ]
-    return sum(before != after for pair in rows for before, after in zip(*pair, strict=True))
+    layers = range(a.model.num_layers)
+    before, after = (
+        _counted([plan.rank.disk_blocks.get(layer, none) for layer in layers], plan, neurons)
+        for plan in (a, b)
+    )
+    return len(_moves(before, after))
 
 
-def _rank_moves(a: Plan, b: Plan) -> int:
+def _rank_moves(a: Plan, b: Plan, neurons: int) -> int:
     """The experts of which a rank has other blocks. 0 unless both plans have as many ranks, at
     least two.
     """
     if len(a.ranks) != len(b.ranks) or len(a.ranks) == 1:
         return 0
     return sum(
-        any(mine[1:3] != its[1:3] for mine, its in zip(*parts, strict=True))
+        before != after
         for layer in range(a.model.num_layers)
-        for parts in zip(_parts_by_expert(a, layer), _parts_by_expert(b, layer), strict=True)
+        for before, after in zip(
+            *(_parts_by_expert(plan, layer, neurons) for plan in (a, b)), strict=True
+        )
     )
 
 
-def _parts_by_expert(plan: Plan, layer: int) -> list[tuple[Part, ...]]:
-    """For each expert, the part of each rank."""
-    parts = [plan.parts_of(number, layer) for number in range(len(plan.ranks))]
-    return list(zip(*parts, strict=True))
+def _parts_by_expert(plan: Plan, layer: int, neurons: int) -> list[tuple[list[int], ...]]:
+    """For each expert, the blocks of each rank: in its GPU memory and in its host memory."""
+    parts = (plan.parts_of(number, layer) for number in range(len(plan.ranks)))
+    rows = ([[part.resident, part.host] for part in of_rank] for of_rank in parts)
+    return list(zip(*(_counted(each, plan, neurons) for each in rows), strict=True))
 
 
 def _settings(plan: Plan) -> dict[str, Value]:

@@ -6,6 +6,7 @@ PyTorch is imported on demand.
 import shutil
 from pathlib import Path
 
+from fiddler_run.errors import FiddlerError
 from fiddler_run.models.sizes import ModelSizes
 from fiddler_run.plan.rank import GpuMemory
 from fiddler_run.plan.schema import Plan
@@ -59,12 +60,17 @@ def other_gpu_problems(plan: Plan, origin: str) -> list[str]:
         (place, number) for place, number in enumerate(plan.gpu_ranks_beside(0)) if number > 0
     ]
     gpus = num_gpus() if others else 0  # it imports PyTorch
-    problems = {
-        number: gpu_memory_problem(plan.ranks[number].gpu_memory_bytes, gpu_at(place))
-        for place, number in others
-        if place < gpus
-    }
-    return [f"{origin}: ranks[{number}].{each}" for number, each in problems.items() if each]
+    problems = []
+    for place, number in others:
+        if place >= gpus:
+            continue
+        try:
+            problem = gpu_memory_problem(plan.ranks[number].gpu_memory_bytes, gpu_at(place))
+        except FiddlerError as error:
+            problem = str(error)
+        if problem is not None:
+            problems.append(f"{origin}: ranks[{number}]: {problem}")
+    return problems
 
 
 def besides_experts_bytes(plan: Plan, sizes: ModelSizes) -> int:

@@ -24,7 +24,7 @@ class ModelSizes(Section):
     kv_bytes_per_token: BytesOrZero
     state_bytes: BytesOrZero
     attended_elements: Count
-    score_heads: CountOrZero = 0
+    score_heads: CountOrZero
 
     def cache_bytes(self, sequences: int, tokens: int) -> int:
         """Bytes of the KV cache of `sequences` of `tokens`."""

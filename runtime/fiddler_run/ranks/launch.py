@@ -20,7 +20,8 @@ from fiddler_run.ranks.connection import (
     listen,
     release,
 )
-from fiddler_run.ranks.peers import LEAVE_S, Peer, Peers
+from fiddler_run.ranks.peer import Peer
+from fiddler_run.ranks.peers import LEAVE_S, Peers
 from fiddler_run.ranks.processes import end_processes, ending
 
 POLL_S = 0.1

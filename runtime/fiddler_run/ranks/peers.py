@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import torch
@@ -18,29 +16,13 @@ from torch import Tensor
 
 from fiddler_run.command import ends_at_once
 from fiddler_run.errors import FiddlerError
-from fiddler_run.ranks.connection import Connection
 from fiddler_run.ranks.exchange import Exchange, Inputs
-from fiddler_run.ranks.processes import end_processes, ending, exit_without
+from fiddler_run.ranks.peer import Peer
+from fiddler_run.ranks.processes import end_processes, exit_without
 
 # How long rank 0 may take to notice a failure by itself, before its process is ended.
 LEAVE_S = 5
 POLL_S = 0.2
-
-
-@dataclass
-class Peer:
-    """Another rank. `process` is its process if it was started here."""
-
-    rank: int
-    connection: Connection
-    process: subprocess.Popen | None = None
-
-    def __post_init__(self):
-        self.name = f"rank {self.rank} ({self.connection.address})"
-
-    def ending(self) -> str:
-        """In words, how it has ended."""
-        return "is gone" if self.process is None else ending(self.process)
 
 
 class Peers:
@@ -212,12 +194,14 @@ class Peers:
         with self._state:
             if self.failure is not None:
                 return
-            # before anyone sees the failure, and may end the process
             ends_at_once.set()
-            aborting = self._start_abort()
-            self.failure = failure
-        for peer in self._peers:
-            peer.connection.close()
+            try:
+                # before anyone sees the failure, and may end the process
+                aborting = self._start_abort()
+            finally:
+                self.failure = failure
+                for peer in self._peers:
+                    peer.end()
         threading.Thread(target=self._end_if_stuck, args=(aborting,), daemon=True).start()
 
     def _start_abort(self) -> threading.Thread:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fiddler_run.errors import FiddlerError
 from fiddler_run.system.host import read
 
 
@@ -25,10 +26,20 @@ def current_gpu() -> Gpu | None:
 
 
 def gpu_at(number: int) -> Gpu:
-    """The CUDA device with this number. Takes some of its memory until the process ends."""
+    """The CUDA device with this number. Takes some of its memory until the process ends.
+
+    Raises:
+        FiddlerError: the device cannot be used.
+    """
     import torch
 
-    free, total = torch.cuda.mem_get_info(number)
+    try:
+        free, total = torch.cuda.mem_get_info(number)
+    except RuntimeError as error:  # other programs use all of it, or it is theirs alone
+        reason = str(error).splitlines()[0]
+        raise FiddlerError(
+            f"GPU {number} cannot be used: {reason}; end the programs that use it"
+        ) from None
     cached = torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
     name = torch.cuda.get_device_properties(number).name
     return Gpu(name, _bus_id(number), total, free + cached)
