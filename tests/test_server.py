@@ -3,10 +3,17 @@
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import openai
 import pytest
+from conftest import ROOT
 from server import MODEL, serving, wait_until
+from starlette.testclient import TestClient
+
+from fiddler_run.plan.schema import Plan
+from fiddler_run.serving.app import Server
+from fiddler_run.serving.metrics import Metrics
 
 MESSAGES = [{"role": "user", "content": "Once upon a time there was a bear."}]
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 12}
@@ -172,7 +179,23 @@ def test_status_plan_experts_and_metrics(served, client):
     assert 'fiddler_expert_bytes_total{resource="cpu"}' in metrics
 
 
-def test_key_is_required_where_there_is_one(monkeypatch):
+def test_key_is_required_on_all_routes_but_two():
+    plan = Plan.load(ROOT / "plans/demo.yaml")
+    loading = SimpleNamespace(state="loading", error=None, loaded_bytes=0)
+    app = Server(plan, loading, None, Metrics(plan), "right").app(["*"])
+    client = TestClient(app)
+    guarded = [route for route in app.routes if route.path not in ("/", "/health")]
+    assert len(guarded) == 8
+    for route in guarded:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "right"}):
+            for method in route.methods:
+                assert client.request(method, route.path, headers=headers).status_code == 401
+    assert client.get("/").status_code == 200
+    assert client.get("/v1/models", headers={"Authorization": "bearer right"}).status_code == 200
+
+
+@pytest.mark.slow
+def test_server_with_a_key(monkeypatch):
     """Silent streams are kept alive, and Ctrl-C ends a busy server."""
     monkeypatch.setenv("FIDDLER_API_KEY", "right")
     often = "import fiddler_run.serving.events as events; events.PING_S = 0.001"
