@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ class Run:
             for pid in children(self.process.pid):
                 return pid
             time.sleep(0.02)
+        self.process.kill()
         raise AssertionError("no other rank was started")
 
     def wait_for_output(self, characters: int) -> None:
@@ -61,11 +63,16 @@ class Run:
 
     def end(self) -> tuple[int, list[str]]:
         """The exit status, and the lines on stderr, once all processes have ended."""
-        _, stderr = self.process.communicate(timeout=END_S)
-        deadline_s = time.monotonic() + END_S
-        while is_running(self.other):
-            assert time.monotonic() < deadline_s, "rank 1 still runs"
-            time.sleep(0.05)
+        try:
+            _, stderr = self.process.communicate(timeout=END_S)
+            deadline_s = time.monotonic() + END_S
+            while is_running(self.other):
+                assert time.monotonic() < deadline_s, "rank 1 still runs"
+                time.sleep(0.05)
+        finally:  # none is left beside later tests
+            self.process.kill()
+            with suppress(ProcessLookupError):
+                self.kill_other()
         return self.process.returncode, stderr.splitlines()
 
 
