@@ -154,7 +154,8 @@ def test_a_block_takes_three_quarters_of_bf16():
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 17, 40])
 def test_kernel_matches_float64(variant, tokens, activation):
     torch.manual_seed(tokens)
-    hidden, neurons = 128, 192
+    hidden = 128
+    neurons = 192
     for outliers in (False, True):  # escapes in the blocks, and elsewhere
         matrices = [
             torch.randn(size) * 0.1 for size in ((500, hidden), (500, hidden), (hidden, 500))

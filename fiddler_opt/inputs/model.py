@@ -19,14 +19,14 @@ from fiddler_run.plan.shape import ModelShape
 from fiddler_run.weights.model_folder import model_config_file
 from fiddler_run.weights.tensor_files import INDEX, SINGLE_FILE, TensorFiles
 
-# 16 blocks of a rank split an expert to 3%, and blocks of 1 MiB are copied at full link speed.
+# 16 blocks for each rank split an expert to 3%; blocks of 1 MiB are copied at full link speed.
 # Small experts do with fewer: all experts that a layer calls are together split to within half a
 # block. On a CPU, blocks of 256 neurons are a tenth faster than of 96, but need not exceed 4 MiB
 # for that.
 FULL_SPEED_WEIGHTS = 2**19  # in 16 bits each
 FAST_NEURONS = 256
 FAST_WEIGHTS = 2**21
-MAX_BLOCKS = 16  # of each rank
+MAX_BLOCKS = 16  # for each rank
 MIN_BLOCKS = 4  # smaller experts are toys: no block is too small for them
 DEFAULT_MODEL = "mistralai/Mixtral-8x7B-v0.1"
 

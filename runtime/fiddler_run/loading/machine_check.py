@@ -56,13 +56,9 @@ def other_gpu_problems(plan: Plan, origin: str) -> list[str]:
 
     A rank that is loaded checks its own GPU.
     """
-    others = [
-        (place, number) for place, number in enumerate(plan.gpu_ranks_beside(0)) if number > 0
-    ]
-    gpus = num_gpus() if others else 0  # it imports PyTorch
     problems = []
-    for place, number in others:
-        if place >= gpus:
+    for place, number in enumerate(plan.gpu_ranks_beside(0)):
+        if number == 0 or place >= num_gpus():
             continue
         try:
             problem = gpu_memory_problem(plan.ranks[number].gpu_memory_bytes, gpu_at(place))

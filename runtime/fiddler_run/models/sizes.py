@@ -10,8 +10,8 @@ class ModelSizes(Section):
     each layer with experts, on average, including layers without experts that follow it.
     `kv_bytes_per_token` is the growth of the KV cache by a token, `state_bytes` what it takes for a
     sequence besides. `attended_elements` are the elements of one token's keys and values in one
-    layer, expanded to all heads. `score_heads` are the heads whose scores, of each new token with
-    each token of the context, a GPU keeps in memory at once: none if attention is a fused kernel.
+    layer, expanded to all heads. `score_heads` are the heads whose attention scores a GPU keeps in
+    memory at once; 0 if a fused kernel computes attention.
     """
 
     family: str
