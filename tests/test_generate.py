@@ -39,7 +39,7 @@ def planned(place):
             {"prompt_lookup_num_tokens": 3},
             {"assistant_early_exit": 3},
         ],
-        5,
+        3,
     ),
     ids=str,
 )
