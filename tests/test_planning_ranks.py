@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     """A folder with a model of four layers and, made from two profiles, a plan of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     few_layers(folder / "four-layers", 4)
-    result = plan(folder, *TWO, "--gpu-mem", "6GB,4GB", "--encoding", "bf16")
+    result = plan(folder, *TWO, "--gpu-mem", "6GB,4GB")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "plans/four-layers-6GB+4GB.yaml\n"
     return folder

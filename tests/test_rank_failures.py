@@ -56,7 +56,9 @@ class Run:
 
     def wait_for_output(self, characters: int) -> None:
         """Waits until the run has printed some text, without the rest of its line."""
-        assert len(os.read(self.process.stdout.fileno(), characters)) > 0
+        if not os.read(self.process.stdout.fileno(), characters):
+            _, stderr = self.process.communicate(timeout=END_S)
+            raise AssertionError(f"it has ended without output: {stderr}")
 
     def kill_other(self) -> None:
         os.kill(self.other, signal.SIGKILL)
