@@ -167,3 +167,6 @@ class PyTorchExperts(CpuExperts):
 
     def times_s(self):
         return self._times_s
+
+    def apply(self, blocks, states):
+        return apply_blocks(self.block_format, blocks, states, activation=self.activation)
