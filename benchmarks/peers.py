@@ -92,7 +92,8 @@ def programs(flags: argparse.Namespace) -> Iterator[tuple[str, Runner]]:
 
 def planned(file: str) -> Runner:
     def fiddler_run(task: Task, flags: argparse.Namespace, log: Path):
-        return script(sys.executable, ["peer_fiddler_run.py", file, *lengths(task)], log)
+        arguments = ["peer_fiddler_run.py", file, *lengths(task)]
+        return script(sys.executable, arguments, log, flags.timeout)
 
     return fiddler_run
 
@@ -103,14 +104,14 @@ def accelerate(task: Task, flags: argparse.Namespace, log: Path):
     fewer = replace(task, output_tokens=flags.offload_tokens)
     limit = str(task.gpu_bytes - task.reserve_bytes)
     arguments = [flags.model, "--gpu-bytes", limit, *lengths(fewer)]
-    return script(sys.executable, ["peer_accelerate.py", *arguments], log)
+    return script(sys.executable, ["peer_accelerate.py", *arguments], log, flags.timeout)
 
 
 def original_fiddler(task: Task, flags: argparse.Namespace, log: Path):
     if flags.fiddler is None:
         raise Failed("no --fiddler given")
     arguments = [flags.fiddler, flags.model, "--gpu-bytes", str(task.gpu_bytes), *lengths(task)]
-    return script(flags.fiddler_python, ["peer_fiddler.py", *arguments], log)
+    return script(flags.fiddler_python, ["peer_fiddler.py", *arguments], log, flags.timeout)
 
 
 def llama(task: Task, flags: argparse.Namespace, log: Path):
@@ -132,8 +133,8 @@ def llama_bench(task: Task, flags: argparse.Namespace, options: list[str], log: 
         raise Failed("no --gguf given")
     arguments = ["-m", flags.gguf, "-t", str(task.threads), "-p", ",".join(map(str, task.prompts))]
     arguments += ["-n", str(task.output_tokens), *options]
-    finished = run([program, *arguments, "-o", "json"], log)
-    tests = json.loads(finished.stdout)
+    finished = run([program, *arguments, "-o", "json"], log, flags.timeout)
+    tests = read(finished, log)
     if shutil.which("nvidia-smi") and not tests[0]["gpu_info"]:
         raise Failed("llama-bench did not use the GPU")
     rates = {(test["n_prompt"], test["n_gen"]): test["avg_ts"] for test in tests}
@@ -144,11 +145,21 @@ def llama_bench(task: Task, flags: argparse.Namespace, options: list[str], log: 
     return " ".join(["llama-bench", *arguments]), finished, measured
 
 
-def script(python: str, arguments: list[str], log: Path) -> tuple[str, Finished, dict]:
+def script(
+    python: str, arguments: list[str], log: Path, timeout_s: float
+) -> tuple[str, Finished, dict]:
     """Runs a script of this folder that prints its measurements as JSON."""
     name, *rest = arguments
-    finished = run([python, str(HERE / name), *rest], log)
-    return " ".join(arguments), finished, json.loads(finished.stdout)
+    finished = run([python, str(HERE / name), *rest], log, timeout_s)
+    return " ".join(arguments), finished, read(finished, log)
+
+
+def read(finished: Finished, log: Path) -> list | dict:
+    """What a program printed as JSON."""
+    try:
+        return json.loads(finished.stdout)
+    except ValueError:
+        raise Failed(f"printed no JSON, see {log}") from None
 
 
 def lengths(task: Task) -> list[str]:
@@ -211,6 +222,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--only", default=",".join(NAMES), metavar="NAME,...", help=f"programs {default}")
     add("--prompts", type=int, nargs="+", default=[512, 2048], metavar="N", help=default)
     add("--output-tokens", type=int, default=64, metavar="N", help=default)
+    add("--timeout", type=float, default=1800, metavar="S", help=f"of each program {default}")
     add("--offload-tokens", type=int, default=4, metavar="N", help=f"for accelerate {default}")
     add("--fiddler", metavar="FOLDER", help="a clone of github.com/efeslab/fiddler")
     add("--fiddler-python", default=sys.executable, metavar="FILE", help="an interpreter for it")

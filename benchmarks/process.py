@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,32 +29,33 @@ class Finished:
     host_bytes: int
 
 
-def run(command: list[str], log: Path) -> Finished:
+def run(command: list[str], log: Path, timeout_s: float | None = None) -> Finished:
     """Runs a program, which sees one GPU. Writes its stderr to `log`.
 
     How OpenMP's threads wait is not passed on: threads that sleep at once suit some programs, and
     slow others down.
 
     Raises:
-        Failed: its exit status is not 0.
+        Failed: its exit status is not 0, it takes longer than `timeout_s`, or memory cannot be
+            observed.
     """
     before = host_bytes_used()
     # in nvidia-smi's order, which is not CUDA's
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     own = {name: value for name, value in os.environ.items() if name not in WAITING}
     environment = {**own, **order, "CUDA_VISIBLE_DEVICES": first_gpu()}
-    peak = {"gpu": 0, "host": 0}
     over = threading.Event()
 
-    def sample() -> None:
+    def peaks() -> tuple[int, int]:
+        gpu = host = 0
         while not over.wait(SAMPLE_S):
-            peak["gpu"] = max(peak["gpu"], gpu_bytes("memory.used"))
-            peak["host"] = max(peak["host"], host_bytes_used() - before)
+            gpu = max(gpu, gpu_bytes("memory.used"))
+            host = max(host, host_bytes_used() - before)
+        return gpu, host
 
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        with log.open("w") as errors:
+    with ThreadPoolExecutor(1) as threads, log.open("w") as errors:
+        sampled = threads.submit(peaks)
+        try:
             done = subprocess.run(
                 command,
                 env=environment,
@@ -61,13 +63,18 @@ def run(command: list[str], log: Path) -> Finished:
                 stderr=errors,
                 text=True,
                 check=False,
+                timeout=timeout_s,
             )
-    finally:
-        over.set()
-        sampler.join()
+        except subprocess.TimeoutExpired:
+            raise Failed(f"no result within {timeout_s:g} s, see {log}") from None
+        finally:
+            over.set()
     if done.returncode != 0:
         raise Failed(f"failed, see {log}")
-    return Finished(done.stdout, peak["gpu"], peak["host"])
+    try:
+        return Finished(done.stdout, *sampled.result())
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise Failed(f"its memory could not be observed: {error}") from error
 
 
 def host_bytes_used() -> int:

@@ -44,6 +44,16 @@ def test_programs_choose_their_own_threads(monkeypatch, tmp_path):
     assert found.stdout == "None kept\n"
 
 
+def test_a_program_without_a_result_is_a_row(peers, tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(peers.Failed, match="no result within 0.1 s"):
+        peers.run([sys.executable, "-c", "import time; time.sleep(60)"], log, 0.1)
+    with pytest.raises(peers.Failed, match="printed no JSON"):
+        peers.read(peers.run([sys.executable, "-c", "print('[')"], log), log)
+    with pytest.raises(peers.Failed, match="failed, see "):
+        peers.run([sys.executable, "-c", "exit(1)"], log)
+
+
 @pytest.mark.slow
 def test_programs_run_or_say_why_not(tmp_path):
     command = [
