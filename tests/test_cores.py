@@ -2,6 +2,7 @@
 
 import os
 
+from fiddler_run.ranks import cores
 from fiddler_run.ranks.cores import divide, on_own_cores
 from fiddler_run.system import host
 
@@ -20,6 +21,17 @@ def test_cores_are_divided_by_threads():
 def test_ranks_get_cores_near_their_gpus():
     """The second rank's GPU is on the first NUMA node, whose cores come first."""
     assert divide(CORES, [2, 2], [1, 0]) == [CORES[2:], CORES[:2]]
+
+
+def test_a_third_gpu_changes_nothing(monkeypatch):
+    monkeypatch.setattr(cores, "core_siblings", lambda: CORES)
+    bound = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: bound.append(cpus))
+    for nodes in ([1, 0], [1, 0, 0], [0, 0]):
+        with on_own_cores([2, 2], 0, nodes):
+            pass
+    own, before = {2, 10, 3, 11}, os.sched_getaffinity(0)
+    assert bound == [own, before, own, before, {0, 8, 1, 9}, before]
 
 
 def test_more_ranks_than_cores_leave_some_without():

@@ -15,12 +15,12 @@ def on_own_cores(threads: Sequence[int], place: int, nodes: Sequence[int]) -> It
     Args:
         threads: of each rank on this machine.
         place: of this rank among them.
-        nodes: the NUMA nodes of this machine's GPUs. They count if each rank has one.
+        nodes: the NUMA nodes of this machine's GPUs. They count if there is one for each rank.
     """
     if len(threads) == 1 or not hasattr(os, "sched_setaffinity"):
         yield
         return
-    known = len(nodes) == len(threads)
+    known = len(nodes) >= len(threads)
     own = divide(core_siblings(), threads, nodes if known else [0] * len(threads))[place]
     before = os.sched_getaffinity(0)
     if own:
