@@ -80,7 +80,7 @@ def in_ranks(model: PlannedModel, plan: Plan, folder: Path) -> Iterator[PlannedM
             exchange = join(connection, rank, CPU, str(folder))
             store = ExpertStore(plan, CPU, folder, rank)
             store.load(weights)
-            connection.send(overflow_note=None)
+            connection.send(notes=[])
             with suppress(RuntimeError, FiddlerError):  # rank 0 may break a layer off
                 serve(connection, exchange, share_of(plan, store, CPU, rank), plan)
 

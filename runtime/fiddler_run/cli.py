@@ -90,7 +90,7 @@ def use_model(
         task = progress.add_task("loading experts", total=plan.expert_bytes)
         model = loader.load(lambda count: progress.advance(task, count))
     load_s = time.perf_counter() - started
-    for note in loader.overflow_notes:
+    for note in loader.late_notes:
         stderr.print(f"note: {note}", style="yellow")
     others = OtherProcesses()
     if flags.bench:

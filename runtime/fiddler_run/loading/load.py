@@ -61,7 +61,7 @@ class ModelLoader(ShareLoader):
     Takes the arguments of `load_model` and raises the same errors. `plan_file` is the file of a
     plan that is passed as an object. The plan's other ranks are started; they run their checks
     meanwhile, and `load()` raises what they find.
-    `overflow_notes` say, after loading, which blocks take more memory than the plan states.
+    `late_notes` are known once the weights are loaded.
     """
 
     def __init__(
@@ -78,9 +78,8 @@ class ModelLoader(ShareLoader):
             plan_file = shipped_file(plan)
             plan = Plan.load(plan_file)
         super().__init__(plan, 0, model, load_format, disk_folder, plan_file)
-        self.notes = self._checked.notes
         self.tokenizer = self._checked.tokenizer
-        self.overflow_notes: list[str] = []
+        self.late_notes: list[str] = []
         self.peers: Peers | None = None
         if len(plan.ranks) > 1:
             task = {
@@ -140,7 +139,7 @@ class ModelLoader(ShareLoader):
         peers = self.peers
         if peers is None:
             store = self.load_store(on_bytes)
-            self._note(store.overflow_note)
+            self.late_notes += store.notes
             return store
         one_machine = len(self.plan.ranks_beside(0)) == len(self.plan.ranks)
         meet(peers, self.device, one_machine, self.model_id)
@@ -155,15 +154,12 @@ class ModelLoader(ShareLoader):
             on_bytes(num_bytes + of_others)
 
         store = self.load_store(count)
-        self._note(store.overflow_note)
+        self.late_notes += store.notes
         for rank, reply in enumerate(peers.replies(meanwhile=count), 1):
-            self._note(reply["overflow_note"], f"rank {rank}: ")
+            of_rank = (note for note in reply["notes"] if note not in self.notes)
+            self.late_notes += [f"rank {rank}: {note}" for note in of_rank]
         count()
         return store
-
-    def _note(self, note: str | None, origin: str = "") -> None:
-        if note is not None:
-            self.overflow_notes.append(origin + note)
 
 
 @torch.no_grad()

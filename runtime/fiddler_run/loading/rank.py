@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
-from fiddler_run.ranks.connection import JOIN_S, STARTED_BY, Connection
+from fiddler_run.ranks.connection import JOIN_S, STARTED_BY_RANK_0, Connection
 from fiddler_run.ranks.joining import joined
 
 
@@ -32,7 +32,7 @@ def run_rank(
         FiddlerError: rank 0 cannot be reached or has gone, or the share cannot be loaded here.
         SystemExit: the same, if rank 0 has started this process: it tells the user.
     """
-    started_here = STARTED_BY in os.environ
+    started_here = STARTED_BY_RANK_0 in os.environ
     try:
         with joined(address, rank, 1 if started_here else JOIN_S) as (connection, task):
             if started_here:
@@ -75,7 +75,10 @@ def _work(
         try:
             store = loader.load_store(lambda count: connection.send(loaded_bytes=count))
             share = share_of(plan, store, loader.device, rank)
-            connection.send(overflow_note=store.overflow_note)
+            notes = [*loader.notes, *store.notes]
+            connection.send(notes=notes)
+            for note in notes:
+                tell(f"note: {note}")
             size = f"{plan.ranks[rank].expert_bytes / 1e9:.2f} GB"
             tell(f"computes {size} of experts until rank 0 ends")
             serve(connection, exchange, share, plan)

@@ -55,6 +55,7 @@ class ShareLoader:
         )
         checked.refuse()
         self._checked = checked
+        self.notes = checked.notes
         if load_format == "dummy":
             self.weights = DummyWeights(plan.model, getattr(torch, plan.model.dtype))
         else:

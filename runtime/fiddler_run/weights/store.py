@@ -63,15 +63,15 @@ class ExpertStore:
             self._host_arena.pin()
 
     @property
-    def overflow_note(self) -> str | None:
-        """How many blocks take more memory than the plan states. None if there are none."""
+    def notes(self) -> list[str]:
+        """How many blocks take more memory than the plan states, if there are any."""
         if not self._referred:
-            return None
+            return []
         more_bytes = sum(tensor.nbytes for tensor in self._referred)
-        return (
+        return [
             f"{len(self._referred)} blocks have more unusual weights than {self.block_format.name}"
             f" has room for: they take {more_bytes / 1e6:.1f} MB more host memory, and more time"
-        )
+        ]
 
     def _place(self, weights: Weights, layer: int, expert: int) -> int:
         """Puts a rank's part of one expert into its three places, encoded. Returns its bytes."""
