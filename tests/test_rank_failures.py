@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,13 +51,15 @@ class Run:
         while time.monotonic() < deadline_s:
             for pid in children(self.process.pid):
                 return pid
+            if self.process.poll() is not None:
+                raise AssertionError(self.process.communicate()[1])
             time.sleep(0.02)
         self.process.kill()
         raise AssertionError("no other rank was started")
 
-    def wait_for_output(self, characters: int) -> None:
+    def wait_for_output(self) -> None:
         """Waits until the run has printed some text, without the rest of its line."""
-        if not os.read(self.process.stdout.fileno(), characters):
+        if not os.read(self.process.stdout.fileno(), 1):
             _, stderr = self.process.communicate(timeout=END_S)
             raise AssertionError(f"it has ended without output: {stderr}")
 
@@ -78,10 +81,12 @@ class Run:
         return self.process.returncode, stderr.splitlines()
 
 
-def children(pid: int) -> list[int]:
+def children(pid: int) -> Iterator[int]:
     """The ranks that a process has started."""
-    found = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    return [each for each in found if "--join" in Path(f"/proc/{each}/cmdline").read_text()]
+    with suppress(FileNotFoundError):  # one of them has ended
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if "--join" in Path(f"/proc/{child}/cmdline").read_text():
+                yield int(child)
 
 
 def is_running(pid: int) -> bool:
@@ -142,7 +147,7 @@ def test_a_model_says_which_rank_has_ended(plan_file):
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run(plan_file):
     run = started(plan_file)
-    run.wait_for_output(1)
+    run.wait_for_output()
     run.kill_other()
     status, lines = run.end()
     assert status == 1
@@ -188,7 +193,7 @@ def test_an_exchange_that_cannot_be_ended_delays_the_end_by_seconds():
 @pytest.mark.slow
 def test_the_other_rank_ends_with_the_first(plan_file):
     run = started(plan_file)
-    run.wait_for_output(1)
+    run.wait_for_output()
     run.process.kill()
     status, lines = run.end()
     assert status == -signal.SIGKILL
@@ -198,7 +203,7 @@ def test_the_other_rank_ends_with_the_first(plan_file):
 @pytest.mark.slow
 def test_an_interrupt_ends_all_ranks(plan_file):
     run = started(plan_file)
-    run.wait_for_output(1)
+    run.wait_for_output()
     run.process.send_signal(signal.SIGINT)
     status, lines = run.end()
     assert status == 130

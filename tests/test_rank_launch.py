@@ -4,7 +4,9 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from queue import SimpleQueue
 
 import pytest
@@ -15,7 +17,7 @@ from fiddler_run.loading.share import model_id
 from fiddler_run.ranks import connection
 from fiddler_run.ranks import peers as peers_module
 from fiddler_run.ranks.connection import Connection, connect, listen, release
-from fiddler_run.ranks.launch import gather
+from fiddler_run.ranks.launch import Gathering, gather, welcome
 from fiddler_run.ranks.peer import Peer
 from fiddler_run.ranks.peers import Peers
 from fiddler_run.weights.tensor_files import TensorFiles
@@ -52,6 +54,42 @@ def test_another_release_or_rank_is_refused():
     assert line.startswith(f"rank 1 (127.0.0.1) runs fiddler-opt 0.0.1, and rank 0 {release()}")
     line = refused(rank=2, release=release())
     assert line == "127.0.0.1 connected as rank 2, which this plan does not expect"
+
+
+def connected() -> tuple[Connection, socket.socket]:
+    """Both ends of a connection."""
+    with listen("127.0.0.1", 0) as listening:
+        other = socket.create_connection(listening.getsockname())
+        return Connection(listening.accept()[0]), other
+
+
+def test_a_stranger_that_sends_slowly_is_not_waited_for():
+    connection, stranger = connected()
+    over = threading.Event()
+
+    def send() -> None:
+        with suppress(OSError):
+            while not over.wait(0.1):
+                stranger.sendall(b" ")
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    begun_s = time.monotonic()
+    assert connection.hello() is None
+    assert time.monotonic() - begun_s < 5
+    over.set()
+    sending.join()
+    stranger.close()
+
+
+def test_a_rank_that_ends_after_its_hello_is_named():
+    connection, rank = connected()
+    rank.sendall(f'{{"rank": 1, "release": "{release()}"}}\n'.encode())
+    rank.close()
+    with listen("127.0.0.1", 0) as listening:
+        gathering = Gathering(2, listening)
+        welcome(gathering, connection, {"do": "nothing"})
+    assert gathering.peers[1].name == "rank 1 (127.0.0.1)"
 
 
 def test_ranks_elsewhere_need_an_address():

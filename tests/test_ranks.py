@@ -1,6 +1,9 @@
 """Several ranks give the results of one."""
 
+import os
 import random
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -16,7 +19,7 @@ from test_exactness import BATCHES, TEXTS, assert_same, encode, greedy
 from fiddler_run import load_model
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
-from fiddler_run.ranks import exchange
+from fiddler_run.ranks import exchange, peers
 
 
 def random_shared_plan(shape, seed: int, num_ranks: int, block_neurons: int = 32) -> Plan:
@@ -116,10 +119,16 @@ def test_traffic_counts_the_blocks_of_all_ranks(loaded):
 
 @torch.no_grad()
 def test_an_error_within_a_layer_ends_the_ranks(loaded, monkeypatch):
-    """The error is raised as it is; after it, the ranks would not agree on the next layer."""
+    """The error is raised as it is; after it, the ranks would not agree on the next layer.
+
+    The process goes on, even if it never uses the model again.
+    """
     model, tokenizer = loaded
     ids = encode(tokenizer, TEXTS[1:2], model.device)["input_ids"]
     monkeypatch.setattr(exchange, "LAYER_TIMEOUT", timedelta(seconds=1))  # the other is a thread
+    monkeypatch.setattr(peers, "LEAVE_S", 0.1)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
     with in_ranks(model, random_shared_plan(demo_shape(), 5, 2), DEMO):
         expected = model(ids).logits
         layer = model.layers[3]
@@ -127,6 +136,8 @@ def test_an_error_within_a_layer_ends_the_ranks(loaded, monkeypatch):
             patched.setattr(layer, "_run", lambda *_: torch.zeros(1) @ torch.zeros(2))
             with pytest.raises(RuntimeError, match="size"):
                 model(ids)
+        time.sleep(0.5)
+        assert ended == []
         for _ in range(2):
             with pytest.raises(FiddlerError, match="a layer was interrupted, so the ranks have"):
                 model(ids)
@@ -157,6 +168,28 @@ def test_threads_take_turns_at_a_layer(loaded):
         with ThreadPoolExecutor(4) as threads:
             found = threads.map(lambda _: served(states, index, weights), range(12))
             assert all(torch.equal(each, expected) for each in found)
+
+
+def test_a_layer_waits_for_a_generation(loaded):
+    model, tokenizer = loaded
+    encoded = encode(tokenizer, TEXTS[:1], model.device)
+    with in_ranks(model, random_shared_plan(demo_shape(), 9, 2), DEMO):
+        served = model.experts_modules()[0].planned
+        inputs = torch.randn(1, 128), torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2)
+        inputs = [tensor.to(model.device) for tensor in inputs]
+        expected = served(*inputs), model.generate(**encoded, **greedy(8))
+        found = []
+
+        def call_layer() -> None:
+            found.extend(served(*inputs) for _ in range(40))
+
+        beside = threading.Thread(target=call_layer, daemon=True)
+        beside.start()
+        for _ in range(3):
+            assert torch.equal(model.generate(**encoded, **greedy(8)), expected[1])
+        beside.join(timeout=60)
+        assert len(found) == 40
+        assert all(torch.equal(each, expected[0]) for each in found)
 
 
 def test_an_interrupted_request_leaves_no_wrong_reply(loaded):

@@ -8,7 +8,7 @@ import torch
 from conftest import DEMO, demo_shape, make_plan, with_rank
 from ranks import shared_plan
 from test_exactness import TEXTS, encode, greedy
-from test_rank_failures import Run, assert_one_line
+from test_rank_failures import assert_one_line, started
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA devices", allow_module_level=True)
@@ -59,9 +59,8 @@ def test_a_killed_rank_ends_a_run_on_gpus(tmp_path):
     """Rank 0 then waits for its GPU, which waits for the other's."""
     plan_file = tmp_path / "plan.yaml"
     two_ranks("bfloat16").save(plan_file)
-    more = ("--num-beams", 1, "--temperature", 1, "--seed", 0, "--max-new-tokens", 240)
-    run = Run("--plan", plan_file, "--model", DEMO, *more, "Once upon a time")
-    run.wait_for_output(1)
+    run = started(plan_file)
+    run.wait_for_output()
     run.kill_other()
     status, lines = run.end()
     assert status == 1, lines

@@ -14,6 +14,7 @@ choice and applies the split.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
@@ -90,6 +91,11 @@ class ExpertsLayer:
         return DecodeLayer(resident, host, self.stream_share)
 
     @property
+    def lock(self) -> threading.RLock:
+        """Held while a layer of this engine is computed, and during a generation."""
+        return self._engine.resources.lock
+
+    @property
     def calls(self) -> np.ndarray:
         """How many tokens each expert has computed so far, [num_experts] int64."""
         return self._calls if self.decode is None else self._calls + self.decode.calls
@@ -108,7 +114,7 @@ class ExpertsLayer:
         require_no_gradients(hidden_states, top_k_weights)
         on_gpu = hidden_states.is_cuda
         current = torch.cuda.device(hidden_states.device) if on_gpu else nullcontext()
-        with current, self._engine.resources.lock:
+        with current, self.lock:
             timeline = self._engine.resources.timeline
             timeline.end(Lane.GPU, Work.DENSE)  # ends the time between the experts of two layers
             timeline.enter(self.number)

@@ -21,7 +21,7 @@ SILENT_S = 4
 JOIN_S = 60  # how long rank 0 waits for the others, and they for rank 0
 HELLO_S = 5  # how long someone who has connected may take to say who it is
 RETRY_S = 0.2
-STARTED_BY = "FIDDLER_STARTED_BY"  # environment variable of a rank that rank 0 has started
+STARTED_BY_RANK_0 = "FIDDLER_STARTED_BY_RANK_0"  # environment variable of a rank's process
 MAX_LINE = 2**26  # bytes; a plan of thousands of experts takes a few megabytes
 
 
@@ -68,9 +68,11 @@ class Connection:
 
     def hello(self) -> dict | None:
         """The first message. None if it does not come soon; the connection is then of no use."""
-        self._socket.settimeout(HELLO_S)
+        # a timeout of the socket would be for each of its bytes
+        ending = threading.Timer(HELLO_S, self.close)
+        ending.start()
         message = self.receive()
-        self._socket.settimeout(None)
+        ending.cancel()
         return message
 
     def receive(self) -> dict | None:

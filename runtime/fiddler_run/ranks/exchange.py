@@ -44,8 +44,8 @@ class Sizes(NamedTuple):
     def of(cls, inputs: Inputs) -> Sizes:
         return cls(*inputs.index.shape, inputs.states.shape[1], inputs.states.dtype)
 
-    def message(self, device: torch.device) -> tuple[Tensor, Inputs]:
-        """An empty message, uint8, and its views."""
+    def message(self, device: torch.device, pinned: bool = False) -> tuple[Tensor, Inputs]:
+        """An empty message, uint8, and its views. `pinned`: in page-locked host memory."""
         shapes = [
             ((self.tokens, self.hidden), self.dtype),
             ((self.tokens, self.choices), torch.int64),
@@ -55,9 +55,7 @@ class Sizes(NamedTuple):
         starts = [0]
         for size in sizes:
             starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-        message = torch.empty(
-            starts[-1], dtype=torch.uint8, device=device, pin_memory=_pins(device)
-        )
+        message = torch.empty(starts[-1], dtype=torch.uint8, device=device, pin_memory=pinned)
         views = (
             message[start : start + size].view(dtype).view(shape)
             for start, size, (shape, dtype) in zip(starts, sizes, shapes, strict=False)
@@ -167,10 +165,11 @@ class GlooExchange(Exchange):
         options._timeout = CONNECT_TIMEOUT
         self._group = distributed.ProcessGroupGloo(store, rank, num_ranks, options)
         self._host = torch.device("cpu")
+        self._pinned = device.type == "cuda"  # otherwise, this rank uses no GPU
         self._under_way: list[tuple[distributed.Work, Tensor]] = []  # keeps messages alive
 
     def give(self, inputs: Inputs) -> None:
-        message, views = Sizes.of(inputs).message(self._host)
+        message, views = Sizes.of(inputs).message(self._host, self._pinned)
         for view, tensor in zip(views, inputs, strict=True):
             view.copy_(tensor, non_blocking=True)
         if self.device.type == "cuda":
@@ -181,13 +180,13 @@ class GlooExchange(Exchange):
         self._under_way = [(self._group.send([message], other, 0), message) for other in others]
 
     def take(self, sizes: Sizes) -> Inputs:
-        message, views = sizes.message(self._host)
+        message, views = sizes.message(self._host, self._pinned)
         self._group.recv([message], 0, 0).wait(LAYER_TIMEOUT)
         return Inputs(*(view.to(self.device) for view in views))
 
     def add(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
         for other in range(1, self.num_ranks):
-            received = torch.empty(partial.shape, dtype=partial.dtype, pin_memory=_pins(self._host))
+            received = torch.empty(partial.shape, dtype=partial.dtype, pin_memory=self._pinned)
             self._group.recv([received], other, 0).wait(LAYER_TIMEOUT)
             partial += received.to(self.device)
         return partial.to(dtype)
@@ -203,7 +202,3 @@ class GlooExchange(Exchange):
 def _keep(group: object) -> None:
     """Keeps a group from being destroyed: after the loss of a rank, that may crash."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-
-
-def _pins(device: torch.device) -> bool:
-    return device.type == "cpu" and torch.cuda.is_available()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fiddler_run.errors import FiddlerError
 from fiddler_run.ranks.connection import (
     JOIN_S,
-    STARTED_BY,
+    STARTED_BY_RANK_0,
     Connection,
     listen,
     release,
@@ -92,7 +92,7 @@ def _start(module: str, host: str, port: int, rank: int) -> subprocess.Popen:
     return subprocess.Popen(
         # -P: a folder of that name in the working directory must not shadow the module
         [sys.executable, "-P", "-m", module, "--join", f"{host}:{port}", "--rank", str(rank)],
-        env={**os.environ, STARTED_BY: str(os.getpid())},
+        env={**os.environ, STARTED_BY_RANK_0: "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for rank 0 alone
@@ -105,7 +105,7 @@ def _welcome_all(gathering: Gathering, task: dict[str, object]) -> None:
     while gathering.missing:
         readable, _, _ = select.select([gathering.listening], [], [], POLL_S)
         if readable:
-            _welcome(gathering, Connection(gathering.listening.accept()[0]), task)
+            welcome(gathering, Connection(gathering.listening.accept()[0]), task)
         for number in gathering.missing:
             process = gathering.processes.get(number)
             if process is not None and process.poll() is not None:
@@ -119,7 +119,12 @@ def _welcome_all(gathering: Gathering, task: dict[str, object]) -> None:
             )
 
 
-def _welcome(gathering: Gathering, connection: Connection, task: dict[str, object]) -> None:
+def welcome(gathering: Gathering, connection: Connection, task: dict[str, object]) -> None:
+    """Gives a rank that has connected its task. Others are left alone.
+
+    Raises:
+        FiddlerError: it runs another release, or is not expected.
+    """
     hello = connection.hello()
     if hello is None or "release" not in hello:  # not a rank; ports are also scanned
         connection.close()
@@ -137,8 +142,10 @@ def _welcome(gathering: Gathering, connection: Connection, task: dict[str, objec
         connection.send(failed=problem)
         connection.close()
         raise FiddlerError(problem)
+    # first of all, because it asks for the address, which a rank that has ended has not
+    peer = Peer(rank, connection, gathering.processes.get(rank))
     connection.send(**task)
-    gathering.peers[rank] = Peer(rank, connection, gathering.processes.get(rank))
+    gathering.peers[rank] = peer
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class SharedLayer:
         require_no_gradients(hidden_states, top_k_weights)
         self.local.check_dtype(hidden_states)
         inputs = Inputs(*layer_inputs(hidden_states, top_k_index, top_k_weights))
-        with self._peers.layer(self.local.number, inputs):
+        with self.local.lock, self._peers.layer(self.local.number, inputs):
             self._peers.give(inputs)
             return self._peers.add(self.local(*inputs), hidden_states.dtype)
 

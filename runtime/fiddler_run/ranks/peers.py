@@ -42,7 +42,6 @@ class Peers:
         self._requests = 0
         self._closing = False
         self._state = threading.Lock()  # guards `failure` and `loaded_bytes`
-        self._one_layer = threading.RLock()
         self._busy = False  # this process may wait for another rank, where nothing interrupts it
         self._raised = threading.Event()  # the failure was raised
         for peer in peers:
@@ -50,19 +49,18 @@ class Peers:
 
     @contextmanager
     def layer(self, number: int, inputs: Inputs) -> Iterator[None]:
-        """Lets all ranks compute a layer's experts. Other threads wait.
+        """Lets all ranks compute a layer's experts. One thread at a time may do so.
 
         Raises:
             FiddlerError: a rank has failed.
         """
-        with self._one_layer:
-            self.begin(number, inputs)
-            try:
-                yield
-            except BaseException:
-                self.abandon()
-                raise
-            self.end()
+        self.begin(number, inputs)
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+        self.end()
 
     def begin(self, number: int, inputs: Inputs) -> None:
         """Tells the others that the inputs of a layer follow.
@@ -80,7 +78,8 @@ class Peers:
 
     def abandon(self) -> None:
         """Ends the ranks if a layer was not finished: they would not agree on the next one."""
-        if self._busy and self.failure is None:
+        was_busy, self._busy = self._busy, False
+        if was_busy and self.failure is None:
             self._fail("a layer was interrupted, so the ranks have ended; load the model again")
 
     def give(self, inputs: Inputs) -> None:
