@@ -76,12 +76,12 @@ class DelayedExchange(GlooExchange):
 
     network: Network
 
-    def give(self, inputs: Inputs) -> None:
+    def broadcast(self, inputs: Inputs) -> None:
         self._wait(sum(each.nbytes for each in inputs))
-        super().give(inputs)
+        super().broadcast(inputs)
 
-    def add(self, partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        total = super().add(partial, dtype)
+    def reduce(self, partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        total = super().reduce(partial, dtype)
         self._wait(partial.nbytes)
         return total
 

@@ -17,7 +17,7 @@ from fiddler_run.loading.share import model_id
 from fiddler_run.ranks import connection
 from fiddler_run.ranks import peers as peers_module
 from fiddler_run.ranks.connection import Connection, connect, listen, release
-from fiddler_run.ranks.launch import Gathering, gather, welcome
+from fiddler_run.ranks.launch import Gathering, start_ranks, welcome
 from fiddler_run.ranks.peer import Peer
 from fiddler_run.ranks.peers import Peers
 from fiddler_run.weights.tensor_files import TensorFiles
@@ -33,7 +33,7 @@ def refused(**hello: object) -> str:
     addresses: SimpleQueue = SimpleQueue()
     with ThreadPoolExecutor(1) as threads:
         gathering = threads.submit(
-            gather, [0, 1], ("127.0.0.1", 0), {}, waiting=lambda line: addresses.put(line)
+            start_ranks, [0, 1], ("127.0.0.1", 0), {}, waiting=lambda line: addresses.put(line)
         )
         port = int(addresses.get(timeout=5).split(":")[1])
         for stranger_says in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01"):  # the latter half a line
@@ -94,9 +94,9 @@ def test_a_rank_that_ends_after_its_hello_is_named():
 
 def test_ranks_elsewhere_need_an_address():
     with pytest.raises(FiddlerError, match=r"other machines \(1, 2\): give --listen"):
-        gather([0, 1, 1], None, {})
+        start_ranks([0, 1, 1], None, {})
     with pytest.raises(FiddlerError, match="--listen 0.0.0.0: give the address by which"):
-        gather([0, 1], ("0.0.0.0", 0), {})
+        start_ranks([0, 1], ("0.0.0.0", 0), {})
 
 
 def test_rank_0_that_does_not_answer_is_named():

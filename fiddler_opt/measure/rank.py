@@ -71,7 +71,7 @@ def _measure(connection: Connection, rank: int, task: dict) -> None:
                 before = free_bytes(bench.device)
                 exchange = join(connection, rank, bench.device, "")
                 for sizes in timed_sizes(model):
-                    states = exchange.take(sizes).states
+                    states = exchange.receive(sizes).states
                     exchange.send(torch.zeros_like(states, dtype=torch.float32))
                 connection.send(exchange_bytes=before - free_bytes(bench.device))
             case "end":

@@ -18,7 +18,7 @@ from fiddler_opt.measure.stopwatch import BUSY_CYCLES
 from fiddler_opt.solve.cost import exchanged_bytes
 from fiddler_run.ranks.cores import on_own_cores
 from fiddler_run.ranks.exchange import Exchange, Sizes
-from fiddler_run.ranks.launch import gather
+from fiddler_run.ranks.launch import start_ranks
 from fiddler_run.ranks.meet import meet
 from fiddler_run.ranks.peers import Peers
 from fiddler_run.system.gpu import gpu_numa_nodes
@@ -42,7 +42,7 @@ class OtherRanks:
         """
         self.count = count
         task = {"model": model, "quick": quick, "count": count}
-        self._peers = gather([0] * count, None, task, module="fiddler_opt.measure.rank")
+        self._peers = start_ranks([0] * count, None, task, module="fiddler_opt.measure.rank")
         self._peers.replies()  # they have imported PyTorch, and found their GPU
         self._on_own_cores = ExitStack()
         self._on_own_cores.enter_context(on_own_cores([1] * count, 0, gpu_numa_nodes()))
@@ -146,8 +146,8 @@ def _exchange_s(exchange: Exchange, sizes: Sizes) -> float:
             begun.record()
         started_s = time.perf_counter()
         for _ in range(EXCHANGES):
-            exchange.give(inputs)
-            exchange.add(partial, sizes.dtype)
+            exchange.broadcast(inputs)
+            exchange.reduce(partial, sizes.dtype)
         elapsed_s = time.perf_counter() - started_s
         if device.type == "cuda":
             ended.record()

@@ -55,6 +55,45 @@ def test_two_gpus_give_the_logits_of_one(dtype):
         assert torch.equal(generated, tokens)
 
 
+@torch.no_grad()
+def test_a_rank_without_a_gpu_gives_the_logits_of_one():
+    """They exchange by gloo, through page-locked memory of the rank that has a GPU."""
+    alone, tokenizer = load_model(make_plan(demo_shape(), [[3] * 8] * 6), DEMO)
+    encoded = encode(tokenizer, TEXTS[:1], alone.device)
+    expected = alone(**encoded).logits
+    tokens = alone.generate(**encoded, **greedy(16))
+    both, _ = load_model(without_second_gpu(two_ranks("float32")), DEMO)
+    try:
+        assert (both(**encoded).logits - expected).norm() <= 1e-4 * expected.norm()
+        assert torch.equal(both.generate(**encoded, **greedy(16)), tokens)
+    finally:
+        both.peers.close()
+
+
+def without_second_gpu(plan: Plan) -> Plan:
+    """The plan with all blocks of rank 1 in host memory."""
+    first, second = plan.ranks
+    memory = second.gpu_memory_bytes
+    host = {
+        layer: [sum(counts) for counts in zip(second.resident_blocks[layer], row, strict=True)]
+        for layer, row in second.host_blocks.items()
+    }
+    host_bytes = second.host_memory_bytes.experts + memory.experts
+    update = {
+        "gpu_memory_bytes": memory.model_copy(update=dict.fromkeys(type(memory).model_fields, 0)),
+        "host_memory_bytes": second.host_memory_bytes.model_copy(update={"experts": host_bytes}),
+        "stream_share": {1: 0.0},
+        "resident_blocks": {layer: [0] * len(row) for layer, row in host.items()},
+        "host_blocks": host,
+    }
+    return Plan.model_validate(
+        {
+            **plan.model_dump(),
+            "ranks": [first.model_dump(), second.model_copy(update=update).model_dump()],
+        }
+    )
+
+
 def test_a_killed_rank_ends_a_run_on_gpus(tmp_path):
     """Rank 0 then waits for its GPU, which waits for the other's."""
     plan_file = tmp_path / "plan.yaml"

@@ -8,6 +8,8 @@ fixed: the same input gives the same bits as long as the model is loaded, but no
 again. Another model that runs in the same process meanwhile would disturb the measurement.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -18,6 +20,7 @@ from fiddler_run.engine.layer import ExpertsLayer
 from fiddler_run.engine.resources import Resources
 from fiddler_run.engine.timeline import Span, Work, whole_s
 from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
+from fiddler_run.plan.shape import ModelShape
 from fiddler_run.plan.split import split
 
 ROUNDS = 2
@@ -52,6 +55,10 @@ class RouterSizes:
     num_experts: int
     top_k: int
     hidden_size: int
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> RouterSizes:
+        return cls(shape.num_experts, shape.num_experts_per_tok, shape.hidden_size)
 
 
 @dataclass(frozen=True)

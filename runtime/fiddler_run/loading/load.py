@@ -15,7 +15,7 @@ from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
 from fiddler_run.loading.model_check import LoadFormat
 from fiddler_run.loading.share import ShareLoader
 from fiddler_run.plan.schema import Plan
-from fiddler_run.ranks.launch import gather
+from fiddler_run.ranks.launch import start_ranks
 from fiddler_run.ranks.meet import meet
 from fiddler_run.ranks.peers import Peers
 from fiddler_run.system.locate import shipped_file
@@ -89,7 +89,7 @@ class ModelLoader(ShareLoader):
                 "disk_folder": str(self._checked.disk_folder.resolve()),
             }
             machines = [rank.machine for rank in plan.ranks]
-            self.peers = gather(machines, listen, task, waiting=on_waiting)
+            self.peers = start_ranks(machines, listen, task, waiting=on_waiting)
             self._end_ranks = weakref.finalize(self, self.peers.close)
 
     @property
@@ -181,9 +181,8 @@ def _warm_up(model: PlannedModel) -> None:
 def _tune(model: PlannedModel) -> Tuning:
     """Finds the split between CPU and link for this model and applies it to its layers."""
     plan = model.plan
-    shape = plan.model
     chunk = min(plan.prefill_chunk_tokens, plan.workload.max_seq_len)
-    router = RouterSizes(shape.num_experts, shape.num_experts_per_tok, shape.hidden_size)
+    router = RouterSizes.of(plan.model)
     prompt_tokens = chunk * plan.workload.batch_size
     if model.peers is None:
         return tune(model.layers, model.engine.resources, router, prompt_tokens)

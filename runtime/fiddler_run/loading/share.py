@@ -95,7 +95,7 @@ def _use_gpu(plan: Plan, number: int) -> None:
 
 
 def model_id(files: TensorFiles) -> str:
-    """A hash of the files' sizes and of their last bytes."""
+    """A hash of the files' names, sizes and last bytes."""
     found = hashlib.sha256()
     for path in sorted(files.paths):
         size = path.stat().st_size

@@ -28,7 +28,7 @@ MAX_LINE = 2**26  # bytes; a plan of thousands of experts takes a few megabytes
 class Connection:
     """One end of a connection. `send` may be called from several threads, `receive` from one.
 
-    `in_order`: rank 0 has said that this is the end.
+    `ended_normally`: rank 0 has said that this is the end.
     """
 
     def __init__(self, connected: socket.socket):
@@ -38,7 +38,7 @@ class Connection:
         self._socket = connected
         self._lines = connected.makefile("rb")
         self._sending = threading.Lock()
-        self.in_order = False
+        self.ended_normally = False
 
     def __enter__(self) -> Connection:
         return self

@@ -73,15 +73,15 @@ class Exchange(ABC):
         self.device = device
 
     @abstractmethod
-    def give(self, inputs: Inputs) -> None:
+    def broadcast(self, inputs: Inputs) -> None:
         """Rank 0: sends a layer's inputs to the others."""
 
     @abstractmethod
-    def take(self, sizes: Sizes) -> Inputs:
-        """Others: the inputs that rank 0 gives, on this rank's device."""
+    def receive(self, sizes: Sizes) -> Inputs:
+        """Others: the inputs that rank 0 sends, on this rank's device."""
 
     @abstractmethod
-    def add(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
+    def reduce(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
         """Rank 0: the sum of all ranks' partial sums [tokens, hidden] float32, in `dtype`."""
 
     @abstractmethod
@@ -120,18 +120,18 @@ class NcclExchange(Exchange):
         self._group.broadcast([torch.zeros(1, device=device)], self._broadcast)
         torch.cuda.synchronize(device)
 
-    def give(self, inputs: Inputs) -> None:
+    def broadcast(self, inputs: Inputs) -> None:
         message, views = Sizes.of(inputs).message(self.device)
         for view, tensor in zip(views, inputs, strict=True):
             view.copy_(tensor)
         self._group.broadcast([message], self._broadcast)
 
-    def take(self, sizes: Sizes) -> Inputs:
+    def receive(self, sizes: Sizes) -> Inputs:
         message, views = sizes.message(self.device)
         self._group.broadcast([message], self._broadcast)
         return views
 
-    def add(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
+    def reduce(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
         self._group.reduce([partial], self._reduce)
         return partial.to(dtype)
 
@@ -168,7 +168,7 @@ class GlooExchange(Exchange):
         self._pinned = device.type == "cuda"  # otherwise, this rank uses no GPU
         self._under_way: list[tuple[distributed.Work, Tensor]] = []  # keeps messages alive
 
-    def give(self, inputs: Inputs) -> None:
+    def broadcast(self, inputs: Inputs) -> None:
         message, views = Sizes.of(inputs).message(self._host, self._pinned)
         for view, tensor in zip(views, inputs, strict=True):
             view.copy_(tensor, non_blocking=True)
@@ -179,12 +179,12 @@ class GlooExchange(Exchange):
         others = range(1, self.num_ranks)
         self._under_way = [(self._group.send([message], other, 0), message) for other in others]
 
-    def take(self, sizes: Sizes) -> Inputs:
+    def receive(self, sizes: Sizes) -> Inputs:
         message, views = sizes.message(self._host, self._pinned)
         self._group.recv([message], 0, 0).wait(LAYER_TIMEOUT)
         return Inputs(*(view.to(self.device) for view in views))
 
-    def add(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
+    def reduce(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
         for other in range(1, self.num_ranks):
             received = torch.empty(partial.shape, dtype=partial.dtype, pin_memory=self._pinned)
             self._group.recv([received], other, 0).wait(LAYER_TIMEOUT)

@@ -43,7 +43,7 @@ class Gathering:
         return [rank for rank in range(1, self.num_ranks) if rank not in self.peers]
 
 
-def gather(
+def start_ranks(
     machines: Sequence[int],
     address: tuple[str, int] | None,
     task: dict[str, object],

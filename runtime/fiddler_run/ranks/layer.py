@@ -30,8 +30,8 @@ class SharedLayer:
         self.local.check_dtype(hidden_states)
         inputs = Inputs(*layer_inputs(hidden_states, top_k_index, top_k_weights))
         with self.local.lock, self._peers.layer(self.local.number, inputs):
-            self._peers.give(inputs)
-            return self._peers.add(self.local(*inputs), hidden_states.dtype)
+            self._peers.broadcast(inputs)
+            return self._peers.reduce(self.local(*inputs), hidden_states.dtype)
 
     def can_record(self, tokens: int) -> bool:
         """True if a batch of this size can be captured in a CUDA graph."""
@@ -42,9 +42,9 @@ class SharedLayer:
     ) -> tuple[Tensor, Callable[[], None], Callable[[], None]]:
         """As a call, while a CUDA graph is captured; see `ExpertsLayer.record`."""
         inputs = Inputs(*layer_inputs(hidden_states, top_k_index, top_k_weights))
-        self._peers.give(inputs)
+        self._peers.broadcast(inputs)
         partial, before, after = self.local.record(number, *inputs)
-        output = self._peers.add(partial, hidden_states.dtype)
+        output = self._peers.reduce(partial, hidden_states.dtype)
 
         def begin() -> None:
             self._peers.begin(self.local.number, inputs)

@@ -82,23 +82,23 @@ class Peers:
         if was_busy and self.failure is None:
             self._fail("a layer was interrupted, so the ranks have ended; load the model again")
 
-    def give(self, inputs: Inputs) -> None:
+    def broadcast(self, inputs: Inputs) -> None:
         """Sends a layer's inputs to the others.
 
         Raises:
             FiddlerError: a rank has failed.
         """
         with self._naming_failures():
-            self.exchange.give(inputs)
+            self.exchange.broadcast(inputs)
 
-    def add(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
-        """The sum of all ranks' partial sums; see `Exchange.add`.
+    def reduce(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum of all ranks' partial sums; see `Exchange.reduce`.
 
         Raises:
             FiddlerError: a rank has failed.
         """
         with self._naming_failures():
-            return self.exchange.add(partial, dtype)
+            return self.exchange.reduce(partial, dtype)
 
     @contextmanager
     def connecting(self) -> Iterator[None]:

@@ -27,13 +27,12 @@ def serve(connection: Connection, exchange: Exchange, share: Share, plan: Plan) 
     """
     engine, layers = share
     resources = engine.resources
-    shape = plan.model
-    router = RouterSizes(shape.num_experts, shape.num_experts_per_tok, shape.hidden_size)
+    router = RouterSizes.of(plan.model)
     while (message := connection.receive()) is not None:
         match message["do"]:
             case "layer":
-                sizes = Sizes(message["tokens"], message["k"], shape.hidden_size, resources.dtype)
-                exchange.send(layers[message["layer"]](*exchange.take(sizes)))
+                sizes = Sizes(message["tokens"], message["k"], router.hidden_size, resources.dtype)
+                exchange.send(layers[message["layer"]](*exchange.receive(sizes)))
             case "tune":
                 resources.settle()
                 tune(layers, resources, router, message["prompt_tokens"])
@@ -47,7 +46,7 @@ def serve(connection: Connection, exchange: Exchange, share: Share, plan: Plan) 
                 resources.settle()
                 resources.forget_traffic()
             case "end":
-                connection.in_order = True
+                connection.ended_normally = True
                 return
     raise FiddlerError("rank 0 is gone")
 
@@ -58,6 +57,6 @@ def end_with(connection: Connection) -> None:
     def watch() -> None:
         connection.has_ended()
         time.sleep(END_S)
-        os._exit(0 if connection.in_order else 1)
+        os._exit(0 if connection.ended_normally else 1)
 
     threading.Thread(target=watch, daemon=True).start()
