@@ -9,7 +9,7 @@ from planning import machine_profile, small_model
 
 from fiddler_opt.inputs.machine import MachineProfile, seconds_at
 from fiddler_opt.inputs.routing import Routing
-from fiddler_opt.insight.bench_result import MeasuredPhase, MeasuredSpeeds, Result
+from fiddler_opt.insight.bench_result import MeasuredMachine, MeasuredPhase, MeasuredSpeeds, Result
 from fiddler_opt.insight.calibrate import calibrate
 from fiddler_opt.solve.compiler import by_rule, compile_plan
 from fiddler_opt.solve.problem import Problem
@@ -60,7 +60,8 @@ def result_of(plan, prefill: dict[str, float], decode: dict[str, float]) -> Resu
         prompt_tokens=12, output_tokens=20, ttft_s=0.1, decode_tokens_per_s=9.0
     )
     phases = {"prefill": phase(prefill, 12, 6.5), "decode": phase(decode, 1, 1.0)}
-    return Result(plan=plan.provenance, num_beams=1, batch_size=1, measured=measured, **phases)
+    about = {"machine": MeasuredMachine(gpu="test"), "plan": plan.provenance}
+    return Result(**about, num_beams=1, batch_size=1, measured=measured, **phases)
 
 
 def test_run_as_predicted_changes_nothing(problem):
@@ -172,6 +173,13 @@ def test_baseline_and_cpu_plans_are_refused(problem):
         calibrate(cpu, replace(made_from, budget=none), ROUTING, result_of(cpu, {}, {}), "test")
 
 
+def test_a_run_without_the_profiled_gpu_is_refused(problem):
+    plan, made_from = problem
+    result = result_of(plan, {}, {}).model_copy(update={"machine": MeasuredMachine(gpu=None)})
+    with pytest.raises(FiddlerError, match="measured without a GPU, but the profile timed one"):
+        calibrate(plan, made_from, ROUTING, result, "test")
+
+
 def test_corrected_profile_can_be_read(problem, tmp_path):
     """A data sheet corrected by a run counts as measured; no time is rounded to zero."""
     plan, made_from = problem
@@ -188,27 +196,13 @@ def test_corrected_profile_can_be_read(problem, tmp_path):
 
 
 def test_calibrate_writes_a_profile_and_refuses_other_results(tmp_path):
-    measured = run(
-        "fiddler-run",
-        "--plan",
-        SHIPPED_PLAN,
-        "--bench",
-        "--max-new-tokens",
-        6,
-        "--json",
-        "b.json",
-        cwd=tmp_path,
-    )
+    bench = ("--plan", SHIPPED_PLAN, "--bench", "--max-new-tokens", 6, "--json", "b.json")
+    measured = run("fiddler-run", *bench, cwd=tmp_path)
     assert measured.returncode == 0, measured.stderr
     result = run("fiddler-opt", "calibrate", SHIPPED_PLAN, "b.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["profiles/two-cores-calibrated.machine.yaml"]
-    for words in (
-        "experts in host memory",
-        "measured / profile",
-        "according to the new profile",
-        "plan",
-    ):
+    for words in ("experts in host memory", "measured / profile", "according to the new profile"):
         assert words in result.stderr
     assert "measured workload" not in result.stderr
     profile = MachineProfile.load(tmp_path / result.stdout.strip())
@@ -218,7 +212,7 @@ def test_calibrate_writes_a_profile_and_refuses_other_results(tmp_path):
     for file, content, words in (
         ("no.json", "{", "no.json: not a result of `fiddler-run --bench --json` (no JSON object"),
         ("list.json", "[]", "(no JSON object)"),
-        ("part.json", json.dumps({"plan": figures["plan"]}), "(num_beams: Field required)"),
+        ("part.json", json.dumps({"plan": figures["plan"]}), "(machine: Field required)"),
         (
             "nan.json",
             json.dumps(figures | {"measured": {**figures["measured"], "ttft_s": float("nan")}}),

@@ -37,9 +37,14 @@ class MeasuredSpeeds(_Lenient):
     decode_tokens_per_s: Rate
 
 
+class MeasuredMachine(_Lenient):
+    gpu: str | None
+
+
 class Result(_Lenient):
     """The result of a run."""
 
+    machine: MeasuredMachine
     plan: Provenance
     num_beams: Count
     batch_size: Count

@@ -84,8 +84,8 @@ def calibrate(
         command: recorded in the new profile.
 
     Raises:
-        FiddlerError: a simple rule made the plan, the plan does not use the profiled GPU, or a
-            measured time is implausible.
+        FiddlerError: a simple rule made the plan, the plan or the run does not use the profiled
+            GPU, or a measured time is implausible.
     """
     if plan.provenance.status.startswith(NOT_SOLVED):
         raise FiddlerError(
@@ -94,6 +94,11 @@ def calibrate(
     if plan.rank.gpu_memory_bytes.total == 0 and problem.machine.device.kind == "cuda":
         raise FiddlerError(
             "the plan does not use the GPU that its profile timed; calibrate with one that does"
+        )
+    if result.machine.gpu is None and problem.machine.device.kind == "cuda":
+        raise FiddlerError(
+            "the result was measured without a GPU, but the profile timed one; run the plan where"
+            " the GPU is"
         )
     corrections = [each for each in compared(plan, problem, result) if each.measured_us > 0]
     for each in corrections:
