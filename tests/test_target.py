@@ -45,6 +45,12 @@ def test_target_is_found_where_all_memory_misses_it():
     assert least_memory(solver(rates), 5.0, 100 * STEP_BYTES).steps == 10
 
 
+def test_the_cpu_alone_may_reach_the_target():
+    rates = {0: 4.0} | dict.fromkeys(range(51, 101), 4.5)
+    assert least_memory(solver(rates), 4.0, 100 * STEP_BYTES).steps == 0
+    assert least_memory(solver(rates), 4.1, 100 * STEP_BYTES).steps == 51
+
+
 def test_unreachable_target_is_refused():
     with pytest.raises(
         FiddlerError,

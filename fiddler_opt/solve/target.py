@@ -2,7 +2,7 @@
 
 More memory predicts a faster decode, except for the solver's gap and the choice of the chunk, which
 may cost 1 or 2%. The returned plan reaches the speed, and STEP_BYTES less does not. A much smaller
-budget might happen to reach the speed, too; it is not looked for.
+budget might happen to reach the speed, too; of these, only none at all is tried: the CPU alone.
 """
 
 import re
@@ -53,7 +53,10 @@ def least_memory(solve: Callable[[int], Plan], tokens_per_s: float, device_bytes
         reached = plan if rate >= tokens_per_s else None
         return reached, rate, f"they reach {rate:.2f} tokens/s"
 
-    low = -1
+    best, _, _ = attempt(0)
+    if best is not None:
+        return best
+    low = 0
     high = everything = device_bytes // STEP_BYTES
     best, rate, said = attempt(high)
     while best is None and rate >= (1 - NOISE) * tokens_per_s and high > 0:
