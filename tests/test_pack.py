@@ -201,7 +201,10 @@ def test_a_full_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2, 1, 1))
     result = run("fiddler-opt", "pack", DEMO, "-o", "p", cwd=tmp_path)
     assert_refused(result, "p: 0.01 GB are needed, but 0.00 GB are free")
-    assert files_in(tmp_path) == {}
+    (tmp_path / "mine").mkdir()
+    result = run("fiddler-opt", "pack", DEMO, "-o", "mine/a/b", cwd=tmp_path)
+    assert result.returncode == 1
+    assert [*tmp_path.rglob("*")] == [tmp_path / "mine"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, FiddlerError])

@@ -61,8 +61,8 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     print(flags.output)
 
 
-def make_folder(folder: Path) -> bool:
-    """Makes a folder, or takes an empty one. Returns True if it was made.
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a folder, or takes an empty one. Returns what was made, the innermost first.
 
     Raises:
         FiddlerError: it is not empty or not a folder, or the system refuses.
@@ -73,16 +73,19 @@ def make_folder(folder: Path) -> bool:
             raise FiddlerError(f"{folder}: not empty; name a new folder with -o")
         if not existed and folder.exists():
             raise FiddlerError(f"{folder}: a file; name a new folder with -o")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise cannot_write(folder, error) from None
-    return not existed
+    return made
 
 
-def forget(folder: Path, made: bool) -> None:
-    """Removes what an unfinished pack has written to a folder that was empty before."""
+def forget(folder: Path, made: list[Path]) -> None:
+    """Removes what an unfinished pack has written to a folder that was empty before, and the
+    folders that it has made.
+    """
     with suppress(OSError):
         for path in folder.iterdir():
             path.unlink()
-        if made:
-            folder.rmdir()
+        for each in made:
+            each.rmdir()
