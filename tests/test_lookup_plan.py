@@ -1,8 +1,12 @@
 """What plans say about prompt lookup."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from command_line import run
-from conftest import ROOT
+from conftest import DEMO, ROOT
+from damage import change_json
 from planning import few_layers
 
 from fiddler_opt.insight.lookup import BreakEven, break_even
@@ -35,6 +39,40 @@ def test_why_states_the_break_even_of_one_sequence(tmp_path):
     shown = run("fiddler-opt", "show", "p.yaml", "--why", cwd=tmp_path)
     assert "next in" in shown.stdout
     assert "lookup" not in shown.stdout
+
+
+def test_a_model_that_has_changed_since_is_named(tmp_path):
+    model = few_layers(tmp_path / "model", 2)
+    flags = ("--machine", ROOT / "profiles/rtx4090.machine.yaml", "--gpu-mem", "6GB")
+    planned = run("fiddler-opt", "plan", "--model", model, *flags, "-o", "p.yaml", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    change_json(tmp_path / "model/config.json", num_hidden_layers=3)
+    shown = run("fiddler-opt", "show", "p.yaml", "--why", cwd=tmp_path)
+    assert "p.yaml: model.num_layers is 2, but" in shown.stderr
+    assert "next in" not in shown.stdout
+
+
+def test_marginal_values_are_those_of_the_rule(tmp_path):
+    """With `stream`, a block saves its time on the link, not on the CPU."""
+    plan = Plan.load(PLAN)
+    problem, routing = sources(plan, PLAN, None, None)
+    placement = placement_of(plan)
+    by_link, by_both = (
+        break_even(problem, routing, placement, policy).steps for policy in ("link", "together")
+    )
+    assert by_link != by_both
+
+
+def test_a_routing_profile_may_have_any_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "profiles/tiny-mixtral.routing.yaml", tmp_path / "uniform.routing.yaml")
+    flags = ("--machine", ROOT / "profiles/rtx4090.machine.yaml", "--gpu-mem", "2GB")
+    named = ("--model", DEMO, "--routing", "uniform.routing.yaml", "-o", "p.yaml")
+    planned = run("fiddler-opt", "plan", *named, *flags, cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    assert "uniform routing assumed" not in planned.stderr
+    routing = sources(Plan.load("p.yaml"), Path("p.yaml"), None, None)[1]
+    assert len({value for row in routing.decode.expert for value in row}) > 8
 
 
 def test_passes_that_take_as_long_as_their_tokens_cannot_pay():

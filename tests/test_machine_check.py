@@ -35,6 +35,16 @@ def test_loading_refuses_too_little_free_memory(tmp_path, model, monkeypatch):
     assert str(refusal.value) == problems[0]
 
 
+def test_the_embedding_is_counted_once(tmp_path, monkeypatch):
+    """Without a GPU: 2.95 GB of dense weights, 0.54 GB of cache and 0.2 GB of staging ring."""
+    simulate_2_gb(tmp_path, monkeypatch)
+    problems, _ = check_plan(ROOT / "plans/rtx4090.yaml")
+    words = (
+        "experts and embedding need 68.38 GB of host memory, plus 2.82 GB while loading and 3.69"
+    )
+    assert any(words in problem for problem in problems), problems
+
+
 def test_limits_of_the_machine_are_exact():
     assert core_problem(threads=16, cores=16) is None
     assert core_problem(threads=16, cores=15).startswith(

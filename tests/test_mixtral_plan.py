@@ -11,6 +11,7 @@ from planning import small_model
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import DEFAULT_MODEL, ModelSpec
 from fiddler_opt.inputs.routing import Routing
+from fiddler_opt.insight.explain import binding_words
 from fiddler_opt.insight.scaling import ram_rate, with_rates
 from fiddler_opt.solve.comparison import compared
 from fiddler_opt.solve.compiler import by_rule, compile_plan
@@ -65,6 +66,21 @@ def plan_on(machine: MachineProfile, gpu_bytes: int, placer=None, encoding: str 
     routing = Routing.uniform(model)
     budget = Budget(gpu_bytes=gpu_bytes)
     return compile_plan(model, machine, routing, WORKLOAD, budget, PROVENANCE, placer=placer)
+
+
+def test_a_budget_a_byte_short_of_a_block_has_one_block_less():
+    """The solver tolerates so small a part of a block."""
+    plan = plan_for(24 * 10**9)
+    unused = plan.rank.gpu_memory_bytes.total - plan.rank.gpu_memory_bytes.used
+    short = plan_on(rtx4090(), 24 * 10**9 - unused - 1)
+    assert short.rank.num_resident_blocks == plan.rank.num_resident_blocks - 1
+    assert short.rank.gpu_memory_bytes.used <= short.rank.gpu_memory_bytes.total
+
+
+def test_without_gpu_memory_the_next_gb_is_not_valued():
+    plan = plan_for(0)
+    assert plan.predicted.next_gb_tokens_per_s == 0
+    assert binding_words(plan).endswith("; the plan uses no GPU memory")
 
 
 def test_small_experts_have_a_larger_staging_ring():

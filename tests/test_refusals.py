@@ -97,6 +97,8 @@ def test_plan_refuses_damaged_machine_profiles(tmp_path, old, new, words):
         (["--prompts", "none.txt"], ["none.txt: cannot read"]),
         (["--profiles", "empty.txt"], ["empty.txt/local.machine.yaml: cannot write"]),
         (["--model", "./none"], ["none: no such folder"]),
+        (["--only", "model", "--quick"], ["--only model does not time the machine; remove"]),
+        (["--only", "routing", "--ranks", "3"], ["--only routing does not time the machine"]),
         (["--only", "machine", "--prompts", "p.txt"], ["--only machine does not record routing"]),
         (["--only", "machine", "--trace", "t.npz"], ["--only machine does not record routing"]),
         (["--plan", "none.yaml"], ["none.yaml: no such file"]),

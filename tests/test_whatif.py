@@ -153,6 +153,12 @@ def parse(line: str) -> WhatIf:
     return parse_whatif(parser.parse_args(line.split()))
 
 
+def test_a_network_is_for_ranks():
+    assert parse("--ranks 1,2 --network 1ms,1GB/s").network == "1ms,1GB/s"
+    with pytest.raises(FiddlerError, match="--network is between ranks; add --ranks"):
+        parse("--gpu-mem 8GB,24GB --network 1ms,1GB/s")
+
+
 def test_flags_are_parsed():
     assert parse("--gpu-mem 8GB,24GB,16GB --beams 2") == WhatIf(
         "gpu_mem", [8 * 10**9, 16 * 10**9, 24 * 10**9], {"num_beams": 2}

@@ -16,6 +16,7 @@ from fiddler_opt.commands.files import (
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.model import model_file
 from fiddler_opt.inputs.model_file import file_name
+from fiddler_opt.inputs.routing import ASSUMED
 from fiddler_opt.insight.machine_report import print_machine
 from fiddler_opt.insight.routing_report import print_routing
 from fiddler_opt.measure.unfinished import forget_unfinished
@@ -144,7 +145,7 @@ def profile(flags: argparse.Namespace, console: Console) -> None:
         print(machine_path, flush=True)
     if job is not None:
         if runs_by is None:
-            made = provenance(str(machine_path), machine, "uniform (assumed)")
+            made = provenance(str(machine_path), machine, ASSUMED)
             runs_by = cpu_plan(model, machine, context, made)
         trace = flags.trace and Path(flags.trace)
         routing = profile_routing(
@@ -166,6 +167,10 @@ def prompts_files(flags: argparse.Namespace) -> list[Path]:
     Raises:
         FiddlerError: --only contradicts the other flags.
     """
+    if flags.only in ("model", "routing") and (flags.quick or flags.ranks > 1):
+        raise FiddlerError(
+            f"--only {flags.only} does not time the machine; remove --quick and --ranks"
+        )
     if flags.only in ("model", "machine"):
         if flags.prompts or flags.plan or flags.trace:
             raise FiddlerError(

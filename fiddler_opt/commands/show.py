@@ -12,6 +12,7 @@ from fiddler_opt.insight.lookup import break_even
 from fiddler_opt.insight.plots import plot, require_matplotlib
 from fiddler_opt.insight.report import print_file
 from fiddler_opt.insight.sources import sources
+from fiddler_opt.solve.comparison import policy_of
 from fiddler_opt.solve.placement import placement_of
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
@@ -60,7 +61,8 @@ def explain(flags: argparse.Namespace, console: Console, plan: Plan, path: Path)
         console.print(f"note: marginal experts are left out: {error}", style="yellow")
         return
     placement = placement_of(plan)
+    policy = policy_of(plan)
     if plan.workload.sequences == 1:
-        tables().print(break_even(problem, routing, placement).words)
-    found = marginal_values(problem.cost(routing), placement)
+        tables().print(break_even(problem, routing, placement, policy).words)
+    found = marginal_values(problem.cost(routing, policy), placement)
     print_marginal(tables(), found, plan.blocks_per_expert)

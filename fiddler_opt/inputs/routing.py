@@ -12,6 +12,7 @@ from fiddler_run.plan.shape import ModelShape
 
 # In all layers together. Each pair is a scenario of the solver; beyond this it takes minutes.
 MAX_PAIRS = 8_000
+ASSUMED = "uniform (assumed)"  # the origin of a routing that no file describes
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PhaseRouting:
 
 @dataclass(frozen=True)
 class Routing:
-    """How the tokens of each phase are routed. `origin` is a file or "uniform (assumed)".
+    """How the tokens of each phase are routed. `origin` is a file or ASSUMED.
 
     `sets` holds the routing of each set of prompts by name, if there are several.
     """
@@ -45,7 +46,7 @@ class Routing:
         pairs = _pairs(shape)
         pair = dict.fromkeys(pairs, 1 / max(1, len(pairs)))
         phase = PhaseRouting([expert] * shape.num_layers, [pair] * shape.num_layers)
-        return cls("uniform (assumed)", phase, phase)
+        return cls(ASSUMED, phase, phase)
 
     @classmethod
     def from_profile(

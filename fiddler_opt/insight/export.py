@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
-from fiddler_opt.inputs.routing import Routing
+from fiddler_opt.inputs.routing import ASSUMED, Routing
 from fiddler_opt.insight.expert_modules import device_map, expert_layers
 from fiddler_opt.solve.placement import Placement, Rows
 from fiddler_opt.solve.problem import Problem
@@ -158,7 +158,7 @@ def to_ktransformers(source: Source) -> Export:
     """
     plan = source.plan
     shape = plan.model
-    if source.counts_file and source.routing.origin.startswith("uniform"):
+    if source.counts_file and source.routing.origin == ASSUMED:
         raise FiddlerError(
             "--counts: the plan assumes uniform routing; record a routing profile with"
             " `fiddler-opt profile --prompts`, and plan again"

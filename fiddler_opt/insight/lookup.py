@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from fiddler_opt.inputs.routing import Routing
 from fiddler_opt.solve.placement import Placement
 from fiddler_opt.solve.problem import Problem
+from fiddler_opt.solve.times import Policy
 from fiddler_run.generation.lookup_gate import DRAFT_TOKENS
 
 
@@ -23,7 +24,9 @@ class BreakEven:
         return f"{takes}; --lookup pays if it yields more than {self.steps:.1f} tokens"
 
 
-def break_even(problem: Problem, routing: Routing, placement: Placement) -> BreakEven:
+def break_even(
+    problem: Problem, routing: Routing, placement: Placement, policy: Policy = "together"
+) -> BreakEven:
     """The length of a pass that needs the smallest part of its tokens to be right.
 
     Assumes that tokens of one sequence choose their experts like those of different ones. In fact,
@@ -34,7 +37,8 @@ def break_even(problem: Problem, routing: Routing, placement: Placement) -> Brea
         workload = problem.workload.model_copy(
             update={"prompt_tokens": 1, "num_beams": 1, "batch_size": tokens}
         )
-        return replace(problem, workload=workload).cost(routing).decode_step_s(placement)
+        cost = replace(problem, workload=workload).cost(routing, policy)
+        return cost.decode_step_s(placement)
 
     plain_s = step_s(1)
     passes = [BreakEven(drafted + 1, step_s(drafted + 1) / plain_s) for drafted in DRAFT_TOKENS]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from fiddler_opt.inputs.machine import MachineProfile
+from fiddler_opt.inputs.routing import ASSUMED
 from fiddler_opt.units import format_bytes
 from fiddler_run.plan.schema import Plan
 
@@ -25,7 +26,7 @@ def plan_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> list[s
 
 
 def _origin_notes(plan: Plan, machine: MachineProfile, machine_file: str) -> Iterator[str]:
-    if plan.provenance.routing.startswith("uniform"):
+    if plan.provenance.routing == ASSUMED:
         yield (
             "no routing profile for this model: uniform routing assumed; record one with"
             " `fiddler-opt profile --prompts`"

@@ -50,7 +50,7 @@ def print_optimality(console: Console, plan: Plan) -> None:
             " the best possible time"
         )
     more = ""
-    if plan.rank.device == "cuda":
+    if plan.rank.device == "cuda" and plan.rank.gpu_memory_bytes.total:
         where = " in rank 0" if len(plan.ranks) > 1 else ""
         more = (
             f"; another GB of GPU memory{where} would add"

@@ -6,7 +6,7 @@ from pathlib import Path
 from fiddler_opt.inputs.machine import MachineProfile
 from fiddler_opt.inputs.machine_ranks import JOINED_BY, load_machines
 from fiddler_opt.inputs.model import ModelSpec
-from fiddler_opt.inputs.routing import Routing
+from fiddler_opt.inputs.routing import ASSUMED, Routing
 from fiddler_opt.inputs.routing_profile import RoutingProfile
 from fiddler_opt.solve.problem import Problem
 from fiddler_run.errors import FiddlerError
@@ -26,7 +26,8 @@ def sources(
     """Finds the problem and the routing that a plan was made from.
 
     Raises:
-        FiddlerError: a profile is missing from the path in the plan, or has changed since.
+        FiddlerError: a profile is missing from the path in the plan, or it or the model has changed
+            since.
     """
     made = plan.provenance
     names = made.machine.split(JOINED_BY)
@@ -44,8 +45,15 @@ def sources(
     model = ModelSpec.from_file(
         model_config_file(plan.model.name, plan_path.resolve().parent), plan.model.name
     )
+    for name in type(plan.model).model_fields:
+        planned, found = getattr(plan.model, name), getattr(model.shape, name)
+        if planned != found:
+            raise FiddlerError(
+                f"{plan_path}: model.{name} is {planned}, but {model.config.origin} says {found};"
+                " plan again"
+            )
     origin = routing_path or made.routing
-    if origin.startswith("uniform"):
+    if routing_path is None and origin == ASSUMED:
         routing = Routing.uniform(model)
     else:
         routing = Routing.from_profile(RoutingProfile.load(shipped_file(origin)), model, origin)

@@ -123,8 +123,7 @@ def add_whatif_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--network",
         metavar="LATENCY,RATE",
-        default=DEFAULT_NETWORK,
-        help="with --ranks: round trip and rate between them (default: %(default)s)",
+        help=f"with --ranks: round trip and rate between them (default: {DEFAULT_NETWORK})",
     )
     parser.add_argument(
         "--plot",
@@ -157,4 +156,6 @@ def parse_whatif(flags: argparse.Namespace) -> WhatIf:
     fixed = {key: values[0] for key, values in given.items() if key != swept[0]}
     if max(given.get("ranks", [1])) > MAX_RANKS:
         raise FiddlerError(f"--ranks {flags.ranks}: there can be {MAX_RANKS} at most")
-    return WhatIf(swept[0], given[swept[0]], fixed, flags.network)
+    if flags.network is not None and "ranks" not in given:
+        raise FiddlerError("--network is between ranks; add --ranks, or remove it")
+    return WhatIf(swept[0], given[swept[0]], fixed, flags.network or DEFAULT_NETWORK)

@@ -124,7 +124,9 @@ def by_rule(name: str) -> Placer:
         return replace(
             solve(problem, routing, worst_of),
             placement=placement,
-            objective_s=cost.total_s(placement),
+            objective_s=max(
+                problem.cost(each, rule.policy).total_s(placement) for each in worst_of or [routing]
+            ),
             status=NOT_SOLVED + name,
             solve_s=0.0,
             policy=rule.policy,

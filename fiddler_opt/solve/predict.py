@@ -36,7 +36,10 @@ def predict(problem: Problem, routing: Routing, solution: Solution) -> Predicted
         decode_ms=milliseconds(cost.step_parts(cost.decode, placement)),
         ttft_ms=milliseconds(cost.ttft_parts(placement)),
         binding=binding(problem, solution),
-        next_gb_tokens_per_s=round(max(0.0, more_rate - bound_rate), 3),
+        # without GPU memory, the next GB would not even hold the weights outside the experts
+        next_gb_tokens_per_s=(
+            round(max(0.0, more_rate - bound_rate), 3) if problem.budget.gpu_bytes else 0.0
+        ),
         regret={},
         alternatives={},
     )

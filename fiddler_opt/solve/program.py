@@ -67,12 +67,17 @@ class Program:
         self.blocks = BlockVariables(self._cost, groups, limits, category)
         self._set_objective(costs, limits, steps)
         self._gpu_limits = [
-            total(r) <= each.gpu_bytes / limits.block_bytes
+            total(r) <= self._blocks(each.gpu_bytes, limits)
             for r, each in zip(self.blocks.resident, limits.ranks, strict=True)
         ]
         for constraint in self._gpu_limits:
             self.lp += constraint  # (D)
         self._limit_host_memory(limits)
+
+    def _blocks(self, num_bytes: int, limits: MemoryLimits) -> float:
+        """The blocks that fit. Whole ones, because the solver tolerates a part of one too many."""
+        blocks = num_bytes / limits.block_bytes
+        return blocks if self._relaxed else num_bytes // limits.block_bytes
 
     def _limit_host_memory(self, limits: MemoryLimits) -> None:
         """Adds (E) and (F)."""
@@ -81,10 +86,10 @@ class Program:
         if limited:
             all_blocks = self._cost.blocks_per_expert * sum(map(len, self._cost.called))
             host = all_blocks - pulp.lpSum(each for _, each in elsewhere)
-            self.lp += host <= limits.host_bytes / limits.block_bytes  # (E)
+            self.lp += host <= self._blocks(limits.host_bytes, limits)  # (E)
         for (_, h), other in zip(self.blocks.others, limits.others, strict=True):
             if other.host_bytes is not None:
-                self.lp += total(h) <= other.host_bytes / limits.block_bytes  # (E)
+                self.lp += total(h) <= self._blocks(other.host_bytes, limits)  # (E)
         if limited or self.blocks.others:
             for r, blocks in elsewhere:
                 self.lp += blocks <= r.upBound  # (F)

@@ -46,7 +46,9 @@ def machine_problems(
         problems[:0] = [
             gpu_count_problem(plan, number, num_gpus()),
             core_problem(sum(plan.ranks[each].cpu_threads for each in here), num_cores()),
-            host_memory_problem(what, held, loading, available, 0 if gpu else besides),
+            host_memory_problem(
+                what, held, loading, available, 0 if gpu else max(0, besides - embedding_bytes)
+            ),
         ]
     return [f"{origin}: {problem}" for problem in problems if problem]
 
