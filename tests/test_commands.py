@@ -206,21 +206,6 @@ def test_usage_error_in_its_own_process_exits_with_2(tmp_path):
     assert "usage: fiddler-run" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["--plan", "p.yaml"],
-        ["--plan", "p.yaml", "x", "--top-p", "2"],
-        ["--plan", "p.yaml", "x", "--num-beams", "0"],
-    ],
-)
-def test_usage_errors_exit_with_2(arguments, tmp_path):
-    result = run("fiddler-run", *arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert "usage: fiddler-run" in result.stderr
-
-
 def test_shorter_prompts_than_the_default_are_noted(tmp_path):
     flags = ("--model", DEMO, "--machine", MACHINE, "--gpu-mem", "0GB", "--max-seq-len", 512)
     words = "note: planned for prompts of 256 tokens, half of the context of 512"

@@ -37,6 +37,8 @@ def run(flags: argparse.Namespace) -> None:
         dry_run(plan_path, flags, stderr)
         return
     plan = Plan.load(plan_path)
+    if flags.listen is not None and len(plan.ranks) == 1:
+        raise FiddlerError("--listen: the plan has a single rank; remove the flag")
     if len(plan.ranks) > 1:
         # PyTorch warns of a group that the end of the process ends
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

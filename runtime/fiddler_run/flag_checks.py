@@ -26,6 +26,9 @@ def refuse_contradictions(parser: argparse.ArgumentParser, flags: argparse.Names
     if uses > 1 or (uses == 0 and not flags.talks):
         parser.error("give exactly one of: a prompt, --serve, --bench, --perplexity, --dry-run")
     _refuse_server_flags(parser, flags)
+    if flags.rank != parser.get_default("rank"):
+        parser.error("--rank applies only with --join")
+    _refuse_unused_generation_flags(parser, flags)
     if flags.lookup and (flags.bench or flags.perplexity is not None or flags.dry_run):
         parser.error("--lookup applies only to a prompt, chat and server")
     if (flags.serve or flags.talks) and (flags.chat or flags.num_beams not in (None, 1)):
@@ -48,6 +51,22 @@ def refuse_contradictions(parser: argparse.ArgumentParser, flags: argparse.Names
         parser.error("--prompt-tokens, --batch-size, --json and --trace apply only with --bench")
 
 
+def _refuse_unused_generation_flags(
+    parser: argparse.ArgumentParser, flags: argparse.Namespace
+) -> None:
+    """Exits with status 2 if a flag would change nothing."""
+    names = ("max_new_tokens", "num_beams", "temperature", "top_p", "seed", "template")
+    given = flags.chat or any(getattr(flags, name) is not None for name in names)
+    if given and (flags.perplexity is not None or flags.dry_run):
+        parser.error("--perplexity and --dry-run generate no text: flags for that do not apply")
+    if flags.prompt is None:
+        return
+    if flags.template is not None and not flags.chat:
+        parser.error("--template applies to a prompt only with --chat")
+    if not flags.temperature and (flags.top_p is not None or flags.seed is not None):
+        parser.error("--top-p and --seed apply to a prompt only with --temperature above 0")
+
+
 def _refuse_server_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
     """Exits with status 2 if the server's flags do not fit together."""
     given = [
@@ -57,6 +76,8 @@ def _refuse_server_flags(parser: argparse.ArgumentParser, flags: argparse.Namesp
     ]
     if given and not flags.serve:
         parser.error(f"{given[0]} applies only with --serve")
+    if flags.no_api_key and flags.api_key not in (None, parser.get_default("api_key")):
+        parser.error("--api-key and --no-api-key exclude each other")
     flags.api_key = None if flags.no_api_key else flags.api_key or None
     if flags.serve and not is_loopback(flags.host) and not (flags.api_key or flags.no_api_key):
         parser.error(
