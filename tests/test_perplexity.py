@@ -86,6 +86,33 @@ def test_logits_fit_into_the_smallest_plan(file):
     assert HEAD_TOKENS * model.vocab_size * (2 + 4 + 4) <= planned
 
 
+def test_bytes_are_those_of_the_whole_text(place):
+    """Windows of 256 tokens end within characters of four bytes, of a token each."""
+    model, tokenizer = place(random_plan(demo_shape(), random.Random(1), block_neurons=64))
+    text = "\N{GRINNING FACE}" * 200
+    found = perplexity(model, tokenizer, tokenizer(text)["input_ids"])
+    assert found.windows > 1
+    nats = math.log(found.value) * found.tokens
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(math.nan, None), (1e4, math.inf)])
+def test_values_out_of_range_are_told(place, factor, outcome):
+    model, tokenizer = place(random_plan(demo_shape(), random.Random(1), block_neurons=64))
+    ids = encoded(tokenizer)[:20]
+    weight = model.lm_head.weight
+    before = weight.detach().clone()
+    try:
+        weight.data.mul_(factor)
+        if outcome is None:
+            with pytest.raises(FiddlerError, match="not numbers|NaN|nan"):
+                perplexity(model, tokenizer, ids)
+        else:
+            assert perplexity(model, tokenizer, ids).value == outcome
+    finally:
+        weight.data.copy_(before)
+
+
 def test_short_text_is_refused(place):
     model, tokenizer = place(random_plan(demo_shape(), random.Random(1), block_neurons=64))
     with pytest.raises(FiddlerError, match="fewer than two tokens"):

@@ -89,9 +89,11 @@ def run_perplexity(model, tokenizer, ids: list[int], stderr: Console) -> None:
             ids,
             lambda done, all_of_them: status.update(f"window {done} of {all_of_them}"),
         )
+    error = f" (standard error {found.standard_error:.4f})" if found.tokens > 1 else ""
+    tokens = "1 token" if found.tokens == 1 else f"{found.tokens} tokens"
     windows = "1 window" if found.windows == 1 else f"{found.windows} windows"
     print(
-        f"perplexity {found.value:.4f} (standard error {found.standard_error:.4f}),"
-        f" {found.bits_per_byte:.4f} bits per byte; {found.tokens} tokens in {windows} of at most"
+        f"perplexity {found.value:.4f}{error},"
+        f" {found.bits_per_byte:.4f} bits per byte; {tokens} in {windows} of at most"
         f" {model.plan.workload.max_seq_len}"
     )

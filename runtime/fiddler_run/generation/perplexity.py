@@ -1,6 +1,7 @@
 """The perplexity of a text: how well a model predicts each token from those before it."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.model import PlannedModel
 from fiddler_run.generation.prefill import prefill, require_chunks
 from fiddler_run.generation.recorder import replaced
+from fiddler_run.generation.sampling import NO_NUMBERS
 from fiddler_run.models.dispatched import DispatchedModel
 
 HEAD_TOKENS = 16  # whose logits are computed at once: those of a chunk could exceed GPU memory
@@ -50,7 +52,8 @@ def perplexity(
         on_window: called with the number of windows that are done, and of all.
 
     Raises:
-        FiddlerError: the text has fewer than two tokens, or the model cannot use the plan's cache.
+        FiddlerError: the text has fewer than two tokens, the model cannot use the plan's cache, or
+            its probabilities are not numbers.
     """
     if not model._supports_default_dynamic_cache():
         raise FiddlerError(
@@ -60,15 +63,19 @@ def perplexity(
     if not windows:
         raise FiddlerError("--perplexity: the text has fewer than two tokens; give a longer one")
     losses = []
-    num_bytes = 0
     with model.session.turn():
         for number, window in enumerate(windows, 1):
             losses.append(_losses(model, torch.tensor([window], device=model.device)))
-            num_bytes += len(tokenizer.decode(window[1:]).encode())
             on_window(number, len(windows))
         model.cache.reset()
     nats = torch.cat(losses).double()
-    value = math.exp(nats.mean())
+    mean = float(nats.mean())
+    if math.isnan(mean):
+        raise FiddlerError(NO_NUMBERS)
+    value = math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf
+    # all at once: windows may end within a character
+    predicted = [token for window in windows for token in window[1:]]
+    num_bytes = len(tokenizer.decode(predicted).encode())
     spread = float(nats.std()) / math.sqrt(len(nats)) if len(nats) > 1 else math.nan
     return Perplexity(
         tokens=len(nats),
