@@ -182,7 +182,7 @@ def test_status_plan_experts_and_metrics(served, client):
 def test_key_is_required_on_all_routes_but_two():
     plan = Plan.load(ROOT / "plans/demo.yaml")
     loading = SimpleNamespace(state="loading", error=None, loaded_bytes=0)
-    app = Server(plan, loading, None, Metrics(plan), "right").app(["*"])
+    app = Server(plan, loading, None, Metrics(plan), "demo", "right").app(["*"])
     client = TestClient(app)
     guarded = [route for route in app.routes if route.path not in ("/", "/health")]
     assert len(guarded) == 8

@@ -46,6 +46,7 @@ def is_idle(served: Served) -> bool:
         ({"logit_bias": {"5": 1}}, 400, "logit_bias: this value is not supported"),
         ({"functions": []}, 400, "functions: this key is not supported"),
         ({"top_logprobs": 2}, 400, "top_logprobs: needs logprobs: true"),
+        ({"stream_options": {}}, 400, "stream_options: needs stream: true"),
         ({"stop": [""]}, 400, "stop: "),
         ({"tools": [TOOL]}, 400, "tools: this model's chat template does not ask for calls"),
         ({"messages": [{"role": "assistant", "tool_calls": [DEEP]}]}, 200, "choices"),

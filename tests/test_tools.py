@@ -50,6 +50,7 @@ def answer(text: str) -> Answer:
         (wrapped(WEATHER) + "<tool_call>cut", "<tool_call>cut", ["weather"]),
         (wrapped('{"name": "f", "arguments": null}'), "", ["f"]),
         (wrapped('{"name": "f", "arguments": {"x": "} </tool_call>"}}'), "", ["f"]),
+        (wrapped('{"name": "f", "arguments": {"x": "a <tool_call> b"}}'), "", ["f"]),
         ("<tool_call>oops</tool_call>", "<tool_call>oops</tool_call>", []),
         ("a < b <tool", "a < b <tool", []),
         (wrapped("{broken}"), wrapped("{broken}"), []),

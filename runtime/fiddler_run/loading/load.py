@@ -98,6 +98,12 @@ class ModelLoader(ShareLoader):
         return self._checked.skeleton
 
     @property
+    def short_name(self) -> str:
+        """The model's Hugging Face id, or the name of its folder."""
+        path = Path(self._checked.name_anywhere)
+        return path.name if path.is_absolute() else str(path)
+
+    @property
     def vocab_size(self) -> int:
         return self.skeleton.config.vocab_size
 

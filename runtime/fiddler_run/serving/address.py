@@ -23,7 +23,9 @@ class Address:
 
         The page of another site must not reach a server on this machine by a name of its own.
         """
-        return LOOPBACK_NAMES if is_loopback(self.host) else ["*"]
+        if not is_loopback(self.host):
+            return ["*"]
+        return [*LOOPBACK_NAMES, f"[{self.host}]" if ":" in self.host else self.host]
 
     def listen(self) -> socket.socket:
         """Opens the port.
@@ -34,9 +36,10 @@ class Address:
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             return socket.create_server(found[4], family=found[0])
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+            reason = getattr(error, "strerror", None) or error
             raise FiddlerError(
-                f"cannot listen on {self.host}:{self.port}: {error.strerror or error}; choose"
+                f"cannot listen on {self.host}:{self.port}: {reason}; choose"
                 " another --port or --host"
             ) from None
 

@@ -1,11 +1,11 @@
 """The server's routes."""
 
 import hmac
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -44,14 +44,16 @@ class Server:
         worker: Worker,
         requests: Requests,
         metrics: Metrics,
+        model: str,
         api_key: str | None,
     ):
+        """`model` is the name by which requests ask for the model."""
         self._plan = plan
         self._worker = worker
         self._requests = requests
         self._key = api_key
         self._metrics = metrics
-        self._model = model_name(plan)
+        self._model = model
 
     def app(self, hosts: list[str]) -> Starlette:
         """The application. `hosts`: what a browser may call this server."""
@@ -88,7 +90,7 @@ class Server:
         async def guarded(request: HttpRequest) -> Response:
             if self._key is not None:
                 scheme, _, given = request.headers.get("authorization", "").partition(" ")
-                is_known = hmac.compare_digest(given.encode(), self._key.encode())
+                is_known = hmac.compare_digest(given.encode("latin-1"), os.fsencode(self._key))
                 if scheme.lower() != "bearer" or not is_known:
                     raise ApiError(401, "send the server's key: Authorization: Bearer KEY")
             return await endpoint(request)
@@ -177,12 +179,6 @@ class Server:
             "max_model_len": self._plan.workload.max_seq_len,
             **status.progress(self._plan, self._worker),
         }
-
-
-def model_name(plan: Plan) -> str:
-    """The name by which requests ask for the plan's model."""
-    name = plan.model.name
-    return Path(name).name if name.count("/") != 1 or name.startswith((".", "/")) else name
 
 
 async def read(request: HttpRequest) -> bytes:

@@ -33,7 +33,8 @@ class Metrics:
         self._prompt.inc(measured.prompt_tokens)
         self._reused.inc(measured.reused_tokens)
         self._output.inc(measured.output_tokens)
-        self._speed.set(measured.decode_tokens_per_s)
+        if measured.output_tokens > 1:
+            self._speed.set(measured.decode_tokens_per_s)
         self._ttft.set(measured.ttft_s)
         self._hits.set(measured.all_traffic.hit_rate)
         by_resource = measured.all_traffic.bytes_by_resource(self._block_bytes)

@@ -172,7 +172,8 @@ class CompletionReply(Reply):
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {self._text_of(other): logprob for other, logprob in token.top.items()}
+                # of those with equal text, the most likely one, which comes first
+                {self._text_of(other): logprob for other, logprob in reversed(token.top.items())}
                 for token in tokens
             ],
             "text_offset": offsets,

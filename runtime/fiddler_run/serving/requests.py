@@ -118,6 +118,8 @@ class Requests:
         grammar: Grammar | None,
         param: str,
     ) -> Request:
+        if "stream_options" in body.model_fields_set and not body.stream:
+            raise ApiError(400, "stream_options: needs stream: true", param="stream_options")
         if top is not None:
             self._vocabulary()  # made now, in a thread that may take its time
         options = self._options(body, self._max_new_tokens(len(ids), max_tokens, param))

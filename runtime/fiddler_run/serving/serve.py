@@ -94,7 +94,7 @@ def serve(
     metrics = Metrics(plan)
     worker = Worker(loader.load, tokenizer, MAX_WAITING, metrics.count)
     requests = Requests(plan, tokenizer, loader.vocab_size, loader.defaults, defaults)
-    server = Server(plan, worker, requests, metrics, address.api_key)
+    server = Server(plan, worker, requests, metrics, loader.short_name, address.api_key)
     config = uvicorn.Config(
         server.app(address.names),
         log_level="warning",

@@ -44,16 +44,19 @@ class ToolText:
         """The rest of the text, and the calls. An incorrect call is text."""
         if not self._text.found:
             return self._text.finish(), []
-        before, *parts = self._rest.split(BEGIN)
         calls = []
-        text = before
-        for part in parts:
+        text = ""
+        rest = self._rest
+        while BEGIN in rest:
+            before, _, part = rest.partition(BEGIN)
             call, after = _call(part)
             if call is None:
-                text += BEGIN + part
+                text += before + BEGIN
             else:
                 calls.append(call)
-                text += after
+                text += before
+            rest = after
+        text += rest
         return text if not calls or text.strip() else "", calls
 
 
@@ -65,7 +68,9 @@ def _call(text: str) -> tuple[dict[str, object] | None, str]:
     except (ValueError, RecursionError):
         return None, text
     rest = text[stop:].lstrip()
-    if not isinstance(found, dict) or not isinstance(found.get("name"), str) or END not in rest:
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        return None, text
+    if END not in rest.partition(BEGIN)[0]:  # it may be that of another call
         return None, text
     arguments = found.get("arguments") or {}
     if not isinstance(arguments, str):
