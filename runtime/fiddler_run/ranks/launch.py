@@ -142,7 +142,8 @@ def welcome(gathering: Gathering, connection: Connection, task: dict[str, object
         connection.send(failed=problem)
         connection.close()
         raise FiddlerError(problem)
-    # first of all, because it asks for the address, which a rank that has ended has not
+    # before anything is sent: a rank that has ended resets the connection, which then has no
+    # address
     peer = Peer(rank, connection, gathering.processes.get(rank))
     connection.send(**task)
     gathering.peers[rank] = peer
