@@ -20,8 +20,9 @@ PLAN = Plan.load(ROOT / "plans/demo.yaml")
 
 def client_of(key: str | None, host: str = "127.0.0.1") -> TestClient:
     loading = SimpleNamespace(state="loading", error=None, loaded_bytes=0)
-    app = Server(PLAN, loading, None, Metrics(PLAN), "demo", key).app(Address(host, 0, key).names)
-    return TestClient(app, base_url=f"http://{f'[{host}]' if ':' in host else host}")
+    address = Address(host, 0, key)
+    app = Server(PLAN, loading, None, Metrics(PLAN), "demo", key).app(address.names)
+    return TestClient(app, base_url=f"http://{address.host_in_url}")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "0.0.0.0"])
@@ -36,6 +37,18 @@ def test_the_server_answers_at_its_own_address(host):
 def test_no_name_of_a_host_is_refused(host):
     with pytest.raises(FiddlerError, match=f"cannot listen on {host}:1: .*; choose another"):
         Address(host, 1, "key").listen()
+
+
+def test_key_is_required_on_all_routes_but_two():
+    client = client_of("right")
+    guarded = [route for route in client.app.routes if route.path not in ("/", "/health")]
+    assert len(guarded) == 8
+    for route in guarded:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "right"}):
+            for method in route.methods:
+                assert client.request(method, route.path, headers=headers).status_code == 401
+    assert client.get("/").status_code == 200
+    assert client.get("/v1/models", headers={"Authorization": "bearer right"}).status_code == 200
 
 
 @pytest.mark.parametrize("key", ["right", "cl\N{LATIN SMALL LETTER E WITH ACUTE}"])

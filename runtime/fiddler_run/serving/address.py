@@ -25,7 +25,11 @@ class Address:
         """
         if not is_loopback(self.host):
             return ["*"]
-        return [*LOOPBACK_NAMES, f"[{self.host}]" if ":" in self.host else self.host]
+        return [*LOOPBACK_NAMES, self.host_in_url]
+
+    @property
+    def host_in_url(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
 
     def listen(self) -> socket.socket:
         """Opens the port.
@@ -36,7 +40,7 @@ class Address:
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             return socket.create_server(found[4], family=found[0])
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+        except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
             reason = getattr(error, "strerror", None) or error
             raise FiddlerError(
                 f"cannot listen on {self.host}:{self.port}: {reason}; choose"

@@ -103,8 +103,7 @@ def serve(
         ws="none",
     )
     with address.listen() as listening:
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        on_listening(f"http://{host}:{listening.getsockname()[1]}")
+        on_listening(f"http://{address.host_in_url}:{listening.getsockname()[1]}")
         worker.start()
         try:
             running = _Uvicorn(config, worker, on_loaded, on_ready)
