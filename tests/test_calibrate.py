@@ -202,8 +202,8 @@ def test_calibrate_writes_a_profile_and_refuses_other_results(tmp_path):
     result = run("fiddler-opt", "calibrate", SHIPPED_PLAN, "b.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["profiles/two-cores-calibrated.machine.yaml"]
-    for words in ("experts in host memory", "measured / profile", "according to the new profile"):
-        assert words in result.stderr
+    shown = ("experts in host memory", "measured / profile", "according to the new profile", "plan")
+    assert all(words in result.stderr for words in shown)
     assert "measured workload" not in result.stderr
     profile = MachineProfile.load(tmp_path / result.stdout.strip())
     assert profile.provenance.command.startswith("fiddler-opt calibrate")

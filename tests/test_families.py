@@ -43,7 +43,7 @@ PADDED = {
     "input_ids": torch.tensor([[0, 0, 0, 42, 5, 88], [7, 3, 17, 42, 11, 2]]),
     "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]),
 }
-GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": 767}
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 767}
 ENCODINGS_OF_BFLOAT16 = ["bf16", *(["lossless12"] if Lossless12.available() else [])]
 # of each kind of cache one
 FEW = ("deepseek_v2", "mimo_v2_flash", "qwen3_next")
