@@ -30,7 +30,8 @@ def test_a_third_gpu_changes_nothing(monkeypatch):
     for nodes in ([1, 0], [1, 0, 0], [0, 0]):
         with on_own_cores([2, 2], 0, nodes):
             pass
-    own, before = {2, 10, 3, 11}, os.sched_getaffinity(0)
+    own = {2, 10, 3, 11}
+    before = os.sched_getaffinity(0)
     assert bound == [own, before, own, before, {0, 8, 1, 9}, before]
 
 

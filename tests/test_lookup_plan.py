@@ -9,6 +9,7 @@ from conftest import DEMO, ROOT
 from damage import change_json
 from planning import few_layers
 
+from fiddler_opt.insight.explain import marginal_values
 from fiddler_opt.insight.lookup import BreakEven, break_even
 from fiddler_opt.insight.sources import sources
 from fiddler_opt.solve.placement import placement_of
@@ -52,15 +53,22 @@ def test_a_model_that_has_changed_since_is_named(tmp_path):
     assert "next in" not in shown.stdout
 
 
-def test_marginal_values_are_those_of_the_rule(tmp_path):
-    """With `stream`, a block saves its time on the link, not on the CPU."""
-    plan = Plan.load(PLAN)
-    problem, routing = sources(plan, PLAN, None, None)
+def test_a_baseline_is_explained_by_its_own_rule(tmp_path):
+    """With `stream`, a block in GPU memory saves its time on the link, not on the CPU."""
+    machine = ROOT / "profiles/rtx4090.machine.yaml"
+    flags = ("--model", few_layers(tmp_path / "model", 2), "--machine", machine, "--gpu-mem", "6GB")
+    words = (*flags, "--encoding", "bf16", "--baseline", "stream", "-o", "p.yaml")
+    planned = run("fiddler-opt", "plan", *words, cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    plan = Plan.load(tmp_path / "p.yaml")
+    problem, routing = sources(plan, tmp_path / "p.yaml", None, None)
     placement = placement_of(plan)
-    by_link, by_both = (
-        break_even(problem, routing, placement, policy).steps for policy in ("link", "together")
-    )
-    assert by_link != by_both
+    by_link = marginal_values(problem.cost(routing, "link"), placement)
+    assert by_link != marginal_values(problem.cost(routing), placement)
+    shown = run("fiddler-opt", "show", "p.yaml", "--why", cwd=tmp_path).stdout
+    largest = max(each.gain_us for each in by_link if each.gain_us is not None)
+    assert f"{largest:.2f} us" in shown
+    assert break_even(problem, routing, placement, "link").words in shown
 
 
 def test_a_routing_profile_may_have_any_name(tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def binding_words(plan: Plan) -> str:
     longest = "a decode step takes next to no time"
     if known:
         longest = f"most of a decode step goes to {PARTS[max(known, key=known.get)]}"
-    if plan.rank.device == "cuda" and not any(r.gpu_memory_bytes.total for r in plan.ranks):
+    if plan.rank.device == "cuda" and not any(rank.gpu_memory_bytes.total for rank in plan.ranks):
         return f"{longest}; the plan uses no GPU memory"
     gain = predicted.next_gb_tokens_per_s
     if predicted.binding == "nothing" and not gain:
@@ -105,7 +105,7 @@ def binding_words(plan: Plan) -> str:
     where = " in rank 0" if len(plan.ranks) > 1 else ""
     more = f"another GB of GPU memory{where} would add {gain:.3f} tokens/s"
     if predicted.binding == "nothing":
-        return f"{longest}; memory is left over, but in a plan by the solver, {more}"
+        return f"{longest}; memory is left over; in a solved plan, {more}"
     return f"{longest}; {predicted.binding} is used up, and {more}"
 
 

@@ -46,7 +46,8 @@ def sources(
         model_config_file(plan.model.name, plan_path.resolve().parent), plan.model.name
     )
     for name in type(plan.model).model_fields:
-        planned, found = getattr(plan.model, name), getattr(model.shape, name)
+        planned = getattr(plan.model, name)
+        found = getattr(model.shape, name)
         if planned != found:
             raise FiddlerError(
                 f"{plan_path}: model.{name} is {planned}, but {model.config.origin} says {found};"

@@ -2,7 +2,7 @@
 
 More memory predicts a faster decode, except for the solver's gap and the choice of the chunk, which
 may cost 1 or 2%. The returned plan reaches the speed, and STEP_BYTES less does not. A much smaller
-budget might happen to reach the speed, too; of these, only none at all is tried: the CPU alone.
+budget might happen to reach the speed, too; of these, only 0 GB is tried: the CPU alone.
 """
 
 import re

@@ -78,8 +78,9 @@ class Peers:
 
     def abandon(self) -> None:
         """Ends the ranks if a layer was not finished: they would not agree on the next one."""
-        was_busy, self._busy = self._busy, False
-        if was_busy and self.failure is None:
+        unfinished = self._busy
+        self._busy = False  # the caller no longer waits for another rank
+        if unfinished and self.failure is None:
             self._fail("a layer was interrupted, so the ranks have ended; load the model again")
 
     def broadcast(self, inputs: Inputs) -> None:
