@@ -84,6 +84,7 @@ def test_settings_of_the_process_are_restored(monkeypatch):
 def test_little_work_is_not_divided_among_threads():
     assert process_settings.dense_threads(16, 83_902_464) == 16  # a layer of Mixtral-8x7B
     assert process_settings.dense_threads(16, 101_000) == 1  # of the demo model
+    assert process_settings.dense_threads(16, 0) == 1  # the GPU has the dense weights
 
 
 def test_turns_restore_the_settings_of_each_thread():
