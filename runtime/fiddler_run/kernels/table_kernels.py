@@ -164,12 +164,16 @@ class TableKernels:
         return max(1, MAX_TOKEN_BLOCKS * of_each // (2 * neurons * group_tokens))
 
     def unpack(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Lossless12.decode`, for blocks uint8 [count, block_bytes] on a GPU."""
+        """As `Lossless12.decode`, for blocks uint8 [count, block_bytes] on a GPU.
+
+        In memory, the blocks' columns lie side by side: the result of one product is then the sum
+        over the blocks.
+        """
         hidden, neurons = self.block_format.hidden_size, self.block_format.block_neurons
         like = {"dtype": torch.bfloat16, "device": blocks.device}
         rows = self.block_format.rows_per_neuron * neurons
         gate_up = torch.empty((len(blocks), rows, hidden), **like)
-        down = torch.empty((len(blocks), hidden, neurons), **like)
+        down = torch.empty((hidden, len(blocks), neurons), **like)
         packed_kernels.unpack[(rows + hidden) // TILE_ROWS, len(blocks)](
             blocks,
             gate_up,
@@ -181,7 +185,7 @@ class TableKernels:
             **self._sizes,
             **self._layout,
         )
-        return gate_up, down
+        return gate_up, down.transpose(0, 1)
 
     def compile_blocks(self) -> None:
         """Compiles the variants of these kernels; see `GpuKernels.compile`."""

@@ -163,36 +163,37 @@ def unpack(
     BASES: tl.constexpr, FIRSTS: tl.constexpr, ESCAPES: tl.constexpr, WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """gate_up[block, row, column] and down[block, row, column] in bfloat16, for TILE rows."""
+    """gate_up[block, row, column] and down[row, block, column] in bfloat16, for TILE rows."""
     number = tl.program_id(1).to(tl.int64)
     block = blocks + number * BLOCK_BYTES
     row = tl.program_id(0) * TILE
     FIRST_DOWN: tl.constexpr = ROWS * NEURONS
     if row < FIRST_DOWN:
         to = gate_up + (number * FIRST_DOWN + row) * HIDDEN
-        _unpack_rows(block, WEIGHTS, row, row, to, HIDDEN, TILE, HIDDEN_WIDTH, BASES, FIRSTS,
-                     ESCAPES)  # fmt: skip
+        _unpack_rows(block, WEIGHTS, row, row, to, HIDDEN, HIDDEN, TILE, HIDDEN_WIDTH, BASES,
+                     FIRSTS, ESCAPES)  # fmt: skip
     else:
         of_down = row - FIRST_DOWN
-        to = down + (number * HIDDEN + of_down) * NEURONS
-        _unpack_rows(block, WEIGHTS + FIRST_DOWN * (HIDDEN // 2 * 3), of_down, row, to, NEURONS,
-                     TILE, NEURONS_WIDTH, BASES, FIRSTS, ESCAPES)  # fmt: skip
+        stride = tl.num_programs(1) * NEURONS
+        to = down + of_down * stride + number * NEURONS
+        _unpack_rows(block, WEIGHTS + FIRST_DOWN * (HIDDEN // 2 * 3), of_down, row, to, stride,
+                     NEURONS, TILE, NEURONS_WIDTH, BASES, FIRSTS, ESCAPES)  # fmt: skip
 
 
 @triton.jit
 def _unpack_rows(
-    block, weights, first_row, number, to, LENGTH: tl.constexpr, TILE: tl.constexpr,
+    block, weights, first_row, number, to, stride, LENGTH: tl.constexpr, TILE: tl.constexpr,
     WIDTH: tl.constexpr, BASES: tl.constexpr, FIRSTS: tl.constexpr, ESCAPES: tl.constexpr,
 ):  # fmt: skip
-    """Unpacks TILE rows to `to`: of a matrix at `weights`, from `first_row` on. `number` is the
-    first one's over gate, up and down.
+    """Unpacks TILE rows to `to`, `stride` apart: of a matrix at `weights`, from `first_row` on.
+    `number` is the first one's over gate, up and down.
     """
     tile = tl.arange(0, TILE)
     rows = block + weights + (first_row + tile) * (LENGTH // 2 * 3)
     base = tl.load(block + BASES + number + tile).to(tl.int32)
     for start in range(0, LENGTH, WIDTH):
         bits = _bits(rows, base, start, LENGTH, WIDTH, TILE)
-        at = to + tile[:, None] * LENGTH + start + _columns(WIDTH)[None, :]
+        at = to + tile[:, None] * stride + start + _columns(WIDTH)[None, :]
         tl.store(at, bits.to(tl.int16).to(tl.bfloat16, bitcast=True))
     tl.debug_barrier()  # escapes overwrite zeros
     firsts = (block + FIRSTS).to(tl.pointer_type(tl.int32)) + number
@@ -207,5 +208,5 @@ def _unpack_rows(
         column = tl.load(escapes + 2 * entry, mask=exists, other=0).to(tl.int32) & 0xFFFF
         value = tl.load(escapes + 2 * entry + 1, mask=exists, other=0)
         row = tl.sum((entry[:, None] >= stop[None, :]).to(tl.int32), axis=1)  # rows before it
-        at = to + row * LENGTH + column
+        at = to + row * stride + column
         tl.store(at, value.to(tl.bfloat16, bitcast=True), mask=exists)
