@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from fiddler_run.engine.cuda_graphs import Capture, Graphs, on_capture_stream
 from fiddler_run.generation.cache import CacheState, KeyValueCache, fixed_addresses
-from fiddler_run.generation.cuda_graphs import Capture, Graphs, capture_stream
 from fiddler_run.generation.pieces import Step
 from fiddler_run.generation.tape import Tape
 from fiddler_run.models.dispatched import DispatchedModel
@@ -149,7 +147,7 @@ class DecodeStep:
         """Records a step, and checks it. None, with the cache as before, if it is unusable."""
         before = CacheState(step.cache)
         try:
-            with _beside(model.device):
+            with on_capture_stream(model.device):
                 expected = _warm_up(model, step.cache, tape, attention_mask, before)
                 addresses = fixed_addresses(step.cache)
                 try:
@@ -188,20 +186,6 @@ def _warm_up(
         ).logits
         before.restore()
     return logits
-
-
-@contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
-    """Runs on the stream that captures, in order with the current stream's work."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = capture_stream(device)
-    current = torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
 
 
 def _weights(model: nn.Module) -> list[tuple[nn.Module, type, object, list[int]]]:

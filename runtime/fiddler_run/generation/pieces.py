@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from fiddler_run.generation.cuda_graphs import Capture
+from fiddler_run.engine.cuda_graphs import Capture
 
 
 class UnrecordableError(Exception):

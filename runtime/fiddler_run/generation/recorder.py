@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fiddler_run.generation.cuda_graphs import Capture
+from fiddler_run.engine.cuda_graphs import Capture
 from fiddler_run.generation.pieces import Border, Call, Piece, Step, UnrecordableError, kept
 from fiddler_run.models.dispatched import DispatchedModel
 

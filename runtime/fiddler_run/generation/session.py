@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from transformers import Cache, PreTrainedModel
 
+from fiddler_run.engine.cuda_graphs import Capture
 from fiddler_run.engine.resources import Resources
 from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.cache import KeyValueCache
-from fiddler_run.generation.cuda_graphs import Capture
 from fiddler_run.generation.decode_step import DecodeStep
 from fiddler_run.generation.prefill import forgets_between_chunks, prefill, require_chunks
 from fiddler_run.system.process_settings import allowed_gpu_bytes, while_running

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fiddler_run.engine.cuda_graphs import Capture, no_garbage_collection
 from fiddler_run.engine.layer import ExpertsLayer
-from fiddler_run.generation.cuda_graphs import Capture, no_garbage_collection
 from fiddler_run.generation.pieces import Piece, Step, kept
 from fiddler_run.generation.recorder import Recorder
 from fiddler_run.models.dispatched import DispatchedModel

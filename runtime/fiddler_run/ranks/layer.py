@@ -47,7 +47,7 @@ class SharedLayer:
         output = self._peers.reduce(partial, hidden_states.dtype)
 
         def begin() -> None:
-            self._peers.begin(self.local.number, inputs)
+            self._peers.begin(self.local.number, inputs, recorded=True)
             before()
 
         def end() -> None:

@@ -62,15 +62,19 @@ class Peers:
             raise
         self.end()
 
-    def begin(self, number: int, inputs: Inputs) -> None:
+    def begin(self, number: int, inputs: Inputs, recorded: bool = False) -> None:
         """Tells the others that the inputs of a layer follow.
+
+        Args:
+            recorded: rank 0 has recorded the layer for batches of this size; the others may, too.
 
         Raises:
             FiddlerError: a rank has failed.
         """
         self.check_failure()
         self._busy = True
-        self.tell(do="layer", layer=number, tokens=len(inputs.index), k=inputs.index.shape[1])
+        tokens, k = inputs.index.shape
+        self.tell(do="layer", layer=number, tokens=tokens, k=k, recorded=recorded)
 
     def end(self) -> None:
         """The exchange of a layer is queued or done."""

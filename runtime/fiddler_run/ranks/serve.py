@@ -13,6 +13,7 @@ from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
 from fiddler_run.ranks.connection import Connection
 from fiddler_run.ranks.exchange import Exchange, Sizes
+from fiddler_run.ranks.recorded import RecordedLayers
 from fiddler_run.ranks.share import Share
 
 END_S = 1  # how long a rank may take to end by itself once rank 0 has gone
@@ -27,12 +28,15 @@ def serve(connection: Connection, exchange: Exchange, share: Share, plan: Plan) 
     """
     engine, layers = share
     resources = engine.resources
+    recorded = RecordedLayers(layers, exchange)
     router = RouterSizes.of(plan.model)
     while (message := connection.receive()) is not None:
         match message["do"]:
             case "layer":
                 sizes = Sizes(message["tokens"], message["k"], router.hidden_size, resources.dtype)
-                exchange.send(layers[message["layer"]](*exchange.receive(sizes)))
+                number = message["layer"]
+                if not (message["recorded"] and recorded.run(number, sizes)):
+                    exchange.send(layers[number](*exchange.receive(sizes)))
             case "tune":
                 resources.settle()
                 tune(layers, resources, router, message["prompt_tokens"])

@@ -98,7 +98,21 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def on_capture_stream(device: torch.device) -> Iterator[None]:
+    """Runs on a stream that can be captured, in order with the current stream's work."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _capture_stream(device)
+    current = torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
 @cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream for all models: cuBLAS keeps up to 32 MiB for each stream it was used on."""
     return torch.cuda.Stream(device)
