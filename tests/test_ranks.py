@@ -17,7 +17,10 @@ from seeds import seeds, spread
 from test_exactness import BATCHES, TEXTS, assert_same, encode, greedy
 
 from fiddler_run import load_model
+from fiddler_run.engine.timeline import Work
 from fiddler_run.errors import FiddlerError
+from fiddler_run.generation.bench import bench
+from fiddler_run.generation.report import rates
 from fiddler_run.plan.schema import Plan
 from fiddler_run.ranks import exchange, peers
 
@@ -41,6 +44,29 @@ def test_random_shares_match_stock(seed, request, loaded, stock):
     with in_ranks(model, plan, DEMO):
         encoded = encode(tokenizer, BATCHES[seed % 5], model.device)
         assert_same(model, stock, encoded, new_tokens)
+
+
+def test_bench_times_each_rank(loaded):
+    model, _ = loaded
+    plan = random_shared_plan(demo_shape(), 5, 2)
+    with in_ranks(model, plan, DEMO):
+        result, spans = bench(model, prompt_tokens=12, output_tokens=4)
+    measured = result.measured
+    assert measured.traffic.needed_blocks == 3 * 6 * 2 * plan.blocks_per_expert
+    assert all(each.needed_blocks > 0 for each in measured.traffic_by_rank)
+    assert len(measured.traffic_by_rank) == len(spans) == 2
+    own, other = spans
+    assert {span.call for span in own} == {span.call for span in other} == set(range(6 * 4))
+    assert result.decode.ms["exchange"] > 0
+    assert len(result.other_ranks) == 1
+    assert all(rate > 0 for rate in result.other_ranks[0].bytes_per_s.values())
+    shown = [str(cell) for cell in rates(plan, result).columns[0].cells]
+    assert {cell.split(":")[0] for cell in shown} == {"rank 0", "rank 1"}
+    # by the same clock, rank 0 has a layer's sum only after rank 1 has begun with it
+    sums_s = {span.call: span.stop_s for span in own if span.name == Work.EXCHANGE}
+    begun = [span for span in other if span.name == Work.RESIDENT]
+    assert begun
+    assert all(span.start_s < sums_s[span.call] for span in begun)
 
 
 def test_beams_and_samples_match_stock(loaded, stock):

@@ -14,8 +14,8 @@ from fiddler_run.generation.phase_times import _rates, phase_times
 def test_phase_times_by_hand():
     """Two layers with 10 s from router to router.
 
-    The CPU works from 1 to 5, the link from 3 to 6, resident experts from 4 to 7, the dense part
-    from 8 to 10.
+    The CPU works from 1 to 5, the link from 3 to 6, resident experts from 4 to 7, the exchange from
+    6.5 to 7.5, the dense part from 8 to 10.
     """
     spans = [
         Span("Python", "wait for the router", 0, 0, -1.0, 0.0),
@@ -24,14 +24,16 @@ def test_phase_times_by_hand():
         Span("link", "copy", 0, 0, 3.0, 4.0),
         Span("link", "copy", 0, 0, 3.5, 6.0),
         Span("GPU", "resident", 0, 0, 4.0, 7.0),
+        Span("GPU", "exchange", 0, 0, 6.5, 7.5),
         Span("GPU", "dense", 0, 0, 8.0, 12.0),
     ]
     plan = make_plan(demo_shape().model_copy(update={"num_layers": 2}), [[4] * 8] * 2)
     traffic = Traffic(resident_blocks=12, streamed_blocks=6, cpu_blocks=14)
-    whole = phase_times(plan, spans, traffic, 25.0, 1, 2)
-    of_one_layer_twice = {"host": 10e3, "resident": 2e3, "dense": 8e3, "head": 5e3}
-    assert whole.ms == pytest.approx(of_one_layer_twice)
-    at_work = {"CPU": 8e3, "link": 6e3, "resident": 6e3, "dense": 4e3, "streamed": 0.0, "idle": 4e3}
+    whole = phase_times(plan, spans, [traffic], 25.0, 1, 2)
+    of_one_layer = {"host": 5e3, "resident": 1e3, "exchange": 0.5e3, "dense": 3.5e3}
+    of_two = {part: 2 * ms for part, ms in of_one_layer.items()} | {"head": 5e3}
+    assert whole.ms == pytest.approx(of_two)
+    at_work = {"CPU": 8e3, "link": 6e3, "resident": 6e3, "dense": 4e3, "streamed": 0.0, "idle": 3e3}
     assert whole.at_work_ms == pytest.approx(at_work)
     blocks_per_s = {"CPU": 14 / 4, "link": 6 / 3, "host": 20 / 5, "resident": 12 / 3}
     bytes_per_s = {name: rate * plan.block_bytes for name, rate in blocks_per_s.items()}
@@ -69,10 +71,17 @@ def test_timeline_keeps_nothing_while_off():
 
 
 def test_trace_has_the_format_of_trace_viewers(tmp_path):
-    write_trace([Span("link", "copy", 2, 9, 1e-3, 3e-3)], tmp_path / "trace.json")
+    spans = [[], [Span("link", "copy", 2, 9, 1e-3, 3e-3)]]
+    write_trace(spans, tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    rows = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
-    assert list(rows.values()) == list(Lane)
+    names = {
+        (event["name"], event["pid"], event.get("tid")): event["args"]["name"]
+        for event in events
+        if event["ph"] == "M"
+    }
+    assert [names["thread_name", 1, row] for row in range(len(Lane))] == list(Lane)
+    assert names["process_name", 1, None] == "rank 1"
     (copy,) = [event for event in events if event["ph"] == "X"]
-    assert (rows[copy["tid"]], copy["name"], copy["ts"]) == ("link", "copy", 1e3)
+    assert names["thread_name", copy["pid"], copy["tid"]] == "link"
+    assert (copy["pid"], copy["name"], copy["ts"]) == (1, "copy", 1e3)
     assert copy["dur"] == pytest.approx(2e3)

@@ -37,7 +37,7 @@ def wrapped(*calls: str) -> str:
 
 def answer(text: str) -> Answer:
     nothing = Traffic()
-    return Answer(text, "stop", Measured(3, 9, 0.1, 5.0, nothing, nothing, 0))
+    return Answer(text, "stop", Measured(3, 9, 0.1, 5.0, [nothing], [nothing], 0))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from fiddler_run.engine.calls import (
     sorted_choices,
 )
 from fiddler_run.engine.engine import ExpertEngine
-from fiddler_run.engine.timeline import Lane, Work
+from fiddler_run.engine.timeline import Lane, Timeline, Work
 from fiddler_run.errors import FiddlerError
 from fiddler_run.kernels.decode_layer import DecodeLayer
 from fiddler_run.kernels.limits import MAX_DECODE_TOKENS
@@ -94,6 +94,11 @@ class ExpertsLayer:
     def lock(self) -> threading.RLock:
         """Held while a layer of this engine is computed, and during a generation."""
         return self._engine.resources.lock
+
+    @property
+    def timeline(self) -> Timeline:
+        """Of the engine."""
+        return self._engine.resources.timeline
 
     @property
     def calls(self) -> np.ndarray:

@@ -1,10 +1,12 @@
 """Records what happened when, by lane. Off by default, because marking GPU work costs time."""
 
+from __future__ import annotations
+
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -37,6 +39,7 @@ class Work(StrEnum):
     ROUTER = "wait for the router"  # Python or CPU
     QUEUE = "queue device work"  # Python
     HELP = "help the CPU"  # Python
+    EXCHANGE = "exchange"  # GPU: states and sums of other ranks, and the wait for them
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,18 @@ class Span:
     start_s: float
     stop_s: float
 
+    def later(self, seconds: float) -> Span:
+        return replace(self, start_s=self.start_s + seconds, stop_s=self.stop_s + seconds)
+
 
 Place = tuple[int, int]  # a layer, and the number of the call
 
 
 class Timeline:
-    """The spans of one model's layers, if recorded."""
+    """The spans of one model's layers, if recorded.
+
+    `origin_s` is the start of the current or last recording, by `time.perf_counter`.
+    """
 
     def __init__(self, device: torch.device):
         self._layer = 0
@@ -63,6 +72,7 @@ class Timeline:
         self._events = device.type == "cuda"
         self._marks: list[tuple] | None = None
         self._begun: dict[tuple[str, str], object] = {}
+        self.origin_s = 0.0
 
     @contextmanager
     def recording(self) -> Iterator[list[Span]]:
@@ -71,13 +81,13 @@ class Timeline:
         Recording always ends with the context.
         """
         spans: list[Span] = []
-        self._start()
+        self.start()
         try:
             yield spans
         finally:
-            spans += self._stop()
+            spans += self.stop()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         self._marks = []
         self._begun = {}
         self._call = -1
@@ -85,9 +95,10 @@ class Timeline:
             torch.cuda.synchronize()
             self._origin = self._event()
             self._origin.synchronize()
-        self._origin_s = time.perf_counter()
+        self.origin_s = time.perf_counter()
 
-    def _stop(self) -> list[Span]:
+    def stop(self) -> list[Span]:
+        """Ends the recording. Returns its spans."""
         marks = self._marks
         self._marks = None  # first, because the rest can fail
         if self._events:
@@ -137,7 +148,7 @@ class Timeline:
 
     def _seconds(self, mark: object) -> float:
         return (
-            mark - self._origin_s
+            mark - self.origin_s
             if isinstance(mark, float)
             else self._origin.elapsed_time(mark) * 1e-3
         )
@@ -150,26 +161,35 @@ def whole_s(spans: list[Span]) -> float:
     )
 
 
-def write_trace(spans: list[Span], path: Path) -> None:
-    """Writes a trace for chrome://tracing and ui.perfetto.dev, with one row per lane.
+def write_trace(spans: list[list[Span]], path: Path) -> None:
+    """Writes a trace for chrome://tracing and ui.perfetto.dev, with one row per lane of each rank.
+
+    Args:
+        spans: of each rank.
 
     Raises:
         FiddlerError: the file cannot be written.
     """
     names = [
-        {"ph": "M", "name": "thread_name", "pid": 0, "tid": row, "args": {"name": lane}}
+        {"ph": "M", "name": "thread_name", "pid": rank, "tid": row, "args": {"name": lane}}
+        for rank in range(len(spans))
         for row, lane in enumerate(Lane)
+    ]
+    names += [
+        {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
+        for rank in range(len(spans))
     ]
     events = [
         {
             "ph": "X",
             "name": span.name,
-            "pid": 0,
+            "pid": rank,
             "tid": [*Lane].index(span.lane),
             "ts": span.start_s * 1e6,
             "dur": (span.stop_s - span.start_s) * 1e6,
             "args": {"layer": span.layer, "call": span.call},
         }
-        for span in spans
+        for rank, of_rank in enumerate(spans)
+        for span in of_rank
     ]
     write_whole(path, json.dumps({"traceEvents": names + events}))

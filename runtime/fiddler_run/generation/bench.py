@@ -2,6 +2,8 @@
 
 import json
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -25,10 +27,11 @@ class BenchResult:
     """The measurements of three generations.
 
     `first` is the first one after loading. `measured` follows it; its speeds are the reported ones.
-    `prefill` and `decode` come from a third one, with the timeline on. `bare_bytes_per_s`: see
-    `bare_rates`. `stream_share` is by layer, for one token, as tuned after loading. `prefill_odds`
-    is the factor on the plan's odds, streamed : CPU, for long prompts. Peaks are what PyTorch's
-    allocator held, what the whole GPU held at the end, and what this process held in RAM.
+    `prefill` and `decode` come from a third one, with the timeline on. `other_ranks` are the decode
+    of the ranks after the first. `bare_bytes_per_s`: see `bare_rates`. `stream_share` is by layer,
+    for one token, as tuned after loading. `prefill_odds` is the factor on the plan's odds,
+    streamed : CPU, for long prompts. Peaks are what PyTorch's allocator held, what the whole GPU
+    held at the end, and what this process held in RAM.
     """
 
     num_beams: int
@@ -37,6 +40,7 @@ class BenchResult:
     measured: Measured
     prefill: PhaseTimes
     decode: PhaseTimes
+    other_ranks: list[PhaseTimes]
     bare_bytes_per_s: dict[str, float]
     stream_share: dict[int, float]
     prefill_odds: float
@@ -51,9 +55,12 @@ def bench(
     output_tokens: int,
     num_beams: int = 1,
     batch_size: int = 1,
-) -> tuple[BenchResult, list[Span]]:
-    """Generates greedily from random tokens, three times, the last time under the timeline."""
-    timeline = model.engine.resources.timeline
+) -> tuple[BenchResult, list[list[Span]]]:
+    """Generates greedily from random tokens, three times, the last time under the timeline.
+
+    Returns:
+        The measurements, and the spans of each rank.
+    """
     jobs = model.engine.resources.jobs
     kernels = model.engine.resources.kernels
     generator = torch.Generator().manual_seed(0)
@@ -69,7 +76,7 @@ def bench(
     first = run(traced)
     measured = run(output_tokens)
     jobs.finish()  # otherwise its last job would appear on the timeline
-    with timeline.recording() as spans:
+    with recording(model) as spans:
         observed = run(traced)
         jobs.finish()  # otherwise its last job would be missing
     prefill, decode = _phases(model.plan, spans, observed, traced, num_beams, batch_size)
@@ -79,7 +86,8 @@ def bench(
         first=first,
         measured=measured,
         prefill=prefill,
-        decode=decode,
+        decode=decode[0],
+        other_ranks=decode[1:],
         bare_bytes_per_s=bare_rates(model),
         stream_share=decode_shares(model.layers) if kernels.decode else {},
         prefill_odds=model.tuning.prefill,
@@ -90,29 +98,56 @@ def bench(
     return result, spans
 
 
+@contextmanager
+def recording(model: PlannedModel) -> Iterator[list[list[Span]]]:
+    """Records the timelines of all ranks. Yields a list, filled with the spans of each in the end.
+
+    Times are since the start of rank 0's timeline. Those of ranks on other machines, whose clocks
+    differ, are since the start of their own, a round trip earlier.
+    """
+    timeline = model.engine.resources.timeline
+    peers = model.peers
+    by_rank: list[list[Span]] = []
+    if peers is not None:
+        peers.replies(peers.request(do="trace"))
+    try:
+        with timeline.recording() as own:
+            yield by_rank
+    finally:
+        replies = peers.replies(peers.request(do="traced")) if peers is not None else []
+    by_rank.append(own)
+    here = model.plan.ranks_beside(0)
+    for rank, reply in enumerate(replies, 1):
+        late_s = reply["origin_s"] - timeline.origin_s if rank in here else 0.0
+        by_rank.append([Span(*each).later(late_s) for each in reply["spans"]])
+
+
 def _phases(
     plan: Plan,
-    spans: list[Span],
+    spans: list[list[Span]],
     observed: Measured,
     output_tokens: int,
     num_beams: int,
     batch_size: int,
-) -> tuple[PhaseTimes, PhaseTimes]:
-    """The times of prefill and of decode, from the spans of one generation."""
+) -> tuple[PhaseTimes, list[PhaseTimes]]:
+    """The times of prefill in rank 0, and of decode in each, from the spans of one generation."""
     layers = plan.model.num_layers
     sequences = num_beams * batch_size
     # passes of the prompt
-    passes = (1 + max(span.call for span in spans)) // layers - (output_tokens - 1)
+    passes = (1 + max(span.call for span in spans[0])) // layers - (output_tokens - 1)
     # Each beam passes the prompt's last token separately.
     prompts = batch_size * observed.prompt_tokens + sequences - batch_size
-    of_prefill = [span for span in spans if span.call < passes * layers]
-    of_decode = [span for span in spans if span.call >= passes * layers]
+    of_prefill = [span for span in spans[0] if span.call < passes * layers]
+    of_decode = [[span for span in each if span.call >= passes * layers] for each in spans]
     step_s = batch_size / observed.decode_tokens_per_s
     per_pass = prompts / passes
     prefill = phase_times(
-        plan, of_prefill, observed.prefill_traffic, observed.ttft_s, passes, per_pass
+        plan, of_prefill, observed.prefill_traffic_by_rank, observed.ttft_s, passes, per_pass
     )
-    decode = phase_times(plan, of_decode, observed.traffic, step_s, 1, sequences)
+    decode = [
+        phase_times(plan, of_rank, observed.traffic_by_rank, step_s, 1, sequences, rank)
+        for rank, of_rank in enumerate(of_decode)
+    ]
     return prefill, decode
 
 

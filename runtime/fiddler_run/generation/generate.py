@@ -26,8 +26,8 @@ class Measured:
     """Speeds, expert traffic and memory of one generation.
 
     `ttft_s` runs from the call to the first token. Tokens/s are those of all sequences together
-    during decode, after the first token. `traffic` is that of decode, `prefill_traffic` that of
-    prefill. `prompt_tokens` and `output_tokens` are those of one sequence.
+    during decode, after the first token. `traffic_by_rank` is that of decode. `prompt_tokens` and
+    `output_tokens` are those of one sequence.
 
     `passes` are those of decode, fewer than its tokens if prompt lookup proposed some.
     `reused_tokens` are those of the prompt that the cache still held. `peak_gpu_bytes` is the most
@@ -38,11 +38,20 @@ class Measured:
     output_tokens: int
     ttft_s: float
     decode_tokens_per_s: float
-    traffic: Traffic
-    prefill_traffic: Traffic
+    traffic_by_rank: list[Traffic]
+    prefill_traffic_by_rank: list[Traffic]
     peak_gpu_bytes: int
     reused_tokens: int = 0
     passes: int = 0
+
+    @property
+    def traffic(self) -> Traffic:
+        """The traffic of decode, of all ranks."""
+        return sum(self.traffic_by_rank, Traffic())
+
+    @property
+    def prefill_traffic(self) -> Traffic:
+        return sum(self.prefill_traffic_by_rank, Traffic())
 
     @property
     def all_traffic(self) -> Traffic:
@@ -56,9 +65,9 @@ class StepClock(StoppingCriteria):
     Never stops a generation. It works with all of transformers' decoding methods.
     """
 
-    def __init__(self, traffic: Callable[[], Traffic]):
+    def __init__(self, traffic: Callable[[], list[Traffic]]):
         self.times_s: list[float] = []
-        self.first_traffic: Traffic | None = None
+        self.first_traffic: list[Traffic] = []
         self._traffic = traffic
 
     def __call__(self, input_ids, scores, **kwargs):
@@ -175,8 +184,8 @@ def generate_ids(
         arguments["custom_generate"] = lookup
     arguments.setdefault("attention_mask", torch.ones_like(ids))
     with model.session.turn():  # during all of it, so that only this generation is measured
-        clock = StepClock(model.traffic)
-        before = model.traffic()
+        clock = StepClock(model.traffic_by_rank)
+        before = model.traffic_by_rank()
         started = time.perf_counter()
         output = model.generate(
             ids,
@@ -196,12 +205,17 @@ def generate_ids(
             output_tokens=steps,
             ttft_s=first_s - started,
             decode_tokens_per_s=len(ids) * (steps - 1) / (last_s - first_s) if steps > 1 else 0.0,
-            traffic=model.traffic() - clock.first_traffic,
-            prefill_traffic=clock.first_traffic - before,
+            traffic_by_rank=_since(clock.first_traffic, model.traffic_by_rank()),
+            prefill_traffic_by_rank=_since(before, clock.first_traffic),
             peak_gpu_bytes=torch.cuda.max_memory_reserved(model.device) if on_gpu else 0,
             reused_tokens=reused_tokens,
             passes=steps - 1 if lookup is None else lookup.passes,
         )
+
+
+def _since(before: list[Traffic], after: list[Traffic]) -> list[Traffic]:
+    """What each rank has done in between."""
+    return [later - earlier for earlier, later in zip(before, after, strict=True)]
 
 
 def never_stopping(model: PlannedModel) -> dict[str, int]:

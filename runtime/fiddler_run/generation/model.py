@@ -85,11 +85,14 @@ class PlannedModel(DispatchedModel):
 
     def traffic(self) -> Traffic:
         """The blocks that calls needed so far, of all ranks."""
-        traffic = self.engine.resources.traffic
-        if self.peers is not None:
-            for reply in self.peers.replies(self.peers.request(do="count")):
-                traffic += Traffic(*reply["traffic"])
-        return traffic
+        return sum(self.traffic_by_rank(), Traffic())
+
+    def traffic_by_rank(self) -> list[Traffic]:
+        own = self.engine.resources.traffic
+        if self.peers is None:
+            return [own]
+        replies = self.peers.replies(self.peers.request(do="count"))
+        return [own, *(Traffic(*reply["traffic"]) for reply in replies)]
 
     def forget_traffic(self) -> None:
         """Counts blocks anew, on all ranks."""

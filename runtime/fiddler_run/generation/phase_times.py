@@ -15,8 +15,8 @@ class PhaseTimes:
 
     `ms`: milliseconds by part, which add up to the whole. `host`: blocks in host memory or on disk
     are being computed, by the CPU, over the link or on the device after arrival. `resident`: only
-    resident blocks are being computed. `dense`: the rest of the layers. `head`: the rest of the
-    step.
+    resident blocks are being computed. `exchange`: states and sums are on their way between ranks,
+    or another rank is waited for. `dense`: the rest of the layers. `head`: the rest of the step.
 
     `at_work_ms`: how long each resource was busy, at the same time as others; `idle`: none was
     within the layers, during a hand-over or while all waited for Python. `bytes_per_s`: the expert
@@ -39,16 +39,18 @@ class PhaseTimes:
 def phase_times(
     plan: Plan,
     spans: list[Span],
-    traffic: Traffic,
+    traffic: list[Traffic],
     seconds: float,
     passes: int,
     tokens_per_pass: float,
+    rank: int = 0,
 ) -> PhaseTimes:
-    """The parts of a phase's time.
+    """The parts of a phase's time in one rank.
 
     Args:
-        spans, traffic: of the phase, or of several equal ones.
-        seconds, passes: of one.
+        spans: of the rank, in the phase or in several equal ones.
+        traffic: likewise, of each rank.
+        seconds, passes: of one phase.
     """
     layers = plan.model.num_layers
     at_work = _at_work(spans, layers * passes)
@@ -56,15 +58,17 @@ def phase_times(
     if at_work:
         of_layers = at_work.pop("layers")
         ms = {"host": at_work.pop("host")}
-        ms["resident"] = at_work.pop("experts") - ms["host"]
-        ms["dense"] = of_layers - ms["host"] - ms["resident"]
+        experts = at_work.pop("experts")
+        ms["resident"] = experts - ms["host"]
+        ms["exchange"] = at_work.pop("with_others") - experts
+        ms["dense"] = of_layers - experts - ms["exchange"]
         ms["head"] = max(0.0, seconds * 1e3 - of_layers)
     layers_seen = sum(span.name == Work.ROUTER for span in spans)
     choices = layers_seen * tokens_per_pass * plan.model.num_experts_per_tok
-    per_expert = choices / (traffic.needed_blocks / plan.blocks_per_expert)
-    return PhaseTimes(
-        passes, tokens_per_pass, per_expert, ms, at_work, _rates(spans, traffic, plan.block_bytes)
-    )
+    needed_blocks = sum(each.needed_blocks for each in traffic)
+    per_expert = choices / (needed_blocks / plan.blocks_per_expert)
+    rates = _rates(spans, traffic[rank], plan.block_bytes)
+    return PhaseTimes(passes, tokens_per_pass, per_expert, ms, at_work, rates)
 
 
 def _at_work(spans: list[Span], layers: float) -> dict[str, float]:
@@ -89,12 +93,13 @@ def _at_work(spans: list[Span], layers: float) -> dict[str, float]:
         "layers": total,
         "host": milliseconds(*host),
         "experts": milliseconds(*host, Work.RESIDENT),
+        "with_others": milliseconds(*host, Work.RESIDENT, Work.EXCHANGE),
         "dense": milliseconds(Work.DENSE),
         "resident": milliseconds(Work.RESIDENT),
         "streamed": milliseconds(Work.STREAMED),
         "link": milliseconds(Lane.LINK),
         "CPU": milliseconds(Work.BLOCKS),
-        "idle": total - milliseconds(*host, Work.RESIDENT, Work.DENSE),
+        "idle": total - milliseconds(*host, Work.RESIDENT, Work.EXCHANGE, Work.DENSE),
     }
 
 

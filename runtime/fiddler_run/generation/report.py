@@ -50,9 +50,10 @@ def parts(plan: Plan, result) -> Table:
     )
     for column in ("", "decode step", "plan", "first token", "plan"):
         table.add_column(column, justify="left" if not column else "right")
+    exchange = ("exchange",) if len(plan.ranks) > 1 else ()
     rows = {
         PARTS[part]: [column.get(part, 0.0) for column in columns]
-        for part in ("host", "resident", "dense", "head")
+        for part in ("host", "resident", *exchange, "dense", "head")
     }
     rows["total"] = [sum(column.values()) for column in columns]
     idle = [phase.at_work_ms.get("idle", 0.0) for phase in (result.decode, result.prefill)]
@@ -74,6 +75,7 @@ def seen(predicted_ms: dict[str, float], device: str) -> dict[str, float]:
     groups = {
         "host": host,
         "resident": ("resident",) if device == "cuda" else (),
+        "exchange": ("exchange",),
         "dense": ("dense", "launch_overhead"),
         "head": ("head",),
     }
@@ -96,13 +98,17 @@ def rates(plan: Plan, result) -> Table:
     def rate(of: dict, name: str) -> str:
         return f"{of[name] / 1e9:.1f} GB/s" if of.get(name) else ""
 
-    for name, measured in result.decode.bytes_per_s.items():
-        at_work = {**result.decode.at_work_ms, **result.decode.ms}.get(name)
-        table.add_row(
-            {"host": "CPU and link"}.get(name, name),
-            "" if at_work is None else f"{at_work:.2f}",
-            *(rate(of, name) for of in ({name: measured}, profiled, result.bare_bytes_per_s)),
-        )
+    for rank, decode in enumerate([result.decode, *result.other_ranks]):
+        # the profile's rates and those of plain loops are of rank 0
+        compared = (profiled, result.bare_bytes_per_s) if rank == 0 else ({}, {})
+        prefix = f"rank {rank}: " if result.other_ranks else ""
+        for name in decode.bytes_per_s:
+            at_work = {**decode.at_work_ms, **decode.ms}.get(name)
+            table.add_row(
+                prefix + {"host": "CPU and link"}.get(name, name),
+                "" if at_work is None else f"{at_work:.2f}",
+                *(rate(of, name) for of in (decode.bytes_per_s, *compared)),
+            )
     memory = f"peak RAM: {result.peak_host_bytes / 1e9:.2f} GB"
     if result.used_gpu_bytes:
         memory += f"; GPU memory used by all processes: {result.used_gpu_bytes / 1e9:.2f} GB"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fiddler_run.engine.layer import ExpertsLayer, layer_inputs, require_no_gradients
+from fiddler_run.engine.timeline import Lane, Work
 from fiddler_run.ranks.exchange import Inputs
 from fiddler_run.ranks.peers import Peers
 
@@ -31,7 +32,13 @@ class SharedLayer:
         inputs = Inputs(*layer_inputs(hidden_states, top_k_index, top_k_weights))
         with self.local.lock, self._peers.layer(self.local.number, inputs):
             self._peers.broadcast(inputs)
-            return self._peers.reduce(self.local(*inputs), hidden_states.dtype)
+            partial = self.local(*inputs)
+            timeline = self.local.timeline
+            timeline.begin(Lane.GPU, Work.EXCHANGE)
+            output = self._peers.reduce(partial, hidden_states.dtype)
+            timeline.end(Lane.GPU, Work.EXCHANGE)
+            timeline.begin(Lane.GPU, Work.DENSE)
+            return output
 
     def can_record(self, tokens: int) -> bool:
         """True if a batch of this size can be captured in a CUDA graph."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import astuple
 
 import torch
 
+from fiddler_run.engine.timeline import Lane, Work
 from fiddler_run.engine.tuning import RouterSizes, tune
 from fiddler_run.errors import FiddlerError
 from fiddler_run.plan.schema import Plan
@@ -29,6 +31,7 @@ def serve(connection: Connection, exchange: Exchange, share: Share, plan: Plan) 
     engine, layers = share
     resources = engine.resources
     recorded = RecordedLayers(layers, exchange)
+    timeline = resources.timeline
     router = RouterSizes.of(plan.model)
     while (message := connection.receive()) is not None:
         match message["do"]:
@@ -36,7 +39,19 @@ def serve(connection: Connection, exchange: Exchange, share: Share, plan: Plan) 
                 sizes = Sizes(message["tokens"], message["k"], router.hidden_size, resources.dtype)
                 number = message["layer"]
                 if not (message["recorded"] and recorded.run(number, sizes)):
-                    exchange.send(layers[number](*exchange.receive(sizes)))
+                    inputs = exchange.receive(sizes)
+                    timeline.end(Lane.GPU, Work.EXCHANGE)
+                    partial = layers[number](*inputs)
+                    timeline.begin(Lane.GPU, Work.EXCHANGE)
+                    exchange.send(partial)
+            case "trace":
+                resources.settle()
+                timeline.start()
+                connection.send(request=message["request"])
+            case "traced":
+                resources.settle()
+                spans = [astuple(span) for span in timeline.stop()]
+                connection.send(request=message["request"], spans=spans, origin_s=timeline.origin_s)
             case "tune":
                 resources.settle()
                 tune(layers, resources, router, message["prompt_tokens"])
