@@ -58,8 +58,7 @@ def dense_threads(cpu_threads: int, layer_bytes: int) -> int:
     """The number of PyTorch's threads for `layer_bytes` of dense weights per layer on the CPU.
 
     Splitting little work over threads costs as much as it saves, and far more while others use the
-    cores. Beside a GPU, these are the experts' threads: PyTorch's would poll for work after looking
-    up a prompt's embeddings.
+    cores. Beside a GPU, which has the dense weights, these others are the experts' threads.
     """
     return cpu_threads if layer_bytes >= DIVIDED_BYTES else 1
 
