@@ -9,10 +9,12 @@ from activations import exact_glu, with_each_activation
 from conftest import demo_shape, make_plan
 from transformers.activations import ACT2FN
 
-from fiddler_run.encodings.lossless12 import Lossless12
+from fiddler_opt.inputs.machine_parts import KernelLimits
+from fiddler_opt.inputs.model import ModelSpec
+from fiddler_opt.solve.memory import product_bytes
 from fiddler_run.encodings.plain import Fp32
 from fiddler_run.errors import FiddlerError
-from fiddler_run.kernels.limits import MAX_TOKEN_BLOCKS
+from fiddler_run.kernels.limits import MAX_DECODED_BLOCKS, MAX_TOKEN_BLOCKS
 from fiddler_run.kernels.pytorch import apply_blocks, glu, joined_at_once
 from fiddler_run.plan.activation import SILU, Activation
 from fiddler_run.plan.schema import Plan
@@ -60,20 +62,19 @@ def test_pytorch_matches_float64(activation):
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("neurons", [256, 448, 896])
-@pytest.mark.parametrize("tokens", [1, 64, 300, 512, 700, 1024, 2047])
-def test_joined_products_need_no_more_memory_than_planned(neurons, tokens):
-    """For fewer than MAX_TOKEN_BLOCKS tokens; more than that make long products of one block."""
-    hidden = 4096
-    planned = MAX_TOKEN_BLOCKS * 4 * (4 * neurons + 2 * hidden)  # as `product_bytes` has it
-
-    def needed(blocks: int) -> int:
-        gate_up = 4 * tokens * 2 * neurons * blocks
-        activated = (4 + 2) * tokens * neurons * blocks  # in float32, and rounded
-        return gate_up + activated + 2 * 4 * tokens * hidden  # the result, and the sum
-
-    at_once = joined_at_once(Lossless12(hidden, neurons), tokens)
-    assert needed(at_once) <= planned
+@pytest.mark.parametrize("model", ["mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B"])
+@pytest.mark.parametrize("tokens", [1, 64, 300, 512, 700, 1024, 2047, 8192])
+def test_joined_products_need_no_more_memory_than_planned(model, tokens):
+    model = ModelSpec.load(model).in_encoding("lossless12")
+    encoding = model.block_format
+    neurons, hidden = encoding.block_neurons, encoding.hidden_size
+    at_once = joined_at_once(encoding, tokens)
+    gate_up = 4 * tokens * 2 * neurons * at_once
+    activated = (4 + 2) * tokens * neurons * at_once  # in float32, and rounded
+    results = 2 * 4 * tokens * hidden  # the result, and the sum
+    decoded = MAX_DECODED_BLOCKS * encoding.decoded_bytes
+    planned = product_bytes(model, KernelLimits.of_runtime(), tokens)
+    assert gate_up + activated + results + decoded <= planned
     assert at_once >= MAX_TOKEN_BLOCKS // tokens
 
 

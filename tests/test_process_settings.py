@@ -84,7 +84,13 @@ def test_settings_of_the_process_are_restored(monkeypatch):
 def test_little_work_is_not_divided_among_threads():
     assert process_settings.dense_threads(16, 83_902_464) == 16  # a layer of Mixtral-8x7B
     assert process_settings.dense_threads(16, 101_000) == 1  # of the demo model
-    assert process_settings.dense_threads(16, 0) == 1  # the GPU has the dense weights
+
+
+def test_pytorch_leaves_the_cpu_to_the_experts_beside_a_gpu():
+    threads = process_settings.dense_threads
+    assert threads(16, 83_902_464, on_gpu=True, own_threads=True) == 1
+    assert threads(16, 83_902_464, on_gpu=True) == 16  # PyTorch computes the experts
+    assert threads(16, 83_902_464, own_threads=True) == 16  # and here, the dense layers
 
 
 def test_turns_restore_the_settings_of_each_thread():

@@ -32,7 +32,7 @@ class TensorExchange:
 
 
 class Layer:
-    """Doubles its input, `number` more than once. Notes what it was told, in order."""
+    """Multiplies its inputs by `factor`. Notes what it was told, in order."""
 
     def __init__(self, factor, told):
         self.factor = factor
@@ -54,6 +54,20 @@ class Layer:
         return states * self.factor, lambda: add("submit"), lambda: add("finish")
 
 
+class NotedCapture(OperationCapture):
+    """Notes when it is launched. The first time is at its end."""
+
+    told: list
+
+    def end(self):
+        super().end()
+        self.told.append("launch")
+
+    def replay(self):
+        self.told.append("launch")
+        super().replay()
+
+
 def sizes_of(tokens):
     return Sizes(tokens, 2, HIDDEN, torch.float32)
 
@@ -62,7 +76,8 @@ def layers_and_told():
     told = []
     exchange = TensorExchange()
     layers = [Layer(2, told), Layer(3, told)]
-    return exchange, layers, told, RecordedLayers(layers, exchange, OperationCapture)
+    NotedCapture.told = told
+    return exchange, layers, told, RecordedLayers(layers, exchange, NotedCapture)
 
 
 def run(recorded, exchange, layer, states):
@@ -76,12 +91,12 @@ def test_layer_is_recorded_once_and_repeated_for_new_inputs():
     exchange, _, told, recorded = layers_and_told()
     first, second = torch.randn(2, 3, HIDDEN)
     assert torch.equal(run(recorded, exchange, 0, first), first * 2)
-    assert told == ["step", "record", "submit", "finish"]
+    assert told == ["step", "record", "submit", "launch", "finish"]
     assert torch.equal(run(recorded, exchange, 1, first), first * 3)
     told.clear()
     assert torch.equal(run(recorded, exchange, 0, second), second * 2)
     assert torch.equal(run(recorded, exchange, 1, second), second * 3)
-    assert told == ["step", "submit", "finish"] * 2
+    assert told == ["step", "submit", "launch", "finish"] * 2
 
 
 def test_recordings_of_the_oldest_size_make_room():
@@ -98,6 +113,9 @@ def test_recordings_of_the_oldest_size_make_room():
 def test_layer_that_cannot_be_recorded_is_left_to_the_caller(caplog):
     exchange, layers, told, recorded = layers_and_told()
     assert not recorded.run(0, sizes_of(9))  # too large a batch
+    exchange.can_record = False
+    assert not recorded.run(0, sizes_of(1))
+    exchange.can_record = True
     assert told == []
     layers[0].fails = True
     sizes = sizes_of(1)

@@ -41,6 +41,18 @@ def test_phase_times_by_hand():
     assert whole.tokens_per_expert == 2 * 2 * 2 / (32 / 8)
 
 
+def test_rates_are_those_of_the_rank():
+    spans = [Span("CPU", "blocks", 0, 0, 0.0, 2.0), Span("CPU", "wait for the router", 0, 0, 0, 0)]
+    plan = make_plan(demo_shape(), [[4] * 8] * 6)
+    traffic = [Traffic(cpu_blocks=24), Traffic(cpu_blocks=8)]
+    own, other = (phase_times(plan, spans, traffic, 1.0, 1, 1, rank) for rank in (0, 1))
+    assert own.bytes_per_s["CPU"] == 24 * plan.block_bytes / 2
+    assert other.bytes_per_s["CPU"] == 8 * plan.block_bytes / 2
+    # one layer and token chose two experts, whose blocks are in both ranks
+    called = (24 + 8) / plan.blocks_per_expert
+    assert own.tokens_per_expert == other.tokens_per_expert == 2 / called
+
+
 def test_blocks_read_in_place_give_no_resident_rate():
     """One kernel computes them with the resident blocks, which cannot be timed separately."""
     spans = [

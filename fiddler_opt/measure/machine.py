@@ -182,7 +182,13 @@ class MachineBench:
             )
 
     def _time_dense(self, tokens: int) -> dict[str, Us]:
-        torch.set_num_threads(dense_threads(self._threads[0], self.model.dense_layer_bytes))
+        threads = dense_threads(
+            self._threads[0],
+            self.model.dense_layer_bytes,
+            on_gpu=self.device.type == "cuda",
+            own_threads=self._experts[EXPERTS].engine.resources.kernels.cpu.finishes_alone,
+        )
+        torch.set_num_threads(threads)
         return {name: round(us, 1) for name, us in self._dense.time(tokens).items()}
 
     def _link(self) -> dict:

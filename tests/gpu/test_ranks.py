@@ -42,6 +42,11 @@ def test_two_gpus_give_the_logits_of_one(dtype):
         found = both(**encoded).logits
         again = both(**encoded).logits
         generated = both.generate(**encoded, **greedy(16))
+        # recordings of another size, and a prompt between two steps of the same
+        several = encode(tokenizer, TEXTS[:3], both.device)
+        together = both.generate(**several, **greedy(16))
+        assert torch.equal(both.generate(**encoded, **greedy(16)), generated)
+        assert torch.equal(both.generate(**several, **greedy(16)), together)
         shared = perplexity(both, tokenizer, ids)
         by_two = both.traffic()
     finally:

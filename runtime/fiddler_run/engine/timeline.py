@@ -39,7 +39,8 @@ class Work(StrEnum):
     ROUTER = "wait for the router"  # Python or CPU
     QUEUE = "queue device work"  # Python
     HELP = "help the CPU"  # Python
-    EXCHANGE = "exchange"  # GPU: states and sums of other ranks, and the wait for them
+    EXCHANGE = "exchange"  # GPU: from a rank's sum to those of others or, in other ranks than 0,
+    # to the next layer's states
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class Timeline:
         self.origin_s = time.perf_counter()
 
     def stop(self) -> list[Span]:
-        """Ends the recording. Returns its spans."""
-        marks = self._marks
+        """Ends the recording, if there is one. Returns its spans."""
+        marks = self._marks or []
         self._marks = None  # first, because the rest can fail
         if self._events:
             torch.cuda.synchronize()
@@ -123,6 +124,10 @@ class Timeline:
             ended = self._now(lane)
             layer, call, begun = self._begun.pop((lane, name))
             self._marks.append((lane, name, layer, call, begun, ended))
+
+    def drop(self, lane: str, name: str) -> None:
+        """Forgets the current span."""
+        self._begun.pop((lane, name), None)
 
     @property
     def on(self) -> bool:

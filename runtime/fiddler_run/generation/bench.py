@@ -108,13 +108,16 @@ def recording(model: PlannedModel) -> Iterator[list[list[Span]]]:
     timeline = model.engine.resources.timeline
     peers = model.peers
     by_rank: list[list[Span]] = []
-    if peers is not None:
-        peers.replies(peers.request(do="trace"))
     try:
+        if peers is not None:
+            peers.replies(peers.request(do="trace"))
         with timeline.recording() as own:
             yield by_rank
-    finally:
-        replies = peers.replies(peers.request(do="traced")) if peers is not None else []
+    except BaseException:
+        if peers is not None:
+            peers.tell(do="traced", request=None)  # nobody waits for the reply
+        raise
+    replies = peers.replies(peers.request(do="traced")) if peers is not None else []
     by_rank.append(own)
     here = model.plan.ranks_beside(0)
     for rank, reply in enumerate(replies, 1):

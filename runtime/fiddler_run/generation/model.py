@@ -115,9 +115,12 @@ class PlannedModel(DispatchedModel):
         self.lookup_gate = LookupGate()
         self.set_layers(layers)
         dense_bytes = sum(parameter.nbytes for parameter in self.parameters())
-        if self.device.type == "cuda" and engine.resources.kernels.cpu.finishes_alone:
-            dense_bytes = 0  # on the CPU
-        threads = dense_threads(rank.cpu_threads, dense_bytes // len(self.layers))
+        threads = dense_threads(
+            rank.cpu_threads,
+            dense_bytes // len(self.layers),
+            on_gpu=self.device.type == "cuda",
+            own_threads=engine.resources.kernels.cpu.finishes_alone,
+        )
         self.session = Session(self, engine.resources, threads)
         self.session.make_cache(plan.workload.sequences, plan.workload.max_seq_len)
         if peers is not None:

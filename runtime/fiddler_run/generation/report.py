@@ -50,19 +50,25 @@ def parts(plan: Plan, result) -> Table:
     )
     for column in ("", "decode step", "plan", "first token", "plan"):
         table.add_column(column, justify="left" if not column else "right")
-    exchange = ("exchange",) if len(plan.ranks) > 1 else ()
-    rows = {
-        PARTS[part]: [column.get(part, 0.0) for column in columns]
-        for part in ("host", "resident", *exchange, "dense", "head")
-    }
+    several = len(plan.ranks) > 1
+    labels = {part: PARTS[part] for part in ("host", "resident", "exchange", "dense", "head")}
+    labels["exchange"] = "exchange between ranks, waits for others"
+    if not several:
+        del labels["exchange"]
+    rows = {label: [column.get(part, 0.0) for column in columns] for part, label in labels.items()}
     rows["total"] = [sum(column.values()) for column in columns]
     idle = [phase.at_work_ms.get("idle", 0.0) for phase in (result.decode, result.prefill)]
     rows["idle"] = [idle[0], 0.0, idle[1], 0.0]
     for name, cells in rows.items():
         table.add_row(name, *(f"{cell:.2f}" if cell else "" for cell in cells))
-    table.caption = (
+    lines = [
         "of overlapping parts, only the first counts; the plan's columns are for its own workload"
-    )
+    ]
+    if several:
+        lines.append("measured in rank 0, predicted for the slowest rank of each layer")
+    if several and device == "cuda":
+        lines.append("with a timeline, ranks launch their experts without CUDA graphs")
+    table.caption = "\n".join(lines)
     return table
 
 
@@ -103,13 +109,14 @@ def rates(plan: Plan, result) -> Table:
         compared = (profiled, result.bare_bytes_per_s) if rank == 0 else ({}, {})
         prefix = f"rank {rank}: " if result.other_ranks else ""
         for name in decode.bytes_per_s:
-            at_work = {**decode.at_work_ms, **decode.ms}.get(name)
+            at_work = {**decode.ms, **decode.at_work_ms}.get(name)
             table.add_row(
                 prefix + {"host": "CPU and link"}.get(name, name),
                 "" if at_work is None else f"{at_work:.2f}",
                 *(rate(of, name) for of in (decode.bytes_per_s, *compared)),
             )
-    memory = f"peak RAM: {result.peak_host_bytes / 1e9:.2f} GB"
+    memory = "in rank 0, " if result.other_ranks else ""
+    memory += f"peak RAM: {result.peak_host_bytes / 1e9:.2f} GB"
     if result.used_gpu_bytes:
         memory += f"; GPU memory used by all processes: {result.used_gpu_bytes / 1e9:.2f} GB"
     lines = [memory]

@@ -41,6 +41,7 @@ def apply_blocks(
             # no name keeps the decoded weights while the next ones are decoded
             part = products(*(decode or encoding.decode)(some), hidden_states, activation)
             total = part if total is None else total.add_(part)
+            del part
         return total
     # One by one: on the CPU, the batched product of bfloat16 matrices is 40 times slower than
     # linear.

@@ -103,7 +103,7 @@ class NcclExchange(Exchange):
 
     def __init__(self, rank: int, num_ranks: int, device: torch.device, store: distributed.Store):
         super().__init__(num_ranks, device)
-        # Rank 0 alone captures its part: nothing may depend on a capture by all.
+        # Each rank captures its own part, when it can: nothing may depend on a capture by all.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         # Failures are noticed by the connections. PyTorch's watchdog would end the process by a
         # signal before its user is told anything.

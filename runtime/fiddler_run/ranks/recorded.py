@@ -1,6 +1,6 @@
 """A rank's part of each layer as one CUDA graph: inputs of rank 0, experts, partial sums.
 
-To launch its kernels one by one takes longer than small experts do.
+Launching the kernels one by one takes longer than computing small experts.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ def serve(connection: Connection, exchange: Exchange, share: Share, plan: Plan) 
                     inputs = exchange.receive(sizes)
                     timeline.end(Lane.GPU, Work.EXCHANGE)
                     partial = layers[number](*inputs)
+                    timeline.drop(Lane.GPU, Work.DENSE)  # only rank 0 has dense layers
                     timeline.begin(Lane.GPU, Work.EXCHANGE)
                     exchange.send(partial)
             case "trace":

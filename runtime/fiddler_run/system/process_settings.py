@@ -54,12 +54,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def dense_threads(cpu_threads: int, layer_bytes: int) -> int:
-    """The number of PyTorch's threads for `layer_bytes` of dense weights per layer on the CPU.
+def dense_threads(
+    cpu_threads: int, layer_bytes: int, on_gpu: bool = False, own_threads: bool = False
+) -> int:
+    """The number of PyTorch's threads for `layer_bytes` of dense weights per layer.
 
     Splitting little work over threads costs as much as it saves, and far more while others use the
-    cores. Beside a GPU, which has the dense weights, these others are the experts' threads.
+    cores.
+
+    Args:
+        on_gpu: the dense weights are on a GPU.
+        own_threads: experts are computed by other threads than PyTorch's.
     """
+    if on_gpu and own_threads:
+        return 1  # PyTorch has nothing to compute here
     return cpu_threads if layer_bytes >= DIVIDED_BYTES else 1
 
 
