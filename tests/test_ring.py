@@ -11,7 +11,7 @@ from fiddler_run.engine.calls import Choices, Expert, ExpertCalls, LayerExperts,
 from fiddler_run.engine.device_part import SinglePart, queue
 from fiddler_run.engine.prefill_path import takes_long
 from fiddler_run.engine.resources import Resources
-from fiddler_run.engine.ring import StagingRing, Stream
+from fiddler_run.engine.ring import Part, Piece, StagingRing, Stream, _copy, _joined
 from fiddler_run.engine.timeline import Timeline
 from fiddler_run.kernels.cpu import PyTorchExperts
 from fiddler_run.kernels.table import Kernels
@@ -48,6 +48,25 @@ def received(stream: Stream, runs: list[torch.Tensor]) -> list[torch.Tensor]:
                 assert part.first == sum(map(len, arrived[part.run]))
                 arrived[part.run].append(blocks.clone())
     return [torch.cat(blocks) for blocks in arrived]
+
+
+def test_blocks_that_follow_each_other_are_copied_together():
+    """Within one allocation, and within a place of the ring."""
+    blocks = numbered_blocks()
+    elsewhere = torch.full((2, BLOCK_BYTES), 99, dtype=torch.uint8)
+    cut = [blocks[0:3], blocks[3:5], blocks[6:9], elsewhere, blocks[9:12]]
+    runs = Runs(cut, [3, 2, 2, 2, 3])  # of the third run, the last block is left out
+    parts = [Part(0, 1, 2, 0), Part(1, 0, 2, 2), Part(2, 0, 2, 4), Part(3, 0, 2, 6)]
+    parts.append(Part(4, 0, 3, 8))
+    found = list(_joined(runs, parts))
+    assert [slot for _, slot in found] == [0, 4, 6, 8]
+    expected = (blocks[1:5], blocks[6:8], elsewhere, blocks[9:12])
+    assert all(
+        torch.equal(together, each) for (together, _), each in zip(found, expected, strict=True)
+    )
+    piece = Piece(0, torch.zeros((11, BLOCK_BYTES), dtype=torch.uint8), parts)
+    _copy(runs, piece)
+    assert torch.equal(piece.place, torch.cat(expected))
 
 
 def test_streamed_blocks_are_computed_before_resident_ones():

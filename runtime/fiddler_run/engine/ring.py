@@ -216,6 +216,35 @@ def _packed(counts: list[int], covered: list[int], at_once: int) -> Iterator[lis
 
 
 def _copy(runs: Runs, piece: Piece) -> None:
-    for run, first, count, slot in piece.parts:
-        blocks = runs.blocks[run][first : first + count]
-        piece.place[slot : slot + count].copy_(blocks, non_blocking=True)
+    for blocks, slot in _joined(runs, piece.parts):
+        piece.place[slot : slot + len(blocks)].copy_(blocks, non_blocking=True)
+
+
+def _joined(runs: Runs, parts: list[Part]) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yields the blocks of the parts, and their slots, as few tensors.
+
+    Host blocks of a layer's experts follow each other in memory. For small experts, queueing a copy
+    for each would take longer than the copies.
+    """
+    start = 0
+    while start < len(parts):
+        run, first, count, slot = parts[start]
+        source = runs.blocks[run]
+        width = source.shape[1]
+        address = source.data_ptr() + (first + count) * width  # of what follows
+        start += 1
+        while start < len(parts) and _follows(runs, parts[start], source, address):
+            count += parts[start].count
+            address += parts[start].count * width
+            start += 1
+        offset = source.storage_offset() + first * width
+        yield source.as_strided((count, width), (width, 1), offset), slot
+
+
+def _follows(runs: Runs, part: Part, source: torch.Tensor, address: int) -> bool:
+    """True if a part begins at this address, in the same allocation as `source`."""
+    blocks = runs.blocks[part.run]
+    return (
+        blocks.data_ptr() + part.first * blocks.shape[1] == address
+        and blocks.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    )
