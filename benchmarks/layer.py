@@ -3,7 +3,7 @@
     fiddler-run --plan PLAN --load-format dummy --bench --trace trace.json
     python benchmarks/layer.py trace.json -o docs/images/layer.png [--layer N]
 
-Layers N to N + 2 of a token in the middle of decode are drawn.
+Layers N to N + 2 of a token in the middle of decode are drawn, those of rank 0.
 """
 
 import argparse
@@ -39,7 +39,9 @@ NUM_LAYERS = 3
 def main() -> None:
     flags = parse_arguments()
     events = json.loads(Path(flags.trace).read_text())["traceEvents"]
-    rows = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    events = [event for event in events if event["pid"] == 0]
+    names = (event for event in events if event["name"] == "thread_name")
+    rows = {event["tid"]: event["args"]["name"] for event in names}
     spans = [event for event in events if event["ph"] == "X" and rows[event["tid"]] in LANES]
     calls = sorted({span["args"]["call"] for span in spans if span["args"]["layer"] == flags.layer})
     call = calls[len(calls) // 2]
@@ -52,7 +54,7 @@ def start_us(spans: list[dict], call: int) -> float:
     return min(
         span["ts"]
         for span in spans
-        if span["args"]["call"] == call and span["name"] not in (WAITING, "dense")
+        if span["args"]["call"] == call and span["name"] not in (WAITING, "dense", "exchange")
     )
 
 
