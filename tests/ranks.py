@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from conftest import random_plan
 from models import open_checkpoint
 
 from fiddler_run.errors import FiddlerError
@@ -58,6 +59,11 @@ def shared_plan(
     return Plan.model_validate(
         {**plan.model_dump(), "ranks": [each.model_dump() for each in ranks]}
     )
+
+
+def random_shared_plan(shape, seed: int, num_ranks: int, block_neurons: int = 32) -> Plan:
+    rng = random.Random(seed)
+    return shared_plan(random_plan(shape, rng, block_neurons), num_ranks, rng)
 
 
 def _cut(blocks: int, parts: int, rng: random.Random) -> list[int]:
