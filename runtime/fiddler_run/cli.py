@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 
@@ -17,7 +16,7 @@ from fiddler_run.system.files import MAX_TEXT_BYTES, read_text, require_writable
 from fiddler_run.system.host import OtherProcesses, num_cores
 from fiddler_run.system.locate import shipped_file
 from fiddler_run.system.progress import byte_progress
-from fiddler_run.uses import encode_text, run_bench, run_perplexity, run_server
+from fiddler_run.uses import dry_run, encode_text, run_bench, run_perplexity, run_server
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,6 +60,22 @@ def run(flags: argparse.Namespace) -> None:
         flags.listen,
         on_waiting=stderr.print,
     )
+    try:
+        use(flags, loader, prompt, text, template, stderr)
+    finally:
+        if loader.peers is not None:
+            loader.peers.close()
+
+
+def use(
+    flags: argparse.Namespace,
+    loader,
+    prompt: str | None,
+    text: str | None,
+    template: str | None,
+    stderr: Console,
+) -> None:
+    """Does what the flags ask for, once all checks of the loader have passed."""
     if template is not None:
         set_template(loader, template)
     options = checked_options(flags, loader, prompt)  # fails before the long load
@@ -124,29 +139,6 @@ def set_template(loader, template: str) -> None:
     if loader.tokenizer is None:
         raise FiddlerError("--template: there is no tokenizer next to the model's config.json")
     loader.tokenizer.chat_template = template
-
-
-def dry_run(path: Path, flags: argparse.Namespace, stderr: Console) -> None:
-    """Prints everything that would stop the plan from running on this machine.
-
-    Raises:
-        FiddlerError: something would.
-    """
-    from fiddler_run.loading.check import check_plan
-    from fiddler_run.loading.model_check import NOT_HERE
-
-    with stderr.status("checking"):
-        problems, notes = check_plan(path, flags.model, flags.load_format, flags.disk_folder)
-    for problem in problems:
-        print(problem)
-    for note in notes:
-        stderr.print(f"note: {note}", style="yellow")
-    if problems:
-        number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise FiddlerError(f"{path}: cannot run here: {number}, listed above")
-    only_config = any(NOT_HERE in note for note in notes)
-    fitted = "its model's config.json" if only_config else "its model"
-    print(f"{path} fits {fitted} and this machine")
 
 
 def checked_options(flags: argparse.Namespace, loader, prompt: str | None):

@@ -43,8 +43,9 @@ def start(name: str, module: str) -> int:
     # only Python's shutdown remains, which would print a traceback
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if ends_at_once.is_set():
-        with suppress(OSError, AttributeError):
-            sys.stdout.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, AttributeError):
+                stream.flush()
         os._exit(status)
     return status
 

@@ -1,15 +1,40 @@
-"""What a plan is run for, besides a prompt and a chat: server, benchmark, perplexity."""
+"""What a plan is run for, besides a prompt and a chat: check, server, benchmark, perplexity."""
 
 import argparse
 import shlex
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
+from fiddler_run.errors import FiddlerError
 from fiddler_run.generation.report import figures, parts, rates
 from fiddler_run.serving.address import Address
 from fiddler_run.system.files import write_whole
 from fiddler_run.system.progress import byte_progress
+
+
+def dry_run(path: Path, flags: argparse.Namespace, stderr: Console) -> None:
+    """Prints everything that would stop the plan from running on this machine.
+
+    Raises:
+        FiddlerError: something would.
+    """
+    from fiddler_run.loading.check import check_plan
+    from fiddler_run.loading.model_check import NOT_HERE
+
+    with stderr.status("checking"):
+        problems, notes = check_plan(path, flags.model, flags.load_format, flags.disk_folder)
+    for problem in problems:
+        print(problem)
+    for note in notes:
+        stderr.print(f"note: {note}", style="yellow")
+    if problems:
+        number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise FiddlerError(f"{path}: cannot run here: {number}, listed above")
+    only_config = any(NOT_HERE in note for note in notes)
+    fitted = "its model's config.json" if only_config else "its model"
+    print(f"{path} fits {fitted} and this machine")
 
 
 def run_server(flags: argparse.Namespace, loader, stderr: Console) -> None:

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from fiddler_run.command import ends_at_once
+
 CONNECT_TIMEOUT = timedelta(seconds=60)
 LAYER_TIMEOUT = timedelta(minutes=30)  # a rank that ends is noticed at once
 MAX_CHANNELS = 8  # of NCCL: more take GPU memory, and layers send little
@@ -69,6 +71,7 @@ class Exchange(ABC):
     can_record = False  # True if it can be captured in a CUDA graph
 
     def __init__(self, num_ranks: int, device: torch.device):
+        ends_at_once.set()  # threads of gloo and NCCL may crash Python's shutdown
         self.num_ranks = num_ranks
         self.device = device
 
