@@ -10,6 +10,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 import pytest
+from command_line import started
 from conftest import DEMO
 
 from fiddler_run.errors import FiddlerError
@@ -90,6 +91,36 @@ def test_a_rank_that_ends_after_its_hello_is_named():
         gathering = Gathering(2, listening)
         welcome(gathering, connection, {"do": "nothing"})
     assert gathering.peers[1].name == "rank 1 (127.0.0.1)"
+
+
+SLOW_IMPORT = """
+import sys, time
+
+class Slow:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print("importing", file=sys.stderr, flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Slow())
+"""
+
+
+def test_a_rank_that_imports_ends_with_rank_0(tmp_path):
+    """The import of PyTorch may take longer than a user waits for the end."""
+    with listen("127.0.0.1", 0) as listening:
+        host, port = listening.getsockname()[:2]
+        joining = ("--join", f"{host}:{port}", "--rank", 1)
+        rank = started("fiddler-run", *joining, cwd=tmp_path, first=f"exec({SLOW_IMPORT!r})")
+        connection = Connection(listening.accept()[0])
+    assert connection.receive()["rank"] == 1
+    connection.send(plan="")
+    assert rank.stderr.readline().startswith("connected to rank 0")
+    assert rank.stderr.readline() == "importing\n"
+    connection.close()
+    _, stderr = rank.communicate(timeout=10)
+    assert rank.returncode == 1
+    assert stderr == "fiddler-run: rank 0 is gone\n"
 
 
 def test_ranks_elsewhere_need_an_address():

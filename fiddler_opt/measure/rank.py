@@ -31,10 +31,8 @@ def _work(connection: Connection, rank: int, task: dict) -> None:
     import torch
 
     from fiddler_run.ranks.cores import on_own_cores
-    from fiddler_run.ranks.serve import end_with
     from fiddler_run.system.gpu import gpu_numa_nodes, num_gpus
 
-    end_with(connection)
     if num_gpus():
         if num_gpus() < task["count"]:
             raise FiddlerError(

@@ -61,10 +61,9 @@ def _work(
 
     from fiddler_run.loading.share import ShareLoader
     from fiddler_run.ranks.meet import join
-    from fiddler_run.ranks.serve import end_with, serve
+    from fiddler_run.ranks.serve import serve
     from fiddler_run.ranks.share import share_of
 
-    end_with(connection)
     plan = Plan.parse(task["plan"], "the plan of rank 0")
     loader = ShareLoader(
         plan, rank, model or task["model"], task["load_format"], disk_folder or task["disk_folder"]
@@ -83,6 +82,6 @@ def _work(
             tell(f"computes {size} of experts until rank 0 ends")
             serve(connection, exchange, share, plan)
         except BaseException:
-            # in its own thread, because NCCL may wait; then `end_with` ends this process
+            # in its own thread, because NCCL may wait; then `joined` ends this process
             threading.Thread(target=exchange.abort).start()
             raise

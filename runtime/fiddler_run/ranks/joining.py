@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fiddler_run.errors import FiddlerError
-from fiddler_run.ranks.connection import Connection, connect, release
+from fiddler_run.ranks.connection import STARTED_BY_RANK_0, Connection, connect, release
 
 WAIT_S = 0.5  # how much later than the exchange the connection may end
+END_S = 1  # how long a rank may take to end by itself once rank 0 has gone
 
 
 @contextmanager
@@ -32,6 +37,7 @@ def joined(
             raise FiddlerError("rank 0 is gone")
         if "failed" in task:
             raise FiddlerError(task["failed"])
+        _end_with(connection)
         try:
             yield connection, task
         except FiddlerError as error:
@@ -43,3 +49,16 @@ def joined(
             last = traceback.format_exception_only(error)[-1].strip()
             connection.send(failed=f"{last} (its traceback is on its stderr)")
             raise
+
+
+def _end_with(connection: Connection) -> None:
+    """Ends this process soon after the connection ends, even if it imports or waits for a GPU."""
+
+    def watch() -> None:
+        connection.has_ended()
+        time.sleep(END_S)
+        if not connection.ended_normally and STARTED_BY_RANK_0 not in os.environ:
+            print("fiddler-run: rank 0 is gone", file=sys.stderr, flush=True)
+        os._exit(0 if connection.ended_normally else 1)
+
+    threading.Thread(target=watch, daemon=True).start()

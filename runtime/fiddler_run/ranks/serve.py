@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from dataclasses import astuple
 
 import torch
@@ -17,8 +14,6 @@ from fiddler_run.ranks.connection import Connection
 from fiddler_run.ranks.exchange import Exchange, Sizes
 from fiddler_run.ranks.recorded import RecordedLayers
 from fiddler_run.ranks.share import Share
-
-END_S = 1  # how long a rank may take to end by itself once rank 0 has gone
 
 
 @torch.inference_mode()
@@ -69,14 +64,3 @@ def serve(connection: Connection, exchange: Exchange, share: Share, plan: Plan) 
                 connection.ended_normally = True
                 return
     raise FiddlerError("rank 0 is gone")
-
-
-def end_with(connection: Connection) -> None:
-    """Ends this process soon after the connection ends, even if it waits for a GPU."""
-
-    def watch() -> None:
-        connection.has_ended()
-        time.sleep(END_S)
-        os._exit(0 if connection.ended_normally else 1)
-
-    threading.Thread(target=watch, daemon=True).start()
