@@ -67,7 +67,8 @@ def test_pytorch_matches_float64(activation):
 def test_joined_products_need_no_more_memory_than_planned(model, tokens):
     model = ModelSpec.load(model).in_encoding("lossless12")
     encoding = model.block_format
-    neurons, hidden = encoding.block_neurons, encoding.hidden_size
+    neurons = encoding.block_neurons
+    hidden = encoding.hidden_size
     at_once = joined_at_once(encoding, tokens)
     gate_up = 4 * tokens * 2 * neurons * at_once
     activated = (4 + 2) * tokens * neurons * at_once  # in float32, and rounded

@@ -97,7 +97,7 @@ class ExpertsLayer:
 
     @property
     def timeline(self) -> Timeline:
-        """Of the engine."""
+        """The timeline of the engine."""
         return self._engine.resources.timeline
 
     @property
@@ -120,7 +120,7 @@ class ExpertsLayer:
         on_gpu = hidden_states.is_cuda
         current = torch.cuda.device(hidden_states.device) if on_gpu else nullcontext()
         with current, self.lock:
-            timeline = self._engine.resources.timeline
+            timeline = self.timeline
             timeline.end(Lane.GPU, Work.DENSE)  # ends the time between the experts of two layers
             timeline.enter(self.number)
             output = self._run(*layer_inputs(hidden_states, top_k_index, top_k_weights))
@@ -133,8 +133,8 @@ class ExpertsLayer:
 
     def can_record(self, tokens: int) -> bool:
         """True if a batch of this size takes the decode path and no work is timed."""
-        timed = self._engine.resources.timeline.on
-        return not timed and self._engine.decode.takes(tokens) and self.decode is not None
+        takes = self._engine.decode.takes(tokens) and self.decode is not None
+        return takes and not self.timeline.on
 
     def record(
         self,
@@ -165,7 +165,7 @@ class ExpertsLayer:
         tensors = (hidden_states, top_k_index, top_k_weights)
         if engine.decode.takes(len(hidden_states)) and self.decode is not None:
             return engine.decode.run(self.decode, *tensors)
-        timeline = engine.resources.timeline
+        timeline = self.timeline
         timeline.begin(Lane.PYTHON, Work.ROUTER)
         host_states, index, weights = engine.prefill.receive(*tensors)
         timeline.end(Lane.PYTHON, Work.ROUTER)

@@ -39,8 +39,7 @@ class Work(StrEnum):
     ROUTER = "wait for the router"  # Python or CPU
     QUEUE = "queue device work"  # Python
     HELP = "help the CPU"  # Python
-    EXCHANGE = "exchange"  # GPU: from a rank's sum to those of others or, in other ranks than 0,
-    # to the next layer's states
+    EXCHANGE = "exchange"  # GPU: until rank 0 has all sums, or another rank the next layer's states
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,12 @@ def parts(plan: Plan, result) -> Table:
     for column in ("", "decode step", "plan", "first token", "plan"):
         table.add_column(column, justify="left" if not column else "right")
     several = len(plan.ranks) > 1
-    labels = {part: PARTS[part] for part in ("host", "resident", "exchange", "dense", "head")}
-    labels["exchange"] = "exchange between ranks, waits for others"
-    if not several:
-        del labels["exchange"]
-    rows = {label: [column.get(part, 0.0) for column in columns] for part, label in labels.items()}
+    labels = PARTS | {"exchange": "exchange between ranks, waits for others"}
+    exchange = ("exchange",) if several else ()
+    rows = {
+        labels[part]: [column.get(part, 0.0) for column in columns]
+        for part in ("host", "resident", *exchange, "dense", "head")
+    }
     rows["total"] = [sum(column.values()) for column in columns]
     idle = [phase.at_work_ms.get("idle", 0.0) for phase in (result.decode, result.prefill)]
     rows["idle"] = [idle[0], 0.0, idle[1], 0.0]

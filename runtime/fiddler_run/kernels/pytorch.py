@@ -59,7 +59,8 @@ def joined_at_once(encoding: Encoding, tokens: int) -> int:
     It then needs no more memory than `_batched` for MAX_TOKEN_BLOCKS: gate, up, their product and
     the result of each block, in float32.
     """
-    neurons, hidden = encoding.block_neurons, encoding.hidden_size
+    neurons = encoding.block_neurons
+    hidden = encoding.hidden_size
     room = max(tokens, MAX_TOKEN_BLOCKS) * (4 * neurons + 2 * hidden)
     of_tokens = tokens * 2 * hidden  # the result, and the sum
     of_each = tokens * 4 * neurons

@@ -169,7 +169,8 @@ class TableKernels:
         In memory, the blocks' columns lie side by side: the result of one product is then the sum
         over the blocks.
         """
-        hidden, neurons = self.block_format.hidden_size, self.block_format.block_neurons
+        hidden = self.block_format.hidden_size
+        neurons = self.block_format.block_neurons
         like = {"dtype": torch.bfloat16, "device": blocks.device}
         rows = self.block_format.rows_per_neuron * neurons
         gate_up = torch.empty((len(blocks), rows, hidden), **like)
